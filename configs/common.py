@@ -90,6 +90,7 @@ def base() -> ConfigDict:
     config.weight_decay = 0.0  # not on biases, not on LayerNorm
     config.decoupled_weight_decay = False  # False: L2, added to the gradient; True: AdamW's
     config.label_smoothing = 0.0
+    config.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite; then the run stops
     config.accumulation_steps = 1  # micro-batches in a step; the result is that of the whole batch
     config.compute_dtype = "bfloat16"  # of the model; parameters, softmax, logits and loss are float32
     config.eval_every = 240  # steps

@@ -9,6 +9,7 @@ from simplest_vit.training.workdir import flatten
 _POSITIVE_INTEGERS = (
     "batch_size",
     "accumulation_steps",
+    "max_skipped_steps",
     "eval_every",
     "checkpoint_every",
     "log_every",

@@ -53,6 +53,8 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
         constants=constants,
         opt_state=jax.jit(create_optimizer(config, optax.constant_schedule(0.0)).init)(params),
         ema_params=params if config.ema.decay else None,
+        skipped_steps=jnp.int32(0),
+        skipped_in_a_row=jnp.int32(0),
     )
     claim_workdir(folder, config.to_dict())
     # Not evaluated yet: any later checkpoint of this run counts as better.

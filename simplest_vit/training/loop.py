@@ -57,7 +57,8 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
 
     Raises:
       UserError: If the config, the data or the folder does not fit.
-      TrainingError: If the loss is no longer finite; the last checkpoint is intact.
+      TrainingError: If too many steps in a row were skipped, for their loss or gradient is not finite, or the
+        validation loss is not; the last checkpoint is intact.
     """
     start_time = time.monotonic()
     run = _Run(config, workdir)
@@ -83,7 +84,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         train_step = make_train_step(run.graphdef, run.tx, config)
         batches = input_pipeline.train_batches(run.dataset, config, start_step=step, sharding=run.sharding)
         profile = _profile(config, run.path)
-        meter = Meter(config.batch_size)
+        meter = Meter(config.batch_size, config.max_skipped_steps)
         earlier_wall_time = progress["wall_time_s"]
 
         while step < run.total_steps:
@@ -97,14 +98,12 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
             save = step == run.total_steps or step % config.checkpoint_every == 0
             evaluate = save or step % config.eval_every == 0
             if evaluate or step % config.log_every == 0:
-                scalars = {
-                    "epoch": step / batches_per_epoch,
-                    "learning_rate": float(run.learning_rate(step - 1)),
-                    **meter.report(step),
-                }
+                scalars = {"epoch": step / batches_per_epoch, **meter.report(step)}
+                # A skipped step does not count for the schedule.
+                scalars["learning_rate"] = float(run.learning_rate(step - 1 - scalars["skipped_steps"]))
                 log.info(train_line(step, run.total_steps, scalars))
                 writer.write_scalars(step, scalars)
-                progress |= {name: scalars[name] for name in ("train_loss", "train_accuracy")}
+                progress |= {name: scalars[name] for name in ("train_loss", "train_accuracy") if name in scalars}
             if evaluate:
                 scalars = run.evaluate(state)
                 check_finite(scalars, step)
@@ -120,7 +119,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         writer.flush()
 
     outcome = {
-        **{name: progress[name] for name in _RESULTS},
+        **{name: progress.get(name) for name in _RESULTS},
         "steps": run.total_steps,
         "step_time_median_s": meter.step_time_median,
         "images_per_second": config.batch_size / meter.step_time_median if meter.step_time_median else None,

@@ -1,7 +1,8 @@
 """Loss and accuracy as sums and counts, so that parts add up to the whole whatever their sizes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def classification_sums(logits: jax.Array, label: jax.Array, weight: jax.Array, 
     }
 
 
-def mean_metrics(parts: Sequence[Sums]) -> dict[str, float]:
+def mean_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean `loss` and `accuracy` over all examples of some sums, in float64 on the host."""
     loss, correct, count = (math.fsum(float(part[name]) for part in parts) for name in ("loss", "correct", "count"))
     return {"loss": loss / count, "accuracy": correct / count}

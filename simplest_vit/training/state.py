@@ -20,11 +20,13 @@ class TrainState:
     """A pytree of arrays.
 
     Attributes:
-      step: int32 [], updates made.
+      step: int32 [], batches seen.
       params: Nested dict of float32 parameters.
       constants: Nested dict of the model's constants, which are kept so that a checkpoint is a whole model.
       opt_state: State of the optax chain.
       ema_params: Exponential moving average of `params`, or None when it is off.
+      skipped_steps: int32 [], steps whose loss or gradient was not finite, so that they changed nothing but `step`.
+      skipped_in_a_row: int32 [], those among them since the last update.
     """
 
     step: jax.Array
@@ -32,6 +34,8 @@ class TrainState:
     constants: Any
     opt_state: Any
     ema_params: Any
+    skipped_steps: jax.Array
+    skipped_in_a_row: jax.Array
 
     @property
     def eval_params(self) -> Any:
@@ -85,6 +89,8 @@ def state_initializer(
             constants=constants,
             opt_state=tx.init(params),
             ema_params=params if config.ema.decay else None,
+            skipped_steps=jnp.zeros((), jnp.int32),
+            skipped_in_a_row=jnp.zeros((), jnp.int32),
         )
 
     return nnx.graphdef(nnx.eval_shape(create)), initialize

@@ -28,7 +28,9 @@ def make_train_step(
 
     Returns:
       A jitted function of the state, which it consumes, and a batch. It returns the new state and metrics: the sums of
-      `classification_sums` over the batch, `grad_norm` before clipping, and Shampoo's where that is the optimizer.
+      `classification_sums` over the batch, `grad_norm` before clipping, the state's counts of skipped steps, and
+      Shampoo's where that is the optimizer. Where loss or gradient are not finite, the step is skipped: the sums are 0,
+      and of the state only `step` and the counts change.
     """
 
     def loss(params: Any, constants: Any, batch: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Sums]:
@@ -65,17 +67,34 @@ def make_train_step(
         else:
             sums, updates = gradient(state.params)
         grad_norm = optax.tree.norm(updates)
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(updates, state.opt_state, state.params)
-        metrics = sums | {"grad_norm": grad_norm} | shampoo_metrics(opt_state)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         ema_params = state.ema_params
         if ema_params is not None:
             rate = jnp.where(step % config.ema.every == 0, 1.0 - config.ema.decay, 0.0)
             ema_params = optax.incremental_update(params, ema_params, rate)
-        new_state = TrainState(
-            step=step, params=params, constants=state.constants, opt_state=opt_state, ema_params=ema_params
+        # Loss and gradient are sums over all devices, so all decide alike; XLA fuses the choice into the update.
+        params, opt_state, ema_params = optax.tree.where(
+            finite, (params, opt_state, ema_params), (state.params, state.opt_state, state.ema_params)
         )
+        new_state = TrainState(
+            step=step,
+            params=params,
+            constants=state.constants,
+            opt_state=opt_state,
+            ema_params=ema_params,
+            skipped_steps=state.skipped_steps + jnp.where(finite, 0, 1),
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        metrics = {
+            **jax.tree.map(lambda x: jnp.where(finite, x, 0.0), sums),
+            "grad_norm": grad_norm,
+            "skipped_steps": new_state.skipped_steps,
+            "skipped_in_a_row": new_state.skipped_in_a_row,
+            **shampoo_metrics(opt_state),
+        }
         return new_state, metrics
 
     return jax.jit(train_step, donate_argnums=0)

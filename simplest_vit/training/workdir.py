@@ -19,6 +19,7 @@ _MAY_CHANGE = (
     "data.num_workers",
     "eval_every",
     "log_every",
+    "max_skipped_steps",
     "profile",
 )
 

@@ -106,16 +106,34 @@ def test_a_finished_run_is_not_trained_again(finished, data_dir, monkeypatch):
     assert again == json.loads(json.dumps(outcome))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(data_dir, tmp_path, monkeypatch):
-    config = tiny_config(data__dir=data_dir)
+def poison(monkeypatch, is_bad):
+    """Make the images of some training batches NaN."""
     train_batches = loop.input_pipeline.train_batches
 
     def poisoned(*args, start_step, **kwargs):
         for step, batch in enumerate(train_batches(*args, start_step=start_step, **kwargs), start_step):
-            yield batch if step < 4 else batch | {"image": batch["image"] * np.nan}
+            yield batch | {"image": batch["image"] * np.nan} if is_bad(step) else batch
 
     monkeypatch.setattr(loop.input_pipeline, "train_batches", poisoned)
-    with pytest.raises(TrainingError, match=r"loss is not finite at step 5.*last checkpoint is intact"):
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_told(data_dir, tmp_path, monkeypatch):
+    poison(monkeypatch, lambda step: step in (1, 4))
+    outcome = loop.train_and_evaluate(tiny_config(data__dir=data_dir, log_every=1), str(tmp_path))
+    assert all(np.isfinite(outcome[name]) for name in ("train_loss", "validation_loss"))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("skipped_steps")] == [0, 1, 1, 1, 2, 2]
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 3, 4, 6]
+    schedule = [event.value for event in events.Scalars("learning_rate")]
+    assert schedule[1] == schedule[0], "a skipped step must not advance the schedule"
+    assert schedule[2] > schedule[1]
+
+
+def test_too_many_skipped_steps_stop_the_run_and_keep_the_checkpoint(data_dir, tmp_path, monkeypatch):
+    config = tiny_config(data__dir=data_dir, max_skipped_steps=2)
+    poison(monkeypatch, lambda step: step >= 4)
+    with pytest.raises(TrainingError, match=r"2 steps in a row up to step 6 were skipped.*last checkpoint is intact"):
         loop.train_and_evaluate(config, str(tmp_path))
     with checkpoint.open_manager(tmp_path, create=False) as manager:
         assert manager.all_steps() == [3]

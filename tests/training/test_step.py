@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.training.state import abstract_state, apply_model, batch_sharding, create_state, state_initializer
 from simplest_vit.training.step import make_eval_step, make_train_step
 from tests.tiny import tiny_config
@@ -129,3 +130,31 @@ def test_dropout_changes_training_but_not_evaluation():
         graphdef, state = start(config, optax.sgd(0.1))
         sums.append(make_eval_step(graphdef)(state.eval_params, state.constants, batch_of()))
     assert_close(*sums)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("optimizer", ["adam", "shampoo"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step(optimizer, devices):
+    config = tiny_config(f"optimizer={optimizer}", ema__decay=0.9, ema__every=1, sam__rho=0.05)
+    tx = create_optimizer(config, optax.constant_schedule(1e-3))
+    graphdef, state = start(config, tx, devices)
+    train_step = make_train_step(graphdef, tx, config)
+    good = jax.device_put(batch_of(), batch_sharding(mesh_of(devices)))
+    # One bad pixel, on one device: all must skip.
+    image = batch_of()["image"]
+    image[3, 2, 1, 0] = np.inf
+    bad = good | {"image": jax.device_put(image, batch_sharding(mesh_of(devices)))}
+    state, _ = train_step(state, good)
+    before = jax.tree.map(np.array, state)
+    for in_a_row in (1, 2):
+        state, metrics = train_step(state, bad)
+        assert (metrics["skipped_steps"], metrics["skipped_in_a_row"]) == (in_a_row, in_a_row)
+        assert (metrics["loss"], metrics["count"]) == (0, 0)
+    for name in ("params", "opt_state", "ema_params"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
+    assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (3, 2, 2)
+    state, metrics = train_step(state, good)
+    assert np.isfinite(metrics["grad_norm"])
+    assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (4, 2, 0)
+    assert not np.array_equal(state.params["head"]["kernel"], before.params["head"]["kernel"])
+    assert train_step._cache_size() == 1
