@@ -9,6 +9,11 @@ import numpy as np
 from flax import nnx
 
 
+# Stacks of up to so many layers are unrolled by `scan`. A loop copies what the backward pass needs into arrays of all
+# layers and out again, and fills these with zeros first: 9 % of a step of S/4 at batch 64 on a CPU.
+_MAX_UNROLLED = 12
+
+
 class Constant(nnx.Variable):
     """An array of the model that is not trained: never decayed, preconditioned or averaged."""
 
@@ -110,7 +115,7 @@ def stack(create: Callable[..., Any], depth: int, rngs: nnx.Rngs, *per_layer: np
 
 
 def scan(blocks: Any, x: jax.Array, *, remat: bool = False) -> jax.Array:
-    """Apply stacked blocks one after another: one traced block, whatever the depth.
+    """Apply stacked blocks one after another: one traced block, whatever the depth, and a loop from depth 13 on.
 
     Args:
       blocks: A module from `stack`.
@@ -121,8 +126,10 @@ def scan(blocks: Any, x: jax.Array, *, remat: bool = False) -> jax.Array:
       Tokens [B, T, D].
     """
     graphdef, state = nnx.split(blocks)
+    layers = nnx.as_pure(state)
+    depth = jax.tree.leaves(layers)[0].shape[0]
 
     def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         return nnx.merge(graphdef, layer)(x), None
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, nnx.as_pure(state))[0]
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, layers, unroll=depth <= _MAX_UNROLLED)[0]
