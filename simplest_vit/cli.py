@@ -1,14 +1,17 @@
 """What all programs of the project share: the flags of a run, and one line for what a user can mend."""
 
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.errors import Interrupted, TrainingError, UserError
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its arguments behind a colon: configs/cifar10.py:model=simple_vit"
@@ -25,7 +28,7 @@ def run(
 ) -> None:
     """Parse the flags, run, and turn a user's mistake into one line on standard error.
 
-    Exit codes: 0, 2 for a `UserError`, 3 for a `TrainingError`.
+    Exit codes: 0, 2 for a `UserError`, 3 for a `TrainingError`, 75 for an `Interrupted`.
 
     Args:
       program: Gets the positional arguments.
@@ -35,12 +38,16 @@ def run(
     """
     # The libraries tell what goes wrong, this project also what goes on.
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # Orbax logs whatever it raises as well, with a traceback for each of its threads.
+    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     log = logging.getLogger("simplest_vit")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     try:
         app.run(
             lambda arguments: program(arguments[1:]),
@@ -52,6 +59,16 @@ def run(
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
+    except Interrupted as error:
+        print(f"interrupted: {error}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Stop what is under way; training itself notes signals instead (`training/interrupt.py`)."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
+    raise Interrupted(f"{signal.Signals(number).name}; the same command starts again")
 
 
 def _parse(argv: list[str], usage: str, required: tuple[str, ...], positional: bool) -> list[str]:

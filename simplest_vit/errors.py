@@ -14,3 +14,10 @@ class TrainingError(RuntimeError):
 
     `main.py` prints it without a traceback and exits with code 3.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run or program that was told to stop by SIGTERM or SIGINT; the same command goes on with it.
+
+    `main.py` prints the message and exits with code 75 (EX_TEMPFAIL).
+    """

@@ -19,7 +19,7 @@ from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import from_reference
 from simplest_vit.interop.torch_file import Checkpoint
 from simplest_vit.optimizers.factory import create_optimizer
-from simplest_vit.training import checkpoint
+from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
 from simplest_vit.training.restored import describe_state
 from simplest_vit.training.state import TrainState
 from simplest_vit.training.workdir import check_workdir, claim_workdir
@@ -58,9 +58,9 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
     )
     claim_workdir(folder, config.to_dict())
     # Not evaluated yet: any later checkpoint of this run counts as better.
-    progress = {"validation_accuracy": 0.0, "best_validation_accuracy": 0.0, "wall_time_s": 0.0}
-    with checkpoint.open_manager(folder, create=True) as manager:
-        checkpoint.save(manager, state, progress, _STEP)
+    progress = AT_THE_START | {"evaluated_step": _STEP}
+    with Checkpoints(folder, create=True) as checkpoints:
+        checkpoints.save(state, progress, _STEP)
 
 
 def main() -> None:

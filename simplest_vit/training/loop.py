@@ -14,11 +14,13 @@ from flax import nnx
 import input_pipeline
 from simplest_vit.config import check_config
 from simplest_vit.data.preview import image_grid
-from simplest_vit.errors import UserError
+from simplest_vit.errors import Interrupted, UserError
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.optimizers.schedules import warmup_cosine
-from simplest_vit.training import checkpoint, results
+from simplest_vit.training import results
+from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
+from simplest_vit.training.interrupt import Interruption
 from simplest_vit.training.meter import Meter, check_finite
 from simplest_vit.training.metrics import Sums, mean_metrics
 from simplest_vit.training.progress import log, train_line, validation_line
@@ -31,7 +33,7 @@ from simplest_vit.training.state import (
     state_initializer,
 )
 from simplest_vit.training.step import make_eval_step, make_train_step
-from simplest_vit.training.workdir import RESULTS, check_workdir, claim_workdir, flatten, write_json
+from simplest_vit.training.workdir import RESULTS, check_workdir, claim_workdir, flatten, write_results
 from simplest_vit.training.writers import metric_writers, periodic_actions
 
 # What `results.json` takes over from the last evaluation.
@@ -58,7 +60,8 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: If the config, the data or the folder does not fit.
       TrainingError: If too many steps in a row were skipped, for their loss or gradient is not finite, or the
-        validation loss is not; the last checkpoint is intact.
+        validation loss is not, or if the disk is full; the last checkpoint is intact.
+      Interrupted: By SIGTERM or SIGINT; the step reached is saved.
     """
     start_time = time.monotonic()
     run = _Run(config, workdir)
@@ -66,28 +69,51 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     batches_per_epoch = input_pipeline.steps_per_epoch(run.dataset, config)
 
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(checkpoint.open_manager(run.path, create=True))
-        step = manager.latest_step() or 0
+        interruption = stack.enter_context(Interruption())
+        checkpoints = stack.enter_context(Checkpoints(run.path, create=True))
+        step = checkpoints.newest() or 0
         if step == run.total_steps and (run.path / RESULTS).exists():
             log.info("%s has finished: its %s is repeated here", run.path, RESULTS)
             return json.loads((run.path / RESULTS).read_text())
         writer = metric_writers.create_default_writer(run.path)
         stack.callback(writer.close)
         if step:
-            state, progress = checkpoint.restore(manager, run.abstract, step)
+            state, progress = checkpoints.restore(run.abstract, step)
             log.info("going on from step %d of %d in %s", step, run.total_steps, run.path)
         else:
-            state = create_state(run.initialize, run.abstract)
-            progress = {"best_validation_accuracy": 0.0, "wall_time_s": 0.0}
+            state, progress = create_state(run.initialize, run.abstract), dict(AT_THE_START)
             writer.write_hparams(flatten(config.to_dict()))
         log.info("parameters\n%s", parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False))
         train_step = make_train_step(run.graphdef, run.tx, config)
         batches = input_pipeline.train_batches(run.dataset, config, start_step=step, sharding=run.sharding)
         profile = _profile(config, run.path)
-        meter = Meter(config.batch_size, config.max_skipped_steps)
-        earlier_wall_time = progress["wall_time_s"]
+        meter = Meter(config.batch_size, config.max_skipped_steps, progress["unreported"])
+        saved_step, earlier_wall_time = step, progress["wall_time_s"]
 
-        while step < run.total_steps:
+        while True:
+            if run.evaluated_behind(step) and progress["evaluated_step"] < step:
+                scalars = run.evaluate(state, interruption)
+                if scalars:
+                    check_finite(scalars, step)
+                    if scalars["validation_accuracy"] >= progress["best_validation_accuracy"]:
+                        progress |= {"best_validation_accuracy": scalars["validation_accuracy"], "best_step": step}
+                    wall_time = earlier_wall_time + time.monotonic() - start_time
+                    progress |= {**scalars, "evaluated_step": step, "wall_time_s": wall_time}
+                    log.info(validation_line(step, progress))
+                    writer.write_scalars(step, scalars)
+                    if run.saved_behind(step):
+                        checkpoints.save(state, progress, saved_step := step)
+                meter.start()
+            if progress["evaluated_step"] == run.total_steps:
+                break
+            if interruption.reached(step):
+                if step > saved_step:
+                    wall_time = earlier_wall_time + time.monotonic() - start_time
+                    progress |= {"unreported": meter.unreported(), "wall_time_s": wall_time}
+                    checkpoints.save(state, progress, step)
+                    checkpoints.wait()
+                raise Interrupted(f"step {step} of {run.total_steps} is saved; the same command goes on from there")
+
             batch = next(batches)
             if step == 0:
                 writer.write_images(0, {"train_images": image_grid(run.dataset, batch)})
@@ -95,39 +121,26 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
             meter.add(metrics)
             step += 1
             profile(step)
-            save = step == run.total_steps or step % config.checkpoint_every == 0
-            evaluate = save or step % config.eval_every == 0
-            if evaluate or step % config.log_every == 0:
+            if run.evaluated_behind(step) or step % config.log_every == 0:
                 scalars = {"epoch": step / batches_per_epoch, **meter.report(step)}
                 # A skipped step does not count for the schedule.
                 scalars["learning_rate"] = float(run.learning_rate(step - 1 - scalars["skipped_steps"]))
                 log.info(train_line(step, run.total_steps, scalars))
                 writer.write_scalars(step, scalars)
                 progress |= {name: scalars[name] for name in ("train_loss", "train_accuracy") if name in scalars}
-            if evaluate:
-                scalars = run.evaluate(state)
-                check_finite(scalars, step)
-                best = max(progress["best_validation_accuracy"], scalars["validation_accuracy"])
-                wall_time = earlier_wall_time + time.monotonic() - start_time
-                progress |= {**scalars, "best_validation_accuracy": best, "wall_time_s": wall_time}
-                log.info(validation_line(step, progress))
-                writer.write_scalars(step, scalars)
-            if save:
-                checkpoint.save(manager, state, progress, step)
-            if evaluate:
-                meter.start()
-        writer.flush()
+                progress["unreported"] = []
 
-    outcome = {
-        **{name: progress.get(name) for name in _RESULTS},
-        "steps": run.total_steps,
-        "step_time_median_s": meter.step_time_median,
-        "images_per_second": config.batch_size / meter.step_time_median if meter.step_time_median else None,
-        "seed": config.seed,
-        "config": config.to_dict(),
-        **results.environment(),
-    }
-    write_json(run.path / RESULTS, outcome)
+        checkpoints.wait()
+        outcome = {
+            **{name: progress.get(name) for name in _RESULTS},
+            "steps": run.total_steps,
+            "step_time_median_s": meter.step_time_median,
+            "images_per_second": config.batch_size / meter.step_time_median if meter.step_time_median else None,
+            "seed": config.seed,
+            "config": config.to_dict(),
+            **results.environment(),
+        }
+        write_results(run.path, outcome)
     return outcome
 
 
@@ -148,12 +161,13 @@ def evaluate(config: Any, workdir: str) -> dict[str, dict[str, float]]:
     if not (run.path / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir} holds no checkpoint; train there first, or name another folder")
     outcome = {}
-    with checkpoint.open_manager(run.path, create=False) as manager:
-        if manager.latest_step() is None:
+    with Checkpoints(run.path, create=False) as checkpoints:
+        latest, best = checkpoints.newest(), checkpoints.best()
+        if latest is None or best is None:
             raise UserError(f"--workdir={workdir} holds no finished checkpoint; go on training there first")
-        steps = {"latest": manager.latest_step(), "best": manager.best_step()}
+        steps = {"latest": latest, "best": best}
         for step in set(steps.values()):
-            state, _ = checkpoint.restore(manager, run.abstract, step)
+            state, _ = checkpoints.restore(run.abstract, step)
             outcome[step] = {"step": step, **run.evaluate(state)}
     return {name: outcome[step] for name, step in steps.items()}
 
@@ -186,13 +200,23 @@ class _Run:
         self.abstract: TrainState = abstract_state(self.initialize, mesh)
         self._eval_step = make_eval_step(self.graphdef)
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Validation loss and accuracy; every example counts once."""
+    def saved_behind(self, step: int) -> bool:
+        """Whether a checkpoint is due behind this step."""
+        return step == self.total_steps or step % self.config.checkpoint_every == 0
+
+    def evaluated_behind(self, step: int) -> bool:
+        """Whether an evaluation is due behind this step."""
+        return self.saved_behind(step) or step % self.config.eval_every == 0
+
+    def evaluate(self, state: TrainState, interruption: Interruption | None = None) -> dict[str, float]:
+        """Validation loss and accuracy, where every example counts once; nothing if it was interrupted."""
         batches = input_pipeline.eval_batches(
             self.dataset, self.config, sharding=self.sharding, batch_size=self.config.batch_size
         )
         sums: list[Sums] = []
         for batch in batches:
+            if interruption and interruption.pending:
+                return {}
             sums.append(self._eval_step(state.eval_params, state.constants, batch))
             jax.block_until_ready(sums[-2:-1])  # one batch waits while one is computed, not all of them
         mean = mean_metrics(jax.device_get(sums))

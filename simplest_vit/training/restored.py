@@ -13,7 +13,7 @@ from simplest_vit.models.factory import model_arguments
 from simplest_vit.models.simple_vit import SimpleViT
 from simplest_vit.models.simplest_vit import SimplestViT
 from simplest_vit.optimizers.factory import create_optimizer
-from simplest_vit.training import checkpoint
+from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.state import TrainState, abstract_state, state_initializer
 from simplest_vit.training.workdir import check_workdir
 
@@ -61,9 +61,9 @@ def restore_best(config: Any, workdir: str, dataset: Dataset) -> tuple[SimplestV
     graphdef, abstract = describe_state(config, dataset)
     if not (path / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir} holds no checkpoint; train there first, or name another folder")
-    with checkpoint.open_manager(path, create=False) as manager:
-        step = manager.best_step()
+    with Checkpoints(path, create=False) as checkpoints:
+        step = checkpoints.best()
         if step is None:
             raise UserError(f"--workdir={workdir} holds no finished checkpoint; go on training there first")
-        state, _ = checkpoint.restore(manager, abstract, step)
+        state, _ = checkpoints.restore(abstract, step)
     return nnx.merge(graphdef, state.eval_params, state.constants), state

@@ -5,7 +5,7 @@ import os
 import pathlib
 from typing import Any
 
-from simplest_vit.errors import UserError
+from simplest_vit.errors import TrainingError, UserError
 
 CONFIG = "config.json"
 RESULTS = "results.json"
@@ -34,9 +34,29 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Write a file whole or not at all."""
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_results(path: pathlib.Path, outcome: dict[str, Any]) -> None:
+    """Record what a run came to in its folder.
+
+    Raises:
+      TrainingError: If it cannot be written.
+    """
+    try:
+        write_json(path / RESULTS, outcome)
+    except OSError as error:
+        raise TrainingError(
+            f"{path / RESULTS} cannot be written ({error.strerror}): training is done and its last checkpoint is "
+            "intact; make room or mend the disk and start the same command again"
+        ) from error
 
 
 def check_workdir(workdir: str, config: dict[str, Any]) -> pathlib.Path:

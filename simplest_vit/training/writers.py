@@ -5,31 +5,62 @@ is not installed, a writer that needs only the `tensorboard` package takes that 
 and the rest of clu works as it is. Import `metric_writers` and `periodic_actions` from here, never from clu.
 """
 
+import contextlib
 import importlib.util
 import io
+import logging
+import os
+import pathlib
+import socket
 import sys
 import time
 import types
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
 from tensorboard.plugins.hparams import summary_v2
 from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+log = logging.getLogger("simplest_vit")
 
 
 class SummaryWriter:
-    """clu's `MetricWriter` interface over TensorBoard event files."""
+    """clu's `MetricWriter` interface over a TensorBoard event file; clu calls it from a thread of its own.
+
+    Where the file cannot be written, that is told once, and what comes behind is dropped: no reason to end a run.
+    """
 
     def __init__(self, logdir: str):
-        self._writer = EventFileWriter(logdir)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = pathlib.Path(logdir, name)
+        self._file: BinaryIO | None = None
+        with self._told():
+            self._file = self._path.open("xb")
+            self._add(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s cannot be written (%s): the run goes on without it", self._path, error.strerror)
+            file, self._file = self._file, None
+            if file:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+    def _add(self, event: event_pb2.Event) -> None:
+        if self._file:
+            with self._told():
+                RecordWriter(self._file).write(event.SerializeToString())
+                self._file.flush()
 
     def _write(self, step: int, values: list[summary_pb2.Summary.Value]) -> None:
-        summary = summary_pb2.Summary(value=values)
-        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        self._add(event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=values)))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Write numbers, or arrays of one element."""
@@ -90,7 +121,7 @@ class SummaryWriter:
         simple = {
             key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in hparams.items()
         }
-        self._writer.add_event(event_pb2.Event(wall_time=time.time(), summary=summary_v2.hparams_pb(simple)))
+        self._add(event_pb2.Event(wall_time=time.time(), summary=summary_v2.hparams_pb(simple)))
 
     def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Any = None) -> None:
         """Part of clu's interface; raw tensors are not supported."""
@@ -105,12 +136,12 @@ class SummaryWriter:
         raise NotImplementedError("audio needs TensorFlow")
 
     def flush(self) -> None:
-        """Write what is buffered to disk."""
-        self._writer.flush()
+        """Nothing is buffered."""
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
+        """Close the event file."""
+        if self._file:
+            self._file.close()
 
 
 def _encode(pixels: np.ndarray) -> summary_pb2.Summary.Image:

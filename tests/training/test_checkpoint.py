@@ -1,0 +1,154 @@
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simplest_vit.errors import UserError
+from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
+
+STATE = {
+    "kernel": np.random.default_rng(0).normal(size=(100, 100)).astype(np.float32),
+    "step": np.int32(3),
+    "nothing": None,
+}
+
+
+def state_of(step):
+    return jax.tree.map(jnp.asarray, STATE) | {"step": jnp.int32(step)}
+
+
+def abstract():
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state_of(0))
+
+
+def save(workdir, *steps, best=None):
+    with Checkpoints(workdir, create=True) as checkpoints:
+        for step in steps:
+            checkpoints.save(state_of(step), AT_THE_START | {"best_step": best}, step)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("saved")
+    save(workdir, 3, 6, best=3)
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped array": lambda folder: flip(largest(folder)),
+    "truncated array": lambda folder: largest(folder).write_bytes(largest(folder).read_bytes()[:-100]),
+    "missing array": lambda folder: largest(folder).unlink(),
+    "flipped index": lambda folder: flip(folder / "state" / "manifest.ocdbt"),
+    "flipped structure": lambda folder: flip(folder / "state" / "_METADATA"),
+    "flipped progress": lambda folder: flip(folder / "progress" / "metadata"),
+    "missing progress": lambda folder: shutil.rmtree(folder / "progress"),
+    "flipped checksums": lambda folder: flip(folder / "checksums.json"),
+    "truncated checksums": lambda folder: (folder / "checksums.json").write_text("{"),
+    "no dict of checksums": lambda folder: (folder / "checksums.json").write_text("3"),
+    "not finished": lambda folder: (folder / "checksums.json").unlink(),
+    "empty folder": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_newest_checkpoint_falls_back_and_can_be_saved_again(workdir, damage, caplog, capfd, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("simplest_vit"), "propagate", True)
+    damage(workdir / "checkpoints" / "6")
+    with Checkpoints(workdir, create=True) as checkpoints:
+        assert checkpoints.newest() == 3
+        (line,) = [record.getMessage() for record in caplog.records if record.name == "simplest_vit"]
+        assert "checkpoint 6 in" in line
+        assert "is damaged" in line
+        assert "going back to step 3" in line
+        assert checkpoints.steps() == [3]
+        state, progress = checkpoints.restore(abstract(), 3)
+        jax.tree.map(np.testing.assert_array_equal, state, state_of(3))
+        assert progress == AT_THE_START | {"best_step": 3}
+        checkpoints.save(state_of(6), progress, 6)
+    with Checkpoints(workdir, create=False) as checkpoints:
+        assert checkpoints.newest() == 6
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_reading_removes_nothing(workdir):
+    flip(largest(workdir / "checkpoints" / "6"))
+    with Checkpoints(workdir, create=False) as checkpoints:
+        assert (checkpoints.newest(), checkpoints.best()) == (3, 3)
+        with pytest.raises(UserError, match=r"checkpoint .*/6 cannot be restored \(state/.* is changed\)"):
+            checkpoints.restore(abstract(), 6)
+        assert checkpoints.steps() == [3, 6]
+
+
+def test_without_a_whole_checkpoint_the_run_does_not_start_anew(workdir):
+    for step in ("3", "6"):
+        flip(largest(workdir / "checkpoints" / step))
+    with Checkpoints(workdir, create=True) as checkpoints:
+        with pytest.raises(
+            UserError, match=r"every checkpoint in .* is damaged \(6: state/.*; 3: .*; remove that folder"
+        ):
+            checkpoints.newest()
+        assert checkpoints.steps() == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"momentum": jax.ShapeDtypeStruct((3,), np.float32)}, r"its momentum is missing, here float32 \[3\]"),
+        (
+            {"kernel": jax.ShapeDtypeStruct((100, 50), np.float32)},
+            r"its kernel is float32 \[100, 100\], here float32 \[100, 50\]",
+        ),
+    ],
+)
+def test_another_state_is_named_and_does_not_count_as_damage(workdir, change, message):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    other = abstract() | {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=device) for k, v in change.items()}
+    with Checkpoints(workdir, create=True) as checkpoints:
+        assert checkpoints.newest() == 6
+        with pytest.raises(UserError, match=rf"checkpoint .*/6 cannot be restored \({message}.*written by this config"):
+            checkpoints.restore(other, 6)
+        assert checkpoints.steps() == [3, 6]
+
+
+def test_the_latest_two_and_the_best_are_kept(tmp_path):
+    with Checkpoints(tmp_path, create=True) as checkpoints:
+        assert (checkpoints.newest(), checkpoints.best()) == (None, None)
+        for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2), (6, 6), (7, 6)):
+            checkpoints.save(state_of(step), AT_THE_START | {"best_step": best}, step)
+            assert checkpoints.steps() == sorted({max(step - 1, 1), step, best})
+    with Checkpoints(tmp_path, create=True) as checkpoints:
+        assert (checkpoints.newest(), checkpoints.best()) == (7, 6)
+        checkpoints.save(state_of(8), AT_THE_START | {"best_step": 6}, 8)
+        checkpoints.save(state_of(9), AT_THE_START | {"best_step": 6}, 9)
+        assert checkpoints.steps() == [6, 8, 9]
+
+
+def test_a_step_saved_again_is_replaced(workdir):
+    save(workdir, 6, best=6)
+    with Checkpoints(workdir, create=False) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best()) == ([3, 6], 6)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(workdir):
+    shutil.copytree(workdir / "checkpoints" / "6", workdir / "checkpoints" / "9.orbax-checkpoint-tmp")
+    save(workdir, 9, best=3)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "6", "9"}
