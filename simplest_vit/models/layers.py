@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-
 # Stacks of up to so many layers are unrolled by `scan`. A loop copies what the backward pass needs into arrays of all
 # layers and out again, and fills these with zeros first: 9 % of a step of S/4 at batch 64 on a CPU.
 _MAX_UNROLLED = 12

@@ -1,0 +1,107 @@
+"""SIGKILL at random moments: nothing before the last finished checkpoint is lost, and the end is bit-equal."""
+
+import collections
+import random
+import re
+import signal
+
+import pytest
+
+from tests.faults.processes import Run, assert_same_end
+
+# Every part of a training in it: SAM on every second step, an average, Shampoo with roots that are 4 steps old.
+EVERYTHING = {
+    "arguments": "optimizer=shampoo",
+    "optimizer__precondition_frequency": 4,
+    "sam__rho": 0.05,
+    "sam__every": 2,
+    "ema__decay": 0.9,
+    "ema__every": 2,
+    "model__dropout": 0.1,
+}
+ADAM = {"arguments": "optimizer=adam"}
+SCHEDULE = {"steps": 400, "eval_every": 10, "checkpoint_every": 20, "log_every": 7}
+
+
+def phase(run, stderr):
+    """Where a killed process was, by what it had printed last and what is on the disk."""
+    lines = [line for line in stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d", line)]
+    if not lines:
+        return "import"
+    if run.being_written():
+        return "checkpoint"
+    if "epoch" not in stderr and "validation" not in stderr:
+        return "compilation"
+    last_step = int(re.findall(r"step (\d+)", lines[-1])[-1])
+    if "epoch" in lines[-1] and last_step % run.config.eval_every == 0:
+        return "evaluation"
+    return "training"
+
+
+def resumed_from(stderr):
+    found = re.search(r"going on from step (\d+)", stderr)
+    return int(found[1]) if found else 0
+
+
+def kill_until_finished(run, rng, kills, seconds):
+    """Kill and start again; count where the kills were.
+
+    Args:
+      run: The run.
+      rng: Where the moments come from.
+      kills: At most so many; then the run may finish.
+      seconds: That an uninterrupted run takes for its steps.
+
+    Returns:
+      Kills by phase.
+    """
+    phases = collections.Counter()
+    checkpoint = 0
+    for _ in range(kills):
+        # A quarter while it starts; the others so that the run may just last for all of them.
+        starting = rng.random() < 0.25
+        moment = rng.uniform(0, 8) if starting else rng.uniform(0, 2 * seconds / kills)
+        code, stderr = run.stop("" if starting else "epoch", moment, signal.SIGKILL)
+        assert "Traceback" not in stderr, stderr
+        if "parameters" in stderr:
+            assert resumed_from(stderr) == checkpoint, "progress up to a finished checkpoint was lost"
+        if code == 0:
+            return phases
+        assert code == -signal.SIGKILL, stderr
+        phases[phase(run, stderr)] += 1
+        checkpoint = run.finished_checkpoint()
+    assert resumed_from(run.finish()[0]) == checkpoint
+    return phases
+
+
+def check(folder, rng, kills, **options):
+    """A run that is killed again and again ends as one that is not: kills by phase."""
+    uninterrupted, killed = Run(folder / "uninterrupted", **options), Run(folder / "killed", **options)
+    _, seconds = uninterrupted.finish()
+    phases = kill_until_finished(killed, rng, kills, seconds)
+    print(f"{options['arguments']}: {sum(phases.values())} kills, {dict(phases)}")
+    assert_same_end(killed, uninterrupted.end())
+    return phases
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Prepared data, and a compilation cache that is warm: starts take seconds."""
+    folder = tmp_path_factory.mktemp("shared")
+    options = {"data__dir": str(folder), "cache": folder / "cache"}
+    for arguments in (ADAM, EVERYTHING):
+        Run(folder / arguments["arguments"], **options, **arguments, **SCHEDULE | {"steps": 20}).finish()
+    return options
+
+
+@pytest.mark.slow
+def test_kills_quick(tmp_path):
+    phases = check(tmp_path, random.Random(0), 4, data__dir=str(tmp_path), cache=tmp_path / "cache", **ADAM, **SCHEDULE)
+    assert sum(phases.values()) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(7))
+def test_kills(shared, tmp_path, seed):
+    arguments = EVERYTHING if seed == 0 else ADAM
+    assert sum(check(tmp_path, random.Random(seed), 9, **shared, **arguments, **SCHEDULE).values()) >= 5
