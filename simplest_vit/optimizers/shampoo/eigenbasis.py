@@ -42,11 +42,24 @@ def refresh_basis(
         return jnp.where(norm == 0, basis, jnp.linalg.eigh(unit)[1][..., ::-1])  # largest first
 
     def iterate() -> jax.Array:
-        return jnp.linalg.qr(jnp.matmul(unit, basis, precision=_HIGHEST))[0]
+        return _orthogonalize(jnp.matmul(unit, basis, precision=_HIGHEST))
 
     new = outright() if options.basis == "eigh" else jax.lax.cond(is_first, outright, iterate)
     error = jnp.matmul(new.mT, new, precision=_HIGHEST) - identity
     return new, (jnp.linalg.norm(error, axis=(-2, -1)) / n**0.5).astype(jnp.float32)
+
+
+def _orthogonalize(matrices: jax.Array) -> jax.Array:
+    """Returns the Q (N, n, n) of the QR decompositions of a stack.
+
+    On CPU one matrix after the other: two batched QRs at once, of two classes or two devices, wait for each other for
+    ever on two cores (jaxlib 0.10.2: a batched QR blocks a thread of the pool that its parts need).
+    """
+
+    def batched(matrices: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(matrices)[0]
+
+    return jax.lax.platform_dependent(matrices, cpu=lambda matrices: jax.lax.map(batched, matrices), default=batched)
 
 
 def rotate(blocks: jax.Array, bases: Sequence[jax.Array], options: ShampooOptions) -> jax.Array:
