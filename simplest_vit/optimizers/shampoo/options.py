@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -82,14 +83,15 @@ class ShampooOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError with the name, the value and the allowed range of a bad setting."""
-        self._require("b1", 0 <= self.b1 < 1, "in [0, 1)")
+        self._require_number("b1", lambda b1: 0 <= b1 < 1, "in [0, 1)")
         for name in ("b2", "grafting_b2"):
-            self._require(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
+            self._require_number(name, lambda b2: 0 < b2 <= 1, "in (0, 1]")
         for name in ("epsilon", "grafting_epsilon"):
-            value = getattr(self, name)
-            self._require(name, 0 < value < math.inf, "finite and > 0")
-        self._require("max_residual", self.max_residual > 0, "> 0")
-        self._require("initial_preconditioner", 0 <= self.initial_preconditioner < math.inf, ">= 0")
+            self._require_number(name, lambda epsilon: 0 < epsilon < math.inf, "finite and > 0")
+        self._require_number("max_residual", lambda residual: residual > 0, "> 0")
+        self._require_number("initial_preconditioner", lambda initial: 0 <= initial < math.inf, ">= 0")
+        for name in ("relative_epsilon", "stagger", "merge_dims", "precondition_1d"):
+            self._require(name, isinstance(getattr(self, name), bool), "True or False")
         for name in ("precondition_frequency", "max_preconditioner_dim", "shards"):
             value = getattr(self, name)
             self._require(name, _is_int(value) and value >= 1, "an integer >= 1")
@@ -123,6 +125,10 @@ class ShampooOptions:
     def _require(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:
             raise ValueError(f"{name}={getattr(self, name)!r}: it must be {allowed}.")
+
+    def _require_number(self, name: str, valid: Callable[[float], bool], allowed: str) -> None:
+        value = getattr(self, name)
+        self._require(name, isinstance(value, int | float) and not isinstance(value, bool) and valid(value), allowed)
 
     @property
     def start(self) -> int:

@@ -8,6 +8,7 @@ the model is; the matrices of one size and one root are decomposed together.
 import dataclasses
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,6 +105,20 @@ class Plan:
         return classes
 
     @property
+    def meanings(self) -> dict[str, str]:
+        """Settings that give a state of equal arrays another meaning, and a checksum of what lies where."""
+        options = self.options
+        layout = repr([(leaf.path, leaf.shape, leaf.num_layers, leaf.merged_shape) for leaf in self.leaves])
+        return {
+            "b2": "1" if options.b2 == 1 else "below 1",
+            "exponent_override": str(options.exponent_override),
+            "grafting": options.grafting,
+            "grafting_b2": "1" if options.grafting_b2 == 1 else "below 1",
+            "layout": f"{zlib.crc32(layout.encode()):08x}",
+            "relative_epsilon": str(options.relative_epsilon),
+        }
+
+    @property
     def stack_bytes(self) -> int:
         """Bytes of the statistics, the preconditioners and their two counters for each slot."""
         size = self.options.dtype.itemsize
@@ -118,7 +133,7 @@ class Plan:
         for stack in self.stacks:
             has_moment = method_for(stack.block_shape, self.options) in HAS_SECOND_MOMENT
             moments += stack.count * math.prod(stack.block_shape) * (mu_size + has_moment * size)
-        return 4 + moments + self.stack_bytes
+        return 4 + len(self.meanings) + moments + self.stack_bytes
 
     @property
     def step_flops(self) -> int:

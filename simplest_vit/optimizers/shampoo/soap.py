@@ -18,6 +18,7 @@ from simplest_vit.optimizers.shampoo.averages import (
 from simplest_vit.optimizers.shampoo.blocks import as_updates, from_blocks, gradient_leaves, to_blocks
 from simplest_vit.optimizers.shampoo.eigenbasis import carry_second_moment, refresh_basis, rotate
 from simplest_vit.optimizers.shampoo.grafting import SecondMoment, graft, grafted_steps, init_second_moments
+from simplest_vit.optimizers.shampoo.marks import Marks, check_marks, init_marks
 from simplest_vit.optimizers.shampoo.options import Basis, Grafting, resolve_options
 from simplest_vit.optimizers.shampoo.plan import Plan, StackAxes, make_plan
 from simplest_vit.optimizers.shampoo.refresh import Factor, init_factors, is_due, refresh
@@ -50,10 +51,12 @@ class ScaleBySoapState(NamedTuple):
     Attributes:
         count: int32, the number of steps taken.
         stacks: For each stack of the plan.
+        marks: What it was made with, by name.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the field's name in every optax state
     stacks: tuple[SoapStackState, ...]
+    marks: Marks
 
 
 def scale_by_soap(
@@ -124,25 +127,28 @@ def scale_by_soap(
         Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321. New here:
         second moments are carried over to a refreshed basis (`carry_second_moment`).
     """
-    options = resolve_options(
-        "soap",
-        b1=b1,
-        b2=b2,
-        grafting_epsilon=eps,
-        precondition_frequency=precondition_frequency,
-        start_preconditioning_step=start_preconditioning_step,
-        stagger=stagger,
-        max_preconditioner_dim=max_preconditioner_dim,
-        merge_dims=merge_dims,
-        precondition_1d=precondition_1d,
-        basis=basis,
-        max_residual=max_residual,
-        grafting=grafting,
-        preconditioner_dtype=preconditioner_dtype,
-        mu_dtype=mu_dtype,
-        shards=shards,
-        grafting_b2=b2,
-    )
+    try:
+        options = resolve_options(
+            "soap",
+            b1=b1,
+            b2=b2,
+            grafting_epsilon=eps,
+            precondition_frequency=precondition_frequency,
+            start_preconditioning_step=start_preconditioning_step,
+            stagger=stagger,
+            max_preconditioner_dim=max_preconditioner_dim,
+            merge_dims=merge_dims,
+            precondition_1d=precondition_1d,
+            basis=basis,
+            max_residual=max_residual,
+            grafting=grafting,
+            preconditioner_dtype=preconditioner_dtype,
+            mu_dtype=mu_dtype,
+            shards=shards,
+            grafting_b2=b2,
+        )
+    except ValueError as error:  # the options share a name with Shampoo's
+        raise ValueError(str(error).replace("grafting_epsilon=", "eps=")) from None
 
     def init(params: optax.Params) -> ScaleBySoapState:
         plan = make_plan(params, options, stack_axes)
@@ -152,18 +158,19 @@ def scale_by_soap(
             for stack, zeros in zip(plan.stacks, mu, strict=True)
         ]
         stacks = map(SoapStackState, mu, init_second_moments(plan), rotated_nu, init_factors(plan))
-        return ScaleBySoapState(jnp.zeros((), jnp.int32), place(tuple(stacks), plan, mesh))
+        return ScaleBySoapState(jnp.zeros((), jnp.int32), place(tuple(stacks), plan, mesh), init_marks(plan))
 
     def update(
         updates: optax.Updates, state: ScaleBySoapState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         plan = make_plan(updates if params is None else params, options, stack_axes)
         check_factors(plan, [stack.factors for stack in state.stacks])
+        check_marks(plan, state.marks)
         count = optax.safe_increment(state.count)
         step = spread(functools.partial(_step_stacks, plan=plan, mesh=mesh), plan, mesh)
         stacks, directions = step(count, state.stacks, to_blocks(plan, gradient_leaves(plan, updates)))
         leaves = from_blocks(plan, gather(directions, mesh))
-        return as_updates(plan, leaves, updates), ScaleBySoapState(count, stacks)
+        return as_updates(plan, leaves, updates), ScaleBySoapState(count, stacks, state.marks)
 
     return optax.GradientTransformation(init, update)
 

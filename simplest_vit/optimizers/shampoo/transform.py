@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from simplest_vit.optimizers.shampoo.averages import bias_correction, filter_gradients, init_momentum
 from simplest_vit.optimizers.shampoo.blocks import as_updates, from_blocks, gradient_leaves, to_blocks
 from simplest_vit.optimizers.shampoo.grafting import SecondMoment, graft, grafted_steps, init_second_moments
+from simplest_vit.optimizers.shampoo.marks import Marks, check_marks, init_marks
 from simplest_vit.optimizers.shampoo.options import Grafting, Root, resolve_options
 from simplest_vit.optimizers.shampoo.plan import Plan, StackAxes, make_plan
 from simplest_vit.optimizers.shampoo.refresh import Factor, init_factors, refresh
@@ -41,10 +42,12 @@ class ScaleByShampooState(NamedTuple):
         count: int32, the number of steps taken.
         stacks: For each stack of the plan. Entries of parameters that are not preconditioned are a
             stack of blocks without axes.
+        marks: What it was made with, by name.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the field's name in every optax state
     stacks: tuple[StackState, ...]
+    marks: Marks
 
 
 def scale_by_shampoo(
@@ -159,18 +162,19 @@ def scale_by_shampoo(
     def init(params: optax.Params) -> ScaleByShampooState:
         plan = make_plan(params, options, stack_axes)
         stacks = map(StackState, init_momentum(plan), init_second_moments(plan), init_factors(plan))
-        return ScaleByShampooState(jnp.zeros((), jnp.int32), place(tuple(stacks), plan, mesh))
+        return ScaleByShampooState(jnp.zeros((), jnp.int32), place(tuple(stacks), plan, mesh), init_marks(plan))
 
     def update(
         updates: optax.Updates, state: ScaleByShampooState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByShampooState]:
         plan = make_plan(updates if params is None else params, options, stack_axes)
         check_factors(plan, [stack.factors for stack in state.stacks])
+        check_marks(plan, state.marks)
         count = optax.safe_increment(state.count)
         step = spread(functools.partial(_step_stacks, plan=plan, mesh=mesh), plan, mesh)
         stacks, directions = step(count, state.stacks, to_blocks(plan, gradient_leaves(plan, updates)))
         leaves = from_blocks(plan, gather(directions, mesh))
-        return as_updates(plan, leaves, updates), ScaleByShampooState(count, stacks)
+        return as_updates(plan, leaves, updates), ScaleByShampooState(count, stacks, state.marks)
 
     return optax.GradientTransformation(init, update)
 
