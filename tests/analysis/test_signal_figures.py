@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from simplest_vit.analysis import contrasts, signal_figure, signal_propagation
 from simplest_vit.analysis.runs import read_curves
@@ -76,6 +77,28 @@ def test_every_panel_has_title_labels_and_the_data(analysed):
     for name in ("signal_propagation", "overview"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
         assert (folder / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_gaussian_inputs_are_noise_of_the_shape_of_the_images(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(signal_propagation, "CONTRASTS", {})
+    monkeypatch.setattr(signal_propagation, "analyse", lambda name, models, config, *batch: seen.append(batch))
+    monkeypatch.setattr(signal_propagation, "write", lambda results, folder, title: seen.append(title))
+    for seed, inputs in ((1, "gaussian"), (1, "gaussian"), (2, "gaussian"), (1, "images")):
+        config = tiny_config(data__dir=str(tmp_path / "tfds"), seed=seed)
+        signal_propagation.signal_propagation(config, str(tmp_path / "run"), inputs=inputs)
+    (image, label), (again, _), (other, _), (pictures, _) = seen[::2]
+    assert image.shape == pictures.shape == (16, 8, 8, 1)
+    np.testing.assert_array_equal(image, again)
+    assert scipy.stats.kstest(np.ravel(image), "norm").pvalue > 0.01
+    assert scipy.stats.kstest(np.ravel(pictures), "norm").pvalue < 1e-6
+    assert abs(np.corrcoef(np.ravel(image), np.ravel(other))[0, 1]) < 0.1
+    np.testing.assert_array_equal(np.sort(label, axis=-1), np.eye(10)[[9] * 16])
+    assert len(np.unique(np.argmax(label, axis=-1))) > 3
+    assert [("Gaussian images" in title, "images of digits" in title) for title in seen[1::2]] == [
+        *[(True, False)] * 3,
+        (False, True),
+    ]
 
 
 def test_what_is_shown_of_a_cosine_is_its_distance_from_one():
