@@ -32,6 +32,7 @@ import input_pipeline
 from configs import common
 from simplest_vit.data import host
 from simplest_vit.data.decode import decode_image
+from simplest_vit.data.prepare import Parser
 from simplest_vit.errors import UserError
 
 # Stages, each with all before it.
@@ -209,7 +210,7 @@ def benchmark_host(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="data set, as in data.name")
     parser.add_argument("--data_dir")
     parser.add_argument("--manual_dir")
@@ -217,12 +218,13 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement")
     parser.add_argument("--train_step_s", type=float, help="time of a train step of this batch size")
-    arguments = parser.parse_args()
-    print(f"{arguments.name}, batch {arguments.batch_size}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores")
     try:
+        arguments = parser.parse_args()
+        print(f"{arguments.name}, batch {arguments.batch_size}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores")
         (benchmark_host if arguments.name == "imagenet" else benchmark_device)(arguments)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from simplest_vit.errors import Interrupted, TrainingError, UserError
 
@@ -50,7 +51,7 @@ def run(
         signal.signal(number, _interrupt)
     try:
         app.run(
-            lambda arguments: program(arguments[1:]),
+            lambda arguments: _run_program(program, arguments[1:]),
             flags_parser=lambda argv: _parse(argv, usage, required, positional),
         )
     except UserError as error:
@@ -71,16 +72,40 @@ def _interrupt(number: int, frame: Any) -> None:
     raise Interrupted(f"{signal.Signals(number).name}; the same command starts again")
 
 
+def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run; what the machine lacks is the user's to mend as well."""
+    try:
+        program(arguments)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}; install what the programs need: pip install -r requirements.txt") from error
+    except (RuntimeError, AssertionError) as error:
+        if _raised_in(error) != "jax._src.xla_bridge":
+            raise
+        reason = (str(error).splitlines() or ["there is no such device"])[0]
+        raise UserError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}; install jax for that device, or choose "
+            "another: JAX_PLATFORMS=cpu"
+        ) from error
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module that raised an exception."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals["__name__"] if frames else ""
+
+
 def _parse(argv: list[str], usage: str, required: tuple[str, ...], positional: bool) -> list[str]:
     """Parse flags; a config that cannot be made of them is the user's mistake."""
     try:
         remaining = flags.FLAGS(argv)
         for name in required:
-            if flags.FLAGS[name].value is None:
+            if flags.FLAGS[name].value in (None, ""):
                 raise UserError(f"--{name} is missing; usage: {usage}")
         if CONFIG.value is not None:
-            CONFIG.value.to_dict()  # a file that cannot be read is told only at the first use
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+            getattr(CONFIG.value, "to_dict", None)  # a file that cannot be read is told only at the first use
+            if not isinstance(CONFIG.value, ConfigDict):
+                raise UserError("--config: get_config of the file returns no ConfigDict; see configs/digits.py")
+    except Exception as error:  # a config file is a program: it may raise anything
         raise UserError(_explain(error)) from error
     if len(remaining) > 1 and not positional:
         raise UserError(f"unexpected argument {remaining[1]!r}; every option is a --flag")
@@ -98,10 +123,8 @@ def _explain(error: BaseException) -> str:
         return f"a --config.FIELD flag names {name!r}, which this config has not; its fields are in configs/common.py"
     if isinstance(innermost, UserError):
         return str(innermost)
-    if len(chain) == 1:
-        return str(innermost).splitlines()[0]
     message = (str(innermost).splitlines() or [""])[-1].strip()
-    if isinstance(error, flags.Error) and not isinstance(innermost, SyntaxError | ImportError | OSError):
-        first = str(error).splitlines()[0]
-        return first if message in first else f"{first} {message}"
-    return f"--config cannot be loaded: {type(innermost).__name__}: {message}"
+    if not isinstance(error, flags.Error) or isinstance(innermost, SyntaxError | ImportError | OSError):
+        return f"--config cannot be loaded: {type(innermost).__name__}: {message}"
+    first = str(error).splitlines()[0]
+    return first if message in first else f"{first} {message}"

@@ -22,8 +22,9 @@ from absl import flags
 from simplest_vit import cli
 from simplest_vit.analysis.report import table
 from simplest_vit.analysis.runs import Group, Run, find_runs
+from simplest_vit.config import check_config
 from simplest_vit.errors import UserError
-from simplest_vit.training.workdir import RESULTS, flatten
+from simplest_vit.training.workdir import RESULTS, check_workdir, flatten
 
 log = logging.getLogger("simplest_vit")
 
@@ -166,6 +167,8 @@ def main() -> None:
         if project.value is not None and shutil.which("wandb") is None:
             raise UserError("--wandb needs Weights & Biases; install it: pip install wandb")
         config = cli.CONFIG.value
+        check_config(config)
+        check_workdir(str(cli.WORKDIR.value), {})
         grid = parse_grid(axes.value, config)
         points = plan(grid, seeds.value, config.seed, str(cli.WORKDIR.value), _config_arguments(sys.argv[1:]))
         if printed.value:

@@ -12,7 +12,6 @@ import numpy as np
 
 from simplest_vit.data.mix import cutmix, mixup
 from simplest_vit.data.rand_augment import rand_augment
-from simplest_vit.errors import UserError
 
 Batch = dict[str, jax.Array]
 
@@ -44,19 +43,6 @@ class Preprocessing:
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
     mixup_mode: str = "batch"
-
-    def __post_init__(self) -> None:
-        if self.crop_padding < 0:
-            raise UserError(f"data.crop_padding={self.crop_padding}: expected 0 (off) or more pixels")
-        if self.num_ops < 0:
-            raise UserError(f"data.rand_augment.num_ops={self.num_ops}: expected 0 (off) or more")
-        if not 0 <= self.magnitude <= 30:
-            raise UserError(f"data.rand_augment.magnitude={self.magnitude}: expected 0 to 30")
-        for name in ("mixup_alpha", "cutmix_alpha"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"data.{name}={getattr(self, name)}: expected 0 (off) or a positive number")
-        if self.mixup_mode not in ("batch", "example"):
-            raise UserError(f"data.mixup_mode={self.mixup_mode}: expected batch or example")
 
     @classmethod
     def from_config(

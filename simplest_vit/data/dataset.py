@@ -14,7 +14,6 @@ from simplest_vit.data.prepare import prepare
 from simplest_vit.errors import UserError
 
 _LOG = logging.getLogger(__name__)
-_DEFAULT_IMAGE_SIZE = 224  # of data sets whose images have no common size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +92,26 @@ _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "image_folder": _IMAGENET,
 }
 
+# (H, W, C) of the images; where they have no common size, what they are resized to.
+_IMAGE_SHAPES = {
+    "digits": (8, 8, 1),
+    "cifar10": (32, 32, 3),
+    "cifar100": (32, 32, 3),
+    "tiny_imagenet": (64, 64, 3),
+    "imagenet": (224, 224, 3),
+    "image_folder": (224, 224, 3),
+}
+
+
+def image_shape(data: Any) -> tuple[int, int, int]:
+    """Returns (H, W, C) of a preprocessed image, which is known before the data set is there.
+
+    Args:
+      data: `config.data`.
+    """
+    height, width, channels = _IMAGE_SHAPES[data.name]
+    return (data.image_size or height, data.image_size or width, channels)
+
 
 def load(data: Any) -> Dataset:
     """Loads a data set, and prepares it first where that has not been done.
@@ -117,11 +136,7 @@ def load(data: Any) -> Dataset:
         expected = "fine or coarse" if "coarse_label" in features else "fine"
         raise UserError(f"data.label={data.label}: expected {expected} for {data.name}")
     train, validation = (_open(builder, split, label) for split in ("train", _validation_split(builder)))
-    height, width, channels = features["image"].shape
-    size = data.image_size
-    if size is not None and size <= 0:
-        raise UserError(f"data.image_size={size}: expected a positive number of pixels, or none for the images' own")
-    shape = (size, size, channels) if size else (height or _DEFAULT_IMAGE_SIZE, width or _DEFAULT_IMAGE_SIZE, channels)
+    shape = image_shape(data)
     num_bytes = (len(train) + len(validation)) * int(np.prod(shape))
     budget = data.device_budget_bytes
     where = f"{data.name}: {len(train):,} + {len(validation):,} images of {'x'.join(map(str, shape))}"

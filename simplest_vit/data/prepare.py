@@ -17,12 +17,16 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tensorflow_datasets as tfds
+from absl import logging as absl_logging
 
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.errors import UserError
+
+# TFDS warns of every folder that it has not filled yet.
+absl_logging.get_absl_logger().addFilter(lambda record: "has no dataset_info.json" not in record.getMessage())
 
 
 def prepare(
@@ -44,8 +48,11 @@ def prepare(
     """
     if name not in BUILDERS:
         raise UserError(f"data.name={name}: unknown; expected one of {', '.join(BUILDERS)}")
-    root = Path(data_dir or "~/tensorflow_datasets").expanduser()
-    originals = None if manual_dir is None else Path(manual_dir).expanduser()
+    try:
+        root = Path(data_dir or "~/tensorflow_datasets").expanduser()
+        originals = None if manual_dir is None else Path(manual_dir).expanduser()
+    except RuntimeError as error:  # of an unknown user
+        raise UserError(f"data.dir={data_dir}, data.manual_dir={manual_dir}: {error} Name another folder") from error
     if originals is not None and not originals.is_dir():
         raise UserError(f"data.manual_dir={manual_dir}: no such folder; give the one with the original files")
     options: dict[str, Any] = {"skip_corrupt": True} if skip_corrupt else {}
@@ -123,17 +130,25 @@ def describe(builder: tfds.core.DatasetBuilder) -> str:
     return "\n".join(lines)
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; usage: {' '.join(self.format_usage().split()[1:])}")
+
+
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="simplest_vit.data.prepare"
     )
     parser.add_argument("name", help=", ".join(BUILDERS))
     parser.add_argument("--data_dir", help="where TFDS data sets live (default: ~/tensorflow_datasets)")
     parser.add_argument("--manual_dir", help="folder with the original files (default: download them)")
     parser.add_argument("--skip_corrupt", action="store_true", help="leave damaged images out instead of failing")
-    arguments = parser.parse_args()
     try:
+        arguments = parser.parse_args()
         builder = prepare(arguments.name, arguments.data_dir, arguments.manual_dir, skip_corrupt=arguments.skip_corrupt)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

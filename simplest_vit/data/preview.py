@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw
 import input_pipeline
 from input_pipeline import Batch, Dataset
 from simplest_vit import cli
+from simplest_vit.config import check_config
+from simplest_vit.errors import UserError
 
 _CAPTION_HEIGHT = 22
 _MIN_CELL = 96  # small images are magnified to about this size
@@ -55,9 +57,15 @@ def _captions(dataset: Dataset, label: np.ndarray) -> list[str]:
 def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
+    check_config(config)
     dataset = input_pipeline.load(config.data)
     batch = next(input_pipeline.train_batches(dataset, config, start_step=0, sharding=None))
-    Image.fromarray(image_grid(dataset, batch)).save(_OUTPUT.value)
+    try:
+        Image.fromarray(image_grid(dataset, batch)).save(_OUTPUT.value)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--output={_OUTPUT.value} cannot be written ({error}); expected a path such as a.png"
+        ) from error
     print(f"wrote {_OUTPUT.value}")
 
 

@@ -66,8 +66,10 @@ def create_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.Gradie
         raise UserError(f"config.optimizer.name={settings.name!r} is unknown; expected one of {', '.join(OPTIMIZERS)}")
     try:
         optimizer = OPTIMIZERS[settings.name](config, learning_rate)
-    except ValueError as error:
-        raise UserError(f"config.optimizer: {error}") from error
+    except ValueError as error:  # its message begins with the field
+        raise UserError(f"config.optimizer.{error}") from error
+    except TypeError as error:
+        raise UserError(f"config.optimizer: {error}; the settings are in configs/common.py") from error
     chain = [optimizer]
     if config.weight_decay and config.decoupled_weight_decay:
         # Behind the optimizer, whose updates already have the learning rate and its sign.

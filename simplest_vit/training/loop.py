@@ -1,7 +1,6 @@
 """A run, from a config and a folder: train, evaluate, checkpoint, report."""
 
 import contextlib
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from simplest_vit.training.state import (
     state_initializer,
 )
 from simplest_vit.training.step import make_eval_step, make_train_step
-from simplest_vit.training.workdir import RESULTS, check_workdir, claim_workdir, flatten, write_results
+from simplest_vit.training.workdir import RESULTS, check_workdir, claim_workdir, flatten, read_json, write_results
 from simplest_vit.training.writers import metric_writers, periodic_actions
 
 # What `results.json` takes over from the last evaluation.
@@ -74,7 +73,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         step = checkpoints.newest() or 0
         if step == run.total_steps and (run.path / RESULTS).exists():
             log.info("%s has finished: its %s is repeated here", run.path, RESULTS)
-            return json.loads((run.path / RESULTS).read_text())
+            return read_json(run.path / RESULTS)
         writer = metric_writers.create_default_writer(run.path)
         stack.callback(writer.close)
         if step:

@@ -59,6 +59,23 @@ def write_results(path: pathlib.Path, outcome: dict[str, Any]) -> None:
         ) from error
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Read a file of a run.
+
+    Raises:
+      UserError: If it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); choose another --workdir, or remove the damaged run"
+        ) from error
+    return content
+
+
 def check_workdir(workdir: str, config: dict[str, Any]) -> pathlib.Path:
     """Find that a folder is free for a config's run, or holds just that run. Writes nothing.
 
@@ -72,8 +89,11 @@ def check_workdir(workdir: str, config: dict[str, Any]) -> pathlib.Path:
     Raises:
       UserError: If it cannot be written, is a file, or belongs to another config.
     """
-    path = pathlib.Path(workdir).expanduser().absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        path = pathlib.Path(workdir).expanduser().absolute()
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, not text
+        raise UserError(f"--workdir={workdir} is no path of a folder ({error}); choose another") from error
     if not existing.is_dir():
         raise UserError(f"--workdir={workdir}: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -99,10 +119,7 @@ def claim_workdir(path: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def _check_same(record: pathlib.Path, config: dict[str, Any]) -> None:
-    try:
-        old = flatten(json.loads(record.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{record} cannot be read ({error}); choose another --workdir") from error
+    old = flatten(read_json(record))
     new = flatten(config)
     for name in sorted(old.keys() | new.keys()):
         if name.startswith(_MAY_CHANGE) or old.get(name) == new.get(name):

@@ -7,7 +7,6 @@ import pytest
 
 from simplest_vit.data import mix
 from simplest_vit.data.augment import Preprocessing, normalize, random_crop_and_flip, train_batch
-from simplest_vit.errors import UserError
 
 RNG = np.random.default_rng(0)
 
@@ -113,19 +112,3 @@ def test_with_mixup_and_cutmix_batches_draw_one_of_them():
         )
         kinds.add("cutmix" if np.all(copied) else "mixup")
     assert kinds == {"mixup", "cutmix"}
-
-
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
-        ({"crop_padding": -1}, "data.crop_padding=-1"),
-        ({"mixup_alpha": -0.2}, "data.mixup_alpha=-0.2"),
-        ({"cutmix_alpha": float("nan")}, "data.cutmix_alpha=nan"),
-        ({"mixup_mode": "pixel"}, "data.mixup_mode=pixel"),
-        ({"rand_augment": {"num_ops": -1, "magnitude": 10}}, "data.rand_augment.num_ops=-1"),
-        ({"rand_augment": {"num_ops": 2, "magnitude": 31}}, "data.rand_augment.magnitude=31"),
-    ],
-)
-def test_wrong_options_are_named(make_config, options, field):
-    with pytest.raises(UserError, match=field):
-        Preprocessing.from_config(make_config("digits", dir="", **options).data, (0.0,), (1.0,), 10)
