@@ -38,7 +38,7 @@ def run(
       positional: Whether arguments without a flag are allowed.
     """
     # The libraries tell what goes wrong, this project also what goes on.
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.ERROR)
     # Orbax logs whatever it raises as well, with a traceback for each of its threads.
     logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     handler = logging.StreamHandler(sys.stderr)
@@ -99,9 +99,9 @@ def _parse(argv: list[str], usage: str, required: tuple[str, ...], positional: b
     try:
         remaining = flags.FLAGS(argv)
         for name in required:
-            if flags.FLAGS[name].value in (None, ""):
+            if flags.FLAGS[name].value in (None, "") and not (name == CONFIG.name and flags.FLAGS[name].present):
                 raise UserError(f"--{name} is missing; usage: {usage}")
-        if CONFIG.value is not None:
+        if flags.FLAGS[CONFIG.name].present:
             getattr(CONFIG.value, "to_dict", None)  # a file that cannot be read is told only at the first use
             if not isinstance(CONFIG.value, ConfigDict):
                 raise UserError("--config: get_config of the file returns no ConfigDict; see configs/digits.py")

@@ -5,8 +5,6 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
     "--config.steps=4",
@@ -41,21 +39,3 @@ def test_train_then_evaluate(tmp_path):
     assert evaluated.returncode == 0, evaluated.stderr
     latest = json.loads(evaluated.stdout)["latest"]
     assert latest["validation_accuracy"] == results["validation_accuracy"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--config is missing"),
-        (["--config", "configs/none.py"], "No such file or directory: 'configs/none.py'"),
-        (["--config", "configs/digits.py", "--config.epoch=3"], "names 'epoch', which this config has not"),
-        (["--config", "configs/digits.py:model=resnet"], "config argument model=resnet is unknown"),
-        (["--config", "configs/digits.py", "--config.epochs=many"], "--config.epochs=many"),
-    ],
-)
-def test_a_mistake_is_one_line(tmp_path, arguments, message):
-    done = main(*arguments, "--workdir", tmp_path / "run")
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "run").exists()

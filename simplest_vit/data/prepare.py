@@ -21,12 +21,10 @@ from typing import Any, NoReturn
 
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
+from google.protobuf.json_format import ParseError
 
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.errors import UserError
-
-# TFDS warns of every folder that it has not filled yet.
-absl_logging.get_absl_logger().addFilter(lambda record: "has no dataset_info.json" not in record.getMessage())
 
 
 def prepare(
@@ -53,14 +51,21 @@ def prepare(
         originals = None if manual_dir is None else Path(manual_dir).expanduser()
     except RuntimeError as error:  # of an unknown user
         raise UserError(f"data.dir={data_dir}, data.manual_dir={manual_dir}: {error} Name another folder") from error
-    if originals is not None and not originals.is_dir():
-        raise UserError(f"data.manual_dir={manual_dir}: no such folder; give the one with the original files")
+    if originals is not None and not (originals.is_dir() and any(originals.iterdir())):
+        problem = "an empty folder" if originals.is_dir() else "no such folder"
+        raise UserError(f"data.manual_dir={manual_dir}: {problem}; give the one with the original files")
     options: dict[str, Any] = {"skip_corrupt": True} if skip_corrupt else {}
     if name == "image_folder":
         if originals is None:
             raise UserError("data.manual_dir: not set; image_folder needs the folder with train/ and val/")
         options["folder"] = originals
-    builder = BUILDERS[name](data_dir=root, **options)
+    try:
+        builder = BUILDERS[name](data_dir=root, **options)
+    except (ValueError, ParseError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"data.dir={root}: {name} is damaged there ({reason}); remove it to prepare it anew") from error
     if builder.is_prepared():
         return builder
     try:
@@ -147,6 +152,7 @@ def main() -> None:
     parser.add_argument("--data_dir", help="where TFDS data sets live (default: ~/tensorflow_datasets)")
     parser.add_argument("--manual_dir", help="folder with the original files (default: download them)")
     parser.add_argument("--skip_corrupt", action="store_true", help="leave damaged images out instead of failing")
+    absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS warns of every folder that it has not filled yet
     try:
         arguments = parser.parse_args()
         builder = prepare(arguments.name, arguments.data_dir, arguments.manual_dir, skip_corrupt=arguments.skip_corrupt)

@@ -3,6 +3,9 @@
 python -m simplest_vit.data.preview --config configs/cifar10.py:setup=simple_vit --output preview.png
 """
 
+import os
+import pathlib
+
 import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw
@@ -58,15 +61,13 @@ def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
     check_config(config)
+    output = pathlib.Path(_OUTPUT.value)
+    if output.suffix not in Image.registered_extensions() or not os.access(output.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output={output} cannot be written; expected a picture in a folder of yours, such as a.png")
     dataset = input_pipeline.load(config.data)
     batch = next(input_pipeline.train_batches(dataset, config, start_step=0, sharding=None))
-    try:
-        Image.fromarray(image_grid(dataset, batch)).save(_OUTPUT.value)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--output={_OUTPUT.value} cannot be written ({error}); expected a path such as a.png"
-        ) from error
-    print(f"wrote {_OUTPUT.value}")
+    Image.fromarray(image_grid(dataset, batch)).save(output)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,445 @@
+"""Mistakes in configs, flags, files and the environment: each ends with 2, is told in one line, and leaves nothing.
+
+Each row is a command line and words of its line on standard error, where {new} is an empty folder and {old} holds what
+`old` makes. All run as processes of their own; `ForkServer` makes that cheap.
+"""
+
+import io
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simplest_vit.data.prepare import prepare
+from tests.fork_server import ForkServer
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# What a run logs before its mistake can be found.
+LOG = re.compile(r"\d\d:\d\d:\d\d  |preparing |(?!error: ).*: not a complete image")
+
+# (optimizer, field, value, expected)
+FIELDS = [
+    ("adam", "batch_size", "0", "an integer from 1"),
+    ("adam", "batch_size", "-128", "an integer from 1"),
+    ("adam", "batch_size", "128.0", "an integer from 1"),
+    ("adam", "batch_size", "True", "an integer from 1"),
+    ("adam", "batch_size", "10**12", "an integer from 1 to 2,147,483,647"),
+    ("adam", "batch_size", "None", "an integer from 1"),
+    ("adam", "batch_size", "[128]", "an integer from 1"),
+    ("adam", "accumulation_steps", "0", "an integer from 1"),
+    ("adam", "accumulation_steps", "3", "a divisor of config.batch_size=128"),
+    ("adam", "seed", "-1", "an integer from 0"),
+    ("adam", "seed", "2**40", "an integer from 0"),
+    ("adam", "epochs", "0", "a number above 0"),
+    ("adam", "epochs", "nan", "a number above 0"),
+    ("adam", "epochs", "1e9", "a number above 0, at most 1e+06"),
+    ("adam", "steps", "0", "an integer from 1 to 2,147,483,647, or None"),
+    ("adam", "steps", "'many'", "an integer from 1"),
+    ("adam", "warmup_steps", "-1", "an integer from 0"),
+    ("adam", "grad_clip", "-1.0", "a number from 0"),
+    ("adam", "grad_clip", "inf", "a number from 0"),
+    ("adam", "weight_decay", "nan", "a number from 0"),
+    ("adam", "weight_decay", "'5e-5'", "a number from 0"),
+    ("adam", "decoupled_weight_decay", "1", "True or False"),
+    ("adam", "label_smoothing", "1.0", "a number in [0, 1)"),
+    ("adam", "label_smoothing", "-0.1", "a number in [0, 1)"),
+    ("adam", "compute_dtype", "'float16'", "one of float32, bfloat16"),
+    ("adam", "compute_dtype", "None", "one of float32, bfloat16"),
+    ("adam", "max_skipped_steps", "0", "an integer from 1"),
+    ("adam", "eval_every", "0", "an integer from 1"),
+    ("adam", "checkpoint_every", "-5", "an integer from 1"),
+    ("adam", "log_every", "2.5", "an integer from 1"),
+    ("adam", "sam.rho", "-0.05", "a number from 0"),
+    ("adam", "sam.every", "0", "an integer from 1"),
+    ("adam", "ema.decay", "1.0", "a number in [0, 1)"),
+    ("adam", "ema.every", "0", "an integer from 1"),
+    ("adam", "profile.first_step", "-1", "an integer from 0"),
+    ("adam", "profile.num_steps", "0", "an integer from 1"),
+    ("adam", "model.name", "'resnet'", "is unknown; expected one of simplest_vit, simple_vit"),
+    ("adam", "model.name", "None", "a name"),
+    ("adam", "model.variant", "'XXL'", "is unknown; expected one of Ti, S, B, L"),
+    ("adam", "model.depth", "0", "an integer from 1"),
+    ("adam", "model.depth", "10**9", "an integer from 1 to 1,000"),
+    ("adam", "model.width", "-48", "an integer from 1"),
+    ("adam", "model.width", "6", "a multiple of 4 and at least 8"),
+    ("adam", "model.num_heads", "5", "config.model.width=48 is not divisible by config.model.num_heads=5"),
+    ("adam", "model.mlp_dim", "0", "an integer from 1"),
+    ("adam", "model.patch_size", "3", "does not divide the image size 8 x 8"),
+    ("adam", "model.patch_size", "0", "an integer from 1"),
+    ("adam", "model.dropout", "1.0", "a number in [0, 1)"),
+    ("adam", "model.remat", "'yes'", "True or False"),
+    ("adam", "model.attention", "'softmax'", "is unknown; expected one of espa"),
+    ("adam", "model.activation", "'gelu'", "is unknown; expected one of"),
+    ("adam", "model.init", "'xavier'", "is unknown; expected one of paper, reference"),
+    ("adam", "model.gamma_max_depth", "0.0", "must lie in (0, 10]"),
+    ("adam", "model.gamma_max_depth", "50.0", "a number from 0 to 10"),
+    ("adam", "model.rho_max_depth", "1.0", "must lie in (0, 1)"),
+    ("adam", "model.c_val_0_target", "1.5", "a number from 0 to 1"),
+    ("adam", "model.c_val_0_target", "0.99", "is out of reach for depth 12"),
+    ("adam", "model", "3", "config.model is unknown"),
+    ("adam", "data.name", "'mnist'", "one of digits, cifar10"),
+    ("adam", "data.dir", "3", "the path of a folder, or None"),
+    ("adam", "data.dir", "'~nobody-of-this-name/data'", "the path of a folder"),
+    ("adam", "data.manual_dir", "''", "the path of a folder"),
+    ("adam", "data.label", "'coarse'", "must be 'fine' for digits"),
+    ("adam", "data.label", "'superclass'", "one of fine, coarse"),
+    ("adam", "data.image_size", "-8", "an integer from 1"),
+    ("adam", "data.image_size", "9", "does not divide the image size 9 x 9"),
+    ("adam", "data.random_resized_crop", "0.5", "True or False"),
+    ("adam", "data.crop_padding", "-4", "an integer from 0"),
+    ("adam", "data.flip", "'left'", "True or False"),
+    ("adam", "data.rand_augment.num_ops", "-1", "an integer from 0"),
+    ("adam", "data.rand_augment.magnitude", "31", "an integer from 0 to 30"),
+    ("adam", "data.mixup_alpha", "-0.2", "a number from 0"),
+    ("adam", "data.cutmix_alpha", "nan", "a number from 0"),
+    ("adam", "data.mixup_mode", "'pixel'", "one of batch, example"),
+    ("adam", "data.device_budget_bytes", "-1", "an integer from 0"),
+    ("adam", "data.num_workers", "10**6", "an integer from 0 to 1,024"),
+    ("adam", "optimizer.name", "'lion'", "is unknown; expected one of adam, muon, shampoo, soap"),
+    ("adam", "optimizer.learning_rate", "0.0", "a number above 0"),
+    ("adam", "optimizer.learning_rate", "'1e-3'", "a number above 0"),
+    ("adam", "optimizer.b1", "1.0", "a number in [0, 1)"),
+    ("adam", "optimizer.b2", "-0.5", "a number in [0, 1)"),
+    ("adam", "optimizer.eps", "0.0", "a number above 0"),
+    ("adam", "optimizer.beta", "0.9", "config.optimizer.beta is unknown; "),
+    ("muon", "optimizer.beta", "1.0", "a number in [0, 1)"),
+    ("muon", "optimizer.adam_learning_rate", "-1e-3", "a number above 0"),
+    ("shampoo", "optimizer.preset", "'slow'", "it must be 'fast' or 'reference'"),
+    ("shampoo", "optimizer.b1", "1.0", "it must be in [0, 1)"),
+    ("shampoo", "optimizer.b2", "'0.99'", "it must be in (0, 1]"),
+    ("shampoo", "optimizer.epsilon", "0.0", "it must be finite and > 0"),
+    ("shampoo", "optimizer.epsilon", "nan", "it must be finite and > 0"),
+    ("shampoo", "optimizer.precondition_frequency", "0", "it must be an integer >= 1"),
+    ("shampoo", "optimizer.start_preconditioning_step", "-1", "it must be an integer >= 0"),
+    ("shampoo", "optimizer.max_preconditioner_dim", "0", "it must be an integer >= 1"),
+    ("shampoo", "optimizer.root", "'svd'", "it must be one of ('auto', 'eigh', 'newton')"),
+    ("shampoo", "optimizer.grafting", "'lion'", "it must be one of ('none', "),
+    ("shampoo", "optimizer.stagger", "2", "it must be True or False"),
+    ("soap", "optimizer.basis", "'svd'", "it must be one of ('qr', 'eigh')"),
+    ("soap", "optimizer.eps", "-1.0", "it must be finite and > 0"),
+    ("soap", "optimizer.root", "'eigh'", "unexpected keyword argument 'root'"),
+    ("adam", "weigth_decay", "0.1", "is unknown; did you mean config.weight_decay?"),
+    ("adam", "model.heads", "3", "is unknown; did you mean"),
+    ("adam", "log_every", "missing", "is missing; its default and meaning are in configs/common.py"),
+    ("adam", "optimizer", "missing", "config.optimizer.name is missing"),
+    ("adam", "data.rand_augment", "missing", "config.data.rand_augment.num_ops is missing"),
+]
+
+# Config files, and what is said of them.
+CONFIGS = {
+    "syntax.py": ("def get_config(:", "--config cannot be loaded: SyntaxError: invalid syntax (syntax.py, line 1)"),
+    "without.py": ("x = 3", "has no attribute 'get_config'"),
+    "raises.py": ("def get_config():\n    return 1 / 0", "ZeroDivisionError: division by zero"),
+    "imports.py": ("import nonsuch", "No module named 'nonsuch'"),
+    "returns.py": ("def get_config():\n    return {'seed': 1}", "returns no ConfigDict"),
+    "nothing.py": ("def get_config():\n    pass", "returns no ConfigDict"),
+    "empty.py": (
+        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict()",
+        "config.seed is missing",
+    ),
+    "text.py": ("Dear config,", "SyntaxError"),
+    "binary.py": ("\0\1\2", "--config cannot be loaded"),
+}
+
+IMPORT = "simplest_vit.interop.import_reference --config configs/digits.py --workdir {new}/run"
+SWEEP = "simplest_vit.sweep --config configs/digits.py"
+DIGITS = "main.py --config configs/digits.py --workdir {new}/run"
+OLD = "main.py --config {old}/tiny.py --workdir {old}"
+CIFAR = "main.py --config configs/cifar10.py --workdir {new}/run --config.data.dir={new}/data"
+PREPARE = "simplest_vit.data.prepare"
+
+# (command, expected)
+COMMANDS = [
+    ("main.py", "--config is missing; usage: python main.py"),
+    ("main.py --config configs/digits.py", "--workdir is missing; usage: "),
+    ("main.py --config configs/digits.py --workdir=", "--workdir is missing; usage: "),
+    ("main.py --config configs/none.py --workdir {new}/run", "No such file or directory: 'configs/none.py'"),
+    ("main.py --config {old} --workdir {new}/run", "Is a directory"),
+    ("main.py --config configs/digits.py:model=resnet --workdir {new}/run", "config argument model=resnet is unknown"),
+    ("main.py --config configs/digits.py:optimiser=adam --workdir {new}/run", "'optimiser=adam' is unknown; expected"),
+    ("main.py --config configs/digits.py:adam --workdir {new}/run", "config argument 'adam' is unknown"),
+    (DIGITS + " --mode fly", "--mode=fly: value should be one of <train|evaluate|predict>"),
+    (DIGITS + " --mod fly --wrkdir", "Unknown command line flag"),
+    (DIGITS + " more", "unexpected argument 'more'"),
+    (DIGITS + " --config.epoch=3", "names 'epoch', which this config has not"),
+    (DIGITS + " --config.model.deep=3", "names 'deep', which this config has not"),
+    (DIGITS + " --config.epochs=many", "--config.epochs=many"),
+    (DIGITS + " --config.steps=1.5", "--config.steps=1.5"),
+    (DIGITS + " --config.model.depth=1e3", "--config.model.depth=1e3"),
+    (DIGITS + " --config.data.flip=maybe", "--config.data.flip=maybe"),
+    (DIGITS + " --config.model=simple_vit", "--config.model=simple_vit"),
+    (DIGITS + " --config.batch_size", "Missing value for flag --config.batch_size"),
+    (DIGITS + " --config.weight_decay=-1", "config.weight_decay=-1.0 must be"),
+    (DIGITS + " --mode predict", "--images is missing"),
+    (DIGITS + " --mode predict --images {new}/none.jpg", "none.jpg does not exist"),
+    (DIGITS + " --mode predict --images {old}/empty", "has no images"),
+    (DIGITS + " --mode predict --images {old}/text.jpg --config.data.dir={old}/data", "text.jpg: not a complete image"),
+    (DIGITS + " --mode predict --images {old}/cut.jpg --config.data.dir={old}/data", "cut.jpg: not a complete image"),
+    (DIGITS + " --mode evaluate --config.data.dir={old}/data", "holds no checkpoint; train there first"),
+    (DIGITS + " --config.batch_size=2048 --config.data.dir={old}/data", "more than the 1437 training examples"),
+    # Folders and files.
+    ("main.py --config configs/digits.py --workdir {old}/text.jpg", "text.jpg is a file; name a folder"),
+    ("main.py --config configs/digits.py --workdir {old}/text.jpg/run", "text.jpg is a file; name a folder"),
+    ("main.py --config configs/digits.py --workdir ~nobody-of-this-name/run", "is no path of a folder"),
+    ("main.py --config configs/digits.py --workdir {new}/" + 300 * "x", "is no path of a folder"),
+    ("main.py --config configs/digits.py --workdir {old}/orphan", "has checkpoints but no config.json"),
+    ("main.py --config configs/digits.py --workdir {old}/torn", "config.json cannot be read"),
+    ("main.py --config configs/digits.py --workdir {old}/list", "config.json cannot be read"),
+    (OLD + "/run --config.seed=4", "holds another run: its config.seed is 3407, now 4"),
+    (OLD + "/damaged_results", "results.json cannot be read"),
+    (OLD + "/damaged_checkpoint --mode evaluate", "checkpoint"),
+    (OLD + "/lost_checkpoint --mode evaluate", "checkpoint"),
+    (OLD + "/run --mode predict --images {old}/text.jpg", "text.jpg: not a complete image"),
+    (OLD + "/run --mode predict --images {old}/cut.jpg {old}/empty", "has no images"),
+    (DIGITS + " --config.data.dir={old}/text.jpg", "text.jpg: cannot prepare digits there"),
+    (DIGITS + " --config.data.dir={old}/tfrecord", "prepared as tfrecord, expected array_record"),
+    (DIGITS + " --config.data.dir={old}/torn_data", "torn_data"),
+    (CIFAR + " --config.data.manual_dir={new}/nowhere", "no such folder; give the one with the original files"),
+    (CIFAR + " --config.data.manual_dir={old}/empty", "an empty folder; give the one with the original files"),
+    (CIFAR + " --config.data.manual_dir={old}/cifar", "batches.meta.txt: 9 class names, expected 10"),
+    (CIFAR + " --config.model.patch_size=5", "does not divide the image size 32 x 32"),
+    (CIFAR + " --config.data.name=image_folder", "data.manual_dir: not set"),
+    (CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/zips", "no class folders in train/"),
+    (CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/photos", "1 corrupt image"),
+    (CIFAR + " --config.data.name=tiny_imagenet --config.data.manual_dir={old}/zips", "not a complete zip file"),
+    (CIFAR + " --config.data.name=imagenet --config.data.manual_dir={old}/zips", "ILSVRC2012_img_train.tar"),
+    # The other programs.
+    (PREPARE, "required: name; usage: "),
+    (PREPARE + " mnist", "data.name=mnist: unknown; expected one of"),
+    (PREPARE + " digits --force", "unrecognized arguments: --force"),
+    (PREPARE + " digits --data_dir={old}/text.jpg", "cannot prepare digits there"),
+    (PREPARE + " digits --data_dir=~nobody-of-this-name/x", "Name another folder"),
+    (PREPARE + " cifar10 --data_dir={new}/data --manual_dir={new}/nowhere", "no such folder"),
+    (PREPARE + " image_folder --data_dir={new}/data", "data.manual_dir: not set"),
+    (PREPARE + " image_folder --data_dir={new}/data --manual_dir={old}/hollow", "a class folder without images"),
+    ("simplest_vit.data.preview", "--config is missing"),
+    (
+        "simplest_vit.data.preview --config configs/digits.py --config.data.dir={old}/data --output={new}/no/x.png",
+        "x.png cannot be written; expected",
+    ),
+    (
+        "simplest_vit.data.preview --config configs/digits.py --config.data.crop_padding=-1",
+        "config.data.crop_padding=-1",
+    ),
+    (SWEEP + " --workdir {new}/run --grid config.depth=3", "no field 'depth' to vary"),
+    (SWEEP + " --workdir {new}/run --grid seed", "expected config.FIELD=VALUE,VALUE"),
+    (SWEEP + " --workdir {new}/run --seeds 0", "--seeds=0"),
+    (SWEEP + " --workdir {new}/run --config.epochs=0", "config.epochs=0 must be"),
+    (SWEEP + " --workdir {old}/text.jpg", "text.jpg is a file"),
+    ("simplest_vit.analysis.report", "no runs named; usage: "),
+    ("simplest_vit.analysis.report {new}/nowhere", "nowhere is no folder"),
+    ("simplest_vit.analysis.depth_study --config configs/digits.py --workdir {new}/run --depths=8,x", "--depths=8,x"),
+    ("simplest_vit.analysis.signal_propagation --config configs/digits.py --workdir {new}/run --seeds=0", "--seeds=0"),
+    (
+        "simplest_vit.analysis.signal_propagation --config configs/digits.py --workdir {new}/run --inputs=noise",
+        "--inputs=noise: value should be one of <images|gaussian>",
+    ),
+    (IMPORT, "--checkpoint is missing"),
+    (IMPORT + " --checkpoint={new}/x.pth", "x.pth cannot be read"),
+    (IMPORT + " --checkpoint={old}/text.jpg", "text.jpg"),
+    ("simplest_vit.interop.export_reference --config configs/digits.py --workdir {new}/run", "--output is missing"),
+    ("benchmarks.train_step --config configs/digits.py --config.model.depth=0", "config.model.depth=0 must be"),
+    ("benchmarks.optimizers --config configs/digits.py --measured_batch_size=0", "--measured_batch_size=0"),
+    ("benchmarks.input_pipeline mnist", "data.name=mnist: unknown"),
+]
+
+# (command, variables, modules that are not installed, expected)
+ENVIRONMENT = [
+    (DIGITS + " --config.data.dir={old}/data", {"JAX_PLATFORMS": "nonsense"}, (), "JAX_PLATFORMS=nonsense: Unable to"),
+    (DIGITS + " --config.data.dir={old}/data", {"JAX_PLATFORMS": "rocm"}, (), "JAX_PLATFORMS=rocm: "),
+    (DIGITS, {"HOME": "{old}/text.jpg"}, (), "tensorflow_datasets: cannot prepare digits there"),
+    ("main.py --config configs/digits.py --workdir ~/run", {"HOME": "{old}/text.jpg"}, (), "text.jpg is a file"),
+    (DIGITS, {}, ("orbax",), "pip install -r requirements.txt"),
+    (DIGITS, {}, ("tensorflow_datasets",), "import of tensorflow_datasets halted"),
+    (
+        SWEEP + " --workdir {new}/run --wandb=project",
+        {"PATH": "{old}/empty"},
+        (),
+        "--wandb needs Weights & Biases; install it: pip install wandb",
+    ),
+]
+
+# Real processes, each with its own imports, which take seconds: started together.
+PROCESSES = [
+    (DIGITS + " --config.batch_size=none", "--config.batch_size=none"),
+    (DIGITS + " --mode predict --json", "--images is missing"),
+    (
+        "-m " + SWEEP + " --workdir {new}/run --grid x",
+        "--grid=x: expected config.FIELD",
+    ),
+    ("-m simplest_vit.data.prepare digits --data_dir {old}/text.jpg", "cannot prepare digits there"),
+    ("-m simplest_vit.data.preview --config configs/digits.py --config.data.label=x", "config.data.label='x' must be"),
+    ("-m benchmarks.train_step --config configs/digits.py --config.seed=-1", "config.seed=-1 must be"),
+]
+
+ANY_FIELD = """
+from math import inf, nan
+from configs import digits
+
+def get_config(arguments):
+    optimizer, _, assignment = arguments.partition(";")
+    config = section = digits.get_config(f"optimizer={optimizer}")
+    path, _, value = assignment.partition("=")
+    *sections, last = path.split(".")
+    for name in sections:
+        section = section[name]
+    with section.unlocked(), section.ignore_type():
+        if value == "missing":
+            del section[last]
+        else:
+            section[last] = eval(value)
+    return config
+"""
+
+TINY = """
+from tests.tiny import tiny_config
+
+def get_config():
+    return tiny_config(steps=1, eval_every=1, checkpoint_every=1, log_every=1, data__dir={data!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ForkServer(ROOT) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory, server):
+    """A folder with config files, damaged files, data sets and runs."""
+    old = tmp_path_factory.mktemp("old")
+    (old / "any_field.py").write_text(ANY_FIELD)
+    (old / "tiny.py").write_text(TINY.format(data=str(old / "data")))
+    for name, (text, _) in CONFIGS.items():
+        (old / name).write_text(text)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    jpeg = buffer.getvalue()
+    (old / "cut.jpg").write_bytes(jpeg[:-400])
+    (old / "text.jpg").write_text("no image")
+    for name in ("empty", "orphan/checkpoints", "torn", "list", "cifar/cifar-10-batches-bin", "zips"):
+        (old / name).mkdir(parents=True)
+    (old / "torn/config.json").write_text('{"seed": 3')
+    (old / "list/config.json").write_text("[]")
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        (old / f"cifar/cifar-10-batches-bin/{name}.bin").write_bytes(b"")
+    (old / "cifar/cifar-10-batches-bin/batches.meta.txt").write_text("\n".join("abcdefghi"))
+    (old / "zips/tiny-imagenet-200.zip").write_bytes(b"PK no zip")
+    for folder, content in (("photos", jpeg[:-400]), ("hollow", None)):
+        for split in ("train", "val"):
+            (old / folder / split / "cat").mkdir(parents=True)
+            if content is not None or split == "train":
+                (old / folder / split / "cat" / "good.jpg").write_bytes(jpeg)
+        if content is not None:
+            (old / folder / "train" / "cat" / "cut.jpg").write_bytes(content)
+
+    data = pathlib.Path(prepare("digits", old / "data").data_path).relative_to(old / "data")
+    shutil.copytree(old / "data", old / "tfrecord")
+    for path in (old / "tfrecord" / data).glob("*.array_record*"):
+        path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
+    info = old / "tfrecord" / data / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    shutil.copytree(old / "data", old / "torn_data")
+    (old / "torn_data" / data / "dataset_info.json").write_text("{")
+
+    program = ["simplest_vit.interop.import_reference", "--config", old / "tiny.py", "--workdir", old / "run"]
+    code, _, error = server.run([*program, "--checkpoint", ROOT / "tests/interop/fixtures/simplest_vit.pth"])
+    assert code == 0, error
+    for name in ("damaged_results", "damaged_checkpoint", "lost_checkpoint"):
+        shutil.copytree(old / "run", old / name)
+    (old / "damaged_results/results.json").write_text("{")
+    for path in (old / "damaged_checkpoint/checkpoints/1/state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"damaged")
+    shutil.rmtree(old / "lost_checkpoint/checkpoints/1")
+    return old
+
+
+def content(*folders):
+    """Every file with what is in it; preparing may leave empty folders behind."""
+    return {str(path): hash(path.read_bytes()) for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def place(text, new, old):
+    return text.replace("{new}", str(new)).replace("{old}", str(old))
+
+
+def check(code, error, expected):
+    assert code == 2, error
+    assert "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if not LOG.match(line)]
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+@pytest.fixture
+def mistake(server, old, tmp_path):
+    """Run a command line and check how it ends, and that it leaves nothing behind."""
+
+    def run(command, expected, environment=None, missing=()):
+        before = content(tmp_path, old)
+        environment = {"HOME": "{new}/home", "MPLCONFIGDIR": "{old}/.."} | (environment or {})
+        environment = {name: place(value, tmp_path, old) for name, value in environment.items()}
+        words = [place(word, tmp_path, old) for word in command.split(" ")] if isinstance(command, str) else command
+        code, _, error = server.run(words, environment, missing)
+        check(code, error, expected)
+        assert content(tmp_path, old) == before
+        assert not (tmp_path / "run").exists()
+
+    return run
+
+
+@pytest.mark.parametrize(("optimizer", "field", "value", "expected"), FIELDS)
+def test_fields(mistake, old, tmp_path, optimizer, field, value, expected):
+    config = f"{old}/any_field.py:{optimizer};{field}={value}"
+    mistake(["main.py", "--config", config, "--workdir", tmp_path / "run"], expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_files(mistake, name):
+    mistake(f"main.py --config {{old}}/{name} --workdir {{new}}/run", CONFIGS[name][1])
+
+
+@pytest.mark.parametrize(("command", "expected"), COMMANDS)
+def test_commands(mistake, command, expected):
+    mistake(command, expected)
+
+
+@pytest.mark.parametrize(("command", "variables", "missing", "expected"), ENVIRONMENT)
+def test_environment(mistake, command, variables, missing, expected):
+    mistake(command, expected, variables, missing)
+
+
+def test_processes(old, tmp_path):
+    before = content(tmp_path, old)
+    environment = os.environ | {"HOME": str(tmp_path / "home"), "MPLCONFIGDIR": str(old.parent), "JAX_PLATFORMS": "cpu"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *place(command, tmp_path, old).split(" ")],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command, _ in PROCESSES
+    ]
+    for process, (_, expected) in zip(started, PROCESSES, strict=True):
+        _, error = process.communicate(timeout=120)
+        check(process.returncode, error, expected)
+    assert content(tmp_path, old) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_many_and_distinct():
+    rows = [*FIELDS, *CONFIGS.items(), *COMMANDS, *map(str, ENVIRONMENT), *PROCESSES]
+    assert len(set(rows)) == len(rows) >= 100
