@@ -39,8 +39,9 @@ def run(
     """
     # The libraries tell what goes wrong, this project also what goes on.
     absl_logging.set_verbosity(absl_logging.ERROR)
-    # Orbax logs whatever it raises as well, with a traceback for each of its threads.
+    # Orbax logs whatever it raises as well, with a traceback for each of its threads, and TensorStore prints another.
     logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    sys.unraisablehook = _print_unraisable
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     log = logging.getLogger("simplest_vit")
@@ -63,6 +64,12 @@ def run(
     except Interrupted as error:
         print(f"interrupted: {error}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
+
+
+def _print_unraisable(unraisable: Any) -> None:
+    """Leave out what comes of TensorStore's calling back when the write it belongs to has failed already."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _interrupt(number: int, frame: Any) -> None:

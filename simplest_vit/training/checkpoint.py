@@ -68,12 +68,13 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         try:
-            self.wait()
+            with self._told("cannot be written"):
+                self._manager.close()
         except TrainingError:
+            with contextlib.suppress(Exception):  # Orbax raises an error once for each of its threads
+                self._manager.close()
             if error is None:
                 raise
-        finally:
-            self._manager.close()
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, damaged or not, in order."""

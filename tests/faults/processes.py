@@ -35,6 +35,7 @@ class Run:
         self.command = [*launcher, sys.executable, "main.py", f"--config=configs/digits.py:{arguments}"]
         self.command += [f"--config.{name}={value}" for name, value in overrides.items()] + [f"--workdir={workdir}"]
         self.environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
+        self.environment["SIMPLEST_VIT_TEST_RUN"] = str(workdir)  # for finding what it leaves behind
         if cache:
             self.environment |= {
                 "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -66,6 +67,7 @@ class Run:
           The exit code (negative: by that signal) and the standard error.
         """
         lines = []
+        self.started = time.time()
         with self.start() as process:
             while text and text not in "".join(lines[-1:]) and process.poll() is None:
                 lines.append(process.stderr.readline())
@@ -81,7 +83,8 @@ class Run:
         return max((int(path.parent.name) for path in folders if path.parent.name.isdigit()), default=0)
 
     def being_written(self):
-        return any((self.workdir / "checkpoints").glob("*tmp*"))
+        """Whether the process that was stopped last left a checkpoint half written."""
+        return any(path.stat().st_ctime > self.started for path in (self.workdir / "checkpoints").glob("*tmp*"))
 
     def end(self):
         """The last state and what is said of it, without times: equal for runs that went the same way."""

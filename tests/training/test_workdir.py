@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from simplest_vit.errors import UserError
-from simplest_vit.training.workdir import check_workdir, claim_workdir, write_json
+from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.training.workdir import check_workdir, claim_workdir, write_json, write_results
 
 CONFIG = {"seed": 1, "log_every": 10, "data": {"dir": None, "flip": True}}
 
@@ -55,3 +55,10 @@ def test_a_json_file_is_whole_or_not_there(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"value": object()})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_that_cannot_be_written_leave_nothing_behind(tmp_path):
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(TrainingError, match=r"results.json cannot be written \(.*its last checkpoint is intact"):
+        write_results(tmp_path, {"steps": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
