@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 
 import grain
@@ -218,7 +220,8 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
             flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, also where the program has none
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         stream = chunks.to_iter_dataset(options).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
+            worker_init_fn=_end_with_parent,
         )
     else:
         threads = os.cpu_count() or 1
@@ -231,6 +234,18 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
     finally:
         atexit.unregister(stop)
         stop()
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Called in a worker process, which would outlive a run that is killed and keep its shared memory."""
+    del worker, workers
+
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _join(chunks: Iterator[_Chunk]) -> _Chunk:

@@ -87,14 +87,14 @@ class Run:
         return any(path.stat().st_ctime > self.started for path in (self.workdir / "checkpoints").glob("*tmp*"))
 
     def end(self):
-        """The last state and what is said of it, without times: equal for runs that went the same way."""
+        """The last state and what is said of it, without times and commit: equal for runs that went the same way."""
         with Checkpoints(self.workdir, create=False) as checkpoints:
             state, progress = checkpoints.restore(
                 loop._Run(self.config, str(self.workdir)).abstract, checkpoints.newest()
             )
             best = checkpoints.best()
         results = json.loads((self.workdir / "results.json").read_text())
-        times = {"wall_time_s", "step_time_median_s", "images_per_second"}
+        times = {"wall_time_s", "step_time_median_s", "images_per_second", "commit"}
         said = {name: value for name, value in {**results, **progress, "best": best}.items() if name not in times}
         return jax.tree.map(np.asarray, state), said
 
@@ -103,4 +103,5 @@ def assert_same_end(run, expected):
     """Bit-equal arrays, equal metrics."""
     (state, said), (expected_state, expected_said) = run.end(), expected
     jax.tree.map(np.testing.assert_array_equal, state, expected_state)
-    assert said == expected_said
+    differ = {name: (said.get(name), value) for name, value in expected_said.items() if said.get(name) != value}
+    assert not differ, differ

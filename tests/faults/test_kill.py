@@ -104,4 +104,4 @@ def test_kills_quick(tmp_path):
 @pytest.mark.parametrize("seed", range(7))
 def test_kills(shared, tmp_path, seed):
     arguments = EVERYTHING if seed == 0 else ADAM
-    assert sum(check(tmp_path, random.Random(seed), 9, **shared, **arguments, **SCHEDULE).values()) >= 5
+    assert sum(check(tmp_path, random.Random(seed), 9, **shared, **arguments, **SCHEDULE).values()) >= 3

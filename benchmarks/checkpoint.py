@@ -1,0 +1,85 @@
+"""What checkpoints cost: the share of a run's time, and how long a resume takes to its first step.
+
+python -m benchmarks.checkpoint --config configs/digits.py --image_size 8 --channels 1
+python -m benchmarks.checkpoint --config configs/cifar10.py --config.batch_size=16 --steps 1
+
+Steps run on noise. A save is timed as the loop waits for it (`blocking`) and to its end on the disk (`whole`), which
+goes on beside the next steps. The share of a run is that of `blocking` among `config.checkpoint_every` steps. On a CPU
+the whole save competes with the steps, so its share is told as well: the truth is between the two.
+"""
+
+import pathlib
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from simplest_vit import cli
+from simplest_vit.optimizers.factory import create_optimizer
+from simplest_vit.optimizers.schedules import warmup_cosine
+from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
+from simplest_vit.training.state import abstract_state, create_mesh, create_state, state_initializer
+from simplest_vit.training.step import make_train_step
+
+_IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the images.")
+_CHANNELS = flags.DEFINE_integer("channels", 3, "Channels of the images.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=1)
+_SAVES = flags.DEFINE_integer("saves", 5, "Timed saves.", lower_bound=2)
+
+
+def _main(arguments: list[str]) -> None:
+    del arguments
+    config = cli.CONFIG.value
+    image_shape = (_IMAGE_SIZE.value, _IMAGE_SIZE.value, _CHANNELS.value)
+    rng = np.random.default_rng(0)
+    batch: dict[str, Any] = {
+        "image": jnp.asarray(rng.normal(size=(config.batch_size, *image_shape)), jnp.float32),
+        "label": jnp.asarray(np.eye(10)[rng.integers(10, size=config.batch_size)], jnp.float32),
+        "weight": jnp.ones(config.batch_size),
+    }
+    tx = create_optimizer(config, warmup_cosine(config.optimizer.learning_rate, 0, 1000))
+    graphdef, initialize = state_initializer(config, image_shape=image_shape, num_classes=10, tx=tx)
+    abstract = abstract_state(initialize, create_mesh())
+
+    start = time.perf_counter()
+    state = jax.block_until_ready(create_state(initialize, abstract))
+    create_s = time.perf_counter() - start
+    train_step = make_train_step(graphdef, tx, config)
+    start = time.perf_counter()
+    state, _ = jax.block_until_ready(train_step(state, batch))
+    compile_s = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(_STEPS.value):
+        state, _ = jax.block_until_ready(train_step(state, batch))
+    step_s = (time.perf_counter() - start) / _STEPS.value
+
+    blocking, whole = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        with Checkpoints(pathlib.Path(folder), create=True) as checkpoints:
+            for step in range(1, _SAVES.value + 1):
+                start = time.perf_counter()
+                checkpoints.save(state, AT_THE_START, step)
+                blocking.append(time.perf_counter() - start)
+                checkpoints.wait()
+                whole.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        with Checkpoints(pathlib.Path(folder), create=True) as checkpoints:
+            jax.block_until_ready(checkpoints.restore(abstract, checkpoints.newest() or 0))
+            restore_s = time.perf_counter() - start
+
+    megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
+    interval = config.checkpoint_every * step_s
+    print(f"state {megabytes:.1f} MB, step {step_s:.4f} s, {config.checkpoint_every} steps {interval:.1f} s")
+    for name, seconds in (("blocking", statistics.median(blocking)), ("whole", statistics.median(whole))):
+        print(f"save, {name:8} {seconds:.3f} s: {seconds / (interval + seconds):.2%} of the run's time")
+    fresh, resumed = create_s + compile_s, restore_s + compile_s
+    print(f"state to first step: fresh {fresh:.2f} s, resumed {resumed:.2f} s, ratio {resumed / fresh:.2f}")
+
+
+if __name__ == "__main__":
+    cli.run(_main, usage="python -m benchmarks.checkpoint --config configs/digits.py", required=("config",))
