@@ -17,6 +17,12 @@ _IMAGES = flags.DEFINE_multi_string("images", [], "For predict: image files and 
 _JSON = flags.DEFINE_bool("json", False, "For predict: print JSON lines instead of a table.")
 _ROLLOUT = flags.DEFINE_string("attention_rollout", None, "For predict: folder for a picture of attention an image.")
 
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "For several processes: HOST:PORT of process 0; or --config.distributed=auto."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "For several processes: how many.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "For several processes: which one this is.", lower_bound=0)
+
 
 def _main(arguments: list[str]) -> None:
     if arguments and _MODE.value != "predict":
@@ -29,14 +35,19 @@ def _main(arguments: list[str]) -> None:
         predictions = predict.predict(config, workdir, [*_IMAGES.value, *arguments], _ROLLOUT.value)
         print(predict.as_json_lines(predictions) if _JSON.value else predict.as_table(predictions))
         return
-    from simplest_vit.training import loop
+    from simplest_vit.training import distributed, loop
 
-    if _MODE.value == "train":
-        outcome = loop.train_and_evaluate(config, workdir)
-        outcome = {name: value for name, value in outcome.items() if not isinstance(value, dict)}
-    else:
-        outcome = loop.evaluate(config, workdir)
-    print(json.dumps(outcome, indent=2))
+    distributed.initialize(
+        config.get("distributed") == "auto", _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    )
+    with distributed.stop_with_the_others():
+        if _MODE.value == "train":
+            outcome = loop.train_and_evaluate(config, workdir)
+            outcome = {name: value for name, value in outcome.items() if not isinstance(value, dict)}
+        else:
+            outcome = loop.evaluate(config, workdir)
+    if distributed.is_primary():
+        print(json.dumps(outcome, indent=2))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ OPTIMIZERS = {
         "root": placeholder(str),
         "grafting": placeholder(str),
         "stagger": placeholder(bool),
+        "shards": placeholder(int),
     },
     "soap": {
         "precondition_frequency": placeholder(int),
@@ -36,6 +37,7 @@ OPTIMIZERS = {
         "basis": placeholder(str),
         "grafting": placeholder(str),
         "stagger": placeholder(bool),
+        "shards": placeholder(int),
     },
 }
 
@@ -91,6 +93,8 @@ def base() -> ConfigDict:
     config.decoupled_weight_decay = False  # False: L2, added to the gradient; True: AdamW's
     config.label_smoothing = 0.0
     config.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite; then the run stops
+    config.fsdp = 1  # devices that share one copy of parameters and optimizer state; 1: each has its own
+    config.distributed = placeholder(str)  # auto: several processes, as the cluster says; None: alone, or by flags
     config.accumulation_steps = 1  # micro-batches in a step; the result is that of the whole batch
     config.compute_dtype = "bfloat16"  # of the model; parameters, softmax, logits and loss are float32
     config.eval_every = 240  # steps

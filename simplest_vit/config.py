@@ -73,6 +73,8 @@ FIELDS = {
     "decoupled_weight_decay": _FLAG,
     "label_smoothing": _DECAY,
     "max_skipped_steps": _integer(1),
+    "fsdp": _integer(1),
+    "distributed": _optional(_one_of("auto")),
     "accumulation_steps": _integer(1),
     "compute_dtype": _one_of("float32", "bfloat16"),
     "eval_every": _integer(1),

@@ -61,11 +61,19 @@ def eval_batches(
 
 
 def _replicate(arrays: Arrays, sharding: NamedSharding | None) -> Arrays:
-    """Puts a whole split on every device of a mesh, so that each samples its part of a batch alone."""
+    """Puts a whole split on every device of a mesh, so that each samples its part of a batch alone.
+
+    Each process has loaded the split and copies it to its own devices.
+    """
     if sharding is None:
         return arrays
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    return Arrays(*jax.device_put((arrays.images, arrays.labels), everywhere))
+
+    def replicate(array: jax.Array) -> jax.Array:
+        copies = [jax.device_put(array, device) for device in everywhere.addressable_devices]
+        return jax.make_array_from_single_device_arrays(array.shape, everywhere, copies)
+
+    return Arrays(replicate(arrays.images), replicate(arrays.labels))
 
 
 @functools.partial(jax.jit, static_argnames=("preprocessing", "batch_size", "sharding"))

@@ -8,6 +8,7 @@ import pathlib
 
 import numpy as np
 from absl import flags
+from jax.experimental.multihost_utils import process_allgather
 from PIL import Image, ImageDraw
 
 import input_pipeline
@@ -23,6 +24,8 @@ _MIN_CELL = 96  # small images are magnified to about this size
 def image_grid(dataset: Dataset, batch: Batch, *, rows: int = 4, columns: int = 8) -> np.ndarray:
     """Draws the first images of a batch, as the model sees them but for the normalization, with their labels.
 
+    Where there are several processes, all must call it.
+
     Args:
       dataset: where the batch is from.
       batch: a training batch.
@@ -32,8 +35,8 @@ def image_grid(dataset: Dataset, batch: Batch, *, rows: int = 4, columns: int = 
     Returns:
       The picture, uint8 [height, width, 3].
     """
-    images = np.asarray(batch["image"][: rows * columns])
-    labels = np.asarray(batch["label"][: rows * columns])
+    first = {name: batch[name][: rows * columns] for name in ("image", "label")}
+    images, labels = process_allgather(first, tiled=True).values()
     pixels = np.clip((images * np.array(dataset.std) + np.array(dataset.mean)) * 255 + 0.5, 0, 255).astype(np.uint8)
     height, width, channels = dataset.image_shape
     zoom = max(1, -(-_MIN_CELL // width))

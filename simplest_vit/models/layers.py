@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 # Stacks of up to so many layers are unrolled by `scan`. A loop copies what the backward pass needs into arrays of all
 # layers and out again, and fills these with zeros first: 9 % of a step of S/4 at batch 64 on a CPU.
@@ -113,6 +114,21 @@ def stack(create: Callable[..., Any], depth: int, rngs: nnx.Rngs, *per_layer: np
     return create_stacked(rngs, *(jnp.asarray(array, jnp.float32) for array in per_layer))
 
 
+@jax.custom_vjp
+def gather(params: Any) -> Any:
+    """Parameters as every device needs them to compute with: whole, where the mesh in context shares them out.
+
+    Left to itself, XLA would move activations to some kernels instead. Gradients are left to it: they are summed into
+    the shares.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+    return jax.lax.with_sharding_constraint(params, PartitionSpec())
+
+
+gather.defvjp(lambda params: (gather(params), None), lambda _, gradient: (gradient,))
+
+
 def scan(blocks: Any, x: jax.Array, *, remat: bool = False) -> jax.Array:
     """Apply stacked blocks one after another: one traced block, whatever the depth, and a loop from depth 13 on.
 
@@ -129,6 +145,6 @@ def scan(blocks: Any, x: jax.Array, *, remat: bool = False) -> jax.Array:
     depth = jax.tree.leaves(layers)[0].shape[0]
 
     def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-        return nnx.merge(graphdef, layer)(x), None
+        return nnx.merge(graphdef, gather(layer))(x), None
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, layers, unroll=depth <= _MAX_UNROLLED)[0]

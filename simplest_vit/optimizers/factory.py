@@ -3,21 +3,22 @@
 from typing import Any
 
 import optax
+from jax.sharding import Mesh
 
 from simplest_vit.errors import UserError
 from simplest_vit.interop.names import pytorch_layout
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.shampoo import shampoo, soap, view_as
 
-# Optimizers by name: the config and the schedule -> a transformation of clipped, decayed gradients.
+# Optimizers by name: the config, the schedule and the mesh -> a transformation of clipped, decayed gradients.
 
 
-def _adam(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def _adam(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
     settings = config.optimizer
     return optax.adam(learning_rate, settings.b1, settings.b2, settings.eps)
 
 
-def _muon(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def _muon(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
     settings = config.optimizer
     ratio = (settings.adam_learning_rate or settings.learning_rate) / settings.learning_rate
     return optax.contrib.muon(
@@ -28,17 +29,18 @@ def _muon(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransform
     )
 
 
-def _shampoo(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def _shampoo(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
     options = _options(config.optimizer)
     if config.optimizer.preset != "reference":
-        return shampoo(learning_rate, stack_axes=paths.stack_axes, **options)
+        return shampoo(learning_rate, stack_axes=paths.stack_axes, mesh=mesh, **options)
     # Which dimensions the reference merges depends on its layout: q, k and v fused, layers apart, [out, in].
     model, patch_size = config.model.name, config.model.patch_size
-    return view_as(lambda params: pytorch_layout(params, model, patch_size), shampoo(learning_rate, **options))
+    tx = shampoo(learning_rate, mesh=mesh, **options)
+    return view_as(lambda params: pytorch_layout(params, model, patch_size), tx)
 
 
-def _soap(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    return soap(learning_rate, stack_axes=paths.stack_axes, **_options(config.optimizer))
+def _soap(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
+    return soap(learning_rate, stack_axes=paths.stack_axes, mesh=mesh, **_options(config.optimizer))
 
 
 def _options(settings: Any) -> dict[str, Any]:
@@ -48,12 +50,15 @@ def _options(settings: Any) -> dict[str, Any]:
 OPTIMIZERS = {"adam": _adam, "muon": _muon, "shampoo": _shampoo, "soap": _soap}
 
 
-def create_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def create_optimizer(
+    config: Any, learning_rate: optax.Schedule, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
     """Chain: clip by global norm -> L2 decay -> optimizer with its learning rate -> decoupled decay.
 
     Args:
       config: The run's config; reads `grad_clip`, `weight_decay`, `decoupled_weight_decay`, `optimizer` and `model`.
       learning_rate: The schedule.
+      mesh: Devices that share the work of Shampoo and SOAP; None for one.
 
     Returns:
       The transformation; its updates are added to the parameters.
@@ -65,7 +70,7 @@ def create_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.Gradie
     if settings.name not in OPTIMIZERS:
         raise UserError(f"config.optimizer.name={settings.name!r} is unknown; expected one of {', '.join(OPTIMIZERS)}")
     try:
-        optimizer = OPTIMIZERS[settings.name](config, learning_rate)
+        optimizer = OPTIMIZERS[settings.name](config, learning_rate, mesh)
     except ValueError as error:  # its message begins with the field
         raise UserError(f"config.optimizer.{error}") from error
     except TypeError as error:

@@ -198,6 +198,8 @@ class Checkpoints:
         """Tell in one line what Orbax raises; it wraps a full disk in errors of many kinds."""
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # not of the disk: of a computation, or of another process that has gone
+            raise
         except Exception as error:
             raise TrainingError(
                 f"checkpoint in {self.directory} {failure} ({_reason(error)}): the run stops, the checkpoints before "

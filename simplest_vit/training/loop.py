@@ -17,20 +17,14 @@ from simplest_vit.errors import Interrupted, UserError
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.optimizers.schedules import warmup_cosine
-from simplest_vit.training import results
+from simplest_vit.training import distributed, results
 from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
 from simplest_vit.training.interrupt import Interruption
 from simplest_vit.training.meter import Meter, check_finite
 from simplest_vit.training.metrics import Sums, mean_metrics
 from simplest_vit.training.progress import log, train_line, validation_line
-from simplest_vit.training.state import (
-    TrainState,
-    abstract_state,
-    batch_sharding,
-    create_mesh,
-    create_state,
-    state_initializer,
-)
+from simplest_vit.training.sharding import batch_sharding, check_batch_size, create_mesh, memory_line
+from simplest_vit.training.state import TrainState, abstract_state, create_state, state_initializer
 from simplest_vit.training.step import make_eval_step, make_train_step
 from simplest_vit.training.workdir import RESULTS, check_workdir, claim_workdir, flatten, read_json, write_results
 from simplest_vit.training.writers import metric_writers, periodic_actions
@@ -64,17 +58,20 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     """
     start_time = time.monotonic()
     run = _Run(config, workdir)
-    claim_workdir(run.path, config.to_dict())
+    if distributed.is_primary():
+        claim_workdir(run.path, config.to_dict())
+    distributed.wait_for_all("workdir")
     batches_per_epoch = input_pipeline.steps_per_epoch(run.dataset, config)
 
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(Checkpoints(run.path, create=True))
+        stack.enter_context(distributed.stop_with_the_others())
         step = checkpoints.newest() or 0
         if step == run.total_steps and (run.path / RESULTS).exists():
             log.info("%s has finished: its %s is repeated here", run.path, RESULTS)
             return read_json(run.path / RESULTS)
-        writer = metric_writers.create_default_writer(run.path)
+        writer = metric_writers.create_default_writer(run.path, just_logging=not distributed.is_primary())
         stack.callback(writer.close)
         if step:
             state, progress = checkpoints.restore(run.abstract, step)
@@ -82,8 +79,9 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         else:
             state, progress = create_state(run.initialize, run.abstract), dict(AT_THE_START)
             writer.write_hparams(flatten(config.to_dict()))
+        log.info(memory_line(run.abstract))
         log.info("parameters\n%s", parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False))
-        train_step = make_train_step(run.graphdef, run.tx, config)
+        train_step = make_train_step(run.graphdef, run.tx, config, run.shardings)
         batches = input_pipeline.train_batches(run.dataset, config, start_step=step, sharding=run.sharding)
         profile = _profile(config, run.path)
         meter = Meter(config.batch_size, config.max_skipped_steps, progress["unreported"])
@@ -139,7 +137,8 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
             "config": config.to_dict(),
             **results.environment(),
         }
-        write_results(run.path, outcome)
+        if distributed.is_primary():
+            write_results(run.path, outcome)
     return outcome
 
 
@@ -176,6 +175,8 @@ class _Run:
 
     def __init__(self, config: Any, workdir: str):
         check_config(config)
+        mesh = create_mesh(config.fsdp)
+        check_batch_size(config.batch_size, config.accumulation_steps, mesh)
         self.path: pathlib.Path = check_workdir(workdir, config.to_dict())
         self.dataset = input_pipeline.load(config.data)
         model_arguments(config.model, self.dataset.image_shape)
@@ -184,20 +185,15 @@ class _Run:
             round(config.epochs * input_pipeline.steps_per_epoch(self.dataset, config)), 1
         )
         self.learning_rate = warmup_cosine(config.optimizer.learning_rate, config.warmup_steps, self.total_steps)
-        self.tx = create_optimizer(config, self.learning_rate)
+        self.tx = create_optimizer(config, self.learning_rate, mesh)
         self.graphdef: nnx.GraphDef
         self.graphdef, self.initialize = state_initializer(
             config, image_shape=self.dataset.image_shape, num_classes=self.dataset.num_classes, tx=self.tx
         )
-        mesh = create_mesh()
-        if config.batch_size % mesh.size:
-            raise UserError(
-                f"config.batch_size={config.batch_size} cannot be split over {mesh.size} devices; "
-                f"choose a multiple of {mesh.size}"
-            )
         self.sharding = batch_sharding(mesh)
         self.abstract: TrainState = abstract_state(self.initialize, mesh)
-        self._eval_step = make_eval_step(self.graphdef)
+        self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
+        self._eval_step = make_eval_step(self.graphdef, mesh)
 
     def saved_behind(self, step: int) -> bool:
         """Whether a checkpoint is due behind this step."""

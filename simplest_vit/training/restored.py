@@ -14,6 +14,7 @@ from simplest_vit.models.simple_vit import SimpleViT
 from simplest_vit.models.simplest_vit import SimplestViT
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.training.checkpoint import Checkpoints
+from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.state import TrainState, abstract_state, state_initializer
 from simplest_vit.training.workdir import check_workdir
 
@@ -39,8 +40,7 @@ def describe_state(config: Any, dataset: Dataset) -> tuple[nnx.GraphDef, TrainSt
     graphdef, initialize = state_initializer(
         config, image_shape=dataset.image_shape, num_classes=dataset.num_classes, tx=tx
     )
-    one_device = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    return graphdef, abstract_state(initialize, one_device)
+    return graphdef, abstract_state(initialize, create_mesh(devices=jax.local_devices()[:1]))
 
 
 def restore_best(config: Any, workdir: str, dataset: Dataset) -> tuple[SimplestViT | SimpleViT, TrainState]:

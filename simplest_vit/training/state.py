@@ -1,5 +1,6 @@
 """The state of a run: everything that changes from step to step, and nothing else."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from simplest_vit.models.factory import create_model
-from simplest_vit.models.layers import Constant
+from simplest_vit.models.layers import Constant, gather
+from simplest_vit.training.sharding import state_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -41,16 +42,6 @@ class TrainState:
     def eval_params(self) -> Any:
         """The parameters to evaluate: the average where there is one."""
         return self.params if self.ema_params is None else self.ema_params
-
-
-def create_mesh() -> jax.sharding.Mesh:
-    """All devices along one axis, `data`; one device is a mesh of one."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Batches are split along their first axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def state_initializer(
@@ -97,10 +88,12 @@ def state_initializer(
 
 
 def abstract_state(initialize: Callable[[], TrainState], mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state: replicated over the mesh."""
-    replicated = NamedSharding(mesh, PartitionSpec())
+    """Shapes, dtypes and shardings of the state on a mesh."""
+    shapes = jax.eval_shape(initialize)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(initialize)
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_shardings(shapes, mesh),
     )
 
 
@@ -110,7 +103,28 @@ def create_state(initialize: Callable[[], TrainState], abstract: TrainState) -> 
 
 
 def apply_model(
-    graphdef: nnx.GraphDef, params: Any, constants: Any, image: jax.Array, dropout_key: jax.Array | None = None
+    graphdef: nnx.GraphDef,
+    params: Any,
+    constants: Any,
+    image: jax.Array,
+    dropout_key: jax.Array | None = None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
-    """Logits of the model with the given parameters: float32 [B, num_classes] for images [B, H, W, C]."""
-    return nnx.merge(graphdef, params, constants)(image, dropout_key=dropout_key)
+    """Logits of the model with the given parameters.
+
+    Args:
+      graphdef: The model.
+      params: Its parameters.
+      constants: Its constants.
+      image: Images [B, H, W, C].
+      dropout_key: Turns dropout on.
+      mesh: Devices that share out the parameters; None for one.
+
+    Returns:
+      float32 [B, num_classes].
+    """
+    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        # Those of the blocks are gathered layer by layer.
+        params = {name: tree if name == "blocks" else gather(tree) for name, tree in params.items()}
+        return nnx.merge(graphdef, params, constants)(image, dropout_key=dropout_key)

@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from simplest_vit.optimizers.sam import sam
 from simplest_vit.optimizers.shampoo import shampoo_metrics
 from simplest_vit.training.metrics import Sums, classification_sums
+from simplest_vit.training.sharding import replicated
 from simplest_vit.training.state import TrainState, apply_model
 
 Batch = dict[str, jax.Array]
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: Any
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: Any, shardings: Any = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Compile-once training step.
 
@@ -25,6 +27,7 @@ def make_train_step(
       graphdef: The model.
       tx: The optimizer.
       config: Reads `seed`, `label_smoothing`, `accumulation_steps`, `sam` and `ema`.
+      shardings: From `state_shardings`, so that a state comes out as it went in; None on one device.
 
     Returns:
       A jitted function of the state, which it consumes, and a batch. It returns the new state and metrics: the sums of
@@ -32,9 +35,10 @@ def make_train_step(
       Shampoo's where that is the optimizer. Where loss or gradient are not finite, the step is skipped: the sums are 0,
       and of the state only `step` and the counts change.
     """
+    mesh = None if shardings is None else shardings.step.mesh
 
     def loss(params: Any, constants: Any, batch: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Sums]:
-        logits = apply_model(graphdef, params, constants, batch["image"], dropout_key)
+        logits = apply_model(graphdef, params, constants, batch["image"], dropout_key, mesh=mesh)
         sums = classification_sums(logits, batch["label"], batch["weight"], config.label_smoothing)
         return sums["loss"], sums
 
@@ -97,7 +101,9 @@ def make_train_step(
         }
         return new_state, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    # Metrics are whole on every device, so that each process can read them.
+    out = None if shardings is None else (shardings, shardings.step)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
 def _split(batch: Batch, parts: int) -> Batch:
@@ -105,11 +111,19 @@ def _split(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Any, Batch], Sums]:
-    """Jitted function of parameters, constants and a batch that returns `classification_sums`, without smoothing."""
+def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> Callable[[Any, Any, Batch], Sums]:
+    """Jitted function of parameters, constants and a batch that returns `classification_sums`, without smoothing.
+
+    Args:
+      graphdef: The model.
+      mesh: The devices; None for one.
+
+    Returns:
+      The function.
+    """
 
     def eval_step(params: Any, constants: Any, batch: Batch) -> Sums:
-        logits = apply_model(graphdef, params, constants, batch["image"])
+        logits = apply_model(graphdef, params, constants, batch["image"], mesh=mesh)
         return classification_sums(logits, batch["label"], batch["weight"])
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, out_shardings=None if mesh is None else replicated(mesh))

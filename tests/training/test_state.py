@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from simplest_vit.training.state import abstract_state, create_mesh, create_state, state_initializer
+from simplest_vit.training.sharding import create_mesh
+from simplest_vit.training.state import abstract_state, create_state, state_initializer
 from tests.tiny import tiny_config
 
 SHAPES = {"image_shape": (8, 8, 1), "num_classes": 10}

@@ -5,15 +5,12 @@ import optax
 import pytest
 
 from simplest_vit.optimizers.factory import create_optimizer
-from simplest_vit.training.state import abstract_state, apply_model, batch_sharding, create_state, state_initializer
+from simplest_vit.training.sharding import batch_sharding, create_mesh
+from simplest_vit.training.state import abstract_state, apply_model, create_state, state_initializer
 from simplest_vit.training.step import make_eval_step, make_train_step
 from tests.tiny import tiny_config
 
 SHAPES = {"image_shape": (8, 8, 1), "num_classes": 10}
-
-
-def mesh_of(devices):
-    return jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def batch_of(size=16, seed=0):
@@ -26,7 +23,7 @@ def batch_of(size=16, seed=0):
 def start(config, tx, devices=1):
     """The model and the state at step 0."""
     graphdef, initialize = state_initializer(config, **SHAPES, tx=tx)
-    return graphdef, create_state(initialize, abstract_state(initialize, mesh_of(devices)))
+    return graphdef, create_state(initialize, abstract_state(initialize, create_mesh(devices=jax.devices()[:devices])))
 
 
 def run(config, tx, steps=3, devices=1, batch=None):
@@ -35,7 +32,7 @@ def run(config, tx, steps=3, devices=1, batch=None):
     train_step = make_train_step(graphdef, tx, config)
     for i in range(steps):
         part = batch_of(seed=i) if batch is None else batch
-        part = jax.device_put(part, batch_sharding(mesh_of(devices)))
+        part = jax.device_put(part, batch_sharding(create_mesh(devices=jax.devices()[:devices])))
         state, metrics = train_step(state, part)
     return graphdef, state, metrics, train_step
 
@@ -139,11 +136,11 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(optimizer, devic
     tx = create_optimizer(config, optax.constant_schedule(1e-3))
     graphdef, state = start(config, tx, devices)
     train_step = make_train_step(graphdef, tx, config)
-    good = jax.device_put(batch_of(), batch_sharding(mesh_of(devices)))
+    good = jax.device_put(batch_of(), batch_sharding(create_mesh(devices=jax.devices()[:devices])))
     # One bad pixel, on one device: all must skip.
     image = batch_of()["image"]
     image[3, 2, 1, 0] = np.inf
-    bad = good | {"image": jax.device_put(image, batch_sharding(mesh_of(devices)))}
+    bad = good | {"image": jax.device_put(image, batch_sharding(create_mesh(devices=jax.devices()[:devices])))}
     state, _ = train_step(state, good)
     before = jax.tree.map(np.array, state)
     for in_a_row in (1, 2):

@@ -20,19 +20,36 @@ def spread(function: Callable[..., Any], plan: Plan, mesh: Mesh | None) -> Calla
     """Runs a function of stacks on each device's own slots.
 
     Args:
-        function: From a scalar and two tuples with one tree of arrays for each stack, to two such
-            tuples.
+        function: From a scalar, the state and the gradients of the slots, one tree of arrays for each
+            stack, to the new state and the directions, likewise.
         plan: The plan.
         mesh: The devices; None runs the function as it is.
 
     Returns:
-        A function with the same arguments and results.
+        A function with the same arguments and results. Gradients and directions are whole on every
+        device.
     """
     if mesh is None:
         return function
     specs = stack_specs(plan, mesh)
-    local = jax.shard_map(function, mesh=mesh, in_specs=(P(), specs, specs), out_specs=(specs, specs), check_vma=False)
-    return lambda scalar, state, blocks: local(scalar, state, place(blocks, plan, mesh))
+
+    # Cut and gathered by hand: of shardings alone XLA would make exchanges of parts of each parameter.
+    def on_device(scalar: jax.Array, state: Any, gradients: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        own = [_own_slots(x, mesh) if spec else x for x, spec in zip(gradients, specs, strict=True)]
+        state, directions = function(scalar, state, tuple(own))
+        whole = [
+            jax.lax.all_gather(x, mesh.axis_names, tiled=True) if spec else x
+            for x, spec in zip(directions, specs, strict=True)
+        ]
+        return state, tuple(whole)
+
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(P(), specs, P()), out_specs=(specs, P()), check_vma=False)
+
+
+def _own_slots(stack: jax.Array, mesh: Mesh) -> jax.Array:
+    """Returns this device's slots of a whole stack."""
+    count = len(stack) // mesh.size
+    return jax.lax.dynamic_slice_in_dim(stack, device_index(mesh) * count, count)
 
 
 def place(stacks: tuple[Any, ...], plan: Plan, mesh: Mesh | None) -> tuple[Any, ...]:
@@ -43,13 +60,6 @@ def place(stacks: tuple[Any, ...], plan: Plan, mesh: Mesh | None) -> tuple[Any, 
         jax.device_put(tree, NamedSharding(mesh, spec))
         for tree, spec in zip(stacks, stack_specs(plan, mesh), strict=True)
     )
-
-
-def gather(arrays: Any, mesh: Mesh | None) -> Any:
-    """Returns arrays that every device of the mesh holds whole."""
-    if mesh is None:
-        return arrays
-    return jax.device_put(arrays, NamedSharding(mesh, P()))
 
 
 def device_index(mesh: Mesh | None) -> jax.Array | int:

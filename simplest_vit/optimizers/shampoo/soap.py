@@ -22,7 +22,7 @@ from simplest_vit.optimizers.shampoo.marks import Marks, check_marks, init_marks
 from simplest_vit.optimizers.shampoo.options import Basis, Grafting, resolve_options
 from simplest_vit.optimizers.shampoo.plan import Plan, StackAxes, make_plan
 from simplest_vit.optimizers.shampoo.refresh import Factor, init_factors, is_due, refresh
-from simplest_vit.optimizers.shampoo.sharding import gather, place, spread
+from simplest_vit.optimizers.shampoo.sharding import place, spread
 from simplest_vit.optimizers.shampoo.statistics import multiply_axes, update_statistics
 from simplest_vit.optimizers.shampoo.transform import check_factors, with_learning_rate
 
@@ -169,7 +169,7 @@ def scale_by_soap(
         count = optax.safe_increment(state.count)
         step = spread(functools.partial(_step_stacks, plan=plan, mesh=mesh), plan, mesh)
         stacks, directions = step(count, state.stacks, to_blocks(plan, gradient_leaves(plan, updates)))
-        leaves = from_blocks(plan, gather(directions, mesh))
+        leaves = from_blocks(plan, directions)
         return as_updates(plan, leaves, updates), ScaleBySoapState(count, stacks, state.marks)
 
     return optax.GradientTransformation(init, update)

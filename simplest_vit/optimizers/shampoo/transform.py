@@ -17,7 +17,7 @@ from simplest_vit.optimizers.shampoo.options import Grafting, Root, resolve_opti
 from simplest_vit.optimizers.shampoo.plan import Plan, StackAxes, make_plan
 from simplest_vit.optimizers.shampoo.refresh import Factor, init_factors, refresh
 from simplest_vit.optimizers.shampoo.roots import inverse_pth_root
-from simplest_vit.optimizers.shampoo.sharding import gather, place, spread
+from simplest_vit.optimizers.shampoo.sharding import place, spread
 from simplest_vit.optimizers.shampoo.statistics import multiply_axes, update_statistics
 
 
@@ -173,7 +173,7 @@ def scale_by_shampoo(
         count = optax.safe_increment(state.count)
         step = spread(functools.partial(_step_stacks, plan=plan, mesh=mesh), plan, mesh)
         stacks, directions = step(count, state.stacks, to_blocks(plan, gradient_leaves(plan, updates)))
-        leaves = from_blocks(plan, gather(directions, mesh))
+        leaves = from_blocks(plan, directions)
         return as_updates(plan, leaves, updates), ScaleByShampooState(count, stacks, state.marks)
 
     return optax.GradientTransformation(init, update)

@@ -1,0 +1,126 @@
+"""A run of several processes, one for each host or device, by JAX's own multi-controller runtime.
+
+Every process runs the same program on its share of each batch. Process 0 is also the coordinator that the others
+connect to, and the only one that logs and writes results; checkpoints are written by all of them.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from simplest_vit.errors import UserError
+
+# Seconds: until all processes must have started, and until one that is silent counts as gone.
+_START_TIMEOUT = 300
+_HEARTBEAT_TIMEOUT = 30
+
+log = logging.getLogger("simplest_vit")
+
+
+def initialize(
+    detect: bool, coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Connect to the other processes; must come before anything that uses a device.
+
+    Args:
+      detect: Whether the cluster (SLURM, MPI, Kubernetes, TPU) says what is None below.
+      coordinator_address: Host and port of process 0, such as "10.0.0.1:1234".
+      num_processes: Number of processes.
+      process_id: Number of this one, from 0.
+
+    Raises:
+      UserError: If something is missing or the others cannot be reached.
+    """
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if not detect and len(missing) == len(given):
+        return
+    if not detect and missing:
+        raise UserError(
+            f"--{missing[0]} is missing; a run of several processes needs {', '.join(f'--{name}' for name in given)}, "
+            "or --config.distributed=auto on a cluster that tells them"
+        )
+    if num_processes is not None and process_id is not None and process_id >= num_processes:
+        raise UserError(f"--process_id={process_id} must be below --num_processes={num_processes}")
+    if coordinator_address is not None:
+        _reach(coordinator_address, process_id)
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            cluster_detection_method=None if detect else "deactivate",
+            initialization_timeout=_START_TIMEOUT,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=_HEARTBEAT_TIMEOUT,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        if detect:
+            raise UserError(
+                f"config.distributed=auto: no cluster was found ({reason}); it knows SLURM, Open MPI, Kubernetes and "
+                f"TPU; elsewhere give {', '.join(f'--{name}' for name in given)}"
+            ) from error
+        raise UserError(f"--coordinator_address={coordinator_address} cannot be used ({reason})") from error
+    if jax.process_index() > 0:
+        log.setLevel(logging.WARNING)
+
+
+def _reach(address: str, process_id: int | None) -> None:
+    """Wait for the coordinator, of whose absence JAX would tell by aborting."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator_address={address} must be HOST:PORT, such as 10.0.0.1:1234")
+    deadline = time.monotonic() + _START_TIMEOUT
+    while process_id != 0:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--coordinator_address={address} does not answer ({error}); start process 0 there, open the port"
+                ) from error
+        time.sleep(1)
+
+
+def is_primary() -> bool:
+    """Whether this process writes logs and results."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until every process has come to the point of this name."""
+    multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def stop_with_the_others() -> Iterator[None]:
+    """End this process, with the exit code of a `TrainingError`, where another one has gone.
+
+    Collectives then fail, or JAX aborts the process once heartbeats have been missing for `_HEARTBEAT_TIMEOUT`.
+    Nothing is closed on the way out: checkpoints and JAX's own shutdown would wait for the process that has gone.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        if jax.process_count() == 1 or reason.startswith("RESOURCE_EXHAUSTED"):
+            raise
+        print(
+            f"error: another process of the run has gone ({reason}); the last checkpoint is intact: start the same "
+            "command again for all processes to go on from it",
+            file=sys.stderr,
+            flush=True,
+        )
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(3)

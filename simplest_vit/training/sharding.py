@@ -1,0 +1,125 @@
+"""Which device holds what: one mesh, and one rule for each kind of array.
+
+The mesh has two axes. `fsdp` counts the devices that share one copy of the parameters and of the optimizer's state,
+`data` the copies. A batch is split over both. With `fsdp` 1 every device holds everything.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from simplest_vit.errors import UserError
+from simplest_vit.optimizers.paths import path_names
+
+
+def create_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange devices as [data, fsdp].
+
+    Those of one process are neighbours: it reads one contiguous part of each batch, and parameters are gathered over
+    the fast links within a host for as long as `fsdp` is no more than its devices.
+
+    Args:
+      fsdp: Devices that share one copy of the parameters.
+      devices: None for those of all processes.
+
+    Returns:
+      The mesh; one device is a mesh of one.
+
+    Raises:
+      UserError: If `fsdp` does not divide the number of devices.
+    """
+    ordered = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    if len(ordered) % fsdp:
+        raise UserError(
+            f"config.fsdp={fsdp} does not divide the {len(ordered)} devices; choose a divisor of {len(ordered)}"
+        )
+    return Mesh(np.asarray(ordered).reshape(-1, fsdp), ("data", "fsdp"))
+
+
+def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
+    """Check that every device has an equal share of each (micro-)batch.
+
+    Raises:
+      UserError: If not.
+    """
+    if batch_size % mesh.size:
+        raise UserError(
+            f"config.batch_size={batch_size} cannot be split over {mesh.size} devices; choose a multiple of {mesh.size}"
+        )
+    part = batch_size // accumulation_steps
+    if part % mesh.size:
+        raise UserError(
+            f"config.accumulation_steps={accumulation_steps} makes parts of {part} examples, which cannot be split "
+            f"over {mesh.size} devices; choose parts that are a multiple of {mesh.size}"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Split along the first axis, over all devices."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def state_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The rules of a `TrainState`.
+
+    - Stacks of Shampoo and SOAP: their slots over all devices, where that divides evenly, else whole (the layout of
+      `optimizers/shampoo/sharding.py`).
+    - Matrices among the parameters, their moments and their average: the largest dimension that `fsdp` divides, and
+      never the axis that stacks layers, along which the model scans.
+    - Vectors, scalars and the model's constants: whole, for they are small.
+
+    Args:
+      path: Key path from the state's root.
+      shape: The array's shape.
+      mesh: The devices.
+
+    Returns:
+      The partition.
+    """
+    names = path_names(path)
+    if "stacks" in names:
+        return PartitionSpec(mesh.axis_names) if shape and shape[0] % mesh.size == 0 else PartitionSpec()
+    first = 1 if "blocks" in names else 0
+    fsdp = mesh.shape["fsdp"]
+    axes = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
+    if names[0] == "constants" or fsdp == 1 or len(shape) - first < 2 or not axes:
+        return PartitionSpec()
+    largest = max(axes, key=lambda axis: shape[axis])
+    return PartitionSpec(*(None,) * largest, "fsdp")
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """The sharding of every array of a state, by `state_spec`.
+
+    Args:
+      state: A `TrainState`, or its shapes.
+      mesh: The devices.
+
+    Returns:
+      A tree of `NamedSharding` of the same structure.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, state_spec(path, x.shape, mesh)), state)
+
+
+def bytes_per_device(state: Any) -> int:
+    """Bytes that one device holds of a state, or of its description with shardings."""
+    shards = ((x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(state))
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
+
+
+def memory_line(state: Any) -> str:
+    """Tell the mesh and the memory that the state takes."""
+    mesh = jax.tree.leaves(state)[0].sharding.mesh
+    return (
+        f"{mesh.size} devices: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}; "
+        f"{bytes_per_device(state) / 1e6:,.1f} MB of parameters and optimizer state on each"
+    )

@@ -1,0 +1,157 @@
+"""Runs of two real processes with two fake devices each, over the loopback, beside one process with four."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = [
+    "--config.batch_size=64",
+    "--config.warmup_steps=2",
+    "--config.log_every=1",
+    "--config.eval_every=3",
+    "--config.checkpoint_every=3",
+    "--config.model.depth=4",
+    "--config.model.width=16",
+    "--config.model.num_heads=2",
+    "--config.model.mlp_dim=32",
+    "--config.model.c_val_0_target=0.3",
+]
+SHORT = [*TINY, "--config.steps=6"]
+TIMEOUT = 240
+
+pytestmark = pytest.mark.slow
+
+
+def start(workdir, arguments, processes, devices, optimizer="adam"):
+    """Start all processes of a run, which write to `workdir`.N.err and .out."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "main.py", "--config", f"configs/digits.py:optimizer={optimizer}", "--workdir", workdir]
+    command += [f"--config.data.dir={workdir.parent / 'tfds'}", *arguments]
+    running = []
+    for index in range(processes):
+        several = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"]
+        with open(f"{workdir}.{index}.out", "w") as out, open(f"{workdir}.{index}.err", "w") as err:
+            running.append(
+                subprocess.Popen(
+                    [*map(str, command), *(several if processes > 1 else [])],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=out,
+                    stderr=err,
+                )
+            )
+    return running
+
+
+def text(workdir, index, stream="err"):
+    return pathlib.Path(f"{workdir}.{index}.{stream}").read_text()
+
+
+def finish(workdir, running):
+    """Wait for the end of all processes; none may fail."""
+    try:
+        codes = [process.wait(TIMEOUT) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert codes == [0] * len(running), text(workdir, 0) + text(workdir, len(running) - 1)
+
+
+def train(workdir, arguments, processes, devices, optimizer="adam"):
+    finish(workdir, start(workdir, arguments, processes, devices, optimizer))
+    return json.loads((workdir / "results.json").read_text())
+
+
+def curve(workdir, tag="train_loss"):
+    events = EventAccumulator(str(workdir))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def assert_same_run(one, two):
+    losses = curve(one)
+    assert sorted(losses) == list(range(1, 7))
+    assert curve(two).keys() == losses.keys()
+    np.testing.assert_allclose(list(curve(two).values()), list(losses.values()), rtol=1e-5)
+    np.testing.assert_allclose(
+        list(curve(two, "validation_loss").values()), list(curve(one, "validation_loss").values()), rtol=1e-5
+    )
+
+
+def test_two_processes_train_and_evaluate_as_one_quick(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = [*SHORT, "--config.fsdp=2", "--config.ema.decay=0.9"]
+    train(one, arguments, 1, 4)
+    results = train(two, arguments, 2, 2)
+    assert results["device"].startswith("4 x cpu")
+    assert_same_run(one, two)
+    # Process 0 alone speaks and writes; checkpoints are written by both.
+    assert "step 6/6" in text(two, 0)
+    assert "data 2 x fsdp 2" in text(two, 0)
+    assert "step " not in text(two, 1)
+    assert "validation_accuracy" not in text(two, 1, "out")
+    assert len(list(two.glob("events.out.*"))) == 1
+    assert len(list((two / "checkpoints" / "6" / "state").glob("ocdbt.process_*"))) == 2
+    finish(two, start(two, [*arguments, "--mode=evaluate"], 2, 2))
+    evaluated = text(two, 0, "out")
+    assert json.loads(evaluated[evaluated.index("{") :])["latest"]["validation_loss"] == results["validation_loss"]
+    assert "validation_loss" not in text(two, 1, "out")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments"),
+    [
+        ("adam", []),
+        ("shampoo", ["--config.optimizer.precondition_frequency=2", "--config.optimizer.shards=4"]),
+        ("adam", ["--config.data.device_budget_bytes=1"]),  # each process reads its own part of every batch from disk
+    ],
+)
+def test_two_processes_train_as_one(tmp_path, optimizer, arguments):
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(one, [*SHORT, *arguments], 1, 4, optimizer)
+    train(two, [*SHORT, *arguments], 2, 2, optimizer)
+    assert_same_run(one, two)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_is_killed_the_other_stops_and_the_restart_ends_equal(tmp_path, victim):
+    arguments = [*TINY, "--config.steps=40"]
+    whole = train(tmp_path / "whole", arguments, 2, 2)
+    workdir = tmp_path / "run"
+    running = start(workdir, arguments, 2, 2)
+    deadline = time.monotonic() + TIMEOUT
+    while "step 10/" not in text(workdir, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running[victim].send_signal(signal.SIGKILL)
+    other = 1 - victim
+    try:
+        code = running[other].wait(120)  # and not for ever
+    finally:
+        for process in running:
+            process.kill()
+    # Our line, or JAX's where the heartbeats are missed first.
+    said = text(workdir, other)
+    assert code in (3, -signal.SIGABRT)
+    assert "another process of the run has gone" in said or "another task died" in said, said
+    assert not (workdir / "results.json").exists()
+    results = train(workdir, arguments, 2, 2)
+    assert "going on from step" in text(workdir, 0)
+    for name in ("validation_loss", "validation_accuracy", "best_validation_accuracy", "train_loss"):
+        assert results[name] == whole[name]
