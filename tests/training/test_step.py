@@ -29,7 +29,7 @@ def start(config, tx, devices=1):
 def run(config, tx, steps=3, devices=1, batch=None):
     """The state and the metrics after some steps."""
     graphdef, state = start(config, tx, devices)
-    train_step = make_train_step(graphdef, tx, config)
+    train_step = make_train_step(graphdef, tx, config, jax.tree.map(lambda x: x.sharding, state))
     for i in range(steps):
         part = batch_of(seed=i) if batch is None else batch
         part = jax.device_put(part, batch_sharding(create_mesh(devices=jax.devices()[:devices])))
@@ -135,7 +135,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(optimizer, devic
     config = tiny_config(f"optimizer={optimizer}", ema__decay=0.9, ema__every=1, sam__rho=0.05)
     tx = create_optimizer(config, optax.constant_schedule(1e-3))
     graphdef, state = start(config, tx, devices)
-    train_step = make_train_step(graphdef, tx, config)
+    train_step = make_train_step(graphdef, tx, config, jax.tree.map(lambda x: x.sharding, state))
     good = jax.device_put(batch_of(), batch_sharding(create_mesh(devices=jax.devices()[:devices])))
     # One bad pixel, on one device: all must skip.
     image = batch_of()["image"]
