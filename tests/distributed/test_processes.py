@@ -32,8 +32,8 @@ TIMEOUT = 240
 pytestmark = pytest.mark.slow
 
 
-def start(workdir, arguments, processes, devices, optimizer="adam"):
-    """Start all processes of a run, which write to `workdir`.N.err and .out."""
+def start(workdir, arguments, processes, devices, optimizer="adam", slurm=False):
+    """Start all processes of a run, which write to `workdir`.N.err and .out; they find each other by flags or SLURM."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -47,6 +47,15 @@ def start(workdir, arguments, processes, devices, optimizer="adam"):
     running = []
     for index in range(processes):
         several = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"]
+        if slurm:
+            several = ["--config.distributed=auto"]
+            environment |= {
+                "SLURM_JOB_ID": str(port),
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": str(processes),
+                "SLURM_PROCID": str(index),
+                "SLURM_LOCALID": str(index),
+            }
         with open(f"{workdir}.{index}.out", "w") as out, open(f"{workdir}.{index}.err", "w") as err:
             running.append(
                 subprocess.Popen(
@@ -85,13 +94,13 @@ def curve(workdir, tag="train_loss"):
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
-def assert_same_run(one, two):
+def assert_same_run(one, two, rtol=1e-5):
     losses = curve(one)
     assert sorted(losses) == list(range(1, 7))
     assert curve(two).keys() == losses.keys()
-    np.testing.assert_allclose(list(curve(two).values()), list(losses.values()), rtol=1e-5)
+    np.testing.assert_allclose(list(curve(two).values()), list(losses.values()), rtol=rtol)
     np.testing.assert_allclose(
-        list(curve(two, "validation_loss").values()), list(curve(one, "validation_loss").values()), rtol=1e-5
+        list(curve(two, "validation_loss").values()), list(curve(one, "validation_loss").values()), rtol=rtol
     )
 
 
@@ -109,7 +118,7 @@ def test_two_processes_train_and_evaluate_as_one_quick(tmp_path):
     assert "validation_accuracy" not in text(two, 1, "out")
     assert len(list(two.glob("events.out.*"))) == 1
     assert len(list((two / "checkpoints" / "6" / "state").glob("ocdbt.process_*"))) == 2
-    finish(two, start(two, [*arguments, "--mode=evaluate"], 2, 2))
+    finish(two, start(two, [*arguments, "--mode=evaluate"], 2, 2, slurm=True))
     evaluated = text(two, 0, "out")
     assert json.loads(evaluated[evaluated.index("{") :])["latest"]["validation_loss"] == results["validation_loss"]
     assert "validation_loss" not in text(two, 1, "out")
@@ -127,7 +136,7 @@ def test_two_processes_train_as_one(tmp_path, optimizer, arguments):
     one, two = tmp_path / "one", tmp_path / "two"
     train(one, [*SHORT, *arguments], 1, 4, optimizer)
     train(two, [*SHORT, *arguments], 2, 2, optimizer)
-    assert_same_run(one, two)
+    assert_same_run(one, two, rtol=1e-4 if optimizer == "shampoo" else 1e-5)  # roots make rounding errors larger
 
 
 @pytest.mark.parametrize("victim", [0, 1])
