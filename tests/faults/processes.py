@@ -50,7 +50,7 @@ class Run:
 
     def finish(self):
         """Run to the end: its standard error, and the seconds since the first line about steps."""
-        lines = []
+        lines, first = [], time.monotonic()
         with self.start() as process:
             for line in process.stderr:
                 lines.append(line)

@@ -129,7 +129,7 @@ def test_the_processes_that_read_images_end_with_the_run(tmp_path, signals, expe
     run = Run(tmp_path / "run", data__dir=str(tmp_path), **images(tmp_path / "images"), **options)
     code, stderr = run.stop("epoch", 0.2, *signals)
     assert code == expected, stderr
-    assert "Traceback" not in stderr
-    # Behind a signal Python may tell of shared memory that it has cleaned up.
+    # A reader that was just starting may tell that its run is gone, Python that it has cleaned up shared memory.
+    assert code not in (0, os.EX_TEMPFAIL) or "Traceback" not in stderr
     assert signals or [line for line in stderr.splitlines() if not LINE.match(line)] == []
     assert_nothing_left(run, before)
