@@ -23,7 +23,8 @@ from simplest_vit import cli
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.optimizers.schedules import warmup_cosine
 from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
-from simplest_vit.training.state import abstract_state, create_mesh, create_state, state_initializer
+from simplest_vit.training.sharding import create_mesh
+from simplest_vit.training.state import abstract_state, create_state, state_initializer
 from simplest_vit.training.step import make_train_step
 
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the images.")
