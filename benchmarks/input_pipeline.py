@@ -57,6 +57,25 @@ def rate(batches: Iterator[input_pipeline.Batch], batch_size: int, seconds: floa
     return batch_size / (statistics.median(times) if len(times) > 20 else statistics.mean(times))
 
 
+def alternate(stages: list[Callable[[], object]], images: int, seconds: float) -> np.ndarray:
+    """Returns images/s of each stage and round, [stages, rounds >= 5]; they take turns, after one round to warm up."""
+    rounds: list[list[float]] = []
+    begin = time.perf_counter()
+    while len(rounds) < 6 or time.perf_counter() - begin < len(stages) * seconds:
+        rounds.append([])
+        for stage in stages:
+            start = time.perf_counter()
+            stage()
+            rounds[-1].append(images / (time.perf_counter() - start))
+    return np.array(rounds[1:]).T
+
+
+def median(ratios: np.ndarray) -> str:
+    """Returns median and quartiles."""
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
 # The peer.
 
 
@@ -181,25 +200,20 @@ def benchmark_host(arguments: argparse.Namespace) -> None:
     config = config_of(arguments, flip=True, random_resized_crop=True, image_size=224)
     dataset = input_pipeline.load(config.data)
     cores = os.cpu_count() or 1
-    contents = [content for content, _, _ in dataset.train.read(list(range(0, 200)))]
-    for content in contents[:20]:
-        decode_image(content, 3)
-    start = time.perf_counter()
-    for content in contents:
-        decode_image(content, 3)
-    bare = len(contents) / (time.perf_counter() - start)
-    report("bare JPEG decoding, one core", bare)
     reader = host._reader(dataset.train, dataset.image_shape, True, 224, 0, 200)
-    start = time.perf_counter()
-    chunks = [reader.train_chunk(k) for k in range(200 // reader.chunk)]
-    ours = 200 / (time.perf_counter() - start)
-    report("read, decode, random resized crop, one core", ours, f"{ours / bare:.0%} of bare decoding")
-    del chunks
+    contents = [content for content, _, _ in dataset.train.read(list(range(200)))]
     options = {"size": 224, "augment": False, "mean": dataset.mean, "std": dataset.std}
-    start = time.perf_counter()
-    pil_batch(contents, 0, **options)
-    peer = 200 / (time.perf_counter() - start)
-    report("peer: PIL and NumPy, one core", peer, f"ours is {ours / peer:.1f} times as fast")
+    stages = {
+        "bare JPEG decoding, one core": lambda: [decode_image(content, 3) for content in contents],
+        "read, decode, random resized crop, one core": lambda: [
+            reader.train_chunk(k) for k in range(200 // reader.chunk)
+        ],
+        "peer: PIL and NumPy, one core": lambda: pil_batch(contents, 0, **options),
+    }
+    bare, ours, peer = rates = alternate(list(stages.values()), 200, arguments.seconds)
+    extras = ("", f"{median(ours / bare)} of bare decoding", f"ours is {median(ours / peer)} times as fast")
+    for name, rounds, extra in zip(stages, rates, extras, strict=True):
+        report(name, float(np.median(rounds)), extra)
     batches = input_pipeline.train_batches(dataset, config, start_step=0, sharding=None)
     whole = rate(batches, arguments.batch_size, arguments.seconds)
     report(f"whole pipeline, {arguments.num_workers} workers, {cores} cores", whole, f"{memory_mib():,.0f} MiB in all")
