@@ -45,7 +45,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(small_disk, 
         saved = checkpoints.newest()
     assert saved in (10, 20)
     resize(10_000)
-    stderr, _ = run.finish()
+    stderr = run.finish()
     assert f"going on from step {saved} of 40" in stderr
     assert_same_end(run, uninterrupted.end())
 
@@ -58,7 +58,7 @@ def test_an_event_file_that_cannot_grow_does_not_stop_the_run(tmp_path):
     uninterrupted.finish()
     limit = ("prlimit", f"--fsize={64 * 1024}")
     run = Run(tmp_path / "run", data__dir=str(tmp_path), launcher=limit, **schedule)
-    stderr, _ = run.finish()
+    stderr = run.finish()
     assert "Traceback" not in stderr
     (line,) = [line for line in stderr.splitlines() if "tfevents" in line]
     assert line.endswith("cannot be written (File too large): the run goes on without it")

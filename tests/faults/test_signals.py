@@ -66,7 +66,7 @@ def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     before = shared_memory()
     run = Run(folder / "run", data__dir=str(folder), **SCHEDULE)
-    stderr, _ = run.finish()
+    stderr = run.finish()
     assert [line for line in stderr.splitlines() if not LINE.match(line)] == []
     assert_nothing_left(run, before)
     return run.end(), str(folder)
@@ -96,7 +96,7 @@ def test_a_signal_ends_the_run_with_75_and_the_same_command_goes_on(uninterrupte
     assert [line for line in stderr.splitlines() if not LINE.match(line)] == []
     assert_nothing_left(run, before)
     saved = run.finished_checkpoint()
-    again, _ = run.finish() if saved < 60 or code else ("", 0)
+    again = run.finish() if saved < 60 or code else ""
     assert (f"going on from step {saved} of 60" in again) == (saved > 0 and bool(again))
     assert_same_end(run, end)
 
