@@ -7,8 +7,9 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -16,29 +17,29 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.training import distributed
 from simplest_vit.training.state import TrainState
+from simplest_vit.training.workdir import write_json
 
 log = logging.getLogger("simplest_vit")
 
 # Facts of the run that a resume goes on with, beside the arrays: plain JSON.
 Progress = dict[str, Any]
 AT_THE_START: Progress = {
-    "best_validation_accuracy": 0.0,
-    "best_step": None,  # the checkpoint with it
+    "best_validation_accuracy": 0.0,  # of all evaluations; not each of them has a checkpoint
     "evaluated_step": 0,
     "unreported": [],  # what the steps since the last report returned: an interruption leaves no gap between reports
     "wall_time_s": 0.0,
 }
 
-_ITEMS = ("state", "progress")
-_CHECKSUMS = "checksums.json"
+_RECORD = "record.json"  # in each checkpoint, beside the folder of Orbax: the progress, and checksums of all
 
 
 class Checkpoints:
     """The folders `checkpoints/STEP` of a run: the latest two and the best, by Orbax. Leaving waits for the last save.
 
     Orbax does not notice a flipped byte. So the last file of a checkpoint has the checksums of the others, and what
-    does not fit them is damaged.
+    does not fit them is damaged. Of several processes the first decides what is, for all may see the disk differently.
     """
 
     def __init__(self, workdir: pathlib.Path, *, create: bool):
@@ -50,15 +51,17 @@ class Checkpoints:
         self.directory = workdir.absolute() / "checkpoints"
         self._writable = create
         self._best = _Best()
-        self._saving = -1
+        self._saving: tuple[int, Progress] = (-1, AT_THE_START)
+        self._whole: set[int] = set()  # steps whose checkpoint was found whole
+        self._damaged: set[int] = set()  # or damaged, and told
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(2), self._best]),
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_record),
             cleanup_tmp_directories=create,
             create=create,
         )
         with self._told("cannot be opened"):
-            handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+            handlers = {"state": ocp.StandardCheckpointHandler()}
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Self:
@@ -89,56 +92,40 @@ class Checkpoints:
         Raises:
           UserError: If all are damaged.
         """
-        damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            damage = self._damage(step)
-            if damage is None:
-                for later, reason in damaged.items():
-                    log.warning(
-                        "checkpoint %d in %s is damaged (%s): going back to step %d",
-                        later,
-                        self.directory,
-                        reason,
-                        step,
-                    )
-                    if self._writable:
-                        self._manager.delete(later)
-                return step
-            damaged[step] = damage
-        if damaged:
-            reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
-            raise UserError(
-                f"every checkpoint in {self.directory} is damaged ({reasons}); "
-                "remove that folder to start anew, or choose another --workdir"
-            )
-        return None
-
-    def progress(self, step: int) -> Progress:
-        """The progress of a checkpoint that is whole."""
-        return self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        step = distributed.from_primary(lambda: self._first_whole(reversed(self.steps())))
+        self._manager.reload()
+        return step
 
     def best(self) -> int | None:
-        """The step of the highest validation accuracy; the newest if none was evaluated, None without a checkpoint.
+        """Find the whole checkpoint of the highest validation accuracy, as `newest` does; if none has one, the newest.
 
         Raises:
           UserError: If all checkpoints are damaged.
         """
-        newest = self.newest()
-        return newest if newest is None else self.progress(newest)["best_step"] or newest
+        return distributed.from_primary(lambda: self._first_whole(sorted(self.steps(), key=self._rank, reverse=True)))
+
+    def progress(self, step: int) -> Progress:
+        """The progress of a checkpoint that is whole."""
+        return self._record(step)["progress"]
 
     def save(self, state: TrainState, progress: Progress, step: int) -> None:
-        """Save in the background, in place of a checkpoint of the same step.
+        """Save in the background; where the step is saved already, only its progress, at once and atomically.
+
+        That is after an interruption during an evaluation: the state is the same, and may be the only one there is.
 
         Raises:
           TrainingError: If this one, or the one before, cannot be written.
         """
         self.wait()
         with self._told("cannot be written"):
-            if step in self.steps():  # of an interruption, before the evaluation
-                self._manager.delete(step)
-            self._saving, self._best.step = step, progress["best_step"]
-            items = {"state": ocp.args.StandardSave(state), "progress": ocp.args.JsonSave(dict(progress))}
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            self._saving = step, dict(progress)
+            if step in self.steps():
+                if distributed.is_primary():
+                    checksums = self._record(step)["checksums"] | {"progress": _progress_checksum(progress)}
+                    write_json(self.directory / str(step) / _RECORD, {"progress": progress, "checksums": checksums})
+                return
+            self._best.step = max([*self.steps(), step], key=self._rank)
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk.
@@ -162,35 +149,83 @@ class Checkpoints:
         Raises:
           UserError: If the checkpoint is damaged or holds another state.
         """
-        reason = self._damage(step) or _difference(self._manager.item_metadata(step)["state"].tree, abstract)
+        reason = distributed.from_primary(lambda: self._damage(step)) or _difference(
+            self._manager.item_metadata(step)["state"].tree, abstract
+        )
         if reason is not None:
             raise UserError(
                 f"checkpoint {self.directory / str(step)} cannot be restored ({reason}); expected one written by this "
                 "config; remove it to go on from an older one, or choose another --workdir"
             )
-        items = {"state": ocp.args.StandardRestore(abstract), "progress": ocp.args.JsonRestore()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return restored["state"], restored["progress"]
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        return restored["state"], distributed.from_primary(lambda: self.progress(step))
 
-    def _write_checksums(self) -> None:
+    def _write_record(self) -> None:
         """Called by Orbax when all files are written, before the folder gets its name."""
-        if jax.process_index() == 0:
-            (folder,) = self.directory.glob(f"{self._saving}.*tmp*")
-            (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder), indent=1))
+        if distributed.is_primary():
+            step, progress = self._saving
+            (folder,) = self.directory.glob(f"{step}.*tmp*")
+            checksums = _state_checksums(folder) | {"progress": _progress_checksum(progress)}
+            write_json(folder / _RECORD, {"progress": progress, "checksums": checksums})
+
+    def _record(self, step: int) -> dict[str, Any]:
+        return json.loads((self.directory / str(step) / _RECORD).read_text())
+
+    def _rank(self, step: int) -> tuple[float, int]:
+        """What the best checkpoint has most of: accuracy, if it was evaluated, and steps."""
+        try:
+            progress = self._saving[1] if step == self._saving[0] else self.progress(step)
+            evaluated = progress["evaluated_step"] == step
+            return (progress.get("validation_accuracy", -1.0) if evaluated else -1.0), step
+        except (OSError, LookupError, TypeError, ValueError):  # damaged
+            return -1.0, step
+
+    def _first_whole(self, steps: Iterable[int]) -> int | None:
+        """The first of these steps whose checkpoint is whole."""
+        damages: dict[int, str] = {}
+        for step in steps:
+            if step in self._damaged:
+                continue
+            damage = self._damage(step)
+            if damage is None:
+                for other, reason in damages.items():
+                    log.warning(
+                        "checkpoint %d in %s is damaged (%s): going back to step %d",
+                        other,
+                        self.directory,
+                        reason,
+                        step,
+                    )
+                    if self._writable:
+                        with self._told("cannot be removed"):
+                            shutil.rmtree(self.directory / str(other))
+                self._damaged |= damages.keys()
+                return step
+            damages[step] = damage
+        if damages:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in damages.items())
+            raise UserError(
+                f"every checkpoint in {self.directory} is damaged ({reasons}); "
+                "remove that folder to start anew, or choose another --workdir"
+            )
+        return None
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint, or None."""
-        folder = self.directory / str(step)
+        if step in self._whole:
+            return None
         try:
-            expected = dict(json.loads((folder / _CHECKSUMS).read_text()))
-            found = _checksums(folder)
+            record = self._record(step)
+            expected = dict(record["checksums"])
+            found = _state_checksums(self.directory / str(step)) | {"progress": _progress_checksum(record["progress"])}
         except OSError as error:
-            return f"{pathlib.Path(error.filename).name}: {error.strerror}"
-        except (TypeError, ValueError):
-            return f"{_CHECKSUMS} is not JSON"
-        for name, checksum in expected.items():
-            if found.get(name) != checksum:
+            return str(error)
+        except (LookupError, TypeError, ValueError):
+            return f"{_RECORD} is changed"
+        for name in sorted(expected.keys() | {"progress"}):
+            if found.get(name) != expected.get(name):
                 return f"{name} is {'changed' if name in found else 'missing'}"
+        self._whole.add(step)
         return None
 
     @contextlib.contextmanager
@@ -198,9 +233,12 @@ class Checkpoints:
         """Tell in one line what Orbax raises; it wraps a full disk in errors of many kinds."""
         try:
             yield
-        except jax.errors.JaxRuntimeError:  # not of the disk: of a computation, or of another process that has gone
-            raise
         except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, jax.errors.JaxRuntimeError):
+                    raise cause from None  # not of the disk: of a computation, or of another process that has gone
+                cause = cause.__cause__ or cause.__context__
             raise TrainingError(
                 f"checkpoint in {self.directory} {failure} ({_reason(error)}): the run stops, the checkpoints before "
                 "it are intact; make room or mend the disk and start the same command again"
@@ -217,14 +255,17 @@ class _Best:
         return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
-def _checksums(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of every file in the items of a checkpoint."""
+def _progress_checksum(progress: Progress) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
+
+
+def _state_checksums(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of every file of the arrays in a checkpoint."""
     sums = {}
-    for item in _ITEMS:
-        for path in (folder / item).rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in (folder / "state").rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
 
 

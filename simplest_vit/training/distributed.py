@@ -5,15 +5,18 @@ connect to, and the only one that logs and writes results; checkpoints are writt
 """
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from simplest_vit.errors import UserError
@@ -100,6 +103,34 @@ def is_primary() -> bool:
 def wait_for_all(name: str) -> None:
     """Wait until every process has come to the point of this name."""
     multihost_utils.sync_global_devices(name)
+
+
+def from_primary(ask: Callable[[], Any]) -> Any:
+    """What process 0 is answered, for all of them: of what is on a disk each may see something else.
+
+    Args:
+      ask: Called by process 0 only; returns plain JSON.
+
+    Returns:
+      The answer.
+
+    Raises:
+      UserError: In all processes, if `ask` raises it.
+    """
+    if jax.process_count() == 1:
+        return ask()
+    content = b""
+    if is_primary():
+        try:
+            content = json.dumps({"answer": ask()}).encode()
+        except UserError as error:
+            content = json.dumps({"error": str(error)}).encode()
+    size = multihost_utils.broadcast_one_to_all(np.int32(len(content)))
+    padded = np.frombuffer(content.ljust(size, b" "), np.uint8)
+    told = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
+    if "error" in told:
+        raise UserError(told["error"])
+    return told["answer"]
 
 
 @contextlib.contextmanager

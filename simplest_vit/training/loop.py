@@ -66,11 +66,12 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(Checkpoints(run.path, create=True))
+        # Here too, not only around the program: to leave this stack would wait for the process that has gone.
         stack.enter_context(distributed.stop_with_the_others())
         step = checkpoints.newest() or 0
-        if step == run.total_steps and (run.path / RESULTS).exists():
+        if step == run.total_steps and distributed.from_primary((run.path / RESULTS).exists):
             log.info("%s has finished: its %s is repeated here", run.path, RESULTS)
-            return read_json(run.path / RESULTS)
+            return distributed.from_primary(lambda: read_json(run.path / RESULTS))
         writer = metric_writers.create_default_writer(run.path, just_logging=not distributed.is_primary())
         stack.callback(writer.close)
         if step:
@@ -92,10 +93,14 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
                 scalars = run.evaluate(state, interruption)
                 if scalars:
                     check_finite(scalars, step)
-                    if scalars["validation_accuracy"] >= progress["best_validation_accuracy"]:
-                        progress |= {"best_validation_accuracy": scalars["validation_accuracy"], "best_step": step}
+                    best = max(progress["best_validation_accuracy"], scalars["validation_accuracy"])
                     wall_time = earlier_wall_time + time.monotonic() - start_time
-                    progress |= {**scalars, "evaluated_step": step, "wall_time_s": wall_time}
+                    progress |= {
+                        **scalars,
+                        "best_validation_accuracy": best,
+                        "evaluated_step": step,
+                        "wall_time_s": wall_time,
+                    }
                     log.info(validation_line(step, progress))
                     writer.write_scalars(step, scalars)
                     if run.saved_behind(step):

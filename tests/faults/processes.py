@@ -73,8 +73,8 @@ class Run:
         return process.returncode, "".join(lines)
 
     def finished_checkpoint(self):
-        """The newest checkpoint that has its name and its checksums, or 0."""
-        folders = (self.workdir / "checkpoints").glob("*/checksums.json")
+        """The newest checkpoint that has its name and its record, or 0."""
+        folders = (self.workdir / "checkpoints").glob("*/record.json")
         return max((int(path.parent.name) for path in folders if path.parent.name.isdigit()), default=0)
 
     def being_written(self):

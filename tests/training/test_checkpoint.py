@@ -1,3 +1,5 @@
+import errno
+import hashlib
 import logging
 import shutil
 
@@ -6,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplest_vit.errors import UserError
+from simplest_vit.errors import TrainingError, UserError
 from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
 
 STATE = {
@@ -25,16 +27,20 @@ def abstract():
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state_of(0))
 
 
-def save(workdir, *steps, best=None):
+def evaluated(step, accuracy):
+    return AT_THE_START | {"evaluated_step": step, "validation_accuracy": accuracy}
+
+
+def save(workdir, accuracies):
     with Checkpoints(workdir, create=True) as checkpoints:
-        for step in steps:
-            checkpoints.save(state_of(step), AT_THE_START | {"best_step": best}, step)
+        for step, accuracy in accuracies.items():
+            checkpoints.save(state_of(step), evaluated(step, accuracy), step)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved")
-    save(workdir, 3, 6, best=3)
+    save(workdir, {3: 0.5, 6: 0.4})
     return workdir
 
 
@@ -53,18 +59,23 @@ def flip(path):
     path.write_bytes(content)
 
 
+def replace(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 DAMAGES = {
     "flipped array": lambda folder: flip(largest(folder)),
     "truncated array": lambda folder: largest(folder).write_bytes(largest(folder).read_bytes()[:-100]),
     "missing array": lambda folder: largest(folder).unlink(),
     "flipped index": lambda folder: flip(folder / "state" / "manifest.ocdbt"),
     "flipped structure": lambda folder: flip(folder / "state" / "_METADATA"),
-    "flipped progress": lambda folder: flip(folder / "progress" / "metadata"),
-    "missing progress": lambda folder: shutil.rmtree(folder / "progress"),
-    "flipped checksums": lambda folder: flip(folder / "checksums.json"),
-    "truncated checksums": lambda folder: (folder / "checksums.json").write_text("{"),
-    "no dict of checksums": lambda folder: (folder / "checksums.json").write_text("3"),
-    "not finished": lambda folder: (folder / "checksums.json").unlink(),
+    "changed progress": lambda folder: replace(folder / "record.json", "0.4", "0.9"),
+    "missing progress": lambda folder: replace(folder / "record.json", "progress", "regress"),
+    "flipped record": lambda folder: flip(folder / "record.json"),
+    "truncated record": lambda folder: (folder / "record.json").write_text("{"),
+    "no dict": lambda folder: (folder / "record.json").write_text("3"),
+    "not finished": lambda folder: (folder / "record.json").unlink(),
     "empty folder": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
 }
 
@@ -82,20 +93,67 @@ def test_a_damaged_newest_checkpoint_falls_back_and_can_be_saved_again(workdir, 
         assert checkpoints.steps() == [3]
         state, progress = checkpoints.restore(abstract(), 3)
         jax.tree.map(np.testing.assert_array_equal, state, state_of(3))
-        assert progress == AT_THE_START | {"best_step": 3}
+        assert progress == evaluated(3, 0.5)
         checkpoints.save(state_of(6), progress, 6)
     with Checkpoints(workdir, create=False) as checkpoints:
         assert checkpoints.newest() == 6
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_reading_removes_nothing(workdir):
+def test_reading_removes_nothing_and_tells_a_damage_once(workdir, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("simplest_vit"), "propagate", True)
+    save(workdir, {6: 0.6})
     flip(largest(workdir / "checkpoints" / "6"))
     with Checkpoints(workdir, create=False) as checkpoints:
         assert (checkpoints.newest(), checkpoints.best()) == (3, 3)
+        assert len([record for record in caplog.records if record.name == "simplest_vit"]) == 1
         with pytest.raises(UserError, match=r"checkpoint .*/6 cannot be restored \(state/.* is changed\)"):
             checkpoints.restore(abstract(), 6)
         assert checkpoints.steps() == [3, 6]
+
+
+def test_a_checkpoint_that_cannot_be_read_counts_as_damaged(workdir, monkeypatch):
+    def digest(file, name):
+        if "/6/" in file.name:
+            raise OSError(errno.EIO, "Input/output error")  # of a read: without the name of the file
+        return file_digest(file, name)
+
+    file_digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    with Checkpoints(workdir, create=False) as checkpoints:
+        assert checkpoints.newest() == 3
+        with pytest.raises(UserError, match=r"/6 cannot be restored \(.*Input/output error\)"):
+            checkpoints.restore(abstract(), 6)
+
+
+def test_a_checkpoint_is_proved_once(workdir, monkeypatch):
+    def digest(file, name):
+        read.append(file.name)
+        return file_digest(file, name)
+
+    read, file_digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    with Checkpoints(workdir, create=False) as checkpoints:
+        assert (checkpoints.newest(), checkpoints.best(), checkpoints.newest()) == (6, 3, 6)
+        checkpoints.restore(abstract(), 3)
+        checkpoints.restore(abstract(), 6)
+    assert len(read) == len(set(read)) > 2
+
+
+def test_another_process_that_has_gone_is_not_told_as_a_full_disk(tmp_path, monkeypatch):
+    def wait(manager):
+        try:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: barrier")
+        except jax.errors.JaxRuntimeError as error:
+            raise TimeoutError("waiting for async_write_complete") from error
+
+    with Checkpoints(tmp_path, create=True) as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(type(checkpoints._manager), "wait_until_finished", wait)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="barrier"):
+            checkpoints.wait()
+        patch.setattr(type(checkpoints._manager), "wait_until_finished", lambda manager: 1 / 0)
+        with pytest.raises(TrainingError, match=r"cannot be written \(division by zero\)"):
+            checkpoints.wait()
 
 
 def test_without_a_whole_checkpoint_the_run_does_not_start_anew(workdir):
@@ -132,23 +190,45 @@ def test_another_state_is_named_and_does_not_count_as_damage(workdir, change, me
 def test_the_latest_two_and_the_best_are_kept(tmp_path):
     with Checkpoints(tmp_path, create=True) as checkpoints:
         assert (checkpoints.newest(), checkpoints.best()) == (None, None)
-        for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2), (6, 6), (7, 6)):
-            checkpoints.save(state_of(step), AT_THE_START | {"best_step": best}, step)
+        for step, accuracy, best in (
+            (1, 0.1, 1),
+            (2, 0.3, 2),
+            (3, 0.1, 2),
+            (4, 0.2, 2),
+            (5, 0, 2),
+            (6, 0.3, 6),
+            (7, 0, 6),
+        ):
+            checkpoints.save(state_of(step), evaluated(step, accuracy), step)
             assert checkpoints.steps() == sorted({max(step - 1, 1), step, best})
     with Checkpoints(tmp_path, create=True) as checkpoints:
         assert (checkpoints.newest(), checkpoints.best()) == (7, 6)
-        checkpoints.save(state_of(8), AT_THE_START | {"best_step": 6}, 8)
-        checkpoints.save(state_of(9), AT_THE_START | {"best_step": 6}, 9)
+        checkpoints.save(state_of(8), evaluated(8, 0.2), 8)
+        checkpoints.save(state_of(9), evaluated(8, 0.9), 9)  # of an earlier step: this one was not evaluated
         assert checkpoints.steps() == [6, 8, 9]
 
 
-def test_a_step_saved_again_is_replaced(workdir):
-    save(workdir, 6, best=6)
+def test_a_step_saved_again_has_the_new_progress(workdir):
+    save(workdir, {6: 0.6})
     with Checkpoints(workdir, create=False) as checkpoints:
-        assert (checkpoints.steps(), checkpoints.best()) == ([3, 6], 6)
+        assert (checkpoints.steps(), checkpoints.newest(), checkpoints.best()) == ([3, 6], 6, 6)
+        assert checkpoints.progress(6) == evaluated(6, 0.6)
+
+
+def test_a_step_saved_again_is_never_missing(workdir, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)  # what makes the new record final
+    with pytest.raises(KeyboardInterrupt):
+        save(workdir, {6: 0.6})
+    monkeypatch.undo()
+    with Checkpoints(workdir, create=False) as checkpoints:
+        assert (checkpoints.newest(), checkpoints.progress(6)) == (6, evaluated(6, 0.4))
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(abstract(), 6)[0], state_of(6))
 
 
 def test_what_a_killed_process_left_half_written_is_removed(workdir):
     shutil.copytree(workdir / "checkpoints" / "6", workdir / "checkpoints" / "9.orbax-checkpoint-tmp")
-    save(workdir, 9, best=3)
+    save(workdir, {9: 0.4})
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "6", "9"}

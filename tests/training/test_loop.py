@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import input_pipeline
 from simplest_vit.errors import Interrupted, TrainingError, UserError
 from simplest_vit.training import loop
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.interrupt import Interruption
+from simplest_vit.training.restored import restore_best
 from tests.tiny import tiny_config
 
 RESULT_KEYS = {
@@ -159,12 +161,54 @@ def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(finished, da
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with Checkpoints(tmp_path, create=False) as checkpoints:
         assert checkpoints.newest() == (int(step) or None)
-        if kind == "evaluation":
-            assert checkpoints.progress(int(step))["best_step"] != int(step), "what is not evaluated is not the best"
+        if when == "evaluation 6":
+            assert checkpoints.best() == 3, "what is not evaluated is not the best"
     loop.train_and_evaluate(config, str(tmp_path))
     assert_same_end(tmp_path, finished, data_dir)
     with Checkpoints(tmp_path, create=False) as checkpoints, Checkpoints(finished[0], create=False) as expected:
         assert checkpoints.best() == expected.best()
+
+
+def test_a_kill_while_the_interrupted_evaluation_is_saved_loses_nothing(finished, data_dir, tmp_path, monkeypatch):
+    config = tiny_config(data__dir=data_dir, ema__decay=0.9)
+
+    def terminated(self, state, interruption):
+        interruption.signal = signal.SIGTERM  # as if it came just now
+        return evaluate(self, state, interruption)
+
+    def kill_in_checkpoint(source, target):
+        if pathlib.Path(target).name == "record.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    evaluate, replace = loop._Run.evaluate, os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "evaluate", terminated)
+        with pytest.raises(Interrupted, match="step 3 of 6 is saved"):
+            loop.train_and_evaluate(config, str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", kill_in_checkpoint)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train_and_evaluate(config, str(tmp_path))
+    with Checkpoints(tmp_path, create=False) as checkpoints:
+        assert checkpoints.newest() == 3
+    loop.train_and_evaluate(config, str(tmp_path))
+    assert_same_end(tmp_path, finished, data_dir)
+
+
+def test_the_best_checkpoint_is_the_best_of_those_saved(data_dir, tmp_path, monkeypatch):
+    accuracies = {1: 0.2, 2: 0.9, 3: 0.6, 4: 0.8, 5: 0.7, 6: 0.5}
+    config = tiny_config(data__dir=data_dir, eval_every=1)
+
+    def evaluate(self, state, interruption):
+        return {"validation_loss": 1.0, "validation_accuracy": accuracies[int(state.step)]}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "evaluate", evaluate)
+        assert loop.train_and_evaluate(config, str(tmp_path))["best_validation_accuracy"] == 0.9
+    evaluated = loop.evaluate(config, str(tmp_path))
+    assert (evaluated["latest"]["step"], evaluated["best"]["step"]) == (6, 3)
+    assert restore_best(config, str(tmp_path), input_pipeline.load(config.data))[1].step == 3
 
 
 def test_a_finished_run_is_not_trained_again(finished, data_dir, monkeypatch):
