@@ -125,9 +125,9 @@ def from_primary(ask: Callable[[], Any]) -> Any:
             content = json.dumps({"answer": ask()}).encode()
         except UserError as error:
             content = json.dumps({"error": str(error)}).encode()
-    size = multihost_utils.broadcast_one_to_all(np.int32(len(content)))
-    padded = np.frombuffer(content.ljust(size, b" "), np.uint8)
-    told = json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    characters = np.frombuffer(content.ljust(size), np.uint8)  # of the same shape in all
+    told = json.loads(multihost_utils.broadcast_one_to_all(characters).tobytes())
     if "error" in told:
         raise UserError(told["error"])
     return told["answer"]
