@@ -30,13 +30,18 @@ def _main(arguments: list[str]) -> None:
     config, workdir = cli.CONFIG.value, cli.WORKDIR.value
     # Imported here, so that a mistyped flag is answered at once.
     if _MODE.value == "predict":
+        for flag in (_COORDINATOR_ADDRESS, _NUM_PROCESSES, _PROCESS_ID):
+            if flag.present:
+                raise UserError(f"--{flag.name} is not for --mode=predict, which is one process; leave it out")
         from simplest_vit import predict
 
         predictions = predict.predict(config, workdir, [*_IMAGES.value, *arguments], _ROLLOUT.value)
         print(predict.as_json_lines(predictions) if _JSON.value else predict.as_table(predictions))
         return
+    from simplest_vit.config import check_config
     from simplest_vit.training import distributed, loop
 
+    check_config(config)  # before the others are waited for
     distributed.initialize(
         config.get("distributed") == "auto", _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )

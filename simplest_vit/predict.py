@@ -10,10 +10,12 @@ import numpy as np
 from flax import nnx
 
 import input_pipeline
+from simplest_vit.config import check_config
 from simplest_vit.data.augment import normalize
 from simplest_vit.data.decode import resize_and_centre_crop
 from simplest_vit.errors import UserError
 from simplest_vit.training.restored import restore_best
+from simplest_vit.training.workdir import check_workdir
 
 # Images computed at once.
 _BATCH = 64
@@ -36,8 +38,10 @@ def predict(config: Any, workdir: str, images: list[str], rollout_dir: str | Non
       For each image `image`, its path, and `top`, the five most probable classes as `class` and `probability`.
 
     Raises:
-      UserError: If there is no checkpoint, or a file is no image.
+      UserError: If the config does not fit, there is no checkpoint, or a file is no image.
     """
+    check_config(config)
+    check_workdir(workdir, config.to_dict())
     files = find_images(images)
     dataset = input_pipeline.load(config.data)
     pixels = np.stack([_read(file, dataset, config) for file in files])

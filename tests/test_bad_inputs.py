@@ -149,6 +149,8 @@ CONFIGS = {
 }
 
 IMPORT = "simplest_vit.interop.import_reference --config configs/digits.py --workdir {new}/run"
+EXPORT = "simplest_vit.interop.export_reference --config configs/digits.py --workdir {new}/run"
+DEPTH_STUDY = "simplest_vit.analysis.depth_study --config configs/digits.py --workdir {new}/run"
 SWEEP = "simplest_vit.sweep --config configs/digits.py"
 DIGITS = "main.py --config configs/digits.py --workdir {new}/run"
 OLD = "main.py --config {old}/tiny.py --workdir {old}"
@@ -182,6 +184,16 @@ COMMANDS = [
     (DIGITS + " --mode predict --images {old}/empty", "has no images"),
     (DIGITS + " --mode predict --images {old}/text.jpg --config.data.dir={old}/data", "text.jpg: not a complete image"),
     (DIGITS + " --mode predict --images {old}/cut.jpg --config.data.dir={old}/data", "cut.jpg: not a complete image"),
+    (
+        DIGITS + " --mode predict --images {old}/text.jpg --config.data.image_size=-5",
+        "config.data.image_size=-5 must be",
+    ),
+    (DIGITS + " --mode predict --process_id=0", "--process_id is not for --mode=predict"),
+    (DIGITS + " --coordinator_address=localhost:99999 --num_processes=2 --process_id=1", "must be HOST:PORT"),
+    (
+        DIGITS + " --coordinator_address=localhost:1 --num_processes=2 --process_id=1 --config.log_every=0",
+        "config.log_every=0 must be",
+    ),
     (DIGITS + " --mode evaluate --config.data.dir={old}/data", "holds no checkpoint; train there first"),
     (DIGITS + " --config.batch_size=2048 --config.data.dir={old}/data", "more than the 1437 training examples"),
     # Folders and files.
@@ -235,7 +247,7 @@ COMMANDS = [
     (SWEEP + " --workdir {old}/text.jpg", "text.jpg is a file"),
     ("simplest_vit.analysis.report", "no runs named; usage: "),
     ("simplest_vit.analysis.report {new}/nowhere", "nowhere is no folder"),
-    ("simplest_vit.analysis.depth_study --config configs/digits.py --workdir {new}/run --depths=8,x", "--depths=8,x"),
+    (DEPTH_STUDY + " --depths=8,x", "--depths=8,x"),
     ("simplest_vit.analysis.signal_propagation --config configs/digits.py --workdir {new}/run --seeds=0", "--seeds=0"),
     (
         "simplest_vit.analysis.signal_propagation --config configs/digits.py --workdir {new}/run --inputs=noise",
@@ -244,7 +256,12 @@ COMMANDS = [
     (IMPORT, "--checkpoint is missing"),
     (IMPORT + " --checkpoint={new}/x.pth", "x.pth cannot be read"),
     (IMPORT + " --checkpoint={old}/text.jpg", "text.jpg"),
-    ("simplest_vit.interop.export_reference --config configs/digits.py --workdir {new}/run", "--output is missing"),
+    (IMPORT + " --checkpoint={old}/text.jpg --config.data.image_size=-5", "config.data.image_size=-5 must be"),
+    (EXPORT, "--output is missing"),
+    (EXPORT + " --output={new}/x.pth --config.data.image_size=-5", "config.data.image_size=-5 must be"),
+    (DEPTH_STUDY + " --config.data.image_size=-5", "config.data.image_size=-5 must be"),
+    (DEPTH_STUDY.replace("{new}/run", "{old}/text.jpg"), "text.jpg is a file"),
+    ("benchmarks.checkpoint --config configs/digits.py --config.batch_size=0", "config.batch_size=0 must be"),
     ("benchmarks.train_step --config configs/digits.py --config.model.depth=0", "config.model.depth=0 must be"),
     ("benchmarks.optimizers --config configs/digits.py --measured_batch_size=0", "--measured_batch_size=0"),
     ("benchmarks.input_pipeline mnist", "data.name=mnist: unknown"),

@@ -23,6 +23,7 @@ from simplest_vit.config import check_config
 from simplest_vit.errors import TrainingError, UserError
 from simplest_vit.models.factory import VARIANTS, model_arguments
 from simplest_vit.training import loop
+from simplest_vit.training.workdir import check_workdir
 
 DEPTHS = ("8", "12", "24", "64")
 STEPS = 200
@@ -80,12 +81,15 @@ def depth_study(config: Any, workdir: str, depths: list[int], steps: int) -> dic
     Raises:
       UserError: If the config does not fit one of the depths; nothing is trained then.
     """
+    check_config(config)
+    folder = pathlib.Path(workdir)
     planned = configs(config, depths, steps)
+    for (shaping, depth), run in planned.items():
+        check_config(run)
+        check_workdir(str(folder / f"{shaping}_depth={depth}"), run.to_dict())
     image_shape = input_pipeline.load(config.data).image_shape
     for run in planned.values():
-        check_config(run)
         model_arguments(run.model, image_shape)
-    folder = pathlib.Path(workdir)
     curves = {}
     for (shaping, depth), run in planned.items():
         path = folder / f"{shaping}_depth={depth}"

@@ -9,6 +9,7 @@ import atexit
 import collections
 import dataclasses
 import functools
+import gc
 import itertools
 import math
 import multiprocessing
@@ -227,13 +228,19 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
         threads = os.cpu_count() or 1
         stream = chunks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     iterator = iter(stream)
-    stop = atexit.register(iterator.close)  # workers and shared memory must go before the interpreter does
+    stop = atexit.register(functools.partial(_close, iterator))  # before multiprocessing's own end
     try:
         while batch := _join(itertools.islice(iterator, chunks_per_batch)):
             yield batch
     finally:
         atexit.unregister(stop)
         stop()
+
+
+def _close(iterator: grain.DatasetIterator) -> None:
+    """Ends the workers and frees their shared memory."""
+    iterator.close()
+    gc.collect()  # Grain's end of iteration is an exception, in a cycle with the frames that hold the last chunks
 
 
 def _end_with_parent(worker: int, workers: int) -> None:

@@ -13,9 +13,11 @@ from absl import flags
 
 import input_pipeline
 from simplest_vit import cli
+from simplest_vit.config import check_config
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import to_reference
 from simplest_vit.training.restored import restore_best
+from simplest_vit.training.workdir import check_workdir
 
 
 def export_reference(config: Any, workdir: str, output: str) -> None:
@@ -27,9 +29,11 @@ def export_reference(config: Any, workdir: str, output: str) -> None:
       output: The file; replaced if it exists.
 
     Raises:
-      UserError: If the run has no checkpoint, the reference has no such model, PyTorch is missing, or the file cannot
-        be written.
+      UserError: If the config does not fit, the run has no checkpoint, the reference has no such model, PyTorch is
+        missing, or the file cannot be written.
     """
+    check_config(config)
+    check_workdir(workdir, config.to_dict())
     if importlib.util.find_spec("torch") is None:
         raise UserError("writing a .pth file needs PyTorch; install it: pip install 'simplest-vit[torch]'")
     import torch

@@ -15,6 +15,7 @@ from absl import flags
 
 import input_pipeline
 from simplest_vit import cli
+from simplest_vit.config import check_config
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import from_reference
 from simplest_vit.interop.torch_file import Checkpoint
@@ -37,8 +38,10 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
       path: The file.
 
     Raises:
-      UserError: If the file does not hold this model, or the folder holds a run; nothing is written then.
+      UserError: If the config does not fit, the file does not hold this model, or the folder holds a run; nothing is
+        written then.
     """
+    check_config(config)
     folder = check_workdir(workdir, config.to_dict())
     if (folder / "checkpoints").exists():
         raise UserError(f"--workdir={workdir} already holds a run; choose another folder")

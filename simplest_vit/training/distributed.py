@@ -9,6 +9,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import time
@@ -19,11 +20,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from simplest_vit.errors import UserError
+from simplest_vit.errors import TrainingError, UserError
 
 # Seconds: until all processes must have started, and until one that is silent counts as gone.
 _START_TIMEOUT = 300
 _HEARTBEAT_TIMEOUT = 30
+# What collectives (gloo on CPU, NCCL on GPU) and the coordinator say of a process that has gone.
+_GONE = re.compile(r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)|gloo|connection|remote process", re.IGNORECASE)
 
 log = logging.getLogger("simplest_vit")
 
@@ -34,7 +37,7 @@ def initialize(
     """Connect to the other processes; must come before anything that uses a device.
 
     Args:
-      detect: Whether the cluster (SLURM, MPI, Kubernetes, TPU) says what is None below.
+      detect: Whether the cluster (SLURM, MPI, Kubernetes, TPU) says what follows, which is None then.
       coordinator_address: Host and port of process 0, such as "10.0.0.1:1234".
       num_processes: Number of processes.
       process_id: Number of this one, from 0.
@@ -46,6 +49,11 @@ def initialize(
     missing = [name for name, value in given.items() if value is None]
     if not detect and len(missing) == len(given):
         return
+    if detect and len(missing) < len(given):
+        raise UserError(
+            "--config.distributed=auto asks the cluster for what --coordinator_address, --num_processes and "
+            "--process_id say; give it or them"
+        )
     if not detect and missing:
         raise UserError(
             f"--{missing[0]} is missing; a run of several processes needs {', '.join(f'--{name}' for name in given)}, "
@@ -53,7 +61,7 @@ def initialize(
         )
     if num_processes is not None and process_id is not None and process_id >= num_processes:
         raise UserError(f"--process_id={process_id} must be below --num_processes={num_processes}")
-    if coordinator_address is not None:
+    if coordinator_address is not None and process_id is not None:
         _reach(coordinator_address, process_id)
     try:
         jax.distributed.initialize(
@@ -66,21 +74,25 @@ def initialize(
             shutdown_timeout_seconds=_HEARTBEAT_TIMEOUT,
         )
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        if detect:
+        reason = _first_line(error)
+        if detect and isinstance(error, ValueError):  # JAX misses what no cluster has told
             raise UserError(
                 f"config.distributed=auto: no cluster was found ({reason}); it knows SLURM, Open MPI, Kubernetes and "
                 f"TPU; elsewhere give {', '.join(f'--{name}' for name in given)}"
+            ) from error
+        if detect:
+            raise UserError(
+                f"config.distributed=auto: the processes cannot find each other ({reason}); see README.md, Many hosts"
             ) from error
         raise UserError(f"--coordinator_address={coordinator_address} cannot be used ({reason})") from error
     if jax.process_index() > 0:
         log.setLevel(logging.WARNING)
 
 
-def _reach(address: str, process_id: int | None) -> None:
+def _reach(address: str, process_id: int) -> None:
     """Wait for the coordinator, of whose absence JAX would tell by aborting."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator_address={address} must be HOST:PORT, such as 10.0.0.1:1234")
     deadline = time.monotonic() + _START_TIMEOUT
     while process_id != 0:
@@ -135,23 +147,38 @@ def from_primary(ask: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def stop_with_the_others() -> Iterator[None]:
-    """End this process, with the exit code of a `TrainingError`, where another one has gone.
+    """End this process, with the exit code of a `TrainingError`, where it or another one cannot go on.
 
-    Collectives then fail, or JAX aborts the process once heartbeats have been missing for `_HEARTBEAT_TIMEOUT`.
-    Nothing is closed on the way out: checkpoints and JAX's own shutdown would wait for the process that has gone.
+    Where a process has gone, collectives fail, or JAX aborts the process once heartbeats have been missing for
+    `_HEARTBEAT_TIMEOUT`. Nothing is closed on the way out: checkpoints and JAX's own shutdown would wait for all.
+
+    Raises:
+      TrainingError: If a process that is alone is out of device memory.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        if jax.process_count() == 1 or reason.startswith("RESOURCE_EXHAUSTED"):
+        reason = _first_line(error)
+        if reason.startswith("RESOURCE_EXHAUSTED"):
+            line = (
+                f"the device is out of memory ({reason}); raise config.fsdp, or in another --workdir lower "
+                "config.batch_size, raise config.accumulation_steps or set config.model.remat=True"
+            )
+            if jax.process_count() == 1:
+                raise TrainingError(line) from error
+        elif jax.process_count() == 1:
             raise
-        print(
-            f"error: another process of the run has gone ({reason}); the last checkpoint is intact: start the same "
-            "command again for all processes to go on from it",
-            file=sys.stderr,
-            flush=True,
-        )
+        else:
+            what = "another process of the run has gone" if _GONE.search(reason) else "the computation failed"
+            line = (
+                f"{what} ({reason}); the last checkpoint is intact: start the same command again for all processes to "
+                "go on from it"
+            )
+        print(f"error: {line}", file=sys.stderr, flush=True)
         for child in multiprocessing.active_children():
             child.kill()
         os._exit(3)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

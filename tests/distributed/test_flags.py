@@ -1,8 +1,12 @@
-"""Flags of a run of several processes that do not fit: one line, before JAX is asked."""
+"""Flags of a run of several processes that do not fit, and computations that fail: one line."""
 
+import os
+import sys
+
+import jax
 import pytest
 
-from simplest_vit.errors import UserError
+from simplest_vit.errors import TrainingError, UserError
 from simplest_vit.training import distributed
 
 
@@ -14,6 +18,9 @@ from simplest_vit.training import distributed
         ((False, "localhost:1", 2, None), "--process_id is missing"),
         ((False, "localhost:1", 2, 2), "--process_id=2 must be below --num_processes=2"),
         ((False, "localhost", 2, 0), "--coordinator_address=localhost must be HOST:PORT"),
+        ((False, "localhost:65536", 2, 0), "--coordinator_address=localhost:65536 must be HOST:PORT"),
+        ((False, "localhost:0", 2, 0), "--coordinator_address=localhost:0 must be HOST:PORT"),
+        ((True, "localhost:1", None, None), "--config.distributed=auto asks the cluster.*give it or them"),
         ((False, "localhost:1", 2, 1), "--coordinator_address=localhost:1 does not answer.*start process 0 there"),
         ((False, "nowhere.invalid:1", 2, 1), "--coordinator_address=nowhere.invalid:1 does not answer"),
     ],
@@ -31,10 +38,53 @@ def test_without_flags_there_is_one_process(monkeypatch):
     assert distributed.is_primary()
 
 
-def test_auto_names_the_clusters_it_knows_where_there_is_none(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("coordinator_address should be defined."), r"no cluster was found .*SLURM.*Kubernetes"),
+        (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out.\n\nMore"), r"cannot find each other \(DEADLINE_EX.*out\)"),
+        (RuntimeError(), r"cannot find each other \(RuntimeError\)"),
+    ],
+)
+def test_auto_says_why_it_fails(monkeypatch, error, message):
     def initialize(*_, **__):
-        raise ValueError("coordinator_address should be defined.")
+        raise error
 
     monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
-    with pytest.raises(UserError, match=r"config.distributed=auto: no cluster was found .*SLURM.*Kubernetes"):
+    with pytest.raises(UserError, match="config.distributed=auto: .*" + message):
         distributed.initialize(True, None, None, None)
+
+
+GONE = "another process of the run has gone"
+
+
+@pytest.mark.parametrize(
+    ("error", "processes", "raised", "said"),
+    [
+        ("UNAVAILABLE: failed to connect to all addresses", 2, SystemExit, GONE),
+        (
+            "INTERNAL: Gloo AllReduce failed: [gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+            2,
+            SystemExit,
+            GONE,
+        ),
+        ("INTERNAL: NCCL operation failed: remote process exited or there was a network error", 2, SystemExit, GONE),
+        ("INVALID_ARGUMENT: a shape does not fit", 2, SystemExit, "the computation failed (INVALID_ARGUMENT: a shape"),
+        ("RESOURCE_EXHAUSTED: Out of memory.", 2, SystemExit, "the device is out of memory (RESOURCE_EXHAUSTED"),
+        ("RESOURCE_EXHAUSTED: Out of memory.", 1, TrainingError, ""),
+        ("INVALID_ARGUMENT: a shape does not fit", 1, jax.errors.JaxRuntimeError, ""),
+    ],
+)
+def test_what_ends_a_computation_is_told(monkeypatch, capsys, error, processes, raised, said):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(raised) as info, distributed.stop_with_the_others():
+        raise jax.errors.JaxRuntimeError(error)
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("\n") == (processes > 1)
+    if raised is SystemExit:
+        assert info.value.code == 3
+    if "RESOURCE" in error:
+        for remedy in ("config.batch_size", "config.accumulation_steps", "config.model.remat", "config.fsdp"):
+            assert remedy in line + str(info.value)
