@@ -38,10 +38,14 @@ def _main(arguments: list[str]) -> None:
         predictions = predict.predict(config, workdir, [*_IMAGES.value, *arguments], _ROLLOUT.value)
         print(predict.as_json_lines(predictions) if _JSON.value else predict.as_table(predictions))
         return
+    import jax
+
     from simplest_vit.config import check_config
     from simplest_vit.training import distributed, loop
 
     check_config(config)  # before the others are waited for
+    if _MODE.value == "evaluate":  # JAX takes SIGTERM to have all stop behind the same step: here there is none
+        jax.config.update("jax_enable_preemption_service", False)
     distributed.initialize(
         config.get("distributed") == "auto", _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT during training: the run ends behind the step it is in; a second signal ends the process."""
+"""SIGTERM and SIGINT during training: the run ends behind the step it is in; a second one ends the process at once."""
 
 import os
 import signal
@@ -14,7 +14,8 @@ class Interruption:
     """Notes the first SIGTERM or SIGINT while it is entered; at the second the process exits with 128 + its number.
 
     Signals are read by a thread, for the main one may be deep in a compilation. With several processes JAX takes
-    SIGTERM and has all of them stop behind the same step; SIGINT is handed on as one.
+    SIGTERM, has all of them stop behind the same step and lets further ones pass, for a cluster sends one to each;
+    SIGINT is handed on as one, and only a second SIGINT ends a process at once.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
 """Which device holds what: one mesh, and one rule for each kind of array.
 
 The mesh has two axes. `fsdp` counts the devices that share one copy of the parameters and of the optimizer's state,
-`data` the copies. A batch is split over both. With `fsdp` 1 every device holds everything.
+`data` the copies. A batch is split over both. With `fsdp` 1 every device holds everything
+but the stacks of Shampoo and SOAP.
 """
 
 import math

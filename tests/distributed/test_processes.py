@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ TINY = [
     "--config.model.c_val_0_target=0.3",
 ]
 SHORT = [*TINY, "--config.steps=6"]
+LONG = [*TINY, "--config.steps=400", "--config.log_every=10", "--config.eval_every=20", "--config.checkpoint_every=20"]
 TIMEOUT = 240
 
 pytestmark = pytest.mark.slow
@@ -139,15 +141,31 @@ def test_two_processes_train_as_one(tmp_path, optimizer, arguments):
     assert_same_run(one, two, rtol=1e-4 if optimizer == "shampoo" else 1e-5)  # roots make rounding errors larger
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_process_is_killed_the_other_stops_and_the_restart_ends_equal(tmp_path, victim):
-    arguments = [*TINY, "--config.steps=40"]
-    whole = train(tmp_path / "whole", arguments, 2, 2)
-    workdir = tmp_path / "run"
-    running = start(workdir, arguments, 2, 2)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The results of a long run that nobody stopped."""
+    return train(tmp_path_factory.mktemp("whole") / "run", LONG, 2, 2)
+
+
+def start_and_wait_for(workdir, line):
+    running = start(workdir, LONG, 2, 2)
     deadline = time.monotonic() + TIMEOUT
-    while "step 10/" not in text(workdir, 0) and time.monotonic() < deadline:
+    while line not in text(workdir, 0) and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert line in text(workdir, 0)
+    assert not (workdir / "results.json").exists()
+    return running
+
+
+def assert_same_results(one, two):
+    for name in ("validation_loss", "validation_accuracy", "best_validation_accuracy", "train_loss"):
+        assert one[name] == two[name]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_is_killed_the_other_stops_and_the_restart_ends_equal(whole, tmp_path, victim):
+    workdir = tmp_path / "run"
+    running = start_and_wait_for(workdir, "step 50/")
     running[victim].send_signal(signal.SIGKILL)
     other = 1 - victim
     try:
@@ -160,7 +178,26 @@ def test_when_a_process_is_killed_the_other_stops_and_the_restart_ends_equal(tmp
     assert code in (3, -signal.SIGABRT)
     assert "another process of the run has gone" in said or "another task died" in said, said
     assert not (workdir / "results.json").exists()
-    results = train(workdir, arguments, 2, 2)
+    results = train(workdir, LONG, 2, 2)
     assert "going on from step" in text(workdir, 0)
-    for name in ("validation_loss", "validation_accuracy", "best_validation_accuracy", "train_loss"):
-        assert results[name] == whole[name]
+    assert_same_results(results, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_both_behind_the_same_step(whole, tmp_path, number):
+    workdir = tmp_path / "run"
+    running = start_and_wait_for(workdir, "step 10/")
+    running[1].send_signal(number)
+    try:
+        codes = [process.wait(TIMEOUT) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    said = [text(workdir, index) for index in range(2)]
+    assert codes == [os.EX_TEMPFAIL] * 2, said
+    steps = [re.findall(r"^interrupted: step (\d+) of 400 is saved", each, re.MULTILINE) for each in said]
+    assert steps[0] == steps[1]
+    (step,) = steps[0]
+    results = train(workdir, LONG, 2, 2)
+    assert f"going on from step {step} of 400" in text(workdir, 0)
+    assert_same_results(results, whole)
