@@ -20,7 +20,8 @@ EVERYTHING = {
     "model__dropout": 0.1,
 }
 ADAM = {"arguments": "optimizer=adam"}
-SCHEDULE = {"steps": 400, "eval_every": 10, "checkpoint_every": 20, "log_every": 7}
+SCHEDULE = {"steps": 1000, "eval_every": 10, "checkpoint_every": 50, "log_every": 5}
+QUICK = SCHEDULE | {"steps": 300}
 
 
 def phase(run, stderr):
@@ -38,9 +39,13 @@ def phase(run, stderr):
     return "training"
 
 
-def resumed_from(stderr):
-    found = re.search(r"going on from step (\d+)", stderr)
-    return int(found[1]) if found else 0
+def assert_resumed(run, stderr, checkpoint):
+    """A start, if it came so far, went on from a checkpoint, or repeated the results of a run that had finished."""
+    if "has finished" in stderr:
+        assert checkpoint == run.config.steps
+    elif "parameters" in stderr:
+        found = re.search(r"going on from step (\d+)", stderr)
+        assert int(found[1] if found else 0) == checkpoint, "progress up to a finished checkpoint was lost"
 
 
 def kill_until_finished(run, rng, kills):
@@ -67,14 +72,13 @@ def kill_until_finished(run, rng, kills):
             text, moment = f"step {step}/", rng.uniform(0, 0.1)
         code, stderr = run.stop(text, moment, signal.SIGKILL)
         assert "Traceback" not in stderr, stderr
-        if "parameters" in stderr:
-            assert resumed_from(stderr) == checkpoint, "progress up to a finished checkpoint was lost"
+        assert_resumed(run, stderr, checkpoint)
         if code == 0:
             return phases
         assert code == -signal.SIGKILL, stderr
         phases[phase(run, stderr)] += 1
         checkpoint = run.finished_checkpoint()
-    assert resumed_from(run.finish()) == checkpoint
+    assert_resumed(run, run.finish(), checkpoint)
     return phases
 
 
@@ -100,7 +104,7 @@ def shared(tmp_path_factory):
 
 @pytest.mark.slow
 def test_kills_quick(tmp_path):
-    phases = check(tmp_path, random.Random(0), 4, data__dir=str(tmp_path), cache=tmp_path / "cache", **ADAM, **SCHEDULE)
+    phases = check(tmp_path, random.Random(0), 4, data__dir=str(tmp_path), cache=tmp_path / "cache", **ADAM, **QUICK)
     assert sum(phases.values()) >= 3
 
 
