@@ -20,8 +20,8 @@ EVERYTHING = {
     "model__dropout": 0.1,
 }
 ADAM = {"arguments": "optimizer=adam"}
-SCHEDULE = {"steps": 1000, "eval_every": 10, "checkpoint_every": 50, "log_every": 5}
-QUICK = SCHEDULE | {"steps": 300}
+SCHEDULE = {"steps": 2000, "eval_every": 10, "checkpoint_every": 200, "log_every": 5}
+QUICK = SCHEDULE | {"steps": 600}
 
 
 def phase(run, stderr):
