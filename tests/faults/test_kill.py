@@ -9,8 +9,10 @@ import pytest
 
 from tests.faults.processes import Run, assert_same_end
 
+# Most of the time no checkpoint is being written.
+ADAM = {"arguments": "optimizer=adam", "steps": 2000, "eval_every": 10, "checkpoint_every": 200, "log_every": 5}
 # Every part of a training in it: SAM on every second step, an average, Shampoo with roots that are 4 steps old.
-EVERYTHING = {
+EVERYTHING = ADAM | {
     "arguments": "optimizer=shampoo",
     "optimizer__precondition_frequency": 4,
     "sam__rho": 0.05,
@@ -18,10 +20,9 @@ EVERYTHING = {
     "ema__decay": 0.9,
     "ema__every": 2,
     "model__dropout": 0.1,
+    "steps": 600,
+    "checkpoint_every": 60,
 }
-ADAM = {"arguments": "optimizer=adam"}
-SCHEDULE = {"steps": 2000, "eval_every": 10, "checkpoint_every": 200, "log_every": 5}
-QUICK = SCHEDULE | {"steps": 600}
 
 
 def phase(run, stderr):
@@ -94,22 +95,18 @@ def check(folder, rng, kills, **options):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Prepared data, and a compilation cache that is warm: starts take seconds."""
+    """One folder for prepared data, and a compilation cache: starts take seconds once a run was there."""
     folder = tmp_path_factory.mktemp("shared")
-    options = {"data__dir": str(folder), "cache": folder / "cache"}
-    for arguments in (ADAM, EVERYTHING):
-        Run(folder / arguments["arguments"], **options, **arguments, **SCHEDULE | {"steps": 20}).finish()
-    return options
+    return {"data__dir": str(folder), "cache": folder / "cache"}
 
 
 @pytest.mark.slow
-def test_kills_quick(tmp_path):
-    phases = check(tmp_path, random.Random(0), 4, data__dir=str(tmp_path), cache=tmp_path / "cache", **ADAM, **QUICK)
-    assert sum(phases.values()) >= 3
+def test_kills_quick(shared, tmp_path):
+    assert sum(check(tmp_path, random.Random(0), 4, **shared, **ADAM | {"steps": 600}).values()) >= 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(7))
 def test_kills(shared, tmp_path, seed):
     arguments = EVERYTHING if seed == 0 else ADAM
-    assert sum(check(tmp_path, random.Random(seed), 9, **shared, **arguments, **SCHEDULE).values()) >= 8
+    assert sum(check(tmp_path, random.Random(seed), 9, **shared, **arguments).values()) >= 8
