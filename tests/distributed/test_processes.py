@@ -106,11 +106,12 @@ def assert_same_run(one, two, rtol=1e-5):
     )
 
 
-def test_two_processes_train_and_evaluate_as_one_quick(tmp_path):
+def test_two_processes_under_slurm_train_as_one_quick(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = [*SHORT, "--config.fsdp=2", "--config.ema.decay=0.9"]
     train(one, arguments, 1, 4)
-    results = train(two, arguments, 2, 2)
+    finish(two, start(two, arguments, 2, 2, slurm=True))
+    results = json.loads((two / "results.json").read_text())
     assert results["device"].startswith("4 x cpu")
     assert_same_run(one, two)
     # Process 0 alone speaks and writes; checkpoints are written by both.
@@ -120,7 +121,12 @@ def test_two_processes_train_and_evaluate_as_one_quick(tmp_path):
     assert "validation_accuracy" not in text(two, 1, "out")
     assert len(list(two.glob("events.out.*"))) == 1
     assert len(list((two / "checkpoints" / "6" / "state").glob("ocdbt.process_*"))) == 2
-    finish(two, start(two, [*arguments, "--mode=evaluate"], 2, 2, slurm=True))
+
+
+def test_two_processes_evaluate(tmp_path):
+    two = tmp_path / "two"
+    results = train(two, SHORT, 2, 2)
+    finish(two, start(two, [*SHORT, "--mode=evaluate"], 2, 2))
     evaluated = text(two, 0, "out")
     assert json.loads(evaluated[evaluated.index("{") :])["latest"]["validation_loss"] == results["validation_loss"]
     assert "validation_loss" not in text(two, 1, "out")
