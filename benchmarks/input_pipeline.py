@@ -5,11 +5,12 @@ python benchmarks/input_pipeline.py imagenet --data_dir=/data/tfds --num_workers
 python benchmarks/input_pipeline.py cifar10 --data_dir=/data/tfds --train_step_s=1.2 --batch_size=128
 
 The peer is what the PyTorch reference does with each image, on all cores: decode, crop, flip, RandAugment in PIL,
-then normalize and mixup in NumPy. It reads images that are in memory already, so nothing slows it but the work
-itself. `--train_step_s` (from benchmarks/train_step.py) gives the share of a step that the input takes.
+then normalize and mixup in NumPy. It reads images that are in memory already. (PyTorch's DataLoader was faster here
+than Grain.) `--train_step_s` (from benchmarks/train_step.py) gives the share of a step that the input takes.
 """
 
 import argparse
+import dataclasses
 import functools
 import io
 import multiprocessing
@@ -124,13 +125,43 @@ def pil_example(
     return (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
 
 
-def pil_batch(contents: list, seed: int, **options: object) -> np.ndarray:
-    """Returns a batch of examples after mixup."""
-    rng = np.random.default_rng(seed)
-    x = np.stack([pil_example(content, rng, **options) for content in contents])
-    z = rng.beta(0.2, 0.2)
+def mixed(x: np.ndarray, seed: int) -> np.ndarray:
+    """Returns a batch after mixup."""
+    z = np.random.default_rng(seed).beta(0.2, 0.2)
     weight = np.float32(min(z, 1 - z))
     return (1 - weight) * x + weight * x[::-1]
+
+
+def pil_batch(contents: list, seed: int, **options: object) -> np.ndarray:
+    """Returns a batch of all examples, after mixup."""
+    rng = np.random.default_rng(seed)
+    return mixed(np.stack([pil_example(content, rng, **options) for content in contents]), seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class PilExamples:
+    """The peer's data set: endless examples of a few images."""
+
+    contents: list
+    options: dict
+
+    def __len__(self) -> int:
+        return 2**30
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        rng = np.random.default_rng(index)
+        return pil_example(self.contents[index % len(self.contents)], rng, **self.options)
+
+
+def loaded_batches(contents: list, batch_size: int, **options: object) -> Iterator[np.ndarray]:
+    """Returns batches of the peer: made and stacked by PyTorch's DataLoader, a worker process a core."""
+    from torch.utils.data import DataLoader
+
+    workers = os.cpu_count() or 1
+    loader = DataLoader(
+        PilExamples(contents, options), batch_size, num_workers=workers, multiprocessing_context="spawn"
+    )
+    return (mixed(batch.numpy(), seed) for seed, batch in enumerate(loader))
 
 
 def _work(seconds: float, seed: int, contents: list, options: dict) -> float:
@@ -143,7 +174,7 @@ def _work(seconds: float, seed: int, contents: list, options: dict) -> float:
 
 
 def pil_rate(contents: list, seconds: float, processes: int, **options: object) -> float:
-    """Returns images/s of the peer in several processes, which are not even asked to hand over what they made."""
+    """Returns images/s of the bare work in several processes, which are not even asked to hand over what they made."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         work = [(seconds, seed, contents, options) for seed in range(processes)]
         return sum(pool.starmap(_work, work, chunksize=1))
@@ -188,8 +219,15 @@ def benchmark_device(arguments: argparse.Namespace) -> None:
     if dataset.image_shape[2] == 3:
         images = list(np.asarray(dataset.train.images[:256]))
         options = {"size": None, "augment": True, "mean": dataset.mean, "std": dataset.std}
-        peer = pil_rate(images, arguments.seconds, os.cpu_count() or 1, **options)
-        report(f"peer: PIL and NumPy in {os.cpu_count()} processes", peer, f"ours is {ours / peer:.1f} times as fast")
+        try:
+            batches = loaded_batches(images, arguments.batch_size, **options)
+            peer = rate(batches, arguments.batch_size, 2 * arguments.seconds)
+            name = f"peer: PIL and NumPy by DataLoader, {os.cpu_count()} workers"
+            report(name, peer, f"ours is {ours / peer:.1f} times as fast")
+        except ImportError:
+            print("  without PyTorch, whose DataLoader is the peer")
+        bare = pil_rate(images, arguments.seconds, os.cpu_count() or 1, **options)
+        report("its bare work, handed over to nobody", bare, f"ours is {ours / bare:.1f} times as fast")
     if arguments.train_step_s:
         share = arguments.batch_size / ours / arguments.train_step_s
         print(f"  share of a train step of {arguments.train_step_s:.3f} s: {share:.1%}")
