@@ -102,7 +102,7 @@ def shared(tmp_path_factory):
 
 @pytest.mark.slow
 def test_kills_quick(shared, tmp_path):
-    assert sum(check(tmp_path, random.Random(0), 4, **shared, **ADAM | {"steps": 600}).values()) >= 3
+    assert sum(check(tmp_path, random.Random(0), 4, **shared, **ADAM | {"steps": 400}).values()) >= 3
 
 
 @pytest.mark.slow
