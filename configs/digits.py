@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-LEARNING_RATES = {"muon": 1e-2, "adam": 1e-3, "shampoo": 3e-3, "soap": 3e-3}
+LEARNING_RATES = {"muon": 1e-2, "adam": 1e-3, "shampoo": 3e-3, "soap": 1e-2}
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
