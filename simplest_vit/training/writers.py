@@ -39,6 +39,7 @@ class SummaryWriter:
         self._path = pathlib.Path(logdir, name)
         self._file: BinaryIO | None = None
         with self._told():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("xb")
             self._add(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 

@@ -27,7 +27,7 @@ def test_the_plan_changes_depth_shaping_and_learning_rate():
 
 
 def test_too_shallow_for_eta_is_told_before_anything_is_trained(tmp_path):
-    config = tiny_config(model__c_val_0_target=0.9, data__dir=str(tmp_path / "tfds"))
+    config = tiny_config(model__depth=8, model__c_val_0_target=0.9, data__dir=str(tmp_path / "tfds"))
     with pytest.raises(UserError, match="out of reach for depth 6"):
         depth_study.depth_study(config, str(tmp_path / "study"), [8, 6], 2)
     assert not (tmp_path / "study").exists()
