@@ -16,6 +16,8 @@ from simplest_vit.training.state import abstract_state, create_state, state_init
 from simplest_vit.training.step import make_eval_step, make_train_step
 from tests.tiny import tiny_config
 
+pytestmark = pytest.mark.slow  # two minutes of compiling for eight devices
+
 SHAPES = {"image_shape": (8, 8, 1), "num_classes": 10}
 # Name -> config argument and overrides.
 RECIPES = {
