@@ -13,7 +13,6 @@ from typing import Any
 
 from absl import flags
 
-import input_pipeline
 from simplest_vit import cli
 from simplest_vit.analysis import figures
 from simplest_vit.analysis.contrasts import with_contrast
@@ -21,7 +20,7 @@ from simplest_vit.analysis.depth_figure import draw
 from simplest_vit.analysis.runs import Curve, read_curves
 from simplest_vit.config import check_config
 from simplest_vit.errors import TrainingError, UserError
-from simplest_vit.models.factory import VARIANTS, model_arguments
+from simplest_vit.models.factory import VARIANTS
 from simplest_vit.training import loop
 from simplest_vit.training.workdir import check_workdir
 
@@ -87,9 +86,6 @@ def depth_study(config: Any, workdir: str, depths: list[int], steps: int) -> dic
     for (shaping, depth), run in planned.items():
         check_config(run)
         check_workdir(str(folder / f"{shaping}_depth={depth}"), run.to_dict())
-    image_shape = input_pipeline.load(config.data).image_shape
-    for run in planned.values():
-        model_arguments(run.model, image_shape)
     curves = {}
     for (shaping, depth), run in planned.items():
         path = folder / f"{shaping}_depth={depth}"

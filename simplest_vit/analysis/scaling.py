@@ -18,7 +18,7 @@ import optax
 from configs import imagenet
 from simplest_vit.models.factory import VARIANTS
 from simplest_vit.optimizers import paths
-from simplest_vit.optimizers.factory import create_optimizer
+from simplest_vit.optimizers.factory import create_optimizer, options_of
 from simplest_vit.optimizers.shampoo import shampoo_plan
 from simplest_vit.training.sharding import bytes_per_device
 from simplest_vit.training.state import abstract_state, state_initializer
@@ -171,8 +171,7 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
         sent = [a + b for a, b in zip(sent, collective_bytes(split, devices, node), strict=True)]
         collectives *= 2
     if scheme == "shampoo":
-        options = {name: value for name, value in config.optimizer.items() if name not in ("name", "learning_rate")}
-        plan = shampoo_plan(state.params, stack_axes=paths.stack_axes, **options)
+        plan = shampoo_plan(state.params, stack_axes=paths.stack_axes, **options_of(config.optimizer))
         for stack in plan.stacks:
             share = 1 / devices if stack.count % devices == 0 else 1.0
             size = math.prod(stack.block_shape)

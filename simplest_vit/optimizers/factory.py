@@ -30,7 +30,7 @@ def _muon(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> opta
 
 
 def _shampoo(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
-    options = _options(config.optimizer)
+    options = options_of(config.optimizer)
     if config.optimizer.preset != "reference":
         return shampoo(learning_rate, stack_axes=paths.stack_axes, mesh=mesh, **options)
     # Which dimensions the reference merges depends on its layout: q, k and v fused, layers apart, [out, in].
@@ -40,10 +40,11 @@ def _shampoo(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> o
 
 
 def _soap(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
-    return soap(learning_rate, stack_axes=paths.stack_axes, mesh=mesh, **_options(config.optimizer))
+    return soap(learning_rate, stack_axes=paths.stack_axes, mesh=mesh, **options_of(config.optimizer))
 
 
-def _options(settings: Any) -> dict[str, Any]:
+def options_of(settings: Any) -> dict[str, Any]:
+    """The settings of `config.optimizer` that are arguments of Shampoo or SOAP."""
     return {name: value for name, value in settings.items() if name not in ("name", "learning_rate")}
 
 

@@ -14,7 +14,6 @@ import input_pipeline
 from simplest_vit.config import check_config
 from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import Interrupted, UserError
-from simplest_vit.models.factory import model_arguments
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.optimizers.schedules import warmup_cosine
 from simplest_vit.training import distributed, results
@@ -184,7 +183,6 @@ class _Run:
         check_batch_size(config.batch_size, config.accumulation_steps, mesh)
         self.path: pathlib.Path = check_workdir(workdir, config.to_dict())
         self.dataset = input_pipeline.load(config.data)
-        model_arguments(config.model, self.dataset.image_shape)
         self.config = config
         self.total_steps: int = config.steps or max(
             round(config.epochs * input_pipeline.steps_per_epoch(self.dataset, config)), 1

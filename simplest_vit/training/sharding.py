@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simplest_vit.errors import UserError
 from simplest_vit.optimizers.paths import path_names
+from simplest_vit.optimizers.shampoo.sharding import slots_spec
 
 
 def create_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -72,8 +73,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def state_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The rules of a `TrainState`.
 
-    - Stacks of Shampoo and SOAP: their slots over all devices, where that divides evenly, else whole (the layout of
-      `optimizers/shampoo/sharding.py`).
+    - Stacks of Shampoo and SOAP: their slots over all devices, where that divides evenly, else whole (`slots_spec`).
     - Matrices among the parameters, their moments and their average: the largest dimension that `fsdp` divides, and
       never the axis that stacks layers, along which the model scans.
     - Vectors, scalars and the model's constants: whole, for they are small.
@@ -88,7 +88,7 @@ def state_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Par
     """
     names = path_names(path)
     if "stacks" in names:
-        return PartitionSpec(mesh.axis_names) if shape and shape[0] % mesh.size == 0 else PartitionSpec()
+        return slots_spec(shape[0], mesh) if shape else PartitionSpec()
     first = 1 if "blocks" in names else 0
     fsdp = mesh.shape["fsdp"]
     axes = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]

@@ -67,6 +67,11 @@ def device_index(mesh: Mesh | None) -> jax.Array | int:
     return 0 if mesh is None else jax.lax.axis_index(mesh.axis_names)
 
 
+def slots_spec(count: int, mesh: Mesh) -> P:
+    """Returns how `count` slots are laid out: over all axes of the mesh where it divides them evenly."""
+    return P(mesh.axis_names) if count % mesh.size == 0 else P()
+
+
 def stack_specs(plan: Plan, mesh: Mesh) -> tuple[P, ...]:
-    """Returns how each stack is laid out: over all axes of the mesh where it divides evenly."""
-    return tuple(P(mesh.axis_names) if stack.count % mesh.size == 0 else P() for stack in plan.stacks)
+    """Returns how each stack is laid out."""
+    return tuple(slots_spec(stack.count, mesh) for stack in plan.stacks)
