@@ -86,9 +86,13 @@ def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> 
     except ModuleNotFoundError as error:
         raise UserError(f"{error}; install what the programs need: pip install -r requirements.txt") from error
     except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["there is no such device"])[0]
+        if reason.startswith("RESOURCE_EXHAUSTED"):
+            raise TrainingError(
+                f"the device is out of memory ({reason}); end what else runs there, or choose another: JAX_PLATFORMS=cpu"
+            ) from error
         if _raised_in(error) != "jax._src.xla_bridge":
             raise
-        reason = (str(error).splitlines() or ["there is no such device"])[0]
         raise UserError(
             f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}; install jax for that device, or choose "
             "another: JAX_PLATFORMS=cpu"

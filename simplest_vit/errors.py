@@ -16,6 +16,10 @@ class TrainingError(RuntimeError):
     """
 
 
+class CheckpointError(TrainingError):
+    """A checkpoint that cannot be written or opened, perhaps by this process alone of several."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run or program that was told to stop by SIGTERM or SIGINT; the same command goes on with it.
 

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
@@ -16,7 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.errors import CheckpointError, UserError
 from simplest_vit.training import distributed
 from simplest_vit.training.state import TrainState
 from simplest_vit.training.workdir import write_json
@@ -46,7 +47,7 @@ class Checkpoints:
         """Open the checkpoints of the run in `workdir`; with `create` to write, else only to read.
 
         Raises:
-          TrainingError: If the folder cannot be made.
+          CheckpointError: If the folder cannot be made.
         """
         self.directory = workdir.absolute() / "checkpoints"
         self._writable = create
@@ -56,7 +57,7 @@ class Checkpoints:
         self._damaged: set[int] = set()  # or damaged, and told
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(2), self._best]),
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_record),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_record, barrier_sync_fn=_barrier),
             cleanup_tmp_directories=create,
             create=create,
         )
@@ -73,7 +74,7 @@ class Checkpoints:
         try:
             with self._told("cannot be written"):
                 self._manager.close()
-        except TrainingError:
+        except CheckpointError:
             with contextlib.suppress(Exception):  # Orbax raises an error once for each of its threads
                 self._manager.close()
             if error is None:
@@ -114,7 +115,7 @@ class Checkpoints:
         That is after an interruption during an evaluation: the state is the same, and may be the only one there is.
 
         Raises:
-          TrainingError: If this one, or the one before, cannot be written.
+          CheckpointError: If this one, or the one before, cannot be written.
         """
         self.wait()
         with self._told("cannot be written"):
@@ -131,7 +132,7 @@ class Checkpoints:
         """Wait until what was saved is on the disk.
 
         Raises:
-          TrainingError: If it cannot be written.
+          CheckpointError: If it cannot be written.
         """
         with self._told("cannot be written"):
             self._manager.wait_until_finished()
@@ -239,7 +240,7 @@ class Checkpoints:
                 if isinstance(cause, jax.errors.JaxRuntimeError):
                     raise cause from None  # not of the disk: of a computation, or of another process that has gone
                 cause = cause.__cause__ or cause.__context__
-            raise TrainingError(
+            raise CheckpointError(
                 f"checkpoint in {self.directory} {failure} ({_reason(error)}): the run stops, the checkpoints before "
                 "it are intact; make room or mend the disk and start the same command again"
             ) from error
@@ -253,6 +254,12 @@ class _Best:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
         return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Orbax's own; but a process that has failed does not wait for the others first (20 minutes): it shall tell."""
+    if sys.exception() is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _progress_checksum(progress: Progress) -> str:

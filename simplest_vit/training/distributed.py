@@ -14,19 +14,19 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.errors import CheckpointError, TrainingError, UserError
 
 # Seconds: until all processes must have started, and until one that is silent counts as gone.
 _START_TIMEOUT = 300
 _HEARTBEAT_TIMEOUT = 30
 # What collectives (gloo on CPU, NCCL on GPU) and the coordinator say of a process that has gone.
-_GONE = re.compile(r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)|gloo|connection|remote process", re.IGNORECASE)
+_GONE = re.compile(r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)|gloo|connection|remote process|heartbeat", re.IGNORECASE)
 
 log = logging.getLogger("simplest_vit")
 
@@ -112,11 +112,6 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(name: str) -> None:
-    """Wait until every process has come to the point of this name."""
-    multihost_utils.sync_global_devices(name)
-
-
 def from_primary(ask: Callable[[], Any]) -> Any:
     """What process 0 is answered, for all of them: of what is on a disk each may see something else.
 
@@ -155,8 +150,13 @@ def stop_with_the_others() -> Iterator[None]:
     Raises:
       TrainingError: If a process that is alone is out of device memory.
     """
+    several = jax.process_count() > 1
     try:
         yield
+    except CheckpointError as error:
+        if not several:
+            raise
+        _leave(str(error))
     except jax.errors.JaxRuntimeError as error:
         reason = _first_line(error)
         if reason.startswith("RESOURCE_EXHAUSTED"):
@@ -164,9 +164,9 @@ def stop_with_the_others() -> Iterator[None]:
                 f"the device is out of memory ({reason}); raise config.fsdp, or in another --workdir lower "
                 "config.batch_size, raise config.accumulation_steps or set config.model.remat=True"
             )
-            if jax.process_count() == 1:
+            if not several:
                 raise TrainingError(line) from error
-        elif jax.process_count() == 1:
+        elif not several:
             raise
         else:
             what = "another process of the run has gone" if _GONE.search(reason) else "the computation failed"
@@ -174,10 +174,15 @@ def stop_with_the_others() -> Iterator[None]:
                 f"{what} ({reason}); the last checkpoint is intact: start the same command again for all processes to "
                 "go on from it"
             )
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(3)
+        _leave(line)
+
+
+def _leave(line: str) -> NoReturn:
+    """End this process without waiting for anything."""
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(3)
 
 
 def _first_line(error: Exception) -> str:

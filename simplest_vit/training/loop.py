@@ -57,9 +57,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     """
     start_time = time.monotonic()
     run = _Run(config, workdir)
-    if distributed.is_primary():
-        claim_workdir(run.path, config.to_dict())
-    distributed.wait_for_all("workdir")
+    distributed.from_primary(lambda: claim_workdir(run.path, config.to_dict()))
     batches_per_epoch = input_pipeline.steps_per_epoch(run.dataset, config)
 
     with contextlib.ExitStack() as stack:

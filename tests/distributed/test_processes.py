@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ import time
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from simplest_vit.data.prepare import prepare
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = [
@@ -34,8 +37,11 @@ TIMEOUT = 240
 pytestmark = pytest.mark.slow
 
 
-def start(workdir, arguments, processes, devices, optimizer="adam", slurm=False):
-    """Start all processes of a run, which write to `workdir`.N.err and .out; they find each other by flags or SLURM."""
+def start(workdir, arguments, processes, devices, optimizer="adam", slurm=False, launchers=((), ())):
+    """Start all processes of a run, which write to `workdir`.N.err and .out; they find each other by flags or SLURM.
+
+    Each is started by one of the `launchers`, the words before its command.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -61,7 +67,7 @@ def start(workdir, arguments, processes, devices, optimizer="adam", slurm=False)
         with open(f"{workdir}.{index}.out", "w") as out, open(f"{workdir}.{index}.err", "w") as err:
             running.append(
                 subprocess.Popen(
-                    [*map(str, command), *(several if processes > 1 else [])],
+                    [*launchers[index], *map(str, command), *(several if processes > 1 else [])],
                     cwd=ROOT,
                     env=environment,
                     stdout=out,
@@ -168,6 +174,12 @@ def assert_same_results(one, two):
         assert one[name] == two[name]
 
 
+def assert_stopped_for_the_other(code, said):
+    """By our line, or by JAX's where it finds first that no heartbeat comes."""
+    assert code in (3, -signal.SIGABRT)
+    assert "another process of the run has gone" in said or "another task died" in said, said
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_is_killed_the_other_stops_and_the_restart_ends_equal(whole, tmp_path, victim):
     workdir = tmp_path / "run"
@@ -179,10 +191,7 @@ def test_when_a_process_is_killed_the_other_stops_and_the_restart_ends_equal(who
     finally:
         for process in running:
             process.kill()
-    # Our line, or JAX's where the heartbeats are missed first.
-    said = text(workdir, other)
-    assert code in (3, -signal.SIGABRT)
-    assert "another process of the run has gone" in said or "another task died" in said, said
+    assert_stopped_for_the_other(code, text(workdir, other))
     assert not (workdir / "results.json").exists()
     results = train(workdir, LONG, 2, 2)
     assert "going on from step" in text(workdir, 0)
@@ -207,3 +216,37 @@ def test_a_signal_to_one_process_stops_both_behind_the_same_step(whole, tmp_path
     results = train(workdir, LONG, 2, 2)
     assert f"going on from step {step} of 400" in text(workdir, 0)
     assert_same_results(results, whole)
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="prlimit (util-linux) limits the size of files")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_where_the_disk_of_one_process_fails_both_stop(tmp_path, victim):
+    workdir, other = tmp_path / "run", 1 - victim
+    prepare("digits", tmp_path / "tfds")
+    launchers = [(), ()]
+    launchers[victim] = ("prlimit", f"--fsize={16 * 1024}")  # less than its part of a checkpoint
+    running = start(workdir, [*SHORT, "--config.fsdp=2"], 2, 2, launchers=launchers)
+    try:
+        assert running[victim].wait(TIMEOUT) == 3
+        code = running[other].wait(120)  # and not for the 20 minutes of Orbax
+    finally:
+        for process in running:
+            process.kill()
+    assert f"checkpoint in {workdir}/checkpoints cannot be written (File too large)" in text(workdir, victim)
+    assert_stopped_for_the_other(code, text(workdir, other))
+    train(workdir, [*SHORT, "--config.fsdp=2"], 2, 2)
+
+
+def test_damaged_checkpoints_are_told_by_both(tmp_path):
+    workdir = tmp_path / "run"
+    train(workdir, SHORT, 2, 2)
+    records = list((workdir / "checkpoints").glob("*/record.json"))
+    for record in records:
+        record.write_text("{")
+    running = start(workdir, SHORT, 2, 2)
+    assert [process.wait(TIMEOUT) for process in running] == [2, 2]
+    for index in range(2):
+        (line,) = [line for line in text(workdir, index).splitlines() if line.startswith("error: ")]
+        assert f"every checkpoint in {workdir}/checkpoints is damaged (" in line
+        assert "Traceback" not in text(workdir, index)
+    assert list((workdir / "checkpoints").glob("*/record.json")) == records
