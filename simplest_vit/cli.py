@@ -89,7 +89,7 @@ def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> 
         reason = (str(error).splitlines() or ["there is no such device"])[0]
         if reason.startswith("RESOURCE_EXHAUSTED"):
             raise TrainingError(
-                f"the device is out of memory ({reason}); end what else runs there, or choose another: JAX_PLATFORMS=cpu"
+                f"the device is out of memory ({reason}); end what else uses it, or choose another: JAX_PLATFORMS=cpu"
             ) from error
         if _raised_in(error) != "jax._src.xla_bridge":
             raise

@@ -293,6 +293,6 @@ def _difference(found: Any, expected: Any) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong in few words: the system's where TensorStore quotes an error of the system."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
+    """What went wrong in few words: the system's, without a path, where it is an error of the system."""
+    code = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))  # as TensorStore and Python quote it
     return os.strerror(int(code[1])) if code else " ".join(str(error).split()) or type(error).__name__
