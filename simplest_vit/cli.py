@@ -12,7 +12,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from simplest_vit.errors import Interrupted, TrainingError, UserError
+from simplest_vit.errors import Interrupted, TrainingError, UserError, tell
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its arguments behind a colon: configs/cifar10.py:model=simple_vit"
@@ -40,7 +40,8 @@ def run(
     # The libraries tell what goes wrong, this project also what goes on.
     absl_logging.set_verbosity(absl_logging.ERROR)
     # Orbax logs whatever it raises as well, with a traceback for each of its threads, and TensorStore prints another.
-    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not _of_orbax(record))
     sys.unraisablehook = _print_unraisable
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
@@ -55,15 +56,14 @@ def run(
             lambda arguments: _run_program(program, arguments[1:]),
             flags_parser=lambda argv: _parse(argv, usage, required, positional),
         )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(3)
-    except Interrupted as error:
-        print(f"interrupted: {error}", file=sys.stderr)
-        sys.exit(os.EX_TEMPFAIL)
+    except (UserError, TrainingError, Interrupted) as error:
+        sys.exit(tell(error))
+
+
+def _of_orbax(record: logging.LogRecord) -> bool:
+    """Whether Orbax logs, or asyncio an error of one of its tasks."""
+    error = record.exc_info[1] if record.exc_info else None
+    return f"{os.sep}orbax{os.sep}" in record.pathname or (error is not None and _raised_in(error).startswith("orbax."))
 
 
 def _print_unraisable(unraisable: Any) -> None:

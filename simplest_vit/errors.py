@@ -1,4 +1,7 @@
-"""How a run ends when it cannot go on: one line, no traceback."""
+"""How a run ends when it cannot go on: one line, no traceback, and an exit code."""
+
+import os
+import sys
 
 
 class UserError(ValueError):
@@ -8,12 +11,16 @@ class UserError(ValueError):
     traceback and exits with code 2.
     """
 
+    exit_code = 2
+
 
 class TrainingError(RuntimeError):
     """A run that must stop, told in one line: what happened, what is safe, what to do.
 
     `main.py` prints it without a traceback and exits with code 3.
     """
+
+    exit_code = 3
 
 
 class CheckpointError(TrainingError):
@@ -25,3 +32,11 @@ class Interrupted(KeyboardInterrupt):
 
     `main.py` prints the message and exits with code 75 (EX_TEMPFAIL).
     """
+
+    exit_code = os.EX_TEMPFAIL
+
+
+def tell(error: UserError | TrainingError | Interrupted) -> int:
+    """Print the line of an error; its exit code."""
+    print(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr, flush=True)
+    return error.exit_code

@@ -164,12 +164,13 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
     tokens = math.prod(side // config.model.patch_size for side in IMAGE_SHAPE[:2])
     examples = config.batch_size / devices
     passes = 4 if scheme == "fsdp" else 3  # forward, twice that backward, and forward again where it is recomputed
-    collectives = VARIANTS[variant]["depth"] + 1  # a layer at a time
+    layers = VARIANTS[variant]["depth"] + 1
+    phases = 2 * layers  # a gather or a scatter of a layer each
     sent = [2 * part for part in collective_bytes(gradient, devices, node)]
     statistics_flops = root_flops = 0.0
     if scheme == "fsdp":  # once more than the gather and the reduce-scatter that an all-reduce is made of
         sent = [a + b for a, b in zip(sent, collective_bytes(split, devices, node), strict=True)]
-        collectives *= 2
+        phases += layers if split else 0
     if scheme == "shampoo":
         plan = shampoo_plan(state.params, stack_axes=paths.stack_axes, **options_of(config.optimizer))
         for stack in plan.stacks:
@@ -181,7 +182,7 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
             if share < 1:
                 gathered = collective_bytes(_FLOAT32 * stack.count * size, devices, node)
                 sent = [a + b for a, b in zip(sent, gathered, strict=True)]
-                collectives += 1
+                phases += 1
     return Cost(
         examples=examples,
         model_flops=passes * examples * forward_flops(state.params, tokens),
@@ -190,7 +191,7 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
         bytes_within=sent[0],
         bytes_between=sent[1],
         state_bytes=bytes_per_device(state),
-        hops=collectives * 2 * math.log2(max(devices / node, 1)),
+        hops=phases * math.log2(max(devices / node, 1)),
     )
 
 

@@ -59,10 +59,9 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
         skipped_steps=jnp.int32(0),
         skipped_in_a_row=jnp.int32(0),
     )
-    claim_workdir(folder, config.to_dict())
     # Not evaluated yet: any later checkpoint of this run counts as better.
     progress = AT_THE_START | {"evaluated_step": _STEP}
-    with Checkpoints(folder, create=True) as checkpoints:
+    with claim_workdir(folder, config.to_dict()), Checkpoints(folder, create=True) as checkpoints:
         checkpoints.save(state, progress, _STEP)
 
 

@@ -63,7 +63,7 @@ class Checkpoints:
         )
         with self._told("cannot be opened"):
             handlers = {"state": ocp.StandardCheckpointHandler()}
-            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+            self._manager = _Manager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Self:
         return self
@@ -71,6 +71,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # to close would wait for the others, of which one may have gone
         try:
             with self._told("cannot be written"):
                 self._manager.close()
@@ -85,7 +87,7 @@ class Checkpoints:
         return list(self._manager.all_steps())
 
     def newest(self) -> int | None:
-        """Find the newest checkpoint that is whole; damaged ones behind it are told, and removed where we may write.
+        """Find the newest checkpoint that is whole; damaged ones behind it are told, and set aside where we may write.
 
         Returns:
           Its step, or None if there is no checkpoint.
@@ -150,15 +152,18 @@ class Checkpoints:
         Raises:
           UserError: If the checkpoint is damaged or holds another state.
         """
-        reason = distributed.from_primary(lambda: self._damage(step)) or _difference(
-            self._manager.item_metadata(step)["state"].tree, abstract
-        )
+        reason = distributed.from_primary(lambda: self._damage(step))
+        if reason is None:
+            with self._told("cannot be read"):
+                found = self._manager.item_metadata(step)["state"].tree
+            reason = _difference(found, abstract)
         if reason is not None:
             raise UserError(
                 f"checkpoint {self.directory / str(step)} cannot be restored ({reason}); expected one written by this "
                 "config; remove it to go on from an older one, or choose another --workdir"
             )
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        with self._told("cannot be read"):
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         return restored["state"], distributed.from_primary(lambda: self.progress(step))
 
     def _write_record(self) -> None:
@@ -191,15 +196,13 @@ class Checkpoints:
             if damage is None:
                 for other, reason in damages.items():
                     log.warning(
-                        "checkpoint %d in %s is damaged (%s): going back to step %d",
+                        "checkpoint %d in %s is damaged (%s)%s: going back to step %d",
                         other,
                         self.directory,
                         reason,
+                        f" and set aside as {self._set_aside(other).name}" if self._writable else "",
                         step,
                     )
-                    if self._writable:
-                        with self._told("cannot be removed"):
-                            shutil.rmtree(self.directory / str(other))
                 self._damaged |= damages.keys()
                 return step
             damages[step] = damage
@@ -210,6 +213,15 @@ class Checkpoints:
                 "remove that folder to start anew, or choose another --workdir"
             )
         return None
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        """Rename a checkpoint so that Orbax does not see it: not removed, for it may only be unreadable for now."""
+        folder = self.directory / str(step)
+        aside = folder.with_name(f"{step}.damaged")
+        with self._told("cannot be renamed"):
+            if aside.exists():
+                shutil.rmtree(aside)
+            return folder.rename(aside)
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint, or None."""
@@ -244,6 +256,13 @@ class Checkpoints:
                 f"checkpoint in {self.directory} {failure} ({_reason(error)}): the run stops, the checkpoints before "
                 "it are intact; make room or mend the disk and start the same command again"
             ) from error
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but it does not ask JAX whether to stop: that is asked once behind each step (`Interruption`)."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class _Best:

@@ -13,18 +13,21 @@ import re
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from simplest_vit.errors import CheckpointError, TrainingError, UserError
+from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError, tell
 
-# Seconds: until all processes must have started, and until one that is silent counts as gone.
+# Seconds: until all processes must have started, until one that is silent counts as gone, and for failing together.
 _START_TIMEOUT = 300
 _HEARTBEAT_TIMEOUT = 30
+_FAILURE_TIMEOUT = 10
 # What collectives (gloo on CPU, NCCL on GPU) and the coordinator say of a process that has gone.
 _GONE = re.compile(r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)|gloo|connection|remote process|heartbeat", re.IGNORECASE)
 
@@ -142,10 +145,11 @@ def from_primary(ask: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def stop_with_the_others() -> Iterator[None]:
-    """End this process, with the exit code of a `TrainingError`, where it or another one cannot go on.
+    """Around the program: where one process of several cannot go on, none waits for it for ever.
 
-    Where a process has gone, collectives fail, or JAX aborts the process once heartbeats have been missing for
-    `_HEARTBEAT_TIMEOUT`. Nothing is closed on the way out: checkpoints and JAX's own shutdown would wait for all.
+    Where all fail alike, within `_FAILURE_TIMEOUT`, each ends as if it were alone. Where one fails, it leaves at once,
+    as the others do when collectives fail, or JAX aborts them once heartbeats have been missing for
+    `_HEARTBEAT_TIMEOUT`. Nothing is closed then: checkpoints and JAX's own shutdown would wait for all.
 
     Raises:
       TrainingError: If a process that is alone is out of device memory.
@@ -153,10 +157,6 @@ def stop_with_the_others() -> Iterator[None]:
     several = jax.process_count() > 1
     try:
         yield
-    except CheckpointError as error:
-        if not several:
-            raise
-        _leave(str(error))
     except jax.errors.JaxRuntimeError as error:
         reason = _first_line(error)
         if reason.startswith("RESOURCE_EXHAUSTED"):
@@ -164,25 +164,43 @@ def stop_with_the_others() -> Iterator[None]:
                 f"the device is out of memory ({reason}); raise config.fsdp, or in another --workdir lower "
                 "config.batch_size, raise config.accumulation_steps or set config.model.remat=True"
             )
-            if not several:
-                raise TrainingError(line) from error
-        elif not several:
-            raise
-        else:
+        elif several:
             what = "another process of the run has gone" if _GONE.search(reason) else "the computation failed"
             line = (
                 f"{what} ({reason}); the last checkpoint is intact: start the same command again for all processes to "
                 "go on from it"
             )
-        _leave(line)
+        else:
+            raise
+        if several:
+            _leave(TrainingError(line))
+        raise TrainingError(line) from error
+    except BaseException as error:
+        if several and (isinstance(error, CheckpointError) or not _all_fail()):
+            _leave(error)
+        raise
 
 
-def _leave(line: str) -> NoReturn:
+def _all_fail() -> bool:
+    """Whether all processes come here."""
+    try:
+        ocp.multihost.get_barrier_sync_fn()(key="failure", timeout_ms=1000 * _FAILURE_TIMEOUT)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def _leave(error: BaseException) -> NoReturn:
     """End this process without waiting for anything."""
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    if isinstance(error, UserError | TrainingError | Interrupted):
+        code = tell(error)
+    else:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        code = 1
     for child in multiprocessing.active_children():
         child.kill()
-    os._exit(3)
+    os._exit(code)
 
 
 def _first_line(error: Exception) -> str:

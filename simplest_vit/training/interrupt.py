@@ -20,6 +20,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._calls = 0
 
     def __enter__(self) -> Self:
         self._alone = jax.process_count() == 1
@@ -59,6 +60,10 @@ class Interruption:
         """Whether a signal came; with several processes never, for they may only stop together."""
         return self._alone and self.signal is not None
 
-    def reached(self, step: int) -> bool:
+    def reached(self) -> bool:
         """Whether the run ends here; to be asked once behind each step, by all processes."""
-        return self.pending if self._alone else multihost_utils.reached_preemption_sync_point(step)
+        if self._alone:
+            return self.pending
+        # All stop at a call that none has made yet: a number that the steps of a resumed run would never be equal to.
+        self._calls += 1
+        return multihost_utils.reached_preemption_sync_point(self._calls)

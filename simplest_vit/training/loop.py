@@ -1,6 +1,7 @@
 """A run, from a config and a folder: train, evaluate, checkpoint, report."""
 
 import contextlib
+import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -57,14 +58,13 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     """
     start_time = time.monotonic()
     run = _Run(config, workdir)
-    distributed.from_primary(lambda: claim_workdir(run.path, config.to_dict()))
+    check_batch_size(config.batch_size, config.accumulation_steps, run.mesh)
     batches_per_epoch = input_pipeline.steps_per_epoch(run.dataset, config)
 
     with contextlib.ExitStack() as stack:
+        distributed.from_primary(lambda: stack.enter_context(claim_workdir(run.path, config.to_dict())))
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(Checkpoints(run.path, create=True))
-        # Here too, not only around the program: to leave this stack would wait for the process that has gone.
-        stack.enter_context(distributed.stop_with_the_others())
         step = checkpoints.newest() or 0
         if step == run.total_steps and distributed.from_primary((run.path / RESULTS).exists):
             log.info("%s has finished: its %s is repeated here", run.path, RESULTS)
@@ -105,13 +105,14 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
                 meter.start()
             if progress["evaluated_step"] == run.total_steps:
                 break
-            if interruption.reached(step):
+            if interruption.reached():
                 if step > saved_step:
                     wall_time = earlier_wall_time + time.monotonic() - start_time
                     progress |= {"unreported": meter.unreported(), "wall_time_s": wall_time}
                     checkpoints.save(state, progress, step)
-                    checkpoints.wait()
-                raise Interrupted(f"step {step} of {run.total_steps} is saved; the same command goes on from there")
+                checkpoints.wait()
+                reached = f"step {step} of {run.total_steps} is saved" if step else "no step was made"
+                raise Interrupted(f"{reached}; the same command goes on from there")
 
             batch = next(batches)
             if step == 0:
@@ -177,8 +178,7 @@ class _Run:
 
     def __init__(self, config: Any, workdir: str):
         check_config(config)
-        mesh = create_mesh(config.fsdp)
-        check_batch_size(config.batch_size, config.accumulation_steps, mesh)
+        self.mesh = mesh = create_mesh(config.fsdp)
         self.path: pathlib.Path = check_workdir(workdir, config.to_dict())
         self.dataset = input_pipeline.load(config.data)
         self.config = config
@@ -206,9 +206,8 @@ class _Run:
 
     def evaluate(self, state: TrainState, interruption: Interruption | None = None) -> dict[str, float]:
         """Validation loss and accuracy, where every example counts once; nothing if it was interrupted."""
-        batches = input_pipeline.eval_batches(
-            self.dataset, self.config, sharding=self.sharding, batch_size=self.config.batch_size
-        )
+        batch_size = math.ceil(self.config.batch_size / self.mesh.size) * self.mesh.size
+        batches = input_pipeline.eval_batches(self.dataset, self.config, sharding=self.sharding, batch_size=batch_size)
         sums: list[Sums] = []
         for batch in batches:
             if interruption and interruption.pending:

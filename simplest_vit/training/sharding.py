@@ -50,7 +50,8 @@ def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> No
     """
     if batch_size % mesh.size:
         raise UserError(
-            f"config.batch_size={batch_size} cannot be split over {mesh.size} devices; choose a multiple of {mesh.size}"
+            f"config.batch_size={batch_size} cannot be split over {mesh.size} devices; choose a multiple of "
+            f"{mesh.size}, or a number of devices that divides it"
         )
     part = batch_size // accumulation_steps
     if part % mesh.size:
@@ -120,7 +121,14 @@ def bytes_per_device(state: Any) -> int:
 def memory_line(state: Any) -> str:
     """Tell the mesh and the memory that the state takes."""
     mesh = jax.tree.leaves(state)[0].sharding.mesh
-    return (
+    line = (
         f"{mesh.size} devices: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}; "
         f"{bytes_per_device(state) / 1e6:,.1f} MB of parameters and optimizer state on each"
     )
+    stacks = [x for path, x in jax.tree.leaves_with_path(state) if "stacks" in path_names(path)]
+    if mesh.size > 1 and stacks and all(x.sharding.is_fully_replicated for x in stacks):
+        line += (
+            ", all matrices of Shampoo among it: to spread them, make config.optimizer.shards a multiple of "
+            f"{mesh.size} in a new --workdir"
+        )
+    return line

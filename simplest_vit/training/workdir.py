@@ -1,8 +1,11 @@
 """The folder of a run: the config it belongs to, and its results."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from simplest_vit.errors import TrainingError, UserError
@@ -107,17 +110,30 @@ def check_workdir(workdir: str, config: dict[str, Any]) -> pathlib.Path:
     return path
 
 
-def claim_workdir(path: pathlib.Path, config: dict[str, Any]) -> None:
-    """Create the folder and record whose run it holds.
+@contextlib.contextmanager
+def claim_workdir(path: pathlib.Path, config: dict[str, Any]) -> Iterator[None]:
+    """Create the folder, record whose run it holds, and keep it from other processes until the end.
 
     Raises:
-      UserError: If it cannot be written.
+      UserError: If it cannot be written, or another process trains there.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / CONFIG, config)
-    except OSError as error:
-        raise UserError(f"--workdir={path} cannot be written ({error.strerror}); choose another folder") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"--workdir={path} is in use: another process trains there; wait for its end, or choose another"
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+            write_json(path / CONFIG, config)
+        except OSError as error:
+            raise UserError(f"--workdir={path} cannot be written ({error.strerror}); choose another folder") from error
+        yield
 
 
 def _check_same(record: pathlib.Path, config: dict[str, Any]) -> None:

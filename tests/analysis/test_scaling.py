@@ -101,6 +101,15 @@ def test_work_is_shared_until_it_no_longer_divides():
     assert scaling.cost("S", "fsdp", 8).state_bytes < scaling.cost("S", "data", 8).state_bytes / 7
 
 
+def test_latency_counts_each_gather_and_scatter_of_a_layer():
+    layers, levels = 12 + 1, 3  # of a tree over 8 nodes
+    assert scaling.cost("S", "data", 8).hops == 0
+    assert scaling.cost("S", "data", 64).hops == 2 * layers * levels
+    assert scaling.cost("S", "fsdp", 64).hops == 3 * layers * levels
+    assert scaling.cost("S", "fsdp", 1024).hops == scaling.cost("S", "data", 1024).hops  # nothing can be split
+    assert scaling.cost("S", "shampoo", 64).hops - 2 * layers * levels in range(levels, 10 * levels, levels)
+
+
 @pytest.mark.slow
 def test_the_page_has_the_tables_of_the_script_quick():
     page = DOCS.read_text()

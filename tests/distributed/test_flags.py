@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError
 from simplest_vit.training import distributed
 
 
@@ -73,6 +73,7 @@ GONE = "another process of the run has gone"
         ("RESOURCE_EXHAUSTED: Out of memory.", 2, SystemExit, "the device is out of memory (RESOURCE_EXHAUSTED"),
         ("RESOURCE_EXHAUSTED: Out of memory.", 1, TrainingError, ""),
         ("INVALID_ARGUMENT: a shape does not fit", 1, jax.errors.JaxRuntimeError, ""),
+        ("INTERNAL: Barrier failed because: task is set to ERROR: Task 1 heartbeat timeout.", 2, SystemExit, GONE),
     ],
 )
 def test_what_ends_a_computation_is_told(monkeypatch, capsys, error, processes, raised, said):
@@ -88,3 +89,31 @@ def test_what_ends_a_computation_is_told(monkeypatch, capsys, error, processes, 
     if "RESOURCE" in error:
         for remedy in ("config.batch_size", "config.accumulation_steps", "config.model.remat", "config.fsdp"):
             assert remedy in line + str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "all_fail", "raised", "said"),
+    [
+        (UserError("a mistake"), True, UserError, ""),
+        (UserError("a mistake"), False, 2, "error: a mistake\n"),
+        (Interrupted("SIGINT"), False, 75, "interrupted: SIGINT\n"),
+        (CheckpointError("full"), True, 3, "error: full\n"),  # to leave like others would wait for them
+        (KeyError("a bug"), False, 1, "KeyError: 'a bug'\n"),
+    ],
+)
+def test_who_fails_alone_leaves_at_once(monkeypatch, capsys, error, all_fail, raised, said):
+    def wait(*, key, timeout_ms):
+        if not all_fail:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out.")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.ocp.multihost, "get_barrier_sync_fn", lambda: wait)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with (
+        pytest.raises(SystemExit if isinstance(raised, int) else raised) as info,
+        distributed.stop_with_the_others(),
+    ):
+        raise error
+    if isinstance(raised, int):
+        assert info.value.code == raised
+    assert capsys.readouterr().err.endswith(said)

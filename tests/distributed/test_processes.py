@@ -37,10 +37,10 @@ TIMEOUT = 240
 pytestmark = pytest.mark.slow
 
 
-def start(workdir, arguments, processes, devices, optimizer="adam", slurm=False, launchers=((), ())):
+def start(workdir, arguments, processes, devices, optimizer="adam", slurm=False, launchers=((), ()), own=((), ())):
     """Start all processes of a run, which write to `workdir`.N.err and .out; they find each other by flags or SLURM.
 
-    Each is started by one of the `launchers`, the words before its command.
+    Each has a word of its own before its command (`launchers`) and behind (`own`).
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -67,7 +67,7 @@ def start(workdir, arguments, processes, devices, optimizer="adam", slurm=False,
         with open(f"{workdir}.{index}.out", "w") as out, open(f"{workdir}.{index}.err", "w") as err:
             running.append(
                 subprocess.Popen(
-                    [*launchers[index], *map(str, command), *(several if processes > 1 else [])],
+                    [*launchers[index], *map(str, command), *(several if processes > 1 else []), *own[index]],
                     cwd=ROOT,
                     env=environment,
                     stdout=out,
@@ -213,6 +213,11 @@ def test_a_signal_to_one_process_stops_both_behind_the_same_step(whole, tmp_path
     steps = [re.findall(r"^interrupted: step (\d+) of 400 is saved", each, re.MULTILINE) for each in said]
     assert steps[0] == steps[1]
     (step,) = steps[0]
+    if number == signal.SIGTERM:  # once more, while the run that goes on is starting
+        running = start_and_wait_for(workdir, "devices: data")
+        running[1].send_signal(number)
+        assert [process.wait(TIMEOUT) for process in running] == codes, text(workdir, 0)
+        (step,) = re.findall(r"^interrupted: step (\d+) of 400 is saved", text(workdir, 0), re.MULTILINE)
     results = train(workdir, LONG, 2, 2)
     assert f"going on from step {step} of 400" in text(workdir, 0)
     assert_same_results(results, whole)
@@ -235,6 +240,19 @@ def test_where_the_disk_of_one_process_fails_both_stop(tmp_path, victim):
     assert f"checkpoint in {workdir}/checkpoints cannot be written (File too large)" in text(workdir, victim)
     assert_stopped_for_the_other(code, text(workdir, other))
     train(workdir, [*SHORT, "--config.fsdp=2"], 2, 2)
+
+
+def test_a_mistake_of_one_process_is_told_and_stops_both(tmp_path):
+    running = start(tmp_path / "run", SHORT, 2, 2, own=((), ("--config.fsdp=3",)))
+    try:
+        assert running[1].wait(TIMEOUT) == 2
+        code = running[0].wait(120)
+    finally:
+        for process in running:
+            process.kill()
+    assert "error: config.fsdp=3 does not divide the 4 devices" in text(tmp_path / "run", 1)
+    assert "stack trace" not in text(tmp_path / "run", 1)
+    assert_stopped_for_the_other(code, text(tmp_path / "run", 0))
 
 
 def test_damaged_checkpoints_are_told_by_both(tmp_path):

@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import json
 import logging
 import shutil
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from simplest_vit.errors import CheckpointError, UserError
 from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
@@ -89,6 +91,8 @@ def test_a_damaged_newest_checkpoint_falls_back_and_can_be_saved_again(workdir, 
         (line,) = [record.getMessage() for record in caplog.records if record.name == "simplest_vit"]
         assert "checkpoint 6 in" in line
         assert "is damaged" in line
+        assert "set aside as 6.damaged" in line
+        assert (workdir / "checkpoints" / "6.damaged").is_dir()
         assert "going back to step 3" in line
         assert checkpoints.steps() == [3]
         state, progress = checkpoints.restore(abstract(), 3)
@@ -98,6 +102,31 @@ def test_a_damaged_newest_checkpoint_falls_back_and_can_be_saved_again(workdir, 
     with Checkpoints(workdir, create=False) as checkpoints:
         assert checkpoints.newest() == 6
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_only_could_not_be_read_is_not_lost(workdir, monkeypatch):
+    folder = workdir / "checkpoints"
+    for _ in range(2):  # the second time something is set aside already
+        with monkeypatch.context() as patch, Checkpoints(workdir, create=True) as checkpoints:
+            patch.setattr(Checkpoints, "_record", lambda self, step: json.loads((folder / "3/record.json").read_text()))
+            assert checkpoints.newest() == 3
+        (folder / "6.damaged").rename(folder / "6")
+        shutil.copytree(folder / "3", folder / "6.damaged")
+    with Checkpoints(workdir, create=False) as checkpoints:
+        assert checkpoints.newest() == 6
+
+
+def test_a_checkpoint_that_vanishes_is_told_in_one_line(workdir):
+    with Checkpoints(workdir, create=False) as checkpoints:
+        assert checkpoints.newest() == 6
+        shutil.rmtree(workdir / "checkpoints" / "6")
+        with pytest.raises(CheckpointError, match=r"checkpoint in .* cannot be read \(.*6"):
+            checkpoints.restore(abstract(), 6)
+
+
+def test_orbax_does_not_ask_jax_whether_to_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: pytest.fail("asked"))
+    save(tmp_path, {3: 0.5})
 
 
 def test_reading_removes_nothing_and_tells_a_damage_once(workdir, caplog, monkeypatch):

@@ -1,7 +1,9 @@
+import errno
 import json
 import os
 import pathlib
 import signal
+import threading
 import time
 
 import jax
@@ -10,11 +12,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import input_pipeline
-from simplest_vit.errors import Interrupted, TrainingError, UserError
+from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError
 from simplest_vit.training import loop
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.interrupt import Interruption
 from simplest_vit.training.restored import restore_best
+from simplest_vit.training.sharding import create_mesh
 from tests.tiny import tiny_config
 
 RESULT_KEYS = {
@@ -80,6 +83,16 @@ def test_evaluation_repeats_what_training_found(finished, data_dir):
     }
     assert evaluated["best"]["validation_accuracy"] == outcome["best_validation_accuracy"]
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}, "evaluation wrote to the workdir"
+
+
+def test_evaluation_takes_devices_that_do_not_divide_the_batch(finished, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "create_mesh", lambda fsdp: create_mesh(fsdp, jax.devices()[:3]))
+    evaluated = loop.evaluate(tiny_config(data__dir=data_dir, ema__decay=0.9), str(finished[0]))
+    assert evaluated["latest"]["validation_accuracy"] == finished[1]["validation_accuracy"]
+    assert evaluated["latest"]["validation_loss"] == pytest.approx(finished[1]["validation_loss"])
+    with pytest.raises(UserError, match=r"config.batch_size=64 cannot be split over 3 devices; .* that divides it"):
+        loop.train_and_evaluate(tiny_config(data__dir=data_dir), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_interrupted_run_ends_bit_equal(finished, data_dir, tmp_path, monkeypatch):
@@ -156,7 +169,8 @@ def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(finished, da
             patch.setattr(loop, "make_train_step", lambda *args: [make_train_step(*args), send()][0])
         if kind == "step":
             patch.setattr(loop, "make_train_step", lambda *args: signalled(make_train_step(*args)))
-        with pytest.raises(Interrupted, match=rf"step {step} of 6 is saved; the same command"):
+        reached = f"step {step} of 6 is saved" if int(step) else "no step was made"
+        with pytest.raises(Interrupted, match=f"{reached}; the same command"):
             loop.train_and_evaluate(config, str(tmp_path))
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with Checkpoints(tmp_path, create=False) as checkpoints:
@@ -194,6 +208,23 @@ def test_a_kill_while_the_interrupted_evaluation_is_saved_loses_nothing(finished
         assert checkpoints.newest() == 3
     loop.train_and_evaluate(config, str(tmp_path))
     assert_same_end(tmp_path, finished, data_dir)
+
+
+def test_a_save_that_fails_while_a_signal_comes_is_not_told_as_saved(data_dir, tmp_path, monkeypatch):
+    failing, save = threading.Event(), Checkpoints.save
+    monkeypatch.setattr(Interruption, "reached", lambda self: failing.is_set())
+
+    def save_on_a_full_disk(self, *arguments):
+        self._manager._finalize_checkpoint = lambda step: write_nothing()
+        failing.set()
+        save(self, *arguments)
+
+    def write_nothing():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "save", save_on_a_full_disk)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
+        loop.train_and_evaluate(tiny_config(data__dir=data_dir), str(tmp_path))
 
 
 def test_the_best_checkpoint_is_the_best_of_those_saved(data_dir, tmp_path, monkeypatch):

@@ -1,4 +1,8 @@
+import errno
+import fcntl
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -11,12 +15,13 @@ CONFIG = {"seed": 1, "log_every": 10, "data": {"dir": None, "flip": True}}
 def test_a_new_folder_is_checked_without_being_made(tmp_path):
     path = check_workdir(str(tmp_path / "a" / "b"), CONFIG)
     assert not path.exists()
-    claim_workdir(path, CONFIG)
-    assert json.loads((path / "config.json").read_text()) == CONFIG
+    with claim_workdir(path, CONFIG):
+        assert json.loads((path / "config.json").read_text()) == CONFIG
 
 
 def test_the_same_run_may_change_how_it_is_watched(tmp_path):
-    claim_workdir(tmp_path, CONFIG)
+    with claim_workdir(tmp_path, CONFIG):
+        pass
     check_workdir(str(tmp_path), CONFIG | {"log_every": 1, "data": {"dir": "/elsewhere", "flip": True}})
 
 
@@ -29,9 +34,37 @@ def test_the_same_run_may_change_how_it_is_watched(tmp_path):
     ],
 )
 def test_another_run_is_refused(tmp_path, change, message):
-    claim_workdir(tmp_path, CONFIG)
-    with pytest.raises(UserError, match=message):
+    with claim_workdir(tmp_path, CONFIG), pytest.raises(UserError, match=message):
         check_workdir(str(tmp_path), CONFIG | change)
+
+
+def test_a_folder_is_for_one_process_at_a_time(tmp_path):
+    claim = f"""
+from simplest_vit.training.workdir import claim_workdir
+import pathlib, sys
+with claim_workdir(pathlib.Path({str(tmp_path)!r}), {{}}):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", claim], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"claimed\n"
+        with (
+            pytest.raises(UserError, match=r"is in use: another process trains there"),
+            claim_workdir(tmp_path, CONFIG),
+        ):
+            pass
+        other.kill()
+    with claim_workdir(tmp_path, CONFIG):
+        pass
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def flock(handle, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claim_workdir(tmp_path, CONFIG):
+        assert (tmp_path / "config.json").exists()
 
 
 def test_bad_folders(tmp_path):
@@ -47,8 +80,8 @@ def test_bad_folders(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             check_workdir(str(tmp_path / name), CONFIG)
-    with pytest.raises(UserError, match="cannot be written"):
-        claim_workdir(tmp_path / "file" / "below", CONFIG)
+    with pytest.raises(UserError, match="cannot be written"), claim_workdir(tmp_path / "file" / "below", CONFIG):
+        pass
 
 
 def test_a_json_file_is_whole_or_not_there(tmp_path):
