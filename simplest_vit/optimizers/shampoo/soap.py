@@ -108,7 +108,7 @@ def scale_by_soap(
         grafting: The method whose step sizes are taken ('none').
         preconditioner_dtype: Type of the state (float32).
         mu_dtype: Type of the stored momentum.
-        shards: The greatest number of devices to spread over (8).
+        shards: A multiple of the devices to spread over (8); else each has all stacks.
 
     Returns:
         An `optax.GradientTransformation`.
@@ -265,7 +265,7 @@ def soap(
         grafting: The method whose step sizes are taken ('none').
         preconditioner_dtype: Type of the state (float32).
         mu_dtype: Type of the stored momentum.
-        shards: The greatest number of devices to spread over (8).
+        shards: A multiple of the devices to spread over (8); else each has all stacks.
 
     Returns:
         An `optax.GradientTransformation`.

@@ -110,7 +110,7 @@ def scale_by_shampoo(
         grafting_epsilon: Its epsilon.
         preconditioner_dtype: Type of statistics and roots.
         mu_dtype: Type of the stored momentum.
-        shards: The greatest number of devices to spread over.
+        shards: A multiple of the devices to spread over; else each has all stacks.
 
     Returns:
         An `optax.GradientTransformation`. Updates have the gradients' tree and types.
@@ -289,7 +289,7 @@ def shampoo(
         grafting_epsilon: Its epsilon.
         preconditioner_dtype: Type of statistics and roots.
         mu_dtype: Type of the stored momentum.
-        shards: The greatest number of devices to spread over.
+        shards: A multiple of the devices to spread over; else each has all stacks.
 
     Returns:
         An `optax.GradientTransformation`.
