@@ -24,7 +24,7 @@ class TrainingError(RuntimeError):
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint that cannot be written or opened, perhaps by this process alone of several."""
+    """A checkpoint that cannot be written or read, perhaps by this process alone of several."""
 
 
 class Interrupted(KeyboardInterrupt):

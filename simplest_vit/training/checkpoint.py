@@ -151,6 +151,7 @@ class Checkpoints:
 
         Raises:
           UserError: If the checkpoint is damaged or holds another state.
+          CheckpointError: If it cannot be read.
         """
         reason = distributed.from_primary(lambda: self._damage(step))
         if reason is None:
@@ -195,12 +196,13 @@ class Checkpoints:
             damage = self._damage(step)
             if damage is None:
                 for other, reason in damages.items():
+                    if self._writable:
+                        reason += f"; set aside as {self._set_aside(other).name}"
                     log.warning(
-                        "checkpoint %d in %s is damaged (%s)%s: going back to step %d",
+                        "checkpoint %d in %s is damaged (%s): going back to step %d",
                         other,
                         self.directory,
                         reason,
-                        f" and set aside as {self._set_aside(other).name}" if self._writable else "",
                         step,
                     )
                 self._damaged |= damages.keys()
