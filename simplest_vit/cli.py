@@ -12,6 +12,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from simplest_vit import signals
 from simplest_vit.errors import Interrupted, TrainingError, UserError, tell
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -49,8 +50,7 @@ def run(
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
+    signals.watch((signal.SIGTERM, signal.SIGINT), handler=_interrupt)
     try:
         app.run(
             lambda arguments: _run_program(program, arguments[1:]),
@@ -74,8 +74,6 @@ def _print_unraisable(unraisable: Any) -> None:
 
 def _interrupt(number: int, frame: Any) -> None:
     """Stop what is under way; training itself notes signals instead (`training/interrupt.py`)."""
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
     raise Interrupted(f"{signal.Signals(number).name}; the same command starts again")
 
 

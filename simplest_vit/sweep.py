@@ -23,7 +23,7 @@ from simplest_vit import cli
 from simplest_vit.analysis.report import table
 from simplest_vit.analysis.runs import Group, Run, find_runs
 from simplest_vit.config import check_config
-from simplest_vit.errors import UserError
+from simplest_vit.errors import Interrupted, UserError
 from simplest_vit.training.workdir import RESULTS, check_workdir, flatten
 
 log = logging.getLogger("simplest_vit")
@@ -107,10 +107,21 @@ def execute(points: list[Point]) -> int:
                 log.info("finished before: %s", folder)
                 continue
             log.info("%s", shlex.join(line))
-            if subprocess.run(line, stdout=subprocess.DEVNULL).returncode:
+            if _run(line):
                 failed += 1
                 log.error("failed: %s", folder)
     return failed
+
+
+def _run(line: list[str]) -> int:
+    """Run a command and wait for its end, also where this program is told to stop: then it is, and saves its step."""
+    # In a process group of its own, so that Ctrl-C reaches it once: a second signal would end it at once.
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, process_group=0) as process:
+        try:
+            return process.wait()
+        except Interrupted:
+            process.terminate()
+            raise
 
 
 def summary(points: list[Point]) -> str:

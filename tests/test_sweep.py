@@ -1,7 +1,10 @@
-"""The plan of a sweep, its table, and one small sweep through real processes."""
+"""The plan of a sweep, its table, and small sweeps through real processes."""
 
 import json
+import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
 
@@ -85,17 +88,33 @@ def test_finished_runs_are_skipped_and_failures_counted(tmp_path):
     assert (tmp_path / "made").exists()
 
 
+def command(tmp_path, *arguments):
+    return [
+        *(sys.executable, "-m", "simplest_vit.sweep", "--config", "configs/digits.py", f"--workdir={tmp_path}/sweep"),
+        *(f"--config.data.dir={tmp_path}", "--config.model.depth=2", "--config.model.width=16"),
+        *("--config.model.num_heads=2", "--config.model.mlp_dim=32", "--config.model.c_val_0_target=0.3"),
+        *arguments,
+    ]
+
+
 @pytest.mark.slow
 def test_a_small_sweep_quick(tmp_path):
     """Two points of a few steps; then the same command finds them finished."""
-    command = [
-        *(sys.executable, "-m", "simplest_vit.sweep", "--config", "configs/digits.py", f"--workdir={tmp_path}/sweep"),
-        *(f"--config.data.dir={tmp_path}", "--config.steps=2", "--config.model.depth=2", "--config.model.width=16"),
-        *("--config.model.num_heads=2", "--config.model.mlp_dim=32", "--config.model.c_val_0_target=0.3"),
-        *("--grid", "config.weight_decay=0,5e-5"),
-    ]
-    first, second = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for _ in range(2))
+    line = command(tmp_path, "--config.steps=2", "--grid", "config.weight_decay=0,5e-5")
+    first, second = (subprocess.run(line, cwd=ROOT, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("1 of 1") == 2
     assert second.stdout == first.stdout
     assert second.stderr.count("finished before") == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_has_its_run_save_the_step(tmp_path):
+    line = command(tmp_path, "--config.steps=100000", "--config.checkpoint_every=100000", "--config.log_every=10")
+    with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        said = iter(process.stderr.readline, "")
+        assert any("step 20/" in each for each in said)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        (saved,) = re.findall(r"^interrupted: step (\d+) of 100000 is saved", "".join(said), re.MULTILINE)
+    assert process.returncode == os.EX_TEMPFAIL
+    assert [path.parent.name for path in tmp_path.glob("sweep/**/record.json")] == [saved]

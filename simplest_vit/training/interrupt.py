@@ -2,20 +2,20 @@
 
 import os
 import signal
-import threading
 import types
-from typing import Any, Self
+from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
+
+from simplest_vit import signals
 
 
 class Interruption:
     """Notes the first SIGTERM or SIGINT while it is entered; at the second the process exits with 128 + its number.
 
-    Signals are read by a thread, for the main one may be deep in a compilation. With several processes JAX takes
-    SIGTERM, has all of them stop behind the same step and lets further ones pass, for a cluster sends one to each;
-    SIGINT is handed on as one, and only a second SIGINT ends a process at once.
+    With several processes JAX takes SIGTERM, has all of them stop behind the same step and lets further ones pass, for
+    a cluster sends one to each; SIGINT is handed on as one, and only a second SIGINT ends a process at once.
     """
 
     def __init__(self) -> None:
@@ -24,36 +24,19 @@ class Interruption:
 
     def __enter__(self) -> Self:
         self._alone = jax.process_count() == 1
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
-        signals = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
-        # Python writes the number of a signal that has a handler to the pipe, whatever it is busy with.
-        self._handlers: dict[int, Any] = {number: signal.signal(number, lambda *_: None) for number in signals}
-        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
-        self._thread.start()
+        numbers = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
+        self._stop = signals.watch(numbers, note=self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        os.close(self._writer)
-        self._thread.join()
-        os.close(self._reader)
+        self._stop()
 
-    def _watch(self) -> None:
-        while received := os.read(self._reader, 1):
-            number = received[0]
-            if number not in self._handlers:
-                continue
-            if self.signal is not None:
-                os._exit(128 + number)
-            self.signal = signal.Signals(number)
-            if not self._alone:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def _note(self, number: signal.Signals) -> None:
+        self.signal = number
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     @property
     def pending(self) -> bool:

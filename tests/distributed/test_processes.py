@@ -37,10 +37,12 @@ TIMEOUT = 240
 pytestmark = pytest.mark.slow
 
 
-def start(workdir, arguments, processes, devices, optimizer="adam", slurm=False, launchers=((), ()), own=((), ())):
+def start(
+    workdir, arguments, processes, devices, optimizer="adam", slurm=False, launchers=((), ()), own=((), ()), only=None
+):
     """Start all processes of a run, which write to `workdir`.N.err and .out; they find each other by flags or SLURM.
 
-    Each has a word of its own before its command (`launchers`) and behind (`own`).
+    Each has words of its own before its command (`launchers`) and behind (`own`). With `only` the others are missing.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -53,7 +55,7 @@ def start(workdir, arguments, processes, devices, optimizer="adam", slurm=False,
     command = [sys.executable, "main.py", "--config", f"configs/digits.py:optimizer={optimizer}", "--workdir", workdir]
     command += [f"--config.data.dir={workdir.parent / 'tfds'}", *arguments]
     running = []
-    for index in range(processes):
+    for index in only or range(processes):
         several = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"]
         if slurm:
             several = ["--config.distributed=auto"]
@@ -268,3 +270,14 @@ def test_damaged_checkpoints_are_told_by_both(tmp_path):
         assert f"every checkpoint in {workdir}/checkpoints is damaged (" in line
         assert "Traceback" not in text(workdir, index)
     assert list((workdir / "checkpoints").glob("*/record.json")) == records
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_process_that_waits_for_the_others_to_start(tmp_path, number):
+    (running,) = start(tmp_path / "run", SHORT, 2, 2, only=(0,))
+    time.sleep(10)
+    running.send_signal(number)
+    time.sleep(1)
+    running.send_signal(number)
+    assert running.wait(10) == 128 + number
+    assert "Traceback" not in text(tmp_path / "run", 0)
