@@ -12,6 +12,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -275,7 +276,9 @@ def test_damaged_checkpoints_are_told_by_both(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_a_process_that_waits_for_the_others_to_start(tmp_path, number):
     (running,) = start(tmp_path / "run", SHORT, 2, 2, only=(0,))
-    time.sleep(10)
+    while not any(each.status == psutil.CONN_LISTEN for each in psutil.Process(running.pid).net_connections()):
+        time.sleep(0.1)
+    time.sleep(1)
     running.send_signal(number)
     time.sleep(1)
     running.send_signal(number)
