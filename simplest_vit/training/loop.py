@@ -57,8 +57,9 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
       Interrupted: By SIGTERM or SIGINT; the step reached is saved.
     """
     start_time = time.monotonic()
+    check_config(config)
+    check_batch_size(config.batch_size, config.accumulation_steps, create_mesh(config.fsdp))
     run = _Run(config, workdir)
-    check_batch_size(config.batch_size, config.accumulation_steps, run.mesh)
     batches_per_epoch = input_pipeline.steps_per_epoch(run.dataset, config)
 
     with contextlib.ExitStack() as stack:
@@ -158,6 +159,7 @@ def evaluate(config: Any, workdir: str) -> dict[str, dict[str, float]]:
     Raises:
       UserError: If the folder holds no checkpoint, or one of another config.
     """
+    check_config(config)
     run = _Run(config, workdir)
     if not (run.path / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir} holds no checkpoint; train there first, or name another folder")
@@ -174,10 +176,9 @@ def evaluate(config: Any, workdir: str) -> dict[str, dict[str, float]]:
 
 
 class _Run:
-    """What training and evaluation share: data, model, optimizer and devices, all checked."""
+    """What training and evaluation of a checked config share: data, model, optimizer and devices."""
 
     def __init__(self, config: Any, workdir: str):
-        check_config(config)
         self.mesh = mesh = create_mesh(config.fsdp)
         self.path: pathlib.Path = check_workdir(workdir, config.to_dict())
         self.dataset = input_pipeline.load(config.data)

@@ -276,8 +276,10 @@ def test_damaged_checkpoints_are_told_by_both(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_a_process_that_waits_for_the_others_to_start(tmp_path, number):
     (running,) = start(tmp_path / "run", SHORT, 2, 2, only=(0,))
-    while not any(each.status == psutil.CONN_LISTEN for each in psutil.Process(running.pid).net_connections()):
+    deadline, found = time.monotonic() + TIMEOUT, []
+    while psutil.CONN_LISTEN not in found and time.monotonic() < deadline:
         time.sleep(0.1)
+        found = [each.status for each in psutil.Process(running.pid).net_connections()]
     time.sleep(1)
     running.send_signal(number)
     time.sleep(1)

@@ -112,6 +112,7 @@ def test_kills_at_more_than_fifty_moments(shared, tmp_path):
     phases = collections.Counter()
     for seed in range(7):
         arguments = EVERYTHING if seed == 0 else ADAM
-        phases += check(tmp_path / str(seed), random.Random(seed), 9, **shared, **arguments)
-    assert sum(phases.values()) >= 50
+        found = check(tmp_path / str(seed), random.Random(seed), 9, **shared, **arguments)
+        assert sum(found.values()) >= 8
+        phases += found
     assert phases.keys() >= {"import", "compilation", "training", "evaluation", "checkpoint"}, phases

@@ -91,8 +91,8 @@ def test_evaluation_takes_devices_that_do_not_divide_the_batch(finished, data_di
     assert evaluated["latest"]["validation_accuracy"] == finished[1]["validation_accuracy"]
     assert evaluated["latest"]["validation_loss"] == pytest.approx(finished[1]["validation_loss"])
     with pytest.raises(UserError, match=r"config.batch_size=64 cannot be split over 3 devices; .* that divides it"):
-        loop.train_and_evaluate(tiny_config(data__dir=data_dir), str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+        loop.train_and_evaluate(tiny_config(data__dir=str(tmp_path / "data")), str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == [], "told before data are prepared"
 
 
 def test_an_interrupted_run_ends_bit_equal(finished, data_dir, tmp_path, monkeypatch):
