@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import input_pipeline
 from simplest_vit.config import check_config
+from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.data.augment import normalize
 from simplest_vit.data.decode import resize_and_centre_crop
 from simplest_vit.errors import UserError

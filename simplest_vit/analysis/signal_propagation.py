@@ -15,13 +15,13 @@ from typing import Any
 import jax
 from absl import flags
 
-import input_pipeline
 from simplest_vit import cli
 from simplest_vit.analysis import figures
 from simplest_vit.analysis.contrasts import CONTRASTS, name_of, with_contrast
 from simplest_vit.analysis.signal_figure import draw, draw_overview
 from simplest_vit.analysis.signals import Signals, analyse, initial_models
 from simplest_vit.config import check_config
+from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.training.restored import restore_best

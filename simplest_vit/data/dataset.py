@@ -1,9 +1,11 @@
 """A prepared data set, loaded: what a model needs to know of it, and where its examples are."""
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -52,32 +54,99 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A loaded data set.
+class DatasetInfo:
+    """What a run must know of its data, and remembers in its folder.
 
     Attributes:
-      name: its name.
-      num_classes: number of classes.
-      class_names: names of the classes, in the order of the labels.
+      name: Its name.
+      version: Of the prepared data set, such as "3.0.2".
+      train_size: Number of training examples.
+      validation_size: Number of validation examples.
+      class_names: Names of the classes, in the order of the labels.
       image_shape: (H, W, C) of a preprocessed image.
-      train_size: number of training examples.
-      validation_size: number of validation examples.
-      mean: per channel, of pixels in [0, 1].
-      std: per channel, of pixels in [0, 1].
-      train: the training split, on the device or on disk.
-      validation: the validation split, likewise.
+      mean: Per channel, of pixels in [0, 1].
+      std: Per channel, of pixels in [0, 1].
+      fingerprint: Of the prepared files; the same for every copy of them.
     """
 
     name: str
-    num_classes: int
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    version: str
     train_size: int
     validation_size: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, equal to what a JSON file of them gives back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(DatasetInfo)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], path: Path) -> "DatasetInfo":
+        """Read what `to_json` made.
+
+        Args:
+          values: The content of a JSON file.
+          path: That file, for messages.
+
+        Raises:
+          UserError: If a field is missing, unknown or damaged.
+        """
+
+        def fail(name: str, problem: str) -> NoReturn:
+            raise UserError(f"{path}: {name}: {problem}; the file is damaged: restore it, or choose another --workdir")
+
+        def check(name: str, allowed: bool, expected: str) -> None:
+            if not allowed:
+                fail(name, f"{values[name]!r}, expected {expected}"[:200])
+
+        def several(name: str, kinds: type | tuple[type, ...], length: int | None = None) -> bool:
+            value = values[name]
+            return (
+                isinstance(value, list)
+                and len(value) == (len(value) or 1 if length is None else length)
+                and all(isinstance(item, kinds) and not isinstance(item, bool) for item in value)
+            )
+
+        names = {field.name for field in dataclasses.fields(cls)}
+        for name in sorted(names ^ values.keys()):
+            fail(name, "missing" if name in names else "unknown")
+        for name in ("name", "version", "fingerprint"):
+            check(name, isinstance(values[name], str), "a text")
+        for name in ("train_size", "validation_size"):
+            check(name, type(values[name]) is int and values[name] > 0, "a positive integer")
+        check("class_names", several("class_names", str), "a list of texts")
+        check("image_shape", several("image_shape", int, 3) and min(values["image_shape"]) > 0, "[H, W, C]")
+        for name in ("mean", "std"):
+            channels = values["image_shape"][2]
+            check(name, several(name, (int, float), channels), f"a list of {channels} numbers")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset(DatasetInfo):
+    """A loaded data set.
+
+    Attributes:
+      train: The training split, on the device or on disk.
+      validation: The validation split, likewise.
+    """
+
     train: Arrays | Source
     validation: Arrays | Source
+
+    @property
+    def info(self) -> DatasetInfo:
+        """What is known of the data set, without its examples."""
+        return DatasetInfo(*(getattr(self, field.name) for field in dataclasses.fields(DatasetInfo)))
 
 
 # Mean and deviation of the pixels, per channel, as the field uses them (CIFAR-10's deviations are the mean of each
@@ -153,16 +222,30 @@ def load(data: Any) -> Dataset:
     mean, std = _STATISTICS[data.name]
     return Dataset(
         name=data.name,
-        num_classes=features[label].num_classes,
+        version=str(builder.version),
         class_names=tuple(features[label].names),
         image_shape=shape,
         train_size=len(train),
         validation_size=len(validation),
         mean=mean,
         std=std,
+        fingerprint=_fingerprint(builder),
         train=splits[0],
         validation=splits[1],
     )
+
+
+def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
+    """A digest of a prepared data set's features, class names, sizes and file names; the examples are not read."""
+    digest = hashlib.sha256()
+    for name, split in sorted(builder.info.splits.items()):
+        digest.update(f"{name} {split.num_bytes} {split.shard_lengths}\n".encode())
+    for path in sorted(Path(builder.data_path).iterdir()):
+        if ".array_record-" in path.name:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        elif path.name == "features.json" or path.name.endswith(".labels.txt"):
+            digest.update(f"{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _validation_split(builder: tfds.core.DatasetBuilder) -> str:

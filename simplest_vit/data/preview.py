@@ -11,10 +11,10 @@ from absl import flags
 from jax.experimental.multihost_utils import process_allgather
 from PIL import Image, ImageDraw
 
-import input_pipeline
-from input_pipeline import Batch, Dataset
 from simplest_vit import cli
 from simplest_vit.config import check_config
+from simplest_vit.data import pipeline
+from simplest_vit.data.pipeline import Batch, Dataset
 from simplest_vit.errors import UserError
 
 _CAPTION_HEIGHT = 22
@@ -67,8 +67,8 @@ def _main(arguments: list[str]) -> None:
     output = pathlib.Path(_OUTPUT.value)
     if output.suffix not in Image.registered_extensions() or not os.access(output.parent, os.W_OK | os.X_OK):
         raise UserError(f"--output={output} cannot be written; expected a picture in a folder of yours, such as a.png")
-    dataset = input_pipeline.load(config.data)
-    batch = next(input_pipeline.train_batches(dataset, config, start_step=0, sharding=None))
+    dataset = pipeline.load(config.data)
+    batch = next(pipeline.train_batches(dataset, config, start_step=0, sharding=None))
     Image.fromarray(image_grid(dataset, batch)).save(output)
     print(f"wrote {output}")
 

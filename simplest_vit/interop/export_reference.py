@@ -11,9 +11,9 @@ from typing import Any
 
 from absl import flags
 
-import input_pipeline
 from simplest_vit import cli
 from simplest_vit.config import check_config
+from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import to_reference
 from simplest_vit.training.restored import restore_best

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from absl import flags
 
-import input_pipeline
 from simplest_vit import cli
 from simplest_vit.config import check_config
+from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import from_reference
 from simplest_vit.interop.torch_file import Checkpoint

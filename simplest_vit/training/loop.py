@@ -11,8 +11,8 @@ import jax
 from clu import parameter_overview
 from flax import nnx
 
-import input_pipeline
 from simplest_vit.config import check_config
+from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import Interrupted, UserError
 from simplest_vit.optimizers.factory import create_optimizer

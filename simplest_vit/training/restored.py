@@ -6,8 +6,8 @@ import jax
 import optax
 from flax import nnx
 
-from input_pipeline import Dataset
 from simplest_vit.config import check_config
+from simplest_vit.data.pipeline import Dataset
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.models.simple_vit import SimpleViT

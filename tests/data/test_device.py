@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 
 import input_pipeline
 from simplest_vit.data import device
+from simplest_vit.data.augment import Preprocessing
 from simplest_vit.errors import UserError
 
 
@@ -118,7 +119,7 @@ def test_the_data_is_no_constant_of_the_program(digits):
     dataset, _ = digits
     lowered = device.train_batch.lower(
         dataset.train.images, dataset.train.labels, np.uint32(0), np.uint32(0),
-        preprocessing=input_pipeline.Preprocessing(dataset.mean, dataset.std, 10), batch_size=8, sharding=None,
+        preprocessing=Preprocessing(dataset.mean, dataset.std, 10), batch_size=8, sharding=None,
     )  # fmt: skip
     assert "1437x8x8x1xui8" in lowered.as_text().split("{", 2)[2].split("->")[0]
     assert len(lowered.as_text()) < 100_000

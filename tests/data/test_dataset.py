@@ -1,0 +1,99 @@
+"""What a run remembers of its data: there and back through JSON, and a fingerprint that tells data sets apart."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tensorflow_datasets as tfds
+
+import input_pipeline
+from simplest_vit.data.dataset import DatasetInfo, _fingerprint
+from simplest_vit.errors import UserError
+
+FILE = pathlib.Path("run/dataset.json")
+INFO = DatasetInfo(
+    name="digits",
+    version="1.0.0",
+    train_size=3,
+    validation_size=2,
+    class_names=("cat", "Hündin\u2028"),
+    image_shape=(8, 9, 3),
+    mean=(0.1, 0.2, 0.3),
+    std=(1.0, 1 / 3, 1e-9),
+    fingerprint="0123",
+)
+
+
+def test_a_data_set_is_remembered_by_a_json_file():
+    assert DatasetInfo.from_json(json.loads(json.dumps(INFO.to_json())), FILE) == INFO
+    assert INFO.to_json() == json.loads(json.dumps(INFO.to_json()))  # so that a run can compare them
+    assert INFO.num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", 3),
+        ("version", None),
+        ("fingerprint", ["0"]),
+        ("train_size", 0),
+        ("train_size", True),
+        ("validation_size", "2"),
+        ("class_names", "cat"),
+        ("class_names", []),
+        ("class_names", ["cat", 2]),
+        ("image_shape", [8, 8]),
+        ("image_shape", [8, 8, 0]),
+        ("image_shape", [8, 8, 1.0]),
+        ("image_shape", [8, 8, True]),
+        ("mean", [0.1, 0.2]),
+        ("mean", 0.5),
+        ("std", [0.1, 0.2, "0.3"]),
+    ],
+)
+def test_a_damaged_field_is_named(field, value):
+    with pytest.raises(UserError, match=rf"^run/dataset.json: {field}: .*expected .*--workdir$"):
+        DatasetInfo.from_json(INFO.to_json() | {field: value}, FILE)
+
+
+@pytest.mark.parametrize("field", INFO.to_json())
+def test_a_missing_field_is_named(field):
+    values = INFO.to_json()
+    del values[field]
+    with pytest.raises(UserError, match=f"run/dataset.json: {field}: missing"):
+        DatasetInfo.from_json(values, FILE)
+    with pytest.raises(UserError, match=r"run/dataset.json: colour: unknown"):
+        DatasetInfo.from_json(INFO.to_json() | {"colour": 1}, FILE)
+
+
+def test_the_fingerprint_is_of_the_content_not_of_the_place(make_config, tmp_path):
+    first = input_pipeline.load(make_config("digits", dir=tmp_path / "a").data)
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    (tmp_path / "copy/digits/1.0.0/.DS_Store").touch()
+    info = tmp_path / "copy/digits/1.0.0/dataset_info.json"
+    info.write_text(info.read_text().replace("builders.digits", "elsewhere"))
+    copy = input_pipeline.load(make_config("digits", dir=tmp_path / "copy").data)
+    assert copy.info == first.info
+    assert type(first.info) is DatasetInfo
+    assert len(first.info.fingerprint) == 64
+    program = (
+        "import input_pipeline as ip; from configs.digits import get_config\n"
+        f"data = get_config().data; data.dir = {str(tmp_path / 'prepared anew')!r}; print(ip.load(data).fingerprint)"
+    )
+    root = pathlib.Path(__file__).parents[2]
+    anew = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, cwd=root)
+    assert anew.stdout.splitlines()[-1] == first.fingerprint
+
+    prepared = tmp_path / "copy/digits/1.0.0"
+    for file, old, new in (("dataset_info.json", '"360"', '"359"'), ("features.json", '"10"', '"11"')):
+        text = (prepared / file).read_text()
+        (prepared / file).write_text(text.replace(old, new))
+        assert input_pipeline.load(make_config("digits", dir=tmp_path / "copy").data).fingerprint != first.fingerprint
+        (prepared / file).write_text(text)
+    shard = prepared / "digits-validation.array_record-00000-of-00001"
+    os.truncate(shard, shard.stat().st_size - 1)
+    assert _fingerprint(tfds.builder_from_directory(prepared)) != first.fingerprint
