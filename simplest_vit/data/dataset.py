@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
-from simplest_vit.data.decode import resize_and_centre_crop
+from simplest_vit.data.decode import eval_image
 from simplest_vit.data.prepare import prepare
 from simplest_vit.errors import UserError
 
@@ -274,7 +274,7 @@ def _to_device(name: str, source: Source, shape: tuple[int, int, int]) -> Arrays
         indices = list(range(start, min(start + 1024, len(source))))
         for i, (content, label, image_name) in zip(indices, source.read(indices), strict=True):
             try:
-                images[i] = resize_and_centre_crop(content, shape[2], shape[0], shape[0])
+                images[i] = eval_image(content, shape, random_resized_crop=False)
             except UserError as error:
                 raise UserError(f"{name}: {image_name}: {error}; repair it and prepare the data set anew") from error
             labels[i] = label

@@ -1,22 +1,28 @@
-"""From the bytes of an image file to pixels of the size that is wanted."""
+"""From the bytes of an image file to pixels: one way for training, evaluation and prediction."""
 
+import contextlib
 import io
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from simplest_vit.errors import UserError
 
+_JPEG = b"\xff\xd8"
+_ORIENTATION = 0x0112  # the EXIF tag
+_MAX_PIXELS = 2 * 89_478_485  # PIL's limit, against files that unpack to more than the memory
+
 
 def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """Decodes an image file.
+    """Decode an image file to upright grey or RGB pixels.
 
-    JPEG goes through libjpeg-turbo directly, 1.5 times as fast as through PIL; what it refuses (PNG, CMYK,
-    slightly damaged JPEG) goes through PIL.
+    The picture is turned as its EXIF orientation says, 16 bits become 8 (the upper ones), a palette is looked up and
+    transparency dropped. JPEG goes through libjpeg-turbo directly, 1.5 times as fast as through PIL; what it refuses
+    (CMYK, slightly damaged JPEG), and all other formats, go through PIL.
 
     Args:
-      content: the file.
+      content: The file.
       channels: 1 for grey, 3 for RGB; other images are converted.
       min_size: (height, width) that is enough: a JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8.
 
@@ -24,53 +30,77 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
       Pixels, uint8 [H, W, channels].
 
     Raises:
-      UserError: the file is damaged or no image.
+      UserError: If the file is damaged, no image, or of more than 179 million pixels.
     """
-    if content.startswith(b"\xff\xd8"):
-        try:
-            height, width = min_size
-            return simplejpeg.decode_jpeg(
-                content, "GRAY" if channels == 1 else "RGB", min_height=height, min_width=width, min_factor=2
-            )
-        except ValueError:
-            pass
     try:
+        if content.startswith(_JPEG):
+            orientation = _jpeg_orientation(content)
+            height, width = min_size[::-1] if orientation > 4 else min_size
+            try:
+                _jpeg_size(content)
+                colours = "GRAY" if channels == 1 else "RGB"
+                pixels = simplejpeg.decode_jpeg(content, colours, min_height=height, min_width=width, min_factor=2)
+                return _turn(pixels, orientation)
+            except ValueError:
+                pass
         with Image.open(io.BytesIO(content)) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"not a complete image ({error})") from error
-    return pixels[..., None] if channels == 1 else pixels
+            image.load()  # which turns a TIFF
+            return _turn(_eight_bits(image, channels), _orientation(image))
+    except Exception as error:  # PIL's decoders raise whatever they stumble over
+        raise UserError(f"not a complete image ({_reason(error)})") from error
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """Returns (height, width) of an image file, from its header.
+    """(height, width) of a JPEG or PNG when it is upright, from its header.
 
     Raises:
-      UserError: the header is damaged.
+      UserError: If the header is damaged.
     """
     try:
-        if content.startswith(b"\xff\xd8"):
-            return simplejpeg.decode_jpeg_header(content)[:2]
-        with Image.open(io.BytesIO(content)) as image:
-            return image.height, image.width
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"not an image ({error})") from error
+        if content.startswith(_JPEG):
+            height, width = _jpeg_size(content)
+            orientation = _jpeg_orientation(content)
+        else:
+            with Image.open(io.BytesIO(content)) as image:
+                height, width, orientation = image.height, image.width, _orientation(image)
+    except Exception as error:
+        raise UserError(f"not an image ({_reason(error)})") from error
+    return (width, height) if orientation > 4 else (height, width)
+
+
+def eval_image(content: bytes, image_shape: tuple[int, int, int], random_resized_crop: bool) -> np.ndarray:
+    """Decode an image as evaluation and prediction see it: resized, the centre cropped.
+
+    Args:
+      content: The file.
+      image_shape: (H, W, C) of the result; H and W are equal.
+      random_resized_crop: Whether training crops at random. Then the shorter side is resized to more than the crop, as
+        ImageNet's 256 is to 224; images that are trained on whole are also evaluated whole.
+
+    Returns:
+      Pixels, uint8 [H, W, C].
+
+    Raises:
+      UserError: If the file is damaged or no image.
+    """
+    size, _, channels = image_shape
+    return resize_and_centre_crop(content, channels, round(size * 256 / 224) if random_resized_crop else size, size)
 
 
 def resize_and_centre_crop(content: bytes, channels: int, resize: int, crop: int) -> np.ndarray:
-    """Decodes an image, resizes its shorter side (bilinear, antialiased) and crops the centre.
+    """Decode an image, resize its shorter side (bilinear, antialiased) and crop the centre.
 
     Args:
-      content: the file.
+      content: The file.
       channels: 1 for grey, 3 for RGB.
-      resize: the shorter side after resizing.
-      crop: the side of the square that is kept.
+      resize: The shorter side after resizing.
+      crop: The side of the square that is kept.
 
     Returns:
       Pixels, uint8 [crop, crop, channels].
 
     Raises:
-      UserError: the file is damaged or no image.
+      UserError: If the file is damaged or no image.
     """
     pixels = decode_image(content, channels, (resize, resize))
     height, width = pixels.shape[:2]
@@ -91,12 +121,12 @@ def resize_and_centre_crop(content: bytes, channels: int, resize: int, crop: int
 
 
 def resize_box(pixels: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
-    """Resizes a box (left, top, right, bottom) of an image to a square, bilinear and antialiased.
+    """Resize a box (left, top, right, bottom) of an image to a square, bilinear and antialiased.
 
     Args:
       pixels: uint8 [H, W, C].
-      box: corners in pixels; fractions are allowed.
-      size: side of the result.
+      box: Corners in pixels; fractions are allowed.
+      size: Side of the result.
 
     Returns:
       Pixels, uint8 [size, size, C].
@@ -104,3 +134,93 @@ def resize_box(pixels: np.ndarray, box: tuple[float, float, float, float], size:
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     resized = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
     return resized.reshape(size, size, -1)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encode uint8 [H, W, C], C = 1 or 3, as a PNG file; TFDS's own encoder needs TensorFlow."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def standardize(content: bytes, *, keep_grey: bool = False) -> bytes:
+    """Turn an image file of any format that PIL reads into one that every reader takes for RGB.
+
+    A JPEG that already is one stays as it is, byte by byte, and is not decoded: only its header is read and its end
+    looked for. So does an RGB PNG. Anything else becomes a PNG, upright.
+
+    Args:
+      content: The file.
+      keep_grey: Whether a grey JPEG may stay, too.
+
+    Returns:
+      The file, a JPEG or PNG.
+
+    Raises:
+      UserError: If the file is no image or is cut off; the message says why, and the caller adds which.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image_format, mode = image.format, image.mode
+    except Exception as error:
+        raise UserError(f"not a complete image ({_reason(error)})") from error
+    if content.startswith(_JPEG) and mode in ("RGB", *(["L"] if keep_grey else [])):
+        # In compressed data no such marker occurs, and a thumbnail's lie before the last start of scan.
+        if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+            raise UserError("not a complete image (the JPEG is truncated)")
+        return content
+    pixels = decode_image(content, 3)
+    return content if (image_format, mode) == ("PNG", "RGB") else encode_png(pixels)
+
+
+def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
+    """Pixels of an image, uint8 [H, W, channels], as it lies in the file."""
+    if image.mode.startswith("I;16"):
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], channels, axis=2)
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits, which have no fixed range; expected 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn or mirror pixels [H, W, C] upright, by one of EXIF's eight orientations."""
+    if orientation > 4:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1, which is upright, where it is missing or makes no sense."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata do not damage the picture
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _jpeg_orientation(content: bytes) -> int:
+    """The same for a JPEG; PIL is asked only if there is a segment (APP1) where it may stand."""
+    start = len(_JPEG)
+    while content[start : start + 1] == b"\xff" and content[start + 1] != 0xDA:
+        if content[start + 1] == 0xE1:
+            with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
+                return _orientation(image)
+        start += 2 + int.from_bytes(content[start + 2 : start + 4])
+    return 1
+
+
+def _jpeg_size(content: bytes) -> tuple[int, int]:
+    """(height, width) of a JPEG as it lies in the file."""
+    height, width = simplejpeg.decode_jpeg_header(content)[:2]
+    if height * width > _MAX_PIXELS:
+        raise ValueError(f"{height:,} x {width:,} pixels, expected at most {_MAX_PIXELS:,}")
+    return height, width
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "of no format that is known"
+    return (str(error).splitlines() or [type(error).__name__])[0]

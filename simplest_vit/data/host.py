@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 from simplest_vit.data import augment
 from simplest_vit.data.augment import Batch, Preprocessing
 from simplest_vit.data.dataset import Source
-from simplest_vit.data.decode import decode_image, image_size, resize_and_centre_crop, resize_box
+from simplest_vit.data.decode import decode_image, eval_image, image_size, resize_box
 from simplest_vit.data.device import constrain
 from simplest_vit.data.order import shuffled
 from simplest_vit.errors import UserError
@@ -44,8 +44,7 @@ class _Reader:
     Attributes:
       source: the split.
       image_shape: (H, W, C) of the result.
-      random_resized_crop: whether training images are random boxes; otherwise the shorter side is resized.
-      resize: the shorter side before the central crop.
+      random_resized_crop: whether training images are random boxes; otherwise they are those of evaluation.
       seed: seed of the run.
       batch_size: global batch size.
       first_row: of the global batch, where this host's part begins.
@@ -56,7 +55,6 @@ class _Reader:
     source: Source
     image_shape: tuple[int, int, int]
     random_resized_crop: bool
-    resize: int
     seed: int
     batch_size: int
     first_row: int
@@ -89,13 +87,12 @@ class _Reader:
     def _read(self, indices: list[int], rngs: list[np.random.Generator] | None) -> _Chunk:
         images = np.empty((self.chunk, *self.image_shape), np.uint8)
         labels = np.empty(self.chunk, np.int32)
-        size, _, channels = self.image_shape
         for i, (content, label, name) in enumerate(self.source.read(indices)):
             try:
                 if rngs:
-                    images[i] = random_resized_crop(content, rngs[i], size, channels)
+                    images[i] = random_resized_crop(content, rngs[i], self.image_shape[0], self.image_shape[2])
                 else:
-                    images[i] = resize_and_centre_crop(content, channels, self.resize, size)
+                    images[i] = eval_image(content, self.image_shape, self.random_resized_crop)
             except UserError as error:
                 raise UserError(f"{name}: {error}; repair it and prepare the data set anew") from error
             labels[i] = label
@@ -156,8 +153,7 @@ def train_batches(
     sharding: NamedSharding | None,
 ) -> Iterator[Batch]:
     """Yields the batches of steps `start_step`, `start_step` + 1, ... without end, two ahead on the device."""
-    size = image_shape[0]
-    reader = _reader(source, image_shape, random_resized_crop, size, seed, batch_size)
+    reader = _reader(source, image_shape, random_resized_crop, seed, batch_size)
     chunks_per_batch = reader.rows // reader.chunk
     numbers = grain.MapDataset.range(start_step * chunks_per_batch, 2**62)
     batches = _read_batches(numbers.map(reader.train_chunk), chunks_per_batch, num_workers)
@@ -174,13 +170,13 @@ def eval_batches(
     preprocessing: Preprocessing,
     *,
     image_shape: tuple[int, int, int],
-    resize: int,
+    random_resized_crop: bool,
     batch_size: int,
     num_workers: int,
     sharding: NamedSharding | None,
 ) -> Iterator[Batch]:
     """Yields a split in order, the last batch padded with weight 0, two ahead on the device."""
-    reader = _reader(source, image_shape, False, resize, 0, batch_size)
+    reader = _reader(source, image_shape, random_resized_crop, 0, batch_size)
     chunks_per_batch = reader.rows // reader.chunk
     steps = -(-len(source) // batch_size)
     numbers = grain.MapDataset.range(steps * chunks_per_batch)
@@ -193,7 +189,6 @@ def _reader(
     source: Source,
     image_shape: tuple[int, int, int],
     random_resized_crop: bool,
-    resize: int,
     seed: int,
     batch_size: int,
 ) -> _Reader:
@@ -205,7 +200,6 @@ def _reader(
         source=source,
         image_shape=image_shape,
         random_resized_crop=random_resized_crop,
-        resize=resize,
         seed=seed,
         batch_size=batch_size,
         first_row=jax.process_index() * rows,

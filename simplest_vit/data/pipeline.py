@@ -103,14 +103,12 @@ def eval_batches(dataset: Dataset, config: Any, *, sharding: NamedSharding | Non
     preprocessing = Preprocessing(dataset.mean, dataset.std, dataset.num_classes)
     if isinstance(dataset.validation, Arrays):
         return device.eval_batches(dataset.validation, preprocessing, batch_size=batch_size, sharding=sharding)
-    size, data = dataset.image_shape[0], config.data
     return host.eval_batches(
         dataset.validation,
         preprocessing,
         image_shape=dataset.image_shape,
-        # ImageNet's 256 for 224; images that are trained on whole are also evaluated whole.
-        resize=round(size * 256 / 224) if data.random_resized_crop else size,
+        random_resized_crop=config.data.random_resized_crop,
         batch_size=batch_size,
-        num_workers=data.num_workers,
+        num_workers=config.data.num_workers,
         sharding=sharding,
     )

@@ -10,7 +10,6 @@ from PIL import Image
 
 import input_pipeline
 from simplest_vit.data import host
-from simplest_vit.data.decode import decode_image, image_size, resize_and_centre_crop
 from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import UserError
 
@@ -88,19 +87,19 @@ def test_evaluation_covers_each_example_once(config, photos, num_workers):
 
 def test_two_hosts_read_the_two_halves_of_the_batch_of_one(config, monkeypatch):
     dataset = input_pipeline.load(config.data)
-    whole = host._reader(dataset.train, (32, 32, 3), True, 32, 0, 8)
+    whole = host._reader(dataset.train, (32, 32, 3), True, 0, 8)
     parts = []
     for process in range(2):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts.append(host._reader(dataset.train, (32, 32, 3), True, 32, 0, 8))
+        parts.append(host._reader(dataset.train, (32, 32, 3), True, 0, 8))
         assert parts[-1].rows == 4
     for step in range(6):
         halves = [part.train_chunk(step) for part in parts]
         both = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
         jax.tree.map(np.testing.assert_array_equal, both, whole.train_chunk(step))
     with pytest.raises(UserError, match="batch_size=9: not divisible by the 2 hosts"):
-        host._reader(dataset.train, (32, 32, 3), True, 32, 0, 9)
+        host._reader(dataset.train, (32, 32, 3), True, 0, 9)
 
 
 def test_random_boxes_are_torchvisions():
@@ -127,17 +126,6 @@ def test_a_random_resized_crop_equals_pils_resize_of_its_box(monkeypatch):
     result = host.random_resized_crop(buffer.getvalue(), np.random.default_rng(0), 64, 3)
     crop = Image.fromarray(pixels[20:170, 30:150]).resize((64, 64), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(result, crop)
-
-
-def test_decoding_at_reduced_scale_gives_nearly_the_same_picture():
-    content = jpeg(smooth_image(4, 512, 768))
-    assert image_size(content) == (512, 768)
-    assert decode_image(content, 3, (200, 200)).shape == (256, 384, 3)
-    assert decode_image(content, 3, (300, 300)).shape == (512, 768, 3)
-    reduced = resize_and_centre_crop(content, 3, 64, 56).astype(int)
-    with Image.open(io.BytesIO(content)) as image:
-        full = np.asarray(image.resize((96, 64), Image.Resampling.BILINEAR))[4:60, 20:76]
-    assert np.abs(reduced - full).mean() < 1.5
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

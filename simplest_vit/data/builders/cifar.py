@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from simplest_vit.data.builders.images import encode_png
 from simplest_vit.data.builders.originals import Archive, Originals
+from simplest_vit.data.decode import encode_png
 from simplest_vit.errors import UserError
 
 _PIXELS = 3 * 32 * 32

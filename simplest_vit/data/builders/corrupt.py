@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from simplest_vit.data.builders.images import standardize
+from simplest_vit.data.decode import standardize
 from simplest_vit.errors import UserError
 
 
@@ -22,10 +22,10 @@ class CorruptImages:
     skip: bool = False
     count: int = 0
 
-    def standardize(self, name: str, content: bytes, *, keep_grey: bool = False, upright: bool = False) -> bytes | None:
-        """Returns `images.standardize` of a file, or reports its name and returns None."""
+    def standardize(self, name: str, content: bytes, *, keep_grey: bool = False) -> bytes | None:
+        """Run `decode.standardize` on a file; None, and a line with its name, where it is damaged."""
         try:
-            return standardize(content, keep_grey=keep_grey, upright=upright)
+            return standardize(content, keep_grey=keep_grey)
         except UserError as error:
             print(f"corrupt image {name}: {error}", file=sys.stderr, flush=True)
             self.count += 1

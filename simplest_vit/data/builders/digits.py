@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from simplest_vit.data.builders.images import encode_png
+from simplest_vit.data.decode import encode_png
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]

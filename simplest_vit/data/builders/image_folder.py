@@ -17,12 +17,13 @@ _VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
 class ImageFolder(ImageFilesBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Images in train/CLASS/ and val/CLASS/ (or validation/, valid/, test/); the folders name the classes.
 
-    JPEG files are kept as they are; others, and those that are not upright RGB, become RGB PNG. Each folder has
-    a prepared data set of its own, and a new one when a file is added, removed or changed in size.
+    RGB JPEG files are kept as they are, and turned by their EXIF orientation when they are decoded; all others become
+    upright RGB PNG. Each folder has a prepared data set of its own, and a new one when a file is added, removed or
+    changed in size.
     """
 
     name = "image_folder"
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # 1.0.0 held 16-bit images as white ones
     MANUAL_DOWNLOAD_INSTRUCTIONS = "A folder with train/CLASS/ and val/CLASS/."
 
     def __init__(self, *, folder: Path, **kwargs: Any):
@@ -64,7 +65,7 @@ class ImageFolder(ImageFilesBuilder, skip_registration=True):  # type: ignore[ca
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, path in enumerate(self._files[split]):
-            image = self._corrupt.standardize(str(path), path.read_bytes(), upright=True)
+            image = self._corrupt.standardize(str(path), path.read_bytes())
             if image is not None:
                 yield index, {"image": image, "image/filename": path.name, "label": path.parent.name}
 
