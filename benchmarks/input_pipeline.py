@@ -33,7 +33,6 @@ import input_pipeline
 from configs import common
 from simplest_vit.data import host
 from simplest_vit.data.decode import decode_image
-from simplest_vit.data.prepare import Parser
 from simplest_vit.errors import UserError
 
 # Stages, each with all before it.
@@ -262,7 +261,7 @@ def benchmark_host(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="data set, as in data.name")
     parser.add_argument("--data_dir")
     parser.add_argument("--manual_dir")

@@ -13,7 +13,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from simplest_vit import signals
-from simplest_vit.errors import Interrupted, TrainingError, UserError, tell
+from simplest_vit.errors import Interrupted, TrainingError, UserError, not_installed, tell
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with its arguments behind a colon: configs/cifar10.py:model=simple_vit"
@@ -38,6 +38,9 @@ def run(
       required: Names of flags that must be given.
       positional: Whether arguments without a flag are allowed.
     """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(_help(program.__module__))
+        return
     # The libraries tell what goes wrong, this project also what goes on.
     absl_logging.set_verbosity(absl_logging.ERROR)
     # Orbax logs whatever it raises as well, with a traceback for each of its threads, and TensorStore prints another.
@@ -82,7 +85,7 @@ def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> 
     try:
         program(arguments)
     except ModuleNotFoundError as error:
-        raise UserError(f"{error}; install what the programs need: pip install -r requirements.txt") from error
+        raise not_installed(error) from error
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or ["there is no such device"])[0]
         if reason.startswith("RESOURCE_EXHAUSTED"):
@@ -119,6 +122,12 @@ def _parse(argv: list[str], usage: str, required: tuple[str, ...], positional: b
     if len(remaining) > 1 and not positional:
         raise UserError(f"unexpected argument {remaining[1]!r}; every option is a --flag")
     return remaining
+
+
+def _help(module: str) -> str:
+    """What a program does, by the docstring of its module, and its flags."""
+    own = [flags.FLAGS.module_help(sys.argv[0] if name == "__main__" else name) for name in (module, __name__)]
+    return "\n\n".join([sys.modules[module].__doc__ or "", *own])
 
 
 def _explain(error: BaseException) -> str:

@@ -36,6 +36,12 @@ class Interrupted(KeyboardInterrupt):
     exit_code = os.EX_TEMPFAIL
 
 
+def not_installed(error: ModuleNotFoundError) -> UserError:
+    """What to say where a program misses a library."""
+    remedy = 'pip install "simplest-vit[train]", or in a clone: pip install -r requirements.txt'
+    return UserError(f"{error}; install what the programs need: {remedy}")
+
+
 def tell(error: UserError | TrainingError | Interrupted) -> int:
     """Print the line of an error; its exit code."""
     print(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr, flush=True)

@@ -66,9 +66,7 @@ def _run(request):
         if value is not None:
             os.environ[name] = value
     for name in request["missing"]:
-        for loaded in [
-            module for module in sys.modules if module.split(".")[0] == name or module.startswith("simplest_vit.")
-        ]:
+        for loaded in [module for module in sys.modules if module.split(".")[0] in (name, "simplest_vit")]:
             del sys.modules[loaded]
         sys.modules[name] = None
     if "JAX_PLATFORMS" in request["environment"]:  # which JAX has read already
@@ -93,8 +91,8 @@ def _run(request):
 
 def _serve():
     import input_pipeline  # noqa: F401
-    from simplest_vit import config, predict, sweep  # noqa: F401
-    from simplest_vit.analysis import signal_propagation  # noqa: F401
+    from simplest_vit import config, predict  # noqa: F401
+    from simplest_vit.analysis import report, signal_propagation  # noqa: F401
     from simplest_vit.training import loop  # noqa: F401
 
     warnings.filterwarnings("ignore", "os.fork|.*found in sys.modules")

@@ -151,11 +151,11 @@ CONFIGS = {
 IMPORT = "simplest_vit.interop.import_reference --config configs/digits.py --workdir {new}/run"
 EXPORT = "simplest_vit.interop.export_reference --config configs/digits.py --workdir {new}/run"
 DEPTH_STUDY = "simplest_vit.analysis.depth_study --config configs/digits.py --workdir {new}/run"
-SWEEP = "simplest_vit.sweep --config configs/digits.py"
+SWEEP = "simplest_vit sweep --config configs/digits.py"
 DIGITS = "main.py --config configs/digits.py --workdir {new}/run"
 OLD = "main.py --config {old}/tiny.py --workdir {old}"
 CIFAR = "main.py --config configs/cifar10.py --workdir {new}/run --config.data.dir={new}/data"
-PREPARE = "simplest_vit.data.prepare"
+PREPARE = "simplest_vit prepare"
 
 # (command, expected)
 COMMANDS = [
@@ -223,9 +223,17 @@ COMMANDS = [
     (CIFAR + " --config.data.name=tiny_imagenet --config.data.manual_dir={old}/zips", "not a complete zip file"),
     (CIFAR + " --config.data.name=imagenet --config.data.manual_dir={old}/zips", "ILSVRC2012_img_train.tar"),
     # The other programs.
-    (PREPARE, "required: name; usage: "),
+    ("simplest_vit", "a command is missing; expected one of train, evaluate, "),
+    ("simplest_vit trian", "command 'trian' is unknown; expected one of train, "),
+    ("simplest_vit train", "--config is missing; usage: simplest-vit train --config"),
+    ("simplest_vit train --config configs/digits.py --workdir {new}/run --mode=train", "flag 'mode'"),
+    ("simplest_vit train --config configs/digits.py --workdir {new}/run more", "unexpected argument 'more'"),
+    ("simplest_vit evaluate --config configs/digits.py --workdir {new}/run --json", "Unknown command line flag 'json'"),
+    ("simplest_vit predict --config configs/digits.py --workdir {new}/run", "--images is missing"),
+    (PREPARE, "0 data sets named, expected one of digits, "),
+    (PREPARE + " digits cifar10", "2 data sets named, expected one of digits, "),
     (PREPARE + " mnist", "data.name=mnist: unknown; expected one of"),
-    (PREPARE + " digits --force", "unrecognized arguments: --force"),
+    (PREPARE + " digits --force", "Unknown command line flag 'force'"),
     (PREPARE + " digits --data_dir={old}/text.jpg", "cannot prepare digits there"),
     (PREPARE + " digits --data_dir=~nobody-of-this-name/x", "Name another folder"),
     (PREPARE + " cifar10 --data_dir={new}/data --manual_dir={new}/nowhere", "no such folder"),
@@ -245,8 +253,8 @@ COMMANDS = [
     (SWEEP + " --workdir {new}/run --seeds 0", "--seeds=0"),
     (SWEEP + " --workdir {new}/run --config.epochs=0", "config.epochs=0 must be"),
     (SWEEP + " --workdir {old}/text.jpg", "text.jpg is a file"),
-    ("simplest_vit.analysis.report", "no runs named; usage: "),
-    ("simplest_vit.analysis.report {new}/nowhere", "nowhere is no folder"),
+    ("simplest_vit report", "no runs named; usage: "),
+    ("simplest_vit report {new}/nowhere", "nowhere is no folder"),
     (DEPTH_STUDY + " --depths=8,x", "--depths=8,x"),
     ("simplest_vit.analysis.signal_propagation --config configs/digits.py --workdir {new}/run --seeds=0", "--seeds=0"),
     (
@@ -274,6 +282,7 @@ ENVIRONMENT = [
     (DIGITS, {"HOME": "{old}/text.jpg"}, (), "tensorflow_datasets: cannot prepare digits there"),
     ("main.py --config configs/digits.py --workdir ~/run", {"HOME": "{old}/text.jpg"}, (), "text.jpg is a file"),
     (DIGITS, {}, ("orbax",), "pip install -r requirements.txt"),
+    (PREPARE + " digits", {}, ("ml_collections",), 'pip install "simplest-vit[train]"'),
     (DIGITS, {}, ("tensorflow_datasets",), "import of tensorflow_datasets halted"),
     (
         SWEEP + " --workdir {new}/run --wandb=project",
@@ -291,7 +300,7 @@ PROCESSES = [
         "-m " + SWEEP + " --workdir {new}/run --grid x",
         "--grid=x: expected config.FIELD",
     ),
-    ("-m simplest_vit.data.prepare digits --data_dir {old}/text.jpg", "cannot prepare digits there"),
+    ("-m simplest_vit prepare digits --data_dir {old}/text.jpg", "cannot prepare digits there"),
     ("-m simplest_vit.data.preview --config configs/digits.py --config.data.label=x", "config.data.label='x' must be"),
     ("-m benchmarks.train_step --config configs/digits.py --config.seed=-1", "config.seed=-1 must be"),
 ]

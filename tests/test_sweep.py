@@ -1,5 +1,6 @@
 """The plan of a sweep, its table, and small sweeps through real processes."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -10,8 +11,8 @@ import sys
 
 import pytest
 
-from simplest_vit import sweep
 from simplest_vit.errors import UserError
+from simplest_vit.programs import sweep
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -28,7 +29,7 @@ def test_the_plan_is_the_product_of_the_grid_and_the_seeds(tmp_path):
         ["3e-4", "5e-5"],
     ]
     assert points[1].commands[2][1:] == [
-        "main.py",
+        *("-m", "simplest_vit", "train"),
         "--config=configs/digits.py",
         "--config.optimizer.learning_rate=5e-4",
         "--config.weight_decay=5e-5",
@@ -84,24 +85,87 @@ def test_finished_runs_are_skipped_and_failures_counted(tmp_path):
     (done / "results.json").write_text("{}")
     commands = [fails, fails, works]
     folders = [done, tmp_path / "fails", tmp_path / "works"]
-    assert sweep.execute([sweep.Point({}, folders, commands)]) == 1
+    assert sweep.execute([sweep.Point({}, folders, commands)], [{}]) == 1
     assert (tmp_path / "made").exists()
+
+
+# Writes when it begins and ends, and on which device it is.
+TELLS = """
+import os, sys, time
+print(time.monotonic(), file=open(sys.argv[1] + ".begin", "w"))
+print("on", os.environ.get("JAX_CUDA_VISIBLE_DEVICES"), file=sys.stderr)
+time.sleep(1)
+print(time.monotonic(), file=open(sys.argv[1] + ".end", "w"))
+"""
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3])
+def test_each_gpu_has_one_run_at_a_time(tmp_path, capfd, gpus):
+    folders = [tmp_path / "point" / f"seed={seed}" for seed in range(4)]
+    (tmp_path / "point").mkdir()
+    commands = [[sys.executable, "-c", TELLS, str(folder)] for folder in folders]
+    environments = sweep.share_devices("gpu", list(range(gpus)), None)
+    assert sweep.execute([sweep.Point({}, folders, commands)], environments) == 0
+    on = {seed: int(device) for seed, device in re.findall(r"^point/seed=(\d): on (\d)$", capfd.readouterr().err, re.M)}
+    assert len(on) == 4
+    assert set(on.values()) == set(range(gpus))
+    times = {
+        seed: [float((tmp_path / "point" / f"seed={seed}.{which}").read_text()) for which in ("begin", "end")]
+        for seed in on
+    }
+    for gpu in range(gpus):
+        begins_and_ends = sorted(times[seed] for seed in on if on[seed] == gpu)
+        assert all(first[1] <= second[0] for first, second in itertools.pairwise(begins_and_ends))
+    at_work = max(sum(begin <= moment < end for begin, end in times.values()) for moment, _ in times.values())
+    assert at_work == gpus
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "at_once", "expected"),
+    [
+        ("cpu", [0], None, [None]),
+        ("cpu", [0, 1, 2], 2, [None, None]),
+        ("gpu", [2, 5], None, ["2", "5"]),  # of those that JAX_CUDA_VISIBLE_DEVICES leaves
+        ("gpu", [0, 1, 2, 3], 1, ["0,1,2,3"]),
+        ("gpu", [0, 1, 2, 3], 2, ["0,1", "2,3"]),
+        ("gpu", [0, 1, 2, 3], 3, ["0", "1", "2"]),
+        ("gpu", [0, 1], 3, ["0", "1", "0"]),
+    ],
+)
+def test_runs_share_the_gpus(platform, devices, at_once, expected):
+    found = sweep.share_devices(platform, devices, at_once)
+    assert [environment.get("JAX_CUDA_VISIBLE_DEVICES") for environment in found] == expected
+
+
+def test_jax_tells_its_devices():
+    assert sweep.find_devices() == ("cpu", list(range(8)))
+
+
+def test_where_jax_finds_none_is_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
+    with pytest.raises(UserError, match=r"^JAX finds no device: .*Unable to initialize backend 'nonsense'.*$"):
+        sweep.find_devices()
 
 
 def command(tmp_path, *arguments):
     return [
-        *(sys.executable, "-m", "simplest_vit.sweep", "--config", "configs/digits.py", f"--workdir={tmp_path}/sweep"),
+        *(sys.executable, "-m", "simplest_vit", "sweep", f"--config={ROOT}/configs/digits.py", "--workdir=sweep"),
         *(f"--config.data.dir={tmp_path}", "--config.model.depth=2", "--config.model.width=16"),
         *("--config.model.num_heads=2", "--config.model.mlp_dim=32", "--config.model.c_val_0_target=0.3"),
         *arguments,
     ]
 
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
 @pytest.mark.slow
-def test_a_small_sweep_quick(tmp_path):
-    """Two points of a few steps; then the same command finds them finished."""
-    line = command(tmp_path, "--config.steps=2", "--grid", "config.weight_decay=0,5e-5")
-    first, second = (subprocess.run(line, cwd=ROOT, capture_output=True, text=True) for _ in range(2))
+def test_a_small_sweep_from_any_directory_quick(tmp_path):
+    """Two points of a few steps at once; then the same command finds them finished."""
+    line = command(tmp_path, "--config.steps=2", "--grid", "config.weight_decay=0,5e-5", "--at_once=2")
+    first, second = (
+        subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True) for _ in range(2)
+    )
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("1 of 1") == 2
     assert second.stdout == first.stdout
@@ -109,12 +173,21 @@ def test_a_small_sweep_quick(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_stopped_has_its_run_save_the_step(tmp_path):
+@pytest.mark.parametrize("signals", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_stopped_has_its_runs_save_their_step(tmp_path, signals):
     line = command(tmp_path, "--config.steps=100000", "--config.checkpoint_every=100000", "--config.log_every=10")
-    with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        said = iter(process.stderr.readline, "")
-        assert any("step 20/" in each for each in said)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        (saved,) = re.findall(r"^interrupted: step (\d+) of 100000 is saved", "".join(said), re.MULTILINE)
+    line += ["--seeds=2", "--at_once=2"]
+    with subprocess.Popen(
+        line, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        said, seen = [], set()
+        while len(seen) < 2:
+            said.append(process.stderr.readline())
+            seen |= set(re.findall(r"^(config/seed=\d+): .*step \d+/", said[-1]))
+        os.killpg(process.pid, signals)  # as a terminal does
+        said = "".join(said) + process.stderr.read()
+    saved = re.findall(r"^config/seed=(\d+): interrupted: step (\d+) of 100000 is saved", said, re.MULTILINE)
+    assert len(saved) == 2, said
     assert process.returncode == os.EX_TEMPFAIL
-    assert [path.parent.name for path in tmp_path.glob("sweep/**/record.json")] == [saved]
+    found = {(path.parents[2].name, path.parent.name) for path in tmp_path.glob("sweep/**/record.json")}
+    assert found == {(f"seed={seed}", step) for seed, step in saved}

@@ -1,10 +1,4 @@
-"""Sets finished runs beside the published results of the PyTorch reference.
-
-    python -m simplest_vit.analysis.report runs/
-
-Prints the tables and writes RESULTS.md (its part between two markers, the rest of the file stays), docs/results.csv and
-docs/training_curves.png to --output.
-"""
+"""Finished runs beside the published results of the PyTorch reference: tables, RESULTS.md and a figure."""
 
 import csv
 import importlib.resources
@@ -13,13 +7,10 @@ import os
 import pathlib
 from typing import Any
 
-from absl import flags
-
-from simplest_vit import cli
 from simplest_vit.analysis import figures
 from simplest_vit.analysis.command import command
 from simplest_vit.analysis.curve_figure import draw_curves
-from simplest_vit.analysis.runs import Group, find_runs, group_by_config, read_curves
+from simplest_vit.analysis.runs import Group, read_curves
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import VARIANTS
 
@@ -240,22 +231,3 @@ def write(groups: list[Group], problems: list[str], output: str) -> pathlib.Path
 
 def _label(group: Group) -> str:
     return f"{group.config.get('data.name')}, {method_of(group.config)}"
-
-
-def main() -> None:
-    """Run as a program."""
-    output = flags.DEFINE_string("output", ".", "Folder to write RESULTS.md and docs/ to.")
-
-    def program(arguments: list[str]) -> None:
-        if not arguments:
-            raise UserError("no runs named; usage: python -m simplest_vit.analysis.report FOLDER...")
-        runs, problems = find_runs(arguments)
-        groups = group_by_config(runs)
-        print(markdown(groups, problems))
-        print(f"\nwritten: {write(groups, problems, output.value)}")
-
-    cli.run(program, "python -m simplest_vit.analysis.report FOLDER...", required=(), positional=True)
-
-
-if __name__ == "__main__":
-    main()

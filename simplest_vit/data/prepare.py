@@ -1,13 +1,8 @@
-"""Prepares a data set ahead of time: from the original files to TFDS's array_record files, without TensorFlow.
+"""Prepares data sets: from the original files to TFDS's array_record files, without TensorFlow.
 
-    python -m simplest_vit.data.prepare cifar10
-    python -m simplest_vit.data.prepare imagenet --data_dir=/data/tfds --manual_dir=/data/tars
-    python -m simplest_vit.data.prepare image_folder --manual_dir=/photos --skip_corrupt
-
-A prepared data set is complete or absent, never half. Prints its splits, classes and checksums.
+A prepared data set is complete or absent, never half.
 """
 
-import argparse
 import contextlib
 import errno
 import fcntl
@@ -17,10 +12,9 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import logging as absl_logging
 from google.protobuf.json_format import ParseError
 
 from simplest_vit.data.builders import BUILDERS
@@ -133,34 +127,3 @@ def describe(builder: tfds.core.DatasetBuilder) -> str:
         with path.open("rb") as file:
             lines.append(f"  sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}")
     return "\n".join(lines)
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(f"{message}; usage: {' '.join(self.format_usage().split()[1:])}")
-
-
-def main() -> None:
-    """Runs the command line."""
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="simplest_vit.data.prepare"
-    )
-    parser.add_argument("name", help=", ".join(BUILDERS))
-    parser.add_argument("--data_dir", help="where TFDS data sets live (default: ~/tensorflow_datasets)")
-    parser.add_argument("--manual_dir", help="folder with the original files (default: download them)")
-    parser.add_argument("--skip_corrupt", action="store_true", help="leave damaged images out instead of failing")
-    absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS warns of every folder that it has not filled yet
-    try:
-        arguments = parser.parse_args()
-        builder = prepare(arguments.name, arguments.data_dir, arguments.manual_dir, skip_corrupt=arguments.skip_corrupt)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(describe(builder))
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ import input_pipeline
 from simplest_vit.data.builders import BUILDERS, imagenet
 from simplest_vit.data.builders.originals import Archive
 from simplest_vit.data.decode import decode_image
-from simplest_vit.data.prepare import describe, main, prepare
+from simplest_vit.data.prepare import describe, prepare
 from simplest_vit.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -183,17 +183,6 @@ def test_describe_names_splits_classes_and_checksums(tmp_path):
     assert "label: 10 classes: 0, 1, 2" in text
     path = tmp_path / "digits/1.0.0/digits-train.array_record-00000-of-00001"
     assert f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" in text
-
-
-def test_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["prepare", "digits", f"--data_dir={tmp_path}"])
-    main()
-    assert "validation: 360 examples" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["prepare", "imagenet", f"--data_dir={tmp_path}", f"--manual_dir={tmp_path}"])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"error: {tmp_path}/ILSVRC2012_img_train.tar: missing; download it")
 
 
 # TinyImageNet.

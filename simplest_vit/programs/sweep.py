@@ -1,21 +1,25 @@
 r"""Runs a grid of configs over seeds, and ends with one table.
 
-    python -m simplest_vit.sweep --config configs/cifar10.py --workdir runs/sweep --seeds 3 \
+    simplest-vit sweep --config configs/cifar10.py --workdir runs/sweep --seeds 3 \
         --grid config.optimizer.learning_rate=5e-4,3e-4 --grid config.weight_decay=0,5e-5
 
-Each run is a process of main.py in its own folder of --workdir. The same command again skips what is finished and goes
-on with what is not. With --print_commands the commands are printed instead, for a cluster to run.
+Each run is a process in its own folder of --workdir, one on each GPU of the machine at the same time; with --at_once=N
+they are N, on an equal share of the GPUs each. The same command again skips what is finished and goes on with what is
+not. With --print_commands the commands are printed instead, for a cluster to run.
 """
 
 import dataclasses
 import itertools
 import logging
+import os
 import pathlib
 import shlex
 import shutil
 import subprocess
 import sys
-from typing import Any
+import threading
+import time
+from typing import IO, Any
 
 from absl import flags
 
@@ -74,7 +78,7 @@ def plan(grid: dict[str, list[str]], seeds: int, first_seed: int, workdir: str, 
       seeds: Runs of each point.
       first_seed: Their seeds begin here.
       workdir: Folder of the sweep.
-      arguments: Of main.py: `--config` and overrides.
+      arguments: `--config` and overrides.
 
     Returns:
       The points, in the order of the grid.
@@ -89,39 +93,122 @@ def plan(grid: dict[str, list[str]], seeds: int, first_seed: int, workdir: str, 
             folder = pathlib.Path(workdir, name, f"seed={seed}")
             overrides = [f"--config.{field}={value}" for field, value in {**values, "seed": str(seed)}.items()]
             point.workdirs.append(folder)
-            point.commands.append([sys.executable, "main.py", *arguments, *overrides, f"--workdir={folder}"])
+            point.commands.append(
+                [sys.executable, "-m", "simplest_vit", "train", *arguments, *overrides, f"--workdir={folder}"]
+            )
         points.append(point)
     return points
 
 
-def execute(points: list[Point]) -> int:
-    """Run what is not finished, one after another.
+def find_devices() -> tuple[str, list[int]]:
+    """The platform that JAX chooses here, and its devices' numbers.
+
+    Raises:
+      UserError: If there is none.
+    """
+    # By a process of its own: one that had looked would keep memory of every GPU until the sweep ends.
+    program = "import jax; d = jax.local_devices(); print(d[0].platform, *(x.local_hardware_id for x in d))"
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    if found.returncode:
+        raise UserError(f"JAX finds no device: {(found.stderr.strip().splitlines() or ['it was killed'])[-1]}")
+    platform, *numbers = found.stdout.splitlines()[-1].split()
+    return platform, [int(number) for number in numbers]
+
+
+def share_devices(platform: str, devices: list[int], at_once: int | None) -> list[dict[str, str]]:
+    """Share the GPUs of this machine evenly among the runs that are at work at the same time.
+
+    Args:
+      platform: Of the devices; others than GPUs are not shared: each run has all of them.
+      devices: Their numbers.
+      at_once: Runs at the same time; None for one on each GPU, or one where there are none. More than there are GPUs
+        get one together with others.
+
+    Returns:
+      For each of these runs the environment variables that name its devices.
+    """
+    if platform != "gpu":
+        return [{}] * (at_once or 1)
+    at_once = at_once or len(devices)
+    each = max(len(devices) // at_once, 1)
+    shares = [[devices[(slot * each + i) % len(devices)] for i in range(each)] for slot in range(at_once)]
+    names = ("JAX_CUDA_VISIBLE_DEVICES", "JAX_ROCM_VISIBLE_DEVICES")
+    return [dict.fromkeys(names, ",".join(map(str, share))) for share in shares]
+
+
+def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
+    """Run what is not finished, several at once; told to stop, have those that are under way save their step.
+
+    Args:
+      points: The runs.
+      environments: Variables of each of the runs that are at work at the same time.
 
     Returns:
       The number of runs that failed; the sweep goes on behind them.
+
+    Raises:
+      Interrupted: If a signal came.
     """
+    waiting = []
+    for folder, line in itertools.chain.from_iterable(zip(p.workdirs, p.commands, strict=True) for p in points):
+        if (folder / RESULTS).exists():
+            log.info("finished before: %s", folder)
+        else:
+            waiting.append((folder, line))
     failed = 0
-    for point in points:
-        for folder, line in zip(point.workdirs, point.commands, strict=True):
-            if (folder / RESULTS).exists():
-                log.info("finished before: %s", folder)
-                continue
-            log.info("%s", shlex.join(line))
-            if _run(line):
-                failed += 1
-                log.error("failed: %s", folder)
+    running: dict[int, _Process] = {}
+    try:
+        while waiting or running:
+            for slot, environment in enumerate(environments):
+                if slot in running and running[slot].poll() is not None:
+                    process = running.pop(slot)
+                    if process.end():
+                        failed += 1
+                        log.error("failed: %s", process.folder)
+                if slot not in running and waiting:
+                    running[slot] = _Process(*waiting.pop(0), environment)
+            time.sleep(0.1)
+    except Interrupted:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.end()
+        raise
     return failed
 
 
-def _run(line: list[str]) -> int:
-    """Run a command and wait for its end, also where this program is told to stop: then it is, and saves its step."""
-    # In a process group of its own, so that Ctrl-C reaches it once: a second signal would end it at once.
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, process_group=0) as process:
-        try:
-            return process.wait()
-        except Interrupted:
-            process.terminate()
-            raise
+class _Process(subprocess.Popen[str]):
+    """A run, whose lines on standard error are handed on behind its name."""
+
+    def __init__(self, folder: pathlib.Path, line: list[str], environment: dict[str, str]) -> None:
+        log.info("%s", shlex.join(line))
+        # In a process group of its own, so that Ctrl-C reaches it once: a second signal would end it at once.
+        super().__init__(
+            line,
+            env=os.environ | environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            process_group=0,
+        )
+        self.folder = folder
+        self._reader = threading.Thread(target=self._hand_on, daemon=True)
+        self._reader.start()
+
+    stderr: IO[str]
+
+    def _hand_on(self) -> None:
+        for said in self.stderr:
+            sys.stderr.write(f"{self.folder.parent.name}/{self.folder.name}: {said}")
+
+    def end(self) -> int:
+        """Wait for its end and its last line: the exit code."""
+        code = self.wait()
+        self._reader.join()
+        self.stderr.close()
+        return code
 
 
 def summary(points: list[Point]) -> str:
@@ -154,7 +241,7 @@ def sync_to_wandb(points: list[Point], project: str) -> None:
 
 
 def _config_arguments(argv: list[str]) -> list[str]:
-    """The `--config...` flags of a command line, as main.py takes them."""
+    """The `--config...` flags of a command line, as each run takes them."""
     arguments = []
     for i, argument in enumerate(argv):
         if argument.startswith(("--config", "-config")):
@@ -168,6 +255,9 @@ def main() -> None:
     """Run as a program."""
     axes = flags.DEFINE_multi_string("grid", [], "config.FIELD=VALUE,VALUE,...; give it once for each field.")
     seeds = flags.DEFINE_integer("seeds", 1, "Runs of each point, with seeds from config.seed on.", lower_bound=1)
+    at_once = flags.DEFINE_integer(
+        "at_once", None, "Runs at the same time; else one on each GPU, or one where there is none.", lower_bound=1
+    )
     printed = flags.DEFINE_bool(
         "print_commands", False, "Print the commands of unfinished runs instead of running them."
     )
@@ -188,15 +278,11 @@ def main() -> None:
                     if not (folder / RESULTS).exists():
                         print(shlex.join(line))
             return
-        failed = execute(points)
+        failed = execute(points, share_devices(*find_devices(), at_once.value))
         print(summary(points))
         if project.value is not None:
             sync_to_wandb(points, project.value)
         if failed:
             raise UserError(f"{failed} runs failed, see above; mend what they say and start the same command again")
 
-    cli.run(program, "python -m simplest_vit.sweep --config FILE --workdir FOLDER --grid config.FIELD=VALUE,VALUE")
-
-
-if __name__ == "__main__":
-    main()
+    cli.run(program, "simplest-vit sweep --config FILE --workdir FOLDER --grid config.FIELD=VALUE,VALUE")

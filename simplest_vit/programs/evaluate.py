@@ -1,0 +1,32 @@
+"""Evaluates the best and the newest checkpoint of a run.
+
+simplest-vit evaluate --config my_config.py --workdir runs/mine
+"""
+
+import json
+
+from simplest_vit import cli
+from simplest_vit.programs import processes
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Evaluate, and print the metrics."""
+    del arguments
+    import jax
+
+    from simplest_vit.config import check_config
+    from simplest_vit.training import distributed, loop
+
+    config = cli.CONFIG.value
+    check_config(config)
+    # JAX takes SIGTERM to have all processes stop behind the same step: here there is none.
+    jax.config.update("jax_enable_preemption_service", False)
+    with processes.connected(config):
+        outcome = loop.evaluate(config, str(cli.WORKDIR.value))
+    if distributed.is_primary():
+        print(json.dumps(outcome, indent=2))
+
+
+def main() -> None:
+    """Run as a program."""
+    cli.run(evaluate, "simplest-vit evaluate --config FILE --workdir FOLDER")

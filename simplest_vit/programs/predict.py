@@ -1,0 +1,26 @@
+"""Classifies images with the best checkpoint of a run.
+
+simplest-vit predict --config my_config.py --workdir runs/mine --images photo.jpg folder/
+"""
+
+from absl import flags
+
+from simplest_vit import cli
+
+IMAGES = flags.DEFINE_multi_string("images", [], "For predict: image files and folders; more may follow the first.")
+JSON = flags.DEFINE_bool("json", False, "For predict: print JSON lines instead of a table.")
+ROLLOUT = flags.DEFINE_string("attention_rollout", None, "For predict: folder for a picture of attention an image.")
+
+
+def predict(arguments: list[str]) -> None:
+    """Predict, and print the classes of each image."""
+    from simplest_vit import predict
+
+    images = [*IMAGES.value, *arguments]
+    predictions = predict.predict(cli.CONFIG.value, str(cli.WORKDIR.value), images, ROLLOUT.value)
+    print(predict.as_json_lines(predictions) if JSON.value else predict.as_table(predictions))
+
+
+def main() -> None:
+    """Run as a program."""
+    cli.run(predict, "simplest-vit predict --config FILE --workdir FOLDER --images FILE...", positional=True)

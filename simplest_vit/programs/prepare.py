@@ -1,0 +1,32 @@
+"""Prepares a data set ahead of time: from the original files to TFDS's array_record files, without TensorFlow.
+
+    simplest-vit prepare cifar10
+    simplest-vit prepare imagenet --data_dir=/data/tfds --manual_dir=/data/tars
+    simplest-vit prepare image_folder --manual_dir=/photos --skip_corrupt
+
+A prepared data set is complete or absent, never half. Prints its splits, classes and checksums.
+"""
+
+from absl import flags
+
+from simplest_vit import cli
+from simplest_vit.errors import UserError
+
+
+def main() -> None:
+    """Run as a program."""
+    data_dir = flags.DEFINE_string("data_dir", None, "Where TFDS data sets live; else ~/tensorflow_datasets.")
+    manual_dir = flags.DEFINE_string("manual_dir", None, "Folder with the original files; else they are downloaded.")
+    skip_corrupt = flags.DEFINE_bool("skip_corrupt", False, "Leave damaged images out instead of failing.")
+    usage = "simplest-vit prepare NAME"
+
+    def prepare(arguments: list[str]) -> None:
+        from simplest_vit.data.builders import BUILDERS
+        from simplest_vit.data.prepare import describe, prepare
+
+        if len(arguments) != 1:
+            raise UserError(f"{len(arguments)} data sets named, expected one of {', '.join(BUILDERS)}; usage: {usage}")
+        builder = prepare(arguments[0], data_dir.value, manual_dir.value, skip_corrupt=skip_corrupt.value)
+        print(describe(builder))
+
+    cli.run(prepare, usage, required=(), positional=True)

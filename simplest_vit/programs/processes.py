@@ -1,0 +1,25 @@
+"""The flags of a run of several processes."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "For several processes: HOST:PORT of process 0; or --config.distributed=auto."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "For several processes: how many.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "For several processes: which one this is.", lower_bound=0)
+
+
+@contextlib.contextmanager
+def connected(config: Any) -> Iterator[None]:
+    """Be one of the processes that flags or config name; where one of them fails, all stop."""
+    from simplest_vit.training import distributed
+
+    distributed.initialize(
+        config.get("distributed") == "auto", COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value
+    )
+    with distributed.stop_with_the_others():
+        yield
