@@ -67,30 +67,63 @@ def attend(
 ) -> jax.Array:
     """Multi-head attention row_scale * softmax(q k^T / sqrt(d_head) + attention_bias) v.
 
-    Logits, softmax and the two constants are float32 whatever the dtype of the tokens.
+    Logits and softmax are float32 whatever the dtype of the tokens. What the backward pass keeps of the size
+    [B, H, T, T], and its products, are in the dtype of the tokens.
 
     Args:
       query: [B, T, D]; `key` and `value` alike.
       key: See `query`.
       value: See `query`.
       num_heads: H, a divisor of D.
-      attention_bias: float32 [T, T], the same for all heads, or None.
-      row_scale: float32 [T], or None.
+      attention_bias: Constant float32 [T, T], the same for all heads, or [H, T, T], or None. It gets no gradient.
+      row_scale: Constant float32 [T], or None. It gets no gradient.
 
     Returns:
       [B, T, D] in the dtype of `value`.
     """
-    b, t, d = query.shape
-    # Heads before tokens: the products below then need no further transposes, forward or backward.
-    q, k, v = (x.reshape(b, t, num_heads, d // num_heads).swapaxes(1, 2) for x in (query, key, value))
-    q = q * (d // num_heads) ** -0.5
-    logits = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
-    if attention_bias is not None:
-        logits = logits + attention_bias[None, None]
-    weights = jax.nn.softmax(logits, axis=-1)
-    if row_scale is not None:
-        weights = weights * row_scale[None, None, :, None]
-    return jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v).swapaxes(1, 2).reshape(b, t, d)
+    # Heads before tokens: the products then need no further transposes, forward or backward.
+    q, k, v = (x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2) for x in (query, key, value))
+    return _attend_heads(q, k, v, attention_bias, row_scale).swapaxes(1, 2).reshape(value.shape)
+
+
+@jax.custom_vjp
+def _attend_heads(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, row_scale: jax.Array | None
+) -> jax.Array:
+    """`attend` for tokens by head, [B, H, T, d_head]."""
+    return _forward(q, k, v, bias, row_scale)[0]
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, row_scale: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    tokens, d_head = q.shape[-2:]
+    logits = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * d_head**-0.5
+    if bias is not None:
+        logits = logits + bias.reshape(1, -1, tokens, tokens)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bhts,bhsd->bhtd", weights, v, preferred_element_type=jnp.float32)
+    return _scaled(mixed, row_scale).astype(v.dtype), (q, k, v, weights, row_scale)
+
+
+def _backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+    q, k, v, weights, row_scale = kept
+    gradient = _scaled(gradient, row_scale).astype(v.dtype)
+    dv = jnp.einsum("bhts,bhtd->bhsd", weights, gradient)
+    dweights = jnp.einsum("bhtd,bhsd->bhts", gradient, v).astype(jnp.float32)
+    probabilities = weights.astype(jnp.float32)
+    mean = jnp.sum(probabilities * dweights, axis=-1, keepdims=True)
+    dlogits = (probabilities * (dweights - mean) * q.shape[-1] ** -0.5).astype(v.dtype)
+    dq, dk = jnp.einsum("bhts,bhsd->bhtd", dlogits, k), jnp.einsum("bhts,bhtd->bhsd", dlogits, q)
+    return dq, dk, dv, None, None
+
+
+_attend_heads.defvjp(_forward, _backward)
+
+
+def _scaled(x: jax.Array, row_scale: jax.Array | None) -> jax.Array:
+    """Scale tokens by head: behind the product with the weights, which have T / d_head times as many numbers."""
+    return x if row_scale is None else x * row_scale[None, None, :, None]
 
 
 def stack(create: Callable[..., Any], depth: int, rngs: nnx.Rngs, *per_layer: np.ndarray) -> Any:

@@ -5,7 +5,9 @@ import pytest
 from flax import nnx
 
 from simplest_vit.models import layers
+from tests.models import attention_oracle as oracle
 from tests.models import tiny
+from tests.models.test_models import primitives
 
 
 def test_patchify_takes_patches_and_pixels_in_raster_order():
@@ -28,29 +30,27 @@ def test_position_embedding_is_sin_cos_of_column_then_row():
     np.testing.assert_allclose(table[row * 3 + column], np.concatenate(expected), rtol=1e-6)
 
 
-def attention_in_numpy(query, key, value, num_heads, bias, scale):
-    b, t, d = query.shape
-    d_head = d // num_heads
-    result = np.zeros((b, t, d))
-    for i in range(b):
-        for h in range(num_heads):
-            head = slice(h * d_head, (h + 1) * d_head)
-            logits = query[i, :, head] @ key[i, :, head].T / np.sqrt(d_head) + bias
-            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-            weights /= weights.sum(axis=1, keepdims=True)
-            result[i, :, head] = scale[:, None] * weights @ value[i, :, head]
-    return result
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("bias", [None, 1, 3])
+def test_attend_and_its_gradients_are_those_of_the_closed_form(bias, scaled):
+    (query, key, value, gradient), bias, scale = oracle.inputs(0, 2, 5, 3, 4, bias=bias, scaled=scaled)
+    expected = oracle.attention(query, key, value, 3, bias, scale, gradient)
+
+    def attend(*qkv):
+        return layers.attend(*qkv, 3, attention_bias=bias, row_scale=scale)
+
+    result, pullback = jax.vjp(attend, *(jnp.float32(x) for x in (query, key, value)))
+    for ours, theirs in zip((result, *pullback(jnp.float32(gradient))), (expected[0], *expected[1]), strict=True):
+        assert oracle.relative_error(ours, theirs) < 1e-6
 
 
-@pytest.mark.parametrize("shaped", [True, False])
-def test_attend_against_a_loop_over_heads(shaped):
-    rng = np.random.default_rng(0)
-    query, key, value = rng.normal(size=(3, 2, 5, 12))
-    bias, scale = (rng.normal(size=(5, 5)), rng.uniform(1, 2, 5)) if shaped else (np.zeros((5, 5)), np.ones(5))
-    constants = {"attention_bias": jnp.float32(bias), "row_scale": jnp.float32(scale)} if shaped else {}
-    result = layers.attend(jnp.float32(query), jnp.float32(key), jnp.float32(value), 3, **constants)
-    expected = attention_in_numpy(query, key, value, 3, bias, scale)
-    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+def test_the_backward_pass_of_bfloat16_attention_has_no_product_of_float32_operands():
+    qkv = jnp.ones((3, 2, 5, 12), jnp.bfloat16)
+    bias, scale = jnp.zeros((5, 5)), jnp.ones(5)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda qkv: layers.attend(*qkv, 3, bias, scale).sum().astype(jnp.float32)))(qkv)
+    products = [e for e in primitives(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    assert len(products) == 6
+    assert {v.aval.dtype for e in products for v in e.invars} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_masked_keys_get_no_weight_and_no_gradient():
