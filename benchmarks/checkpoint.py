@@ -20,7 +20,6 @@ import numpy as np
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.config import check_config
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.optimizers.schedules import warmup_cosine
 from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
@@ -37,7 +36,6 @@ _SAVES = flags.DEFINE_integer("saves", 5, "Timed saves.", lower_bound=2)
 def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
-    check_config(config)
     image_shape = (_IMAGE_SIZE.value, _IMAGE_SIZE.value, _CHANNELS.value)
     rng = np.random.default_rng(0)
     batch: dict[str, Any] = {

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 
 import input_pipeline
-from configs import common
+from simplest_vit.config import default
 from simplest_vit.data import host
 from simplest_vit.data.decode import decode_image
 from simplest_vit.errors import UserError
@@ -184,7 +184,7 @@ def pil_rate(contents: list, seconds: float, processes: int, **options: object) 
 
 def config_of(arguments: argparse.Namespace, **data: object) -> ConfigDict:
     """Returns a config with everything off but what is given."""
-    config = common.base()
+    config = default()
     config.seed, config.batch_size = 0, arguments.batch_size
     fields = {"name": arguments.name, "dir": arguments.data_dir, "manual_dir": arguments.manual_dir}
     config.data.update({**fields, "num_workers": arguments.num_workers, "crop_padding": 0, "flip": False, **data})

@@ -20,7 +20,6 @@ import optax
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.config import check_config
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.shampoo import shampoo, shampoo_plan, soap
 from simplest_vit.training.metrics import classification_sums
@@ -120,7 +119,6 @@ def make_runs(params: Any, gradient_of: Callable[..., Any]) -> dict[str, Run]:
 def _main(_: list[str]) -> None:
     """Prints a table and the plan."""
     config = cli.CONFIG.value
-    check_config(config)
     image_shape = (_IMAGE_SIZE.value, _IMAGE_SIZE.value, 3)
     graphdef, initialize = state_initializer(
         config, image_shape=image_shape, num_classes=_NUM_CLASSES.value, tx=optax.identity()

@@ -21,7 +21,6 @@ import numpy as np
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.config import check_config
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.optimizers.schedules import warmup_cosine
@@ -131,7 +130,6 @@ def model_flops(config: Any, image_shape: tuple[int, int, int], num_classes: int
 def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
-    check_config(config)
     image_shape = (_IMAGE_SIZE.value, _IMAGE_SIZE.value, 3)
     rng = np.random.default_rng(0)
     image = rng.normal(size=(config.batch_size, *image_shape)).astype(np.float32)

@@ -1,7 +1,7 @@
 """SimplEsT-ViT-S/4 or SimpleViT-S/4 on CIFAR-10: 90 epochs of batches of 2048 (2,160 steps).
 
 The reference's top-1 validation accuracy (setup tat / simple_vit; its E-SPA and orthogonal scale deviate from the
-papers, see `model.attention` and `model.init` in `configs/common.py`):
+papers, see `model.attention` and `model.init` in `simplest_vit/config.py`):
 
     model=simplest_vit, Adam         79.36 / 78.94 %
     model=simplest_vit, Shampoo@25   82.43 / 84.96 %

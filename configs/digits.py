@@ -9,15 +9,15 @@ Arguments: `model=simplest_vit|simple_vit`, `optimizer=muon|adam|shampoo|soap`.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from simplest_vit.config import default, parse_arguments
 
 LEARNING_RATES = {"muon": 1e-2, "adam": 1e-3, "shampoo": 3e-3, "soap": 1e-2}
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """Return the config."""
-    choice = common.parse_arguments(arguments, model=("simplest_vit", "simple_vit"), optimizer=tuple(LEARNING_RATES))
-    config = common.base()
+    choice = parse_arguments(arguments, model=("simplest_vit", "simple_vit"), optimizer=tuple(LEARNING_RATES))
+    config = default(choice["optimizer"])
     config.epochs = 60
     config.batch_size = 128
     config.warmup_steps = 33
@@ -34,7 +34,9 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.model.patch_size = 2
     config.model.c_val_0_target = 0.6
 
-    config.optimizer = common.optimizer(choice["optimizer"], LEARNING_RATES[choice["optimizer"]])
+    config.optimizer.learning_rate = LEARNING_RATES[choice["optimizer"]]
+    if choice["optimizer"] == "shampoo":
+        config.optimizer.precondition_frequency = 25
     config.data.crop_padding = 0  # a shift of one pixel is an eighth of the image
     config.data.flip = False
     config.data.mixup_alpha = 0.2

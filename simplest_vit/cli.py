@@ -81,8 +81,12 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Run; what the machine lacks is the user's to mend as well."""
+    """Check the config and run; what the machine lacks is the user's to mend as well."""
     try:
+        if flags.FLAGS[CONFIG.name].present:
+            from simplest_vit.config import check  # imported here, so that a mistyped flag is answered at once
+
+            check(CONFIG.value)
         program(arguments)
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
@@ -138,7 +142,7 @@ def _explain(error: BaseException) -> str:
     innermost = chain[-1]
     if isinstance(innermost, KeyError):
         name = str(innermost.args[0]).strip("\"'")
-        return f"a --config.FIELD flag names {name!r}, which this config has not; its fields are in configs/common.py"
+        return f"a --config.FIELD flag names {name!r}, which is no field; all are in simplest_vit/config.py"
     if isinstance(innermost, UserError):
         return str(innermost)
     message = (str(innermost).splitlines() or [""])[-1].strip()

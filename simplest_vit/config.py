@@ -1,49 +1,63 @@
-"""Checks a config before anything is downloaded, compiled or written."""
+"""Every field of a run's config in one table: its default, the values it may have, its meaning.
 
-import dataclasses
+A config file is Python: its `get_config(arguments)` starts from `default()` and sets what differs. On the command line
+`--config my.py:optimizer=shampoo` gives its arguments, `--config.batch_size=512` sets one field.
+
+    from simplest_vit.config import default
+
+    def get_config(arguments=None):
+        config = default("muon")
+        config.epochs = 30
+        return config
+"""
+
 import difflib
 import numbers
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import optax
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
-from simplest_vit.data.builders import BUILDERS
-from simplest_vit.data.dataset import image_shape
 from simplest_vit.errors import UserError
-from simplest_vit.models.factory import model_arguments
-from simplest_vit.optimizers.factory import create_optimizer
-from simplest_vit.training.workdir import flatten
 
 
-@dataclasses.dataclass(frozen=True)
-class _Values:
-    """The values that a field may have, and how to say so."""
+class Values(NamedTuple):
+    """The values that a field may have, and how to say so; `kind` is their type where the default is None."""
 
     allows: Callable[[Any], bool]
     expected: str
+    kind: type = str
+
+
+class Field(NamedTuple):
+    """A row of the table."""
+
+    default: Any
+    values: Values
+    meaning: str
 
 
 def _is_number(value: Any, kind: type = numbers.Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _integer(low: int, high: int = 2**31 - 1) -> _Values:  # steps and sizes are int32 on the device
+def _integer(low: int, high: int = 2**31 - 1) -> Values:  # steps and sizes are int32 on the device
     text = f"an integer from {low:,} to {high:,}"
-    return _Values(lambda value: _is_number(value, numbers.Integral) and low <= value <= high, text)
+    return Values(lambda value: _is_number(value, numbers.Integral) and low <= value <= high, text, int)
 
 
-def _number(low: float, high: float) -> _Values:
-    return _Values(lambda value: _is_number(value) and low <= value <= high, f"a number from {low:g} to {high:g}")
+def _number(low: float, high: float) -> Values:
+    return Values(lambda value: _is_number(value) and low <= value <= high, f"a number from {low:g} to {high:g}", float)
 
 
-def _positive(high: float) -> _Values:
-    return _Values(lambda value: _is_number(value) and 0 < value <= high, f"a number above 0, at most {high:g}")
+def _positive(high: float) -> Values:
+    return Values(lambda value: _is_number(value) and 0 < value <= high, f"a number above 0, at most {high:g}", float)
 
 
-def _one_of(*choices: str) -> _Values:
-    return _Values(lambda value: value in choices, f"one of {', '.join(choices)}")
+def _one_of(*choices: str) -> Values:
+    return Values(lambda value: value in choices, f"one of {', '.join(choices)}")
 
 
 def _folder(path: Any) -> bool:
@@ -51,82 +65,169 @@ def _folder(path: Any) -> bool:
     return isinstance(path, str) and bool(path) and "\0" not in path and os.path.expanduser(path)[0] != "~"
 
 
-def _optional(values: _Values) -> _Values:
-    return _Values(lambda value: value is None or values.allows(value), f"{values.expected}, or None")
+def _optional(values: Values) -> Values:
+    return Values(lambda value: value is None or values.allows(value), f"{values.expected}, or None", values.kind)
 
 
-_DECAY = _Values(lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
-_FLAG = _Values(lambda value: isinstance(value, bool), "True or False")
-_TEXT = _Values(lambda value: isinstance(value, str), "a name")
-_FOLDER = _optional(_Values(_folder, "the path of a folder"))
-_ANY = _Values(lambda value: True, "anything")
+_DECAY = Values(lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
+_FLAG = Values(lambda value: isinstance(value, bool), "True or False")
+_TEXT = Values(lambda value: isinstance(value, str), "a name")
+_FOLDER = _optional(Values(_folder, "the path of a folder"))
 
-# Names and ranges that are not here are checked by what they are for: `model_arguments`, `create_optimizer`.
+# Names and ranges that depend on other fields are checked by what they are for: `model_arguments`, `check_settings`.
 FIELDS = {
-    "seed": _integer(0, 2**32 - 1),
-    "epochs": _positive(1e6),
-    "steps": _optional(_integer(1)),
-    "batch_size": _integer(1),
-    "warmup_steps": _integer(0),
-    "grad_clip": _number(0, 1e9),
-    "weight_decay": _number(0, 100),
-    "decoupled_weight_decay": _FLAG,
-    "label_smoothing": _DECAY,
-    "max_skipped_steps": _integer(1),
-    "fsdp": _integer(1),
-    "distributed": _optional(_one_of("auto")),
-    "accumulation_steps": _integer(1),
-    "compute_dtype": _one_of("float32", "bfloat16"),
-    "eval_every": _integer(1),
-    "checkpoint_every": _integer(1),
-    "log_every": _integer(1),
-    "sam.rho": _number(0, 100),
-    "sam.every": _integer(1),
-    "ema.decay": _DECAY,
-    "ema.every": _integer(1),
-    "profile.first_step": _integer(0),
-    "profile.num_steps": _integer(1),
-    "model.name": _TEXT,
-    "model.variant": _TEXT,
-    "model.depth": _optional(_integer(1, 1000)),
-    "model.width": _optional(_integer(1, 2**16)),
-    "model.num_heads": _optional(_integer(1, 2**18)),
-    "model.mlp_dim": _optional(_integer(1, 2**18)),
-    "model.patch_size": _integer(1, 2**14),
-    "model.dropout": _DECAY,
-    "model.remat": _FLAG,
-    "model.attention": _TEXT,
-    "model.gamma_max_depth": _number(0, 10),
-    "model.rho_max_depth": _number(0, 1),
-    "model.activation": _TEXT,
-    "model.c_val_0_target": _number(0, 1),
-    "model.init": _TEXT,
-    "data.name": _one_of(*BUILDERS),
-    "data.dir": _FOLDER,
-    "data.manual_dir": _FOLDER,
-    "data.label": _one_of("fine", "coarse"),
-    "data.image_size": _optional(_integer(1, 2**14)),
-    "data.random_resized_crop": _FLAG,
-    "data.crop_padding": _integer(0, 2**14),
-    "data.flip": _FLAG,
-    "data.rand_augment.num_ops": _integer(0, 100),
-    "data.rand_augment.magnitude": _integer(0, 30),
-    "data.mixup_alpha": _number(0, 1000),
-    "data.cutmix_alpha": _number(0, 1000),
-    "data.mixup_mode": _one_of("batch", "example"),
-    "data.device_budget_bytes": _integer(0, 2**60),
-    "data.num_workers": _integer(0, 1024),
+    "seed": Field(3407, _integer(0, 2**32 - 1), "of initialization, order of the examples, augmentation and dropout"),
+    "epochs": Field(90, _positive(1e6), "passes over the training split"),
+    "steps": Field(None, _optional(_integer(1)), "steps of the run, in place of epochs"),
+    "batch_size": Field(2048, _integer(1), "examples in a step, over all devices"),
+    "warmup_steps": Field(75, _integer(0), "of the learning rate, linear from 0; then cosine to 0"),
+    "grad_clip": Field(1.0, _number(0, 1e9), "largest global norm of a gradient; 0: off"),
+    "weight_decay": Field(0.0, _number(0, 100), "not on biases, not on LayerNorm"),
+    "decoupled_weight_decay": Field(False, _FLAG, "False: L2, added to the gradient; True: AdamW's"),
+    "label_smoothing": Field(0.0, _DECAY, "part of a label that is spread over all classes"),
+    "max_skipped_steps": Field(10, _integer(1), "in a row, for a loss or gradient not finite; then the run stops"),
+    "fsdp": Field(1, _integer(1), "devices that share one copy of parameters and optimizer state; 1: each has its own"),
+    "distributed": Field(None, _optional(_one_of("auto")), "auto: several processes, as the cluster says"),
+    "accumulation_steps": Field(1, _integer(1), "micro-batches in a step; the result is that of the whole batch"),
+    "compute_dtype": Field(
+        "bfloat16", _one_of("float32", "bfloat16"), "of the model; parameters, softmax, logits and loss are float32"
+    ),
+    "eval_every": Field(240, _integer(1), "steps between two evaluations"),
+    "checkpoint_every": Field(240, _integer(1), "steps between two checkpoints; each is evaluated"),
+    "log_every": Field(24, _integer(1), "steps between two lines of progress"),
+    "sam.rho": Field(0.0, _number(0, 100), "sharpness-aware minimization: radius; 0: off, 0.05 is the reference's"),
+    "sam.every": Field(1, _integer(1), "steps between two that are sharpness-aware"),
+    "ema.decay": Field(0.0, _DECAY, "of an average of the parameters; 0: off, 0.99 is the reference's"),
+    "ema.every": Field(5, _integer(1), "steps between two updates of the average"),
+    "profile.first_step": Field(0, _integer(0), "where a profile begins; 0: off"),
+    "profile.num_steps": Field(5, _integer(1), "steps of a profile"),
+    "model.name": Field("simplest_vit", _TEXT, "or simple_vit"),
+    "model.variant": Field("S", _TEXT, "Ti, S, B or L: sets the four sizes below where they are None"),
+    "model.depth": Field(None, _optional(_integer(1, 1000)), "blocks"),
+    "model.width": Field(None, _optional(_integer(1, 2**16)), "channels of a token"),
+    "model.num_heads": Field(None, _optional(_integer(1, 2**18)), "of attention; a divisor of the width"),
+    "model.mlp_dim": Field(None, _optional(_integer(1, 2**18)), "hidden channels of an MLP"),
+    "model.patch_size": Field(4, _integer(1, 2**14), "pixels; a divisor of the image size"),
+    "model.dropout": Field(0.0, _DECAY, "part of the activations that is dropped"),
+    "model.remat": Field(False, _FLAG, "recompute blocks in the backward pass, to save memory"),
+    "model.attention": Field("espa", _TEXT, "or espa_causal, espa_2d, uspa, espa_reference, value_skipinit, unshaped"),
+    "model.gamma_max_depth": Field(0.005, _number(0, 10), "E-SPA: decay at the last block"),
+    "model.rho_max_depth": Field(0.8, _number(0, 1), "U-SPA: correlation at the last block"),
+    "model.activation": Field("tailored_relu", _TEXT, "or relu"),
+    "model.c_val_0_target": Field(0.9, _number(0, 1), "TAT: eta"),
+    "model.init": Field("paper", _TEXT, "or reference: the PyTorch reference's orthogonal scale"),
+    "data.name": Field(
+        "digits",
+        _one_of("digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet", "image_folder"),
+        "the data set",
+    ),
+    "data.dir": Field(None, _FOLDER, "of prepared data sets; None: ~/tensorflow_datasets"),
+    "data.manual_dir": Field(None, _FOLDER, "of the original files, where they are not downloaded"),
+    "data.label": Field("fine", _one_of("fine", "coarse"), "coarse: the 20 superclasses of CIFAR-100"),
+    "data.image_size": Field(None, _optional(_integer(1, 2**14)), "pixels; None: the images' own"),
+    "data.random_resized_crop": Field(False, _FLAG, "ImageNet's augmentation; on the host"),
+    "data.crop_padding": Field(4, _integer(0, 2**14), "random crop from the image padded by so many pixels; 0: off"),
+    "data.flip": Field(True, _FLAG, "mirror half of the images"),
+    "data.rand_augment.num_ops": Field(0, _integer(0, 100), "RandAugment: operations for each image; 0: off"),
+    "data.rand_augment.magnitude": Field(10, _integer(0, 30), "RandAugment: their strength"),
+    "data.mixup_alpha": Field(0.0, _number(0, 1000), "lambda = min(z, 1 - z), z ~ Beta(alpha, alpha); 0: off"),
+    "data.cutmix_alpha": Field(0.0, _number(0, 1000), "likewise; with both, each batch draws one of them"),
+    "data.mixup_mode": Field("batch", _one_of("batch", "example"), "one lambda or box a batch, or for each image"),
+    "data.device_budget_bytes": Field(
+        2_000_000_000, _integer(0, 2**60), "data sets of uint8 images up to this size live on the device"
+    ),
+    "data.num_workers": Field(0, _integer(0, 1024), "processes that decode larger ones; 0: in this process"),
+    "optimizer.name": Field("adam", _TEXT, "or muon, shampoo, soap"),
+    "optimizer.learning_rate": Field(1e-3, _positive(1000), "at its peak"),
 }
 
-# Beside `name` and `learning_rate`; the settings of the others are arguments of their functions, which check them.
+# Settings beside name and learning rate. Shampoo and SOAP declare and check their own: `optimizers/factory.py`.
 OPTIMIZER_FIELDS = {
-    "adam": {"b1": _DECAY, "b2": _DECAY, "eps": _positive(1)},
-    "muon": {"beta": _DECAY, "adam_learning_rate": _optional(_positive(1000))},
+    "adam": {
+        "b1": Field(0.9, _DECAY, "decay of the momentum"),
+        "b2": Field(0.999, _DECAY, "decay of the second moment"),
+        "eps": Field(1e-8, _positive(1), "added to the root of the second moment"),
+    },
+    "muon": {
+        "beta": Field(0.95, _DECAY, "decay of the momentum"),
+        "adam_learning_rate": Field(
+            None, _optional(_positive(1000)), "of what is not a kernel of a block; None: the same"
+        ),
+    },
 }
 
 
-def check_config(config: Any) -> None:
-    """Check every field that can be judged without the data.
+def fields(optimizer: str) -> dict[str, Field]:
+    """The table with the settings of one optimizer, by dotted name."""
+    own = OPTIMIZER_FIELDS.get(optimizer)
+    if own is None:
+        from simplest_vit.optimizers.factory import declared  # here, for a recipe is read before JAX is needed
+
+        own = {
+            name: Field(value, Values(lambda value: True, "anything", kind), "None: the preset's")
+            for name, (value, kind) in declared(optimizer).items()
+        }
+    return FIELDS | {f"optimizer.{name}": field for name, field in own.items()}
+
+
+def default(optimizer: str = "adam") -> ConfigDict:
+    """Create the config of all defaults.
+
+    Args:
+      optimizer: Its name, for each has settings of its own.
+
+    Returns:
+      The config, for a recipe to change.
+
+    Raises:
+      UserError: If there is no such optimizer.
+    """
+    nested: dict[str, Any] = {}
+    for name, (value, values, _) in (fields(optimizer) | {"optimizer.name": Field(optimizer, _TEXT, "")}).items():
+        *sections, last = name.split(".")
+        section = nested
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[last] = placeholder(values.kind) if value is None else value
+    return ConfigDict(nested)
+
+
+def parse_arguments(arguments: str | None, **choices: tuple[str, ...]) -> dict[str, str]:
+    """Read the `key=value,key=value` behind a config file's colon.
+
+    Args:
+      arguments: The text, or None.
+      **choices: For each key its possible values, the default first.
+
+    Returns:
+      A value for each key.
+
+    Raises:
+      UserError: On an unknown key or value.
+    """
+    values = {key: options[0] for key, options in choices.items()}
+    for item in filter(None, (arguments or "").split(",")):
+        key, _, value = item.partition("=")
+        if key not in choices:
+            raise UserError(f"config argument {item!r} is unknown; expected key=value with one of {', '.join(choices)}")
+        if value not in choices[key]:
+            raise UserError(
+                f"config argument {key}={value} is unknown; expected {key}= one of {', '.join(choices[key])}"
+            )
+        values[key] = value
+    return values
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> dict with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def check(config: ConfigDict) -> None:
+    """Check everything that can be judged without the data; `cli.run` does so once, before anything else.
 
     Args:
       config: The run's config.
@@ -134,20 +235,22 @@ def check_config(config: Any) -> None:
     Raises:
       UserError: Names the field, its value and the values allowed.
     """
+    from simplest_vit.data.dataset import image_shape
+    from simplest_vit.models.factory import model_arguments
+    from simplest_vit.optimizers.factory import check_settings
+
     flat = flatten(config.to_dict())
-    settings = OPTIMIZER_FIELDS.get(str(flat.get("optimizer.name")))
-    if settings is None:
-        names = {name: _ANY for name in flat if name.startswith("optimizer.")}
-    else:
-        names = {f"optimizer.{name}": values for name, values in settings.items()}
-    fields = FIELDS | names | {"optimizer.name": _TEXT, "optimizer.learning_rate": _positive(1000)}
+    table = fields(str(flat.get("optimizer.name", "adam")))
     for name in flat:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean config.{near[0]}?" if near else "the fields are in configs/common.py"
+        if name not in table:
+            near = difflib.get_close_matches(name, table, 1)
+            hint = f"did you mean config.{near[0]}?" if near else "the fields are in simplest_vit/config.py"
             raise UserError(f"config.{name} is unknown; {hint}")
-    for name, values in fields.items():
-        _check(flat, name, values)
+    for name, (value, values, meaning) in table.items():
+        if name not in flat:
+            raise UserError(f"config.{name} is missing; its default is {value!r} ({meaning})")
+        if not values.allows(flat[name]):
+            raise UserError(f"config.{name}={flat[name]!r} must be {values.expected} ({meaning})")
     if config.batch_size % config.accumulation_steps:
         raise UserError(
             f"config.accumulation_steps={config.accumulation_steps} must be a divisor of "
@@ -156,11 +259,4 @@ def check_config(config: Any) -> None:
     if config.data.label == "coarse" and config.data.name != "cifar100":
         raise UserError(f"config.data.label='coarse' must be 'fine' for {config.data.name}")
     model_arguments(config.model, image_shape(config.data))
-    create_optimizer(config, optax.constant_schedule(config.optimizer.learning_rate))
-
-
-def _check(flat: dict[str, Any], name: str, values: _Values) -> None:
-    if name not in flat:
-        raise UserError(f"config.{name} is missing; its default and meaning are in configs/common.py")
-    if not values.allows(flat[name]):
-        raise UserError(f"config.{name}={flat[name]!r} must be {values.expected}")
+    check_settings(config.optimizer)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplest_vit.config import check_config
 from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.data.augment import normalize
 from simplest_vit.data.decode import resize_and_centre_crop
@@ -40,7 +39,6 @@ def predict(config: Any, workdir: str, images: list[str], rollout_dir: str | Non
     Raises:
       UserError: If the config does not fit, there is no checkpoint, or a file is no image.
     """
-    check_config(config)
     check_workdir(workdir, config.to_dict())
     files = find_images(images)
     dataset = input_pipeline.load(config.data)

@@ -1,9 +1,12 @@
 import importlib
 import itertools
+import subprocess
+import sys
 
 import pytest
 
-from simplest_vit.config import check_config
+from simplest_vit.config import FIELDS, check, default
+from simplest_vit.data.builders import BUILDERS
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.optimizers.factory import OPTIMIZERS, create_optimizer
@@ -27,7 +30,7 @@ def test_every_choice_of_every_config_describes_a_run(name):
     for setup, model, optimizer in itertools.product(setups, ["simplest_vit", "simple_vit"], OPTIMIZERS):
         arguments = f"model={model},optimizer={optimizer}" + (f",setup={setup}" if setup else "")
         config = get_config(name, arguments)
-        check_config(config)
+        check(config)
         assert config.data.name == name
         assert model_arguments(config.model, IMAGES[name])["depth"] == 12
         assert config.model.name == model
@@ -60,3 +63,36 @@ def test_hyperparameters_are_the_reference_s(name, arguments, expected):
 def test_a_mistyped_argument_is_one_line(arguments):
     with pytest.raises(UserError, match=r"config argument .* is unknown; expected [^\n]*$"):
         get_config("cifar10", arguments)
+
+
+def test_defaults_are_values_that_their_rows_allow():
+    for optimizer in OPTIMIZERS:
+        config = default(optimizer)
+        check(config)
+        assert config.optimizer.name == optimizer
+    for name, field in FIELDS.items():
+        assert field.values.allows(field.default), name
+        assert field.meaning, name
+
+
+def test_a_flag_can_set_what_has_no_default():
+    config = default("shampoo")
+    config.update_from_flattened_dict({"steps": 3, "data.dir": "/data", "model.depth": 24, "optimizer.b2": 0.99})
+    check(config)
+    for field in ("stagger", "precondition_frequency"):
+        with pytest.raises(TypeError):
+            config.optimizer[field] = "text"
+
+
+def test_an_unknown_optimizer_is_one_line():
+    with pytest.raises(UserError, match=r"config.optimizer.name='lion' is unknown; expected one of adam, muon"):
+        default("lion")
+
+
+def test_the_data_sets_of_the_table_are_those_that_can_be_prepared():
+    assert FIELDS["data.name"].values.expected == f"one of {', '.join(BUILDERS)}"
+
+
+def test_a_recipe_imports_nothing_that_takes_seconds():
+    code = "import sys; from configs import digits; digits.get_config(); assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

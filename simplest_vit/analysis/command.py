@@ -5,7 +5,7 @@ import itertools
 import shlex
 from typing import Any
 
-from simplest_vit.training.workdir import flatten
+from simplest_vit.config import flatten
 
 _NOT_TOLD = ("seed", "data.dir", "data.manual_dir")
 

@@ -18,7 +18,7 @@ from simplest_vit.analysis import figures
 from simplest_vit.analysis.contrasts import with_contrast
 from simplest_vit.analysis.depth_figure import draw
 from simplest_vit.analysis.runs import Curve, read_curves
-from simplest_vit.config import check_config
+from simplest_vit.config import check
 from simplest_vit.errors import TrainingError, UserError
 from simplest_vit.models.factory import VARIANTS
 from simplest_vit.training import loop
@@ -80,11 +80,10 @@ def depth_study(config: Any, workdir: str, depths: list[int], steps: int) -> dic
     Raises:
       UserError: If the config does not fit one of the depths; nothing is trained then.
     """
-    check_config(config)
     folder = pathlib.Path(workdir)
     planned = configs(config, depths, steps)
     for (shaping, depth), run in planned.items():
-        check_config(run)
+        check(run)
         check_workdir(str(folder / f"{shaping}_depth={depth}"), run.to_dict())
     curves = {}
     for (shaping, depth), run in planned.items():

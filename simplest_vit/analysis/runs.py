@@ -11,8 +11,9 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+from simplest_vit.config import flatten
 from simplest_vit.errors import UserError
-from simplest_vit.training.workdir import CONFIG, RESULTS, flatten
+from simplest_vit.training.workdir import CONFIG, RESULTS
 
 # What a report needs of `results.json`; a run of a version that writes others is told, not guessed at.
 _NEEDED = ("validation_accuracy", "best_validation_accuracy", "steps", "seed", "config")

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import optax
 
-from configs import imagenet
+from simplest_vit.config import default
 from simplest_vit.models.factory import VARIANTS
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.factory import create_optimizer, options_of
@@ -93,9 +93,10 @@ class Cost:
 
 
 def recipe(variant: str, optimizer: str) -> Any:
-    """The ImageNet config with a variant of SimplEsT-ViT, with patches of 16 pixels."""
-    config = imagenet.get_config(f"optimizer={optimizer}")
-    config.model.variant = variant
+    """What counts of a config for ImageNet: batches of 1024, a variant of SimplEsT-ViT, patches of 16 pixels."""
+    config = default(optimizer)
+    config.batch_size = 1024
+    config.model.update(variant=variant, patch_size=16)
     return config
 
 

@@ -20,7 +20,6 @@ from simplest_vit.analysis import figures
 from simplest_vit.analysis.contrasts import CONTRASTS, name_of, with_contrast
 from simplest_vit.analysis.signal_figure import draw, draw_overview
 from simplest_vit.analysis.signals import Signals, analyse, initial_models
-from simplest_vit.config import check_config
 from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import model_arguments
@@ -53,7 +52,6 @@ def signal_propagation(
     Raises:
       UserError: If the config does not fit, or `trained` finds no checkpoint.
     """
-    check_config(config)
     if seeds < 1:
         raise UserError(f"--seeds={seeds} must be at least 1")
     path = check_workdir(workdir, config.to_dict())

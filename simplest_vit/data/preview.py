@@ -12,7 +12,6 @@ from jax.experimental.multihost_utils import process_allgather
 from PIL import Image, ImageDraw
 
 from simplest_vit import cli
-from simplest_vit.config import check_config
 from simplest_vit.data import pipeline
 from simplest_vit.data.pipeline import Batch, Dataset
 from simplest_vit.errors import UserError
@@ -63,7 +62,6 @@ def _captions(dataset: Dataset, label: np.ndarray) -> list[str]:
 def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
-    check_config(config)
     output = pathlib.Path(_OUTPUT.value)
     if output.suffix not in Image.registered_extensions() or not os.access(output.parent, os.W_OK | os.X_OK):
         raise UserError(f"--output={output} cannot be written; expected a picture in a folder of yours, such as a.png")

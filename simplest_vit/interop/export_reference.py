@@ -12,7 +12,6 @@ from typing import Any
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.config import check_config
 from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import to_reference
@@ -32,7 +31,6 @@ def export_reference(config: Any, workdir: str, output: str) -> None:
       UserError: If the config does not fit, the run has no checkpoint, the reference has no such model, PyTorch is
         missing, or the file cannot be written.
     """
-    check_config(config)
     check_workdir(workdir, config.to_dict())
     if importlib.util.find_spec("torch") is None:
         raise UserError("writing a .pth file needs PyTorch; install it: pip install 'simplest-vit[torch]'")

@@ -14,7 +14,6 @@ import optax
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.config import check_config
 from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import from_reference
@@ -41,7 +40,6 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
       UserError: If the config does not fit, the file does not hold this model, or the folder holds a run; nothing is
         written then.
     """
-    check_config(config)
     folder = check_workdir(workdir, config.to_dict())
     if (folder / "checkpoints").exists():
         raise UserError(f"--workdir={workdir} already holds a run; choose another folder")

@@ -1,5 +1,9 @@
 """The optimizer of a run: the whole optax chain in one place."""
 
+import contextlib
+import inspect
+import typing
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import optax
@@ -44,11 +48,55 @@ def _soap(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> opta
 
 
 def options_of(settings: Any) -> dict[str, Any]:
-    """The settings of `config.optimizer` that are arguments of Shampoo or SOAP."""
-    return {name: value for name, value in settings.items() if name not in ("name", "learning_rate")}
+    """The settings of `config.optimizer` that are arguments of Shampoo or SOAP; None leaves the preset's."""
+    beside = ("name", "learning_rate")
+    return {name: value for name, value in settings.items() if name not in beside and value is not None}
 
 
 OPTIMIZERS = {"adam": _adam, "muon": _muon, "shampoo": _shampoo, "soap": _soap}
+
+# Optimizers that declare their settings as arguments, and check them.
+_DECLARE: dict[str, Callable[..., Any]] = {"shampoo": shampoo, "soap": soap}
+_NOT_SETTINGS = ("learning_rate", "stack_axes", "mesh", "mask")
+
+
+def declared(name: str) -> dict[str, tuple[Any, type]]:
+    """The default and the type of each setting that an optimizer declares.
+
+    Raises:
+      UserError: If there is no such optimizer.
+    """
+    if name not in _DECLARE:
+        raise UserError(f"config.optimizer.name={name!r} is unknown; expected one of {', '.join(OPTIMIZERS)}")
+    parameters = inspect.signature(_DECLARE[name]).parameters
+    return {key: (p.default, _type(p.annotation)) for key, p in parameters.items() if key not in _NOT_SETTINGS}
+
+
+def _type(annotation: Any) -> type:
+    """The type of a value that is not None, as a flag reads it."""
+    first = (typing.get_args(annotation) or (annotation,))[0]
+    if typing.get_origin(annotation) is typing.Literal:
+        return type(first)
+    return first if first in (bool, int, float) else _type(first) if typing.get_args(annotation) else str
+
+
+def check_settings(settings: Any) -> None:
+    """Check `config.optimizer` as far as its optimizer declares it.
+
+    Raises:
+      UserError: If a setting is unknown or out of range.
+    """
+    if settings.name in _DECLARE:
+        with _told():
+            _DECLARE[settings.name](settings.learning_rate, **options_of(settings))
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # its message begins with the field
+        raise UserError(f"config.optimizer.{error}") from error
 
 
 def create_optimizer(
@@ -65,18 +113,11 @@ def create_optimizer(
       The transformation; its updates are added to the parameters.
 
     Raises:
-      UserError: If the optimizer is unknown or refuses its settings.
+      UserError: If the optimizer refuses its settings.
     """
     settings = config.optimizer
-    if settings.name not in OPTIMIZERS:
-        raise UserError(f"config.optimizer.name={settings.name!r} is unknown; expected one of {', '.join(OPTIMIZERS)}")
-    try:
-        optimizer = OPTIMIZERS[settings.name](config, learning_rate, mesh)
-    except ValueError as error:  # its message begins with the field
-        raise UserError(f"config.optimizer.{error}") from error
-    except TypeError as error:
-        raise UserError(f"config.optimizer: {error}; the settings are in configs/common.py") from error
-    chain = [optimizer]
+    with _told():
+        chain = [OPTIMIZERS[settings.name](config, learning_rate, mesh)]
     if config.weight_decay and config.decoupled_weight_decay:
         # Behind the optimizer, whose updates already have the learning rate and its sign.
         chain.append(

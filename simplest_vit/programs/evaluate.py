@@ -14,11 +14,9 @@ def evaluate(arguments: list[str]) -> None:
     del arguments
     import jax
 
-    from simplest_vit.config import check_config
     from simplest_vit.training import distributed, loop
 
     config = cli.CONFIG.value
-    check_config(config)
     # JAX takes SIGTERM to have all processes stop behind the same step: here there is none.
     jax.config.update("jax_enable_preemption_service", False)
     with processes.connected(config):

@@ -26,9 +26,9 @@ from absl import flags
 from simplest_vit import cli
 from simplest_vit.analysis.report import table
 from simplest_vit.analysis.runs import Group, Run, find_runs
-from simplest_vit.config import check_config
+from simplest_vit.config import flatten
 from simplest_vit.errors import Interrupted, UserError
-from simplest_vit.training.workdir import RESULTS, check_workdir, flatten
+from simplest_vit.training.workdir import RESULTS, check_workdir
 
 log = logging.getLogger("simplest_vit")
 
@@ -64,7 +64,7 @@ def parse_grid(axes: list[str], config: Any) -> dict[str, list[str]]:
             raise UserError(f"--grid={axis}: expected config.FIELD=VALUE,VALUE,...")
         if field not in fields or field == "seed":
             raise UserError(
-                f"--grid={axis}: the config has no field {field!r} to vary; its fields are in configs/common.py"
+                f"--grid={axis}: the config has no field {field!r} to vary; its fields are in simplest_vit/config.py"
             )
         grid[field] = values.split(",")
     return grid
@@ -268,7 +268,6 @@ def main() -> None:
         if project.value is not None and shutil.which("wandb") is None:
             raise UserError("--wandb needs Weights & Biases; install it: pip install wandb")
         config = cli.CONFIG.value
-        check_config(config)
         check_workdir(str(cli.WORKDIR.value), {})
         grid = parse_grid(axes.value, config)
         points = plan(grid, seeds.value, config.seed, str(cli.WORKDIR.value), _config_arguments(sys.argv[1:]))

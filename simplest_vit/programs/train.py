@@ -13,11 +13,9 @@ def train(arguments: list[str]) -> None:
     """Train, and print what the run came to."""
     del arguments
     # Imported here, so that a mistyped flag is answered at once; likewise in the other programs.
-    from simplest_vit.config import check_config
     from simplest_vit.training import distributed, loop
 
     config = cli.CONFIG.value
-    check_config(config)  # before the others are waited for
     with processes.connected(config):
         outcome = loop.train_and_evaluate(config, str(cli.WORKDIR.value))
     if distributed.is_primary():

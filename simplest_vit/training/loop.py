@@ -11,7 +11,7 @@ import jax
 from clu import parameter_overview
 from flax import nnx
 
-from simplest_vit.config import check_config
+from simplest_vit.config import flatten
 from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import Interrupted, UserError
@@ -26,7 +26,7 @@ from simplest_vit.training.progress import log, train_line, validation_line
 from simplest_vit.training.sharding import batch_sharding, check_batch_size, create_mesh, memory_line
 from simplest_vit.training.state import TrainState, abstract_state, create_state, state_initializer
 from simplest_vit.training.step import make_eval_step, make_train_step
-from simplest_vit.training.workdir import RESULTS, check_workdir, claim_workdir, flatten, read_json, write_results
+from simplest_vit.training.workdir import RESULTS, check_workdir, claim_workdir, read_json, write_results
 from simplest_vit.training.writers import metric_writers, periodic_actions
 
 # What `results.json` takes over from the last evaluation.
@@ -57,7 +57,6 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
       Interrupted: By SIGTERM or SIGINT; the step reached is saved.
     """
     start_time = time.monotonic()
-    check_config(config)
     check_batch_size(config.batch_size, config.accumulation_steps, create_mesh(config.fsdp))
     run = _Run(config, workdir)
     batches_per_epoch = input_pipeline.steps_per_epoch(run.dataset, config)
@@ -159,7 +158,6 @@ def evaluate(config: Any, workdir: str) -> dict[str, dict[str, float]]:
     Raises:
       UserError: If the folder holds no checkpoint, or one of another config.
     """
-    check_config(config)
     run = _Run(config, workdir)
     if not (run.path / "checkpoints").is_dir():
         raise UserError(f"--workdir={workdir} holds no checkpoint; train there first, or name another folder")

@@ -6,7 +6,6 @@ import jax
 import optax
 from flax import nnx
 
-from simplest_vit.config import check_config
 from simplest_vit.data.pipeline import Dataset
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import model_arguments
@@ -32,7 +31,6 @@ def describe_state(config: Any, dataset: Dataset) -> tuple[nnx.GraphDef, TrainSt
     Raises:
       UserError: If the config does not fit.
     """
-    check_config(config)
     config = config.copy_and_resolve_references()
     config.compute_dtype = "float32"
     model_arguments(config.model, dataset.image_shape)

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from simplest_vit.config import flatten
 from simplest_vit.errors import TrainingError, UserError
 
 CONFIG = "config.json"
@@ -27,14 +28,6 @@ _MAY_CHANGE = (
     "max_skipped_steps",
     "profile",
 )
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dict -> dict with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

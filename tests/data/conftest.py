@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import common
+from simplest_vit.config import default
 from simplest_vit.data.builders import Cifar10, Cifar100
 
 
@@ -23,7 +23,7 @@ def make_config():
     """Returns a function from a data set's name to a config with everything off but what is given."""
 
     def make(name, *, dir, batch_size=16, seed=0, **data):
-        config = common.base()
+        config = default()
         config.seed, config.batch_size = seed, batch_size
         config.data.update({"name": name, "dir": str(dir), "crop_padding": 0, "flip": False, **data})
         return config

@@ -1,6 +1,7 @@
 import pytest
 from ml_collections import ConfigDict
 
+from simplest_vit.config import default
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import MODELS, model_arguments
 
@@ -68,8 +69,7 @@ def test_bad_input_is_one_line_that_names_the_field(overrides, message):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_shipped_defaults_are_the_fields_that_the_factory_reads(name):
-    common = pytest.importorskip("configs.common")
-    config = common.base().model
+    config = default().model
     assert set(config) == set(DEFAULTS)
     config.name = name
     model_arguments(config, (32, 32, 3))
