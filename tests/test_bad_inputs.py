@@ -239,13 +239,13 @@ COMMANDS = [
     (PREPARE + " cifar10 --data_dir={new}/data --manual_dir={new}/nowhere", "no such folder"),
     (PREPARE + " image_folder --data_dir={new}/data", "data.manual_dir: not set"),
     (PREPARE + " image_folder --data_dir={new}/data --manual_dir={old}/hollow", "a class folder without images"),
-    ("simplest_vit.data.preview", "--config is missing"),
+    ("simplest_vit preview", "--config is missing"),
     (
-        "simplest_vit.data.preview --config configs/digits.py --config.data.dir={old}/data --output={new}/no/x.png",
+        "simplest_vit preview --config configs/digits.py --config.data.dir={old}/data --output={new}/no/x.png",
         "x.png cannot be written; expected",
     ),
     (
-        "simplest_vit.data.preview --config configs/digits.py --config.data.crop_padding=-1",
+        "simplest_vit preview --config configs/digits.py --config.data.crop_padding=-1",
         "config.data.crop_padding=-1",
     ),
     (SWEEP + " --workdir {new}/run --grid config.depth=3", "no field 'depth' to vary"),
@@ -301,7 +301,7 @@ PROCESSES = [
         "--grid=x: expected config.FIELD",
     ),
     ("-m simplest_vit prepare digits --data_dir {old}/text.jpg", "cannot prepare digits there"),
-    ("-m simplest_vit.data.preview --config configs/digits.py --config.data.label=x", "config.data.label='x' must be"),
+    ("-m simplest_vit preview --config configs/digits.py --config.data.label=x", "config.data.label='x' must be"),
     ("-m benchmarks.train_step --config configs/digits.py --config.seed=-1", "config.seed=-1 must be"),
 ]
 

@@ -1,20 +1,10 @@
-"""A look at what the model is trained on: a PNG grid of augmented training images with their labels.
-
-python -m simplest_vit.data.preview --config configs/cifar10.py:setup=simple_vit --output preview.png
-"""
-
-import os
-import pathlib
+"""A look at what the model is trained on: a grid of augmented training images with their labels."""
 
 import numpy as np
-from absl import flags
 from jax.experimental.multihost_utils import process_allgather
 from PIL import Image, ImageDraw
 
-from simplest_vit import cli
-from simplest_vit.data import pipeline
 from simplest_vit.data.pipeline import Batch, Dataset
-from simplest_vit.errors import UserError
 
 _CAPTION_HEIGHT = 22
 _MIN_CELL = 96  # small images are magnified to about this size
@@ -57,20 +47,3 @@ def _captions(dataset: Dataset, label: np.ndarray) -> list[str]:
     if len(classes) == 1:
         return [dataset.class_names[classes[0]]]
     return [f"{label[k]:.0%} {dataset.class_names[k]}" for k in classes]
-
-
-def _main(arguments: list[str]) -> None:
-    del arguments
-    config = cli.CONFIG.value
-    output = pathlib.Path(_OUTPUT.value)
-    if output.suffix not in Image.registered_extensions() or not os.access(output.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--output={output} cannot be written; expected a picture in a folder of yours, such as a.png")
-    dataset = pipeline.load(config.data)
-    batch = next(pipeline.train_batches(dataset, config, start_step=0, sharding=None))
-    Image.fromarray(image_grid(dataset, batch)).save(output)
-    print(f"wrote {output}")
-
-
-if __name__ == "__main__":
-    _OUTPUT = flags.DEFINE_string("output", "preview.png", "The picture to write.")
-    cli.run(_main, "python -m simplest_vit.data.preview --config configs/cifar10.py", required=("config",))

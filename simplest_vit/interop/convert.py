@@ -6,8 +6,8 @@ import numpy as np
 from flax import traverse_util
 
 from simplest_vit.errors import UserError
-from simplest_vit.interop import names
 from simplest_vit.interop.torch_file import Checkpoint
+from simplest_vit.models import reference_layout
 from simplest_vit.models.layers import sincos_position_embedding
 from simplest_vit.training.state import TrainState
 
@@ -17,16 +17,16 @@ def _flat(state: TrainState, params: Any) -> dict[str, Any]:
     return traverse_util.flatten_dict(params, sep="/") | traverse_util.flatten_dict(state.constants, sep="/")
 
 
-def _tensors(config: Any, flat: dict[str, Any]) -> list[names.Tensor]:
+def _tensors(config: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]:
     if config.name == "simplest_vit" and "blocks/attention/row_scale" not in flat:
         raise UserError(
             f"config.model.attention={config.attention!r} is none of the PyTorch reference; "
             "expected espa_reference, or another form of E-SPA"
         )
-    return list(names.tensors(config.name, flat["blocks/mlp/dense1/kernel"].shape[0], config.patch_size))
+    return list(reference_layout.tensors(config.name, flat["blocks/mlp/dense1/kernel"].shape[0], config.patch_size))
 
 
-def _part(tensor: names.Tensor, flat: dict[str, Any]) -> list[Any]:
+def _part(tensor: reference_layout.Tensor, flat: dict[str, Any]) -> list[Any]:
     """The arrays that a tensor is made of."""
     arrays = [flat[path] for path in tensor.paths]
     return arrays if tensor.block is None else [array[tensor.block] for array in arrays]

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from simplest_vit.errors import UserError
-from simplest_vit.interop.names import pytorch_layout
+from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.shampoo import shampoo, soap, view_as
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": "evaluate the checkpoints of a run",
     "predict": "classify images with the best checkpoint of a run",
     "prepare": "prepare a data set ahead of time",
+    "preview": "draw augmented training images",
     "sweep": "train a grid of configs over seeds",
     "report": "set finished runs beside the reference's results",
 }

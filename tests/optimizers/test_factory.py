@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from simplest_vit.interop.names import pytorch_layout
+from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.optimizers.schedules import warmup_cosine

@@ -1,0 +1,36 @@
+"""Draws what a model is trained on: a grid of augmented training images with their labels.
+
+simplest-vit preview --config configs/cifar10.py:setup=simple_vit --output preview.png
+"""
+
+import os
+import pathlib
+
+from absl import flags
+
+from simplest_vit import cli
+from simplest_vit.errors import UserError
+
+
+def main() -> None:
+    """Run as a program."""
+    picture = flags.DEFINE_string("output", "preview.png", "The picture to write.")
+
+    def preview(arguments: list[str]) -> None:
+        del arguments
+        from PIL import Image
+
+        from simplest_vit.data import pipeline
+        from simplest_vit.data.preview import image_grid
+
+        config, output = cli.CONFIG.value, pathlib.Path(picture.value)
+        if output.suffix not in Image.registered_extensions() or not os.access(output.parent, os.W_OK | os.X_OK):
+            raise UserError(
+                f"--output={output} cannot be written; expected a picture in a folder of yours, such as a.png"
+            )
+        dataset = pipeline.load(config.data)
+        batch = next(pipeline.train_batches(dataset, config, start_step=0, sharding=None))
+        Image.fromarray(image_grid(dataset, batch)).save(output)
+        print(f"wrote {output}")
+
+    cli.run(preview, "simplest-vit preview --config FILE", required=("config",))
