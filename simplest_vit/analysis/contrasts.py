@@ -3,19 +3,21 @@
 import copy
 from typing import Any
 
+
+def _simplest(attention: str, mlp: str, activation: str, init: str = "paper") -> dict[str, str]:
+    return {"name": "simplest_vit", "attention": attention, "mlp": mlp, "activation": activation, "init": init}
+
+
 # Name -> what differs in `config.model`.
 CONTRASTS: dict[str, dict[str, str]] = {
-    "E-SPA + TAT": {"name": "simplest_vit", "attention": "espa", "activation": "tailored_relu"},
-    "vanilla, unshaped": {"name": "simplest_vit", "attention": "unshaped", "activation": "relu"},
-    "E-SPA, ReLU": {"name": "simplest_vit", "attention": "espa", "activation": "relu"},
-    "U-SPA + TAT": {"name": "simplest_vit", "attention": "uspa", "activation": "tailored_relu"},
-    "Value-SkipInit + TAT": {"name": "simplest_vit", "attention": "value_skipinit", "activation": "tailored_relu"},
+    "E-SPA + TAT": _simplest("espa", "shaped", "tailored_relu"),
+    "isometric": _simplest("shift", "mirrored", "gelu", "isometric"),
+    "vanilla, unshaped": _simplest("unshaped", "shaped", "relu"),
+    "E-SPA, ReLU": _simplest("espa", "shaped", "relu"),
+    "U-SPA + TAT": _simplest("uspa", "shaped", "tailored_relu"),
+    "Value-SkipInit + TAT": _simplest("value_skipinit", "shaped", "tailored_relu"),
     "SimpleViT": {"name": "simple_vit"},
-    "reference's bias + TAT": {
-        "name": "simplest_vit",
-        "attention": "espa_reference",
-        "activation": "tailored_relu",
-    },
+    "reference's bias + TAT": _simplest("espa_reference", "shaped", "tailored_relu"),
 }
 
 
@@ -24,7 +26,7 @@ def name_of(model: Any) -> str:
     for name, fields in CONTRASTS.items():
         if all(model[field] == value for field, value in fields.items()):
             return name
-    return f"{model.attention}, {model.activation}"
+    return f"{model.attention}, {model.mlp} MLP, {model.activation}, init {model.init}"
 
 
 def with_contrast(config: Any, name: str) -> Any:

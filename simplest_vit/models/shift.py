@@ -12,8 +12,6 @@ overcome.
 Impulse initialization (arXiv 2505.19985) starts heads alike, in networks with skip connections and normalization.
 """
 
-import functools
-
 import numpy as np
 
 
@@ -40,9 +38,8 @@ def head_offsets(num_heads: int, grid: tuple[int, int]) -> np.ndarray:
     return np.asarray(offsets[first : first + num_heads])
 
 
-@functools.lru_cache(maxsize=16)
 def attention_matrices(num_heads: int, grid: tuple[int, int], eps: float) -> np.ndarray:
-    """Attention matrices A_h = (1 - eps) P_h + eps / T 1 1^T, the same in every block. Cached and read-only.
+    """Attention matrices A_h = (1 - eps) P_h + eps / T 1 1^T, the same in every block.
 
     Args:
       num_heads: H, at most T.
@@ -61,5 +58,14 @@ def attention_matrices(num_heads: int, grid: tuple[int, int], eps: float) -> np.
     for matrix, offset in zip(matrices, head_offsets(num_heads, grid), strict=True):
         target = np.roll(index, tuple(-offset), axis=(0, 1))
         matrix[index.ravel(), target.ravel()] += 1.0 - eps
-    matrices.flags.writeable = False
     return matrices
+
+
+def attention_bias(num_heads: int, grid: tuple[int, int], eps: float) -> np.ndarray:
+    """The constant B_h = log A_h with softmax(B_h) = A_h; arguments and errors as in `attention_matrices`.
+
+    Returns:
+      float64 [H, T, T]; -inf off the permutation where `eps` is 0, which no query can overcome.
+    """
+    with np.errstate(divide="ignore"):
+        return np.log(attention_matrices(num_heads, grid, eps))

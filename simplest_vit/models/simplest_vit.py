@@ -20,7 +20,11 @@ from simplest_vit.models import espa, initializers, layers, shift, tat
 # Ways to shape attention: the forms of E-SPA, shifts, Value-SkipInit, and the contrast that collapses.
 ATTENTIONS = (*espa.FORMS, "shift", "value_skipinit", "unshaped")
 # Activations of each MLP; those of the mirrored one have phi(z) - phi(-z) = z.
-_MIRRORED = {"gelu": functools.partial(jax.nn.gelu, approximate=False), "silu": jax.nn.silu, "relu": jax.nn.relu}
+_MIRRORED: dict[str, Callable] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
 MLPS = {"shaped": ("tailored_relu", "relu"), "mirrored": tuple(_MIRRORED)}
 INITS = ("paper", "reference", "isometric")
 
@@ -38,7 +42,7 @@ class ShapedAttention(nnx.Module):
         attention_bias: jax.Array,
         row_scale: jax.Array | None = None,
         *,
-        value_init: Callable,
+        value_init: Callable = initializers.gaussian_fan_in,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -66,7 +70,15 @@ class ShapedAttention(nnx.Module):
 class UnshapedAttention(nnx.Module):
     """Plain softmax attention: in a deep stack without skips all tokens collapse to one."""
 
-    def __init__(self, width: int, num_heads: int, *, value_init: Callable, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        value_init: Callable = initializers.gaussian_fan_in,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         dense = functools.partial(nnx.Linear, width, width, dtype=dtype, rngs=rngs)
         self.query, self.key = (dense(kernel_init=initializers.gaussian_fan_in) for _ in range(2))
         self.value = dense(kernel_init=value_init)
@@ -84,7 +96,15 @@ class ValueSkipInit(UnshapedAttention):
     The skip inside the attention of He et al. (arXiv 2302.10322), equation 4 of arXiv 2311.01906.
     """
 
-    def __init__(self, width: int, num_heads: int, *, value_init: Callable, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        value_init: Callable = initializers.gaussian_fan_in,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         super().__init__(width, num_heads, value_init=value_init, dtype=dtype, rngs=rngs)
         self.alpha = nnx.Param(jnp.ones((), jnp.float32))
         self.beta = nnx.Param(jnp.zeros((), jnp.float32))
@@ -208,7 +228,7 @@ class SimplestViT(nnx.Module):
         shaping: tuple[np.ndarray, ...] = ()  # constants of each block, [L, ...]
         attention_class: Callable = ShapedAttention
         if attention == "shift":
-            bias = np.log(shift.attention_matrices(num_heads, grid, shift_eps))
+            bias = shift.attention_bias(num_heads, grid, shift_eps)
             shaping = (np.broadcast_to(bias, (depth, *bias.shape)),)
         elif attention in espa.FORMS:
             row_scale, bias = espa.shaped_attention(grid, depth, gamma_max_depth, attention, rho_max_depth)

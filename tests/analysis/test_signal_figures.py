@@ -112,7 +112,7 @@ def test_contrasts_are_known_by_name():
     for name in contrasts.CONTRASTS:
         assert contrasts.name_of(contrasts.with_contrast(config, name).model) == name
     config.model.attention = "espa_2d"
-    assert contrasts.name_of(config.model) == "espa_2d, tailored_relu"
+    assert contrasts.name_of(config.model) == "espa_2d, shaped MLP, tailored_relu, init paper"
 
 
 def test_a_folder_without_checkpoint_is_told_and_left_alone(tmp_path):

@@ -18,6 +18,8 @@ DEFAULTS = {
     "attention": "espa",
     "gamma_max_depth": 0.005,
     "rho_max_depth": 0.8,
+    "shift_eps": 0.01,
+    "mlp": "shaped",
     "activation": "tailored_relu",
     "c_val_0_target": 0.9,
     "init": "paper",
