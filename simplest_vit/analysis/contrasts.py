@@ -3,21 +3,23 @@
 import copy
 from typing import Any
 
+from simplest_vit.models.factory import METHODS
 
-def _simplest(attention: str, mlp: str, activation: str, init: str = "paper") -> dict[str, str]:
-    return {"name": "simplest_vit", "attention": attention, "mlp": mlp, "activation": activation, "init": init}
+
+def _simplest(method: str = "espa_tat", **fields: str) -> dict[str, str]:
+    return {"name": "simplest_vit", **METHODS[method], **fields}
 
 
 # Name -> what differs in `config.model`.
 CONTRASTS: dict[str, dict[str, str]] = {
-    "E-SPA + TAT": _simplest("espa", "shaped", "tailored_relu"),
-    "isometric": _simplest("shift", "mirrored", "gelu", "isometric"),
-    "vanilla, unshaped": _simplest("unshaped", "shaped", "relu"),
-    "E-SPA, ReLU": _simplest("espa", "shaped", "relu"),
-    "U-SPA + TAT": _simplest("uspa", "shaped", "tailored_relu"),
-    "Value-SkipInit + TAT": _simplest("value_skipinit", "shaped", "tailored_relu"),
+    "E-SPA + TAT": _simplest(),
+    "isometric": _simplest("isometric"),
+    "vanilla, unshaped": _simplest(attention="unshaped", activation="relu"),
+    "E-SPA, ReLU": _simplest(activation="relu"),
+    "U-SPA + TAT": _simplest(attention="uspa"),
+    "Value-SkipInit + TAT": _simplest(attention="value_skipinit"),
     "SimpleViT": {"name": "simple_vit"},
-    "reference's bias + TAT": _simplest("espa_reference", "shaped", "tailored_relu"),
+    "reference's bias + TAT": _simplest(attention="espa_reference"),
 }
 
 
