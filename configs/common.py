@@ -2,8 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from simplest_vit.config import default, parse_arguments
-from simplest_vit.models.factory import METHODS
+from simplest_vit.config import METHODS, default, parse_arguments
 
 # Peak learning rates for SimplEsT-ViT-S of the reference's recipe; Muon and SOAP are not in it.
 LEARNING_RATES = {"adam": 5e-4, "muon": 1e-2, "shampoo": 7e-4, "soap": 7e-4}

@@ -10,8 +10,7 @@ Arguments: `model=simplest_vit|simple_vit`, `method=espa_tat|isometric` (of simp
 
 from ml_collections import ConfigDict
 
-from simplest_vit.config import default, parse_arguments
-from simplest_vit.models.factory import METHODS
+from simplest_vit.config import METHODS, default, parse_arguments
 
 LEARNING_RATES = {"muon": 1e-2, "adam": 1e-3, "shampoo": 3e-3, "soap": 1e-2}
 

@@ -162,6 +162,12 @@ OPTIMIZER_FIELDS = {
     },
 }
 
+# What makes a vanilla network trainable: the fields of `config.model` that belong together.
+METHODS = {
+    "espa_tat": {"attention": "espa", "mlp": "shaped", "activation": "tailored_relu", "init": "paper"},
+    "isometric": {"attention": "shift", "mlp": "mirrored", "activation": "gelu", "init": "isometric"},
+}
+
 
 def fields(optimizer: str) -> dict[str, Field]:
     """The table with the settings of one optimizer, by dotted name."""

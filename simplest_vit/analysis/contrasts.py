@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from simplest_vit.models.factory import METHODS
+from simplest_vit.config import METHODS
 
 
 def _simplest(method: str = "espa_tat", **fields: str) -> dict[str, str]:

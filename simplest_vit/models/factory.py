@@ -20,12 +20,6 @@ VARIANTS = {
     "L": {"depth": 24, "width": 1024, "num_heads": 16, "mlp_dim": 4096},
 }
 
-# What makes a vanilla network trainable: the fields of `config.model` that belong together.
-METHODS = {
-    "espa_tat": {"attention": "espa", "mlp": "shaped", "activation": "tailored_relu", "init": "paper"},
-    "isometric": {"attention": "shift", "mlp": "mirrored", "activation": "gelu", "init": "isometric"},
-}
-
 _SHAPING = (
     "attention",
     "gamma_max_depth",
