@@ -110,17 +110,18 @@ FIELDS = {
     "model.patch_size": Field(4, _integer(1, 2**14), "pixels; a divisor of the image size"),
     "model.dropout": Field(0.0, _DECAY, "part of the activations that is dropped"),
     "model.remat": Field(False, _FLAG, "recompute blocks in the backward pass, to save memory"),
-    "model.attention_kernel": Field(
-        "auto",
-        _one_of("auto", "xla", "fused"),
-        "fused: attention as one kernel, for NVIDIA GPUs from Ampere on (docs/gpu.md); auto: xla",
+    "model.attention": Field(
+        "espa", _TEXT, "or espa_causal, espa_2d, espa_reference, uspa, shift, value_skipinit, unshaped"
     ),
-    "model.attention": Field("espa", _TEXT, "or espa_causal, espa_2d, uspa, espa_reference, value_skipinit, unshaped"),
     "model.gamma_max_depth": Field(0.005, _number(0, 10), "E-SPA: decay at the last block"),
     "model.rho_max_depth": Field(0.8, _number(0, 1), "U-SPA: correlation at the last block"),
-    "model.activation": Field("tailored_relu", _TEXT, "or relu"),
+    "model.shift_eps": Field(0.01, _number(0, 1), "shift attention: share of uniform attention"),
+    "model.mlp": Field("shaped", _TEXT, "or mirrored: an orthogonal map at initialization"),
+    "model.activation": Field("tailored_relu", _TEXT, "or relu; gelu, silu or relu where the MLP is mirrored"),
     "model.c_val_0_target": Field(0.9, _number(0, 1), "TAT: eta"),
-    "model.init": Field("paper", _TEXT, "or reference: the PyTorch reference's orthogonal scale"),
+    "model.init": Field(
+        "paper", _TEXT, "or reference: the reference's scale of orthogonal kernels; isometric: all orthogonal"
+    ),
     "data.name": Field(
         "digits",
         _one_of("digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet", "image_folder"),
@@ -159,6 +160,12 @@ OPTIMIZER_FIELDS = {
             None, _optional(_positive(1000)), "of what is not a kernel of a block; None: the same"
         ),
     },
+}
+
+# What makes a vanilla network trainable: the fields of `config.model` that belong together.
+METHODS = {
+    "espa_tat": {"attention": "espa", "mlp": "shaped", "activation": "tailored_relu", "init": "paper"},
+    "isometric": {"attention": "shift", "mlp": "mirrored", "activation": "gelu", "init": "isometric"},
 }
 
 

@@ -27,13 +27,14 @@ def get_config(name, arguments=None):
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_choice_of_every_config_describes_a_run(name):
     setups = [None] if name == "digits" else ["tat", "simple_vit"]
-    for setup, model, optimizer in itertools.product(setups, ["simplest_vit", "simple_vit"], OPTIMIZERS):
+    models = ["simplest_vit", "simplest_vit,method=isometric", "simple_vit"]
+    for setup, model, optimizer in itertools.product(setups, models, OPTIMIZERS):
         arguments = f"model={model},optimizer={optimizer}" + (f",setup={setup}" if setup else "")
         config = get_config(name, arguments)
         check(config)
         assert config.data.name == name
         assert model_arguments(config.model, IMAGES[name])["depth"] == 12
-        assert config.model.name == model
+        assert config.model.name == model.split(",")[0]
         create_optimizer(config, lambda step: 1.0)
 
 

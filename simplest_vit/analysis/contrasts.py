@@ -3,19 +3,23 @@
 import copy
 from typing import Any
 
+from simplest_vit.config import METHODS
+
+
+def _simplest(method: str = "espa_tat", **fields: str) -> dict[str, str]:
+    return {"name": "simplest_vit", **METHODS[method], **fields}
+
+
 # Name -> what differs in `config.model`.
 CONTRASTS: dict[str, dict[str, str]] = {
-    "E-SPA + TAT": {"name": "simplest_vit", "attention": "espa", "activation": "tailored_relu"},
-    "vanilla, unshaped": {"name": "simplest_vit", "attention": "unshaped", "activation": "relu"},
-    "E-SPA, ReLU": {"name": "simplest_vit", "attention": "espa", "activation": "relu"},
-    "U-SPA + TAT": {"name": "simplest_vit", "attention": "uspa", "activation": "tailored_relu"},
-    "Value-SkipInit + TAT": {"name": "simplest_vit", "attention": "value_skipinit", "activation": "tailored_relu"},
+    "E-SPA + TAT": _simplest(),
+    "isometric": _simplest("isometric"),
+    "vanilla, unshaped": _simplest(attention="unshaped", activation="relu"),
+    "E-SPA, ReLU": _simplest(activation="relu"),
+    "U-SPA + TAT": _simplest(attention="uspa"),
+    "Value-SkipInit + TAT": _simplest(attention="value_skipinit"),
     "SimpleViT": {"name": "simple_vit"},
-    "reference's bias + TAT": {
-        "name": "simplest_vit",
-        "attention": "espa_reference",
-        "activation": "tailored_relu",
-    },
+    "reference's bias + TAT": _simplest(attention="espa_reference"),
 }
 
 
@@ -24,7 +28,7 @@ def name_of(model: Any) -> str:
     for name, fields in CONTRASTS.items():
         if all(model[field] == value for field, value in fields.items()):
             return name
-    return f"{model.attention}, {model.activation}"
+    return f"{model.attention}, {model.mlp} MLP, {model.activation}, init {model.init}"
 
 
 def with_contrast(config: Any, name: str) -> Any:

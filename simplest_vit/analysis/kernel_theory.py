@@ -5,10 +5,13 @@ A kernel is the mean product of two tokens' features. Here it is kept for two ki
     kernel[0, b]  tokens of image b with one another
     kernel[1, b]  tokens of image b with those of image b + 1 (the last one's with the first)
 
-At initialization a block maps it to q * C(C(corr(A_l K A_l^T))): attention multiplies by A_l, the values keep products
-(He et al., arXiv 2302.10322, section 3), and two dense layers follow with the activation's C-map C (TAT, arXiv
-2203.08120, section 3). With several images, A_l acts on every pair of images alike.
+At initialization attention maps it to the mean over heads of A_h K A_h^T: heads own disjoint columns of the values,
+which keep products (He et al., arXiv 2302.10322, section 3). A shaped MLP maps that to q * C(C(corr(K))), with the
+activation's C-map C (TAT, arXiv 2203.08120, section 3); a mirrored one, being orthogonal, leaves it as it is. With
+several images, A_h acts on every pair of images alike.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -54,24 +57,37 @@ def correlation(kernel: np.ndarray) -> np.ndarray:
 
 def dense_gain(fan_in: int, fan_out: int, init: str) -> float:
     """Factor of the mean square through a scaled orthogonal layer: 1 for SUO; the reference swaps in and out."""
-    ratio = fan_out / fan_in if init == "paper" else fan_in / fan_out
+    ratio = fan_in / fan_out if init == "reference" else fan_out / fan_in
     return max(ratio, 1.0) * min(fan_in / fan_out, 1.0)
 
 
-def kernel_recursion(kernel: np.ndarray, attention: np.ndarray, negative_slope: float, gain: float = 1.0) -> np.ndarray:
-    """Kernels before the first block and behind each: K -> gain * q * C(C(corr(A_l K A_l^T))).
+def shaped_mlp(kernel: np.ndarray, negative_slope: float, gain: float = 1.0) -> np.ndarray:
+    """K -> gain * q * C(C(corr(K))), two dense layers with a leaky ReLU each.
+
+    Args:
+      kernel: float64 [2, B, T, T].
+      negative_slope: Of the activation.
+      gain: Factor of the mean square through the two dense layers.
+
+    Returns:
+      float64 [2, B, T, T].
+    """
+    return gain * norms(kernel) * tat.composed_c_map(correlation(kernel), negative_slope, 2)
+
+
+def kernel_recursion(kernel: np.ndarray, attention: np.ndarray, mlp: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Kernels before the first block and behind each: K -> mlp(mean over heads of A_h K A_h^T).
 
     Args:
       kernel: float64 [2, B, T, T], before the first block.
-      attention: float64 [L, T, T], what attention multiplies values with at initialization, A_l.
-      negative_slope: Of the activation.
-      gain: Factor of the mean square through the two dense layers.
+      attention: float64 [L, H, T, T], what attention multiplies values with at initialization; H may be 1, where all
+        heads are alike.
+      mlp: What an MLP makes of a kernel.
 
     Returns:
       float64 [L + 1, 2, B, T, T].
     """
     kernels = [kernel]
-    for matrix in attention:
-        mixed = matrix @ kernels[-1] @ matrix.T
-        kernels.append(gain * norms(mixed) * tat.composed_c_map(correlation(mixed), negative_slope, 2))
+    for heads in attention:
+        kernels.append(mlp(sum(matrix @ kernels[-1] @ matrix.T for matrix in heads) / len(heads)))
     return np.stack(kernels)

@@ -28,13 +28,13 @@ def attention_weights(attention: Any, x: jax.Array) -> jax.Array:
     q, k = (dense(x).reshape(b, t, heads, d // heads) for dense in (attention.query, attention.key))
     logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * (d // heads) ** -0.5
     if isinstance(attention, ShapedAttention):
-        logits = logits + attention.attention_bias[...][None, None]
+        logits = logits + attention.attention_bias[...].reshape(1, -1, t, t)
     return jax.nn.softmax(logits, axis=-1)
 
 
 def attention_matrix(attention: Any, weights: jax.Array) -> jax.Array:
     """What the layer multiplies values with: `weights` behind its row scale or its skip; float32 [B, H, T, T]."""
-    if isinstance(attention, ShapedAttention):
+    if isinstance(attention, ShapedAttention) and attention.row_scale is not None:
         return weights * attention.row_scale[...][None, None, :, None]
     if isinstance(attention, ValueSkipInit):
         eye = jnp.eye(weights.shape[-1])[None, None]
@@ -67,7 +67,7 @@ def measure(model: Model, image: jax.Array, label: jax.Array, target: np.ndarray
       model: The model, in float32.
       image: Normalized images [B, H, W, C].
       label: Class distributions, float32 [B, num_classes], for the loss whose gradients are taken.
-      target: Attention matrices A_l to compare with, [L, T, T].
+      target: Attention matrices A_l to compare with, [L, H, T, T], or [L, 1, T, T] where all heads are alike.
 
     Returns:
       NumPy arrays, with block 0 for the embedding:
@@ -101,8 +101,8 @@ def _measure(
             params, constants, probe, target = layer
             block = nnx.merge(blocks_def, params, constants)
             weights = attention_weights(block.attention, x)
-            difference = attention_matrix(block.attention, weights) - target[None, None]
-            distance = jnp.mean(jnp.sum(difference**2, axis=(-2, -1))) / jnp.sum(target**2)
+            difference = attention_matrix(block.attention, weights) - target[None]
+            distance = jnp.mean(jnp.sum(difference**2, axis=(-2, -1))) / jnp.mean(jnp.sum(target**2, axis=(-2, -1)))
             entropy = -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
             y = block(x) + probe
             return y, {

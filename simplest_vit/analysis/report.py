@@ -17,7 +17,7 @@ from simplest_vit.models.factory import VARIANTS
 BEGIN, END = "<!-- report: begin, made by simplest_vit.analysis.report -->", "<!-- report: end -->"
 _SETUPS = {"tat": "TAT setup", "simple_vit": "SimpleViT setup"}
 _DATA = {"cifar10": "CIFAR-10 (/4)", "cifar100": "CIFAR-100 (/4)", "tiny_imagenet": "TinyImageNet-200 (/8)"}
-_MODELS = {"simple_vit": "SimpleViT-S", "simplest_vit": "SimplEsT-ViT-S"}
+_MODELS = {"simple_vit": "SimpleViT-S", "simplest_vit": "SimplEsT-ViT-S", "isometric": "isometric ViT-S"}
 
 
 def reference_results() -> dict[str, Any]:
@@ -34,7 +34,8 @@ def method_of(config: dict[str, Any]) -> str:
     """Model and optimizer, named as in `reference_results.json`: `simplest_vit/shampoo25`."""
     optimizer = config.get("optimizer.name")
     frequency = config.get("optimizer.precondition_frequency") if optimizer == "shampoo" else None
-    return f"{config.get('model.name')}/{optimizer}{frequency or ''}"
+    model = "isometric" if config.get("model.attention") == "shift" else config.get("model.name")
+    return f"{model}/{optimizer}{frequency or ''}"
 
 
 def deviations(config: dict[str, Any], reference: dict[str, Any]) -> list[str]:

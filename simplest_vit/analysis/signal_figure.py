@@ -24,8 +24,9 @@ PANELS = {
 }
 
 
-# Below, a difference is rounding in float32.
+# Below, a difference is rounding in float32; singular values are roots of what is computed.
 _FLOOR = 1e-7
+_JACOBIAN_FLOOR = 3e-4
 
 
 def shown(quantity: str, values: np.ndarray) -> np.ndarray:
@@ -42,10 +43,11 @@ def draw(results: list[Signals], title: str) -> Figure:
       title: What was measured on what.
 
     Returns:
-      A figure with the axes of the two kernels and of `PANELS`, in that order.
+      A figure with the axes of the two kernels, of `PANELS` and of the Jacobian, in that order.
     """
-    figure = figures.create(height=13.5)
-    axes = figure.subplots(5, 2)
+    figure = figures.create(height=16.0)
+    axes = figure.subplots(6, 2)
+    axes[5, 1].remove()
     _draw_kernel(
         axes[0, 0],
         "Attention alone: token kernel against $\\Sigma_l$",
@@ -60,8 +62,9 @@ def draw(results: list[Signals], title: str) -> Figure:
         results[0].theory_rows,
         first_block=0,
     )
-    for axis, quantity in zip(axes.flat[2:], PANELS, strict=True):
+    for axis, quantity in zip(axes.flat[2:10], PANELS, strict=True):
         draw_quantity(axis, quantity, results)
+    draw_jacobian(axes[5, 0], results)
     _add_legend(figure, results, f"Signal propagation of {results[0].name}: {title}")
     return figure
 
@@ -106,6 +109,19 @@ def draw_quantity(axis: Axes, quantity: str, results: list[Signals]) -> None:
         axis.set_yscale("log")
     axis.set(title=title, ylabel=label, xlabel="block (0: embedding)")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_jacobian(axis: Axes, results: list[Signals]) -> None:
+    """Draw singular values of the Jacobian over the share of directions that have at most so much."""
+    for result, color in [*zip(results, figures.COLORS, strict=False)][::-1]:
+        values, weights = result.jacobian
+        axis.step([0, *np.cumsum(weights)], np.maximum([values[0], *values], values[-1] * _JACOBIAN_FLOOR), color=color)
+    axis.set(
+        title="Jacobian from embedded tokens to features",
+        xlabel="share of directions",
+        ylabel="singular value, at most",
+    )
+    axis.set_yscale("log")
 
 
 def _draw_kernel(

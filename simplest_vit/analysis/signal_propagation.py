@@ -3,7 +3,8 @@
     python -m simplest_vit.analysis.signal_propagation --config configs/cifar10.py --workdir runs/cifar10
 
 Writes to WORKDIR/signal_propagation: signal_propagation (all panels) and overview (two of them), both as PNG and SVG;
-signal_propagation.csv with all numbers; and a folder of TensorBoard scalars for each model, whose step is the block.
+signal_propagation.csv and jacobian.csv with all numbers; and a folder of TensorBoard scalars for each model, whose step
+is the block.
 """
 
 import csv
@@ -29,7 +30,7 @@ from simplest_vit.training.writers import SummaryWriter
 
 NUM_IMAGES = 16
 # The reference's bias lies over E-SPA there, and the others explain less.
-_OVERVIEW = ("E-SPA + TAT", "vanilla, unshaped", "E-SPA, ReLU", "SimpleViT")
+_OVERVIEW = ("E-SPA + TAT", "vanilla, unshaped", "E-SPA, ReLU", "isometric", "SimpleViT")
 
 log = logging.getLogger("simplest_vit")
 
@@ -97,6 +98,10 @@ def write(results: list[Signals], folder: pathlib.Path, title: str) -> None:
             table = csv.writer(file)
             table.writerow(["model", "block", "quantity", "measured", "theory"])
             table.writerows(rows(results))
+        with (folder / "jacobian.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["model", "singular_value", "share"])
+            table.writerows((r.name, *pair) for r in results for pair in zip(*r.jacobian, strict=True))
         for result in results:
             _write_scalars(result, folder / result.name)
     except OSError as error:

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from simplest_vit.analysis import kernel_theory, measure
-from simplest_vit.models import espa, tat
+from simplest_vit.analysis.jacobian import jacobian_spectrum
+from simplest_vit.models import espa, shift, tat
 from simplest_vit.models.factory import create_model
 from simplest_vit.models.layers import patchify
 from simplest_vit.models.simplest_vit import ShapedAttention, SimplestViT, ValueSkipInit
@@ -26,6 +27,7 @@ class Signals:
       name: Of the model.
       measured: mean_square, token_cosine, image_cosine, attention_entropy (nats), attention_distance, token_gradient,
         parameter_gradient; with a theory also kernel_error, the greatest |cosine - theory| of two tokens of an image.
+      jacobian: Singular values of the network's Jacobian at one image and their shares, from `jacobian_spectrum`.
       theory: mean_square, token_cosine, image_cosine of the infinitely wide network at initialization, and
         image_cosine_c_map, the C-map of the activations alone, without attention. Empty without theory.
       token_rows: Cosines of the middle token with all tokens, [L + 1, T], measured; averaged over images.
@@ -36,6 +38,7 @@ class Signals:
 
     name: str
     measured: Curves
+    jacobian: tuple[np.ndarray, np.ndarray]
     theory: Curves
     token_rows: np.ndarray
     theory_rows: np.ndarray | None
@@ -81,7 +84,12 @@ def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.
         depth = jax.tree.leaves(nnx.state(model.blocks))[0].shape[0]
         form = config.attention if config.attention in espa.FORMS else "espa"
         shaping = config.gamma_max_depth, form, config.rho_max_depth
-        measurements.append(measure.measure(model, image, label, espa.attention_matrices(grid, depth, *shaping)))
+        if isinstance(model, SimplestViT) and config.attention == "shift":
+            heads = shift.attention_matrices(model.blocks.attention.num_heads, grid, config.shift_eps)
+            target = np.broadcast_to(heads, (depth, *heads.shape))
+        else:
+            target = espa.attention_matrices(grid, depth, *shaping)[:, None]
+        measurements.append(measure.measure(model, image, label, target))
         num_tokens, width = model.position_embedding.shape
         if isinstance(model, SimplestViT) and config.attention in espa.FORMS and num_tokens <= width:
             alone.append(measure.attention_alone(model))
@@ -97,16 +105,18 @@ def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.
     if kernels is not None:
         theory = _curves(kernels)
         start = theory["image_cosine"][0]
-        slope = negative_slope(config, depth)
-        theory["image_cosine_c_map"] = np.array(
-            [tat.composed_c_map(start, slope, 2 * block) for block in range(depth + 1)]
-        )
+        if config.mlp == "shaped":
+            slope = negative_slope(config, depth)
+            theory["image_cosine_c_map"] = np.array(
+                [tat.composed_c_map(start, slope, 2 * block) for block in range(depth + 1)]
+            )
         difference = kernel_theory.correlation(kernel) - kernel_theory.correlation(kernels)
         measured["kernel_error"] = np.abs(difference[:, 0]).max(axis=(1, 2, 3))
         theory_rows = _rows(kernels, middle)
     return Signals(
         name=name,
         measured=measured,
+        jacobian=jacobian_spectrum(model, image[:1]),
         theory=theory,
         token_rows=_rows(kernel, middle),
         theory_rows=theory_rows,
@@ -131,21 +141,27 @@ def theoretical_kernels(model: measure.Model, config: Any, image: jax.Array) -> 
     first = kernel_theory.embedding_kernel(
         np.asarray(patchify(image, model.patch_size)), np.asarray(model.position_embedding[...])
     )
+    if config.mlp == "mirrored":
+        return kernel_theory.kernel_recursion(first, matrices, lambda kernel: kernel)
     width, mlp_dim = model.blocks.mlp.dense1.kernel.shape[1:]
     gain = kernel_theory.dense_gain(width, mlp_dim, config.init) * kernel_theory.dense_gain(mlp_dim, width, config.init)
-    return kernel_theory.kernel_recursion(first, matrices, negative_slope(config, len(matrices)), gain)
+    slope = negative_slope(config, len(matrices))
+    return kernel_theory.kernel_recursion(first, matrices, lambda kernel: kernel_theory.shaped_mlp(kernel, slope, gain))
 
 
 def initial_attention(model: measure.Model) -> np.ndarray | None:
-    """What attention multiplies values with at initialization, from the constants: float64 [L, T, T], or None."""
+    """What attention multiplies values with at initialization, by its constants: float64 [L, H or 1, T, T], or None."""
     attention = model.blocks.attention
     if isinstance(attention, ShapedAttention):
         bias = np.asarray(attention.attention_bias[...], np.float64)
+        bias = bias.reshape(len(bias), -1, *bias.shape[-2:])
         weights = np.exp(bias - bias.max(axis=-1, keepdims=True))
-        row_scale = np.asarray(attention.row_scale[...], np.float64)
-        return row_scale[..., None] * weights / weights.sum(axis=-1, keepdims=True)
+        weights /= weights.sum(axis=-1, keepdims=True)
+        if attention.row_scale is not None:
+            weights *= np.asarray(attention.row_scale[...], np.float64)[:, None, :, None]
+        return weights
     if isinstance(attention, ValueSkipInit):
-        return np.tile(np.eye(len(model.position_embedding[...])), (len(attention.alpha[...]), 1, 1))
+        return np.tile(np.eye(len(model.position_embedding[...])), (len(attention.alpha[...]), 1, 1, 1))
     return None
 
 

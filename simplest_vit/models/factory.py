@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplest_vit.errors import UserError
-from simplest_vit.models import attention, simplest_vit
+from simplest_vit.models import simplest_vit
 from simplest_vit.models.simple_vit import SimpleViT
 from simplest_vit.models.simplest_vit import SimplestViT
 
@@ -20,7 +20,16 @@ VARIANTS = {
     "L": {"depth": 24, "width": 1024, "num_heads": 16, "mlp_dim": 4096},
 }
 
-_SHAPING = ("attention", "gamma_max_depth", "rho_max_depth", "activation", "c_val_0_target", "init")
+_SHAPING = (
+    "attention",
+    "gamma_max_depth",
+    "rho_max_depth",
+    "shift_eps",
+    "mlp",
+    "activation",
+    "c_val_0_target",
+    "init",
+)
 
 
 def _one_of(field: str, value: Any, choices: Any) -> None:
@@ -66,18 +75,28 @@ def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str,
     if not 0.0 <= config.dropout < 1.0:
         raise UserError(f"config.model.dropout={config.dropout} must lie in [0, 1)")
     arguments = {**sizes, "patch_size": config.patch_size, "dropout": config.dropout, "remat": config.remat}
-    # `auto` stays with XLA until RESULTS.md has a run on a GPU in which the kernel is equal and faster.
-    arguments["attention_kernel"] = "fused" if config.attention_kernel == "fused" else "xla"
-    if arguments["attention_kernel"] == "fused":
-        attention.check_sizes(height * width_pixels // config.patch_size**2, width // sizes["num_heads"])
     if config.name == "simplest_vit":
         _one_of("model.attention", config.attention, simplest_vit.ATTENTIONS)
-        _one_of("model.activation", config.activation, simplest_vit.ACTIVATIONS)
+        _one_of("model.mlp", config.mlp, simplest_vit.MLPS)
+        _one_of("model.activation", config.activation, simplest_vit.MLPS[config.mlp])
         _one_of("model.init", config.init, simplest_vit.INITS)
+        num_tokens = height * width_pixels // config.patch_size**2
+        if config.attention == "shift" and sizes["num_heads"] > num_tokens:
+            raise UserError(
+                f"config.model.num_heads={sizes['num_heads']} must be at most the {num_tokens} tokens, for shift "
+                "attention has an offset for each head; choose fewer heads or a smaller config.model.patch_size"
+            )
+        if config.mlp == "mirrored" and (sizes["mlp_dim"] % 2 or sizes["mlp_dim"] < 2 * width):
+            raise UserError(
+                f"config.model.mlp_dim={sizes['mlp_dim']} must be even and at least {2 * width}, twice the width, for "
+                "a mirrored MLP"
+            )
         if not 0.0 < config.gamma_max_depth <= 10.0:  # beyond, A_l = I to float32 accuracy
             raise UserError(f"config.model.gamma_max_depth={config.gamma_max_depth} must lie in (0, 10]")
         if not 0.0 < config.rho_max_depth < 1.0:
             raise UserError(f"config.model.rho_max_depth={config.rho_max_depth} must lie in (0, 1)")
+        if not 0.0 < config.shift_eps < 1.0:  # at 0 no query could ever reach another token
+            raise UserError(f"config.model.shift_eps={config.shift_eps} must lie in (0, 1)")
         arguments |= {name: config[name] for name in _SHAPING}
         if config.activation == "tailored_relu":
             try:

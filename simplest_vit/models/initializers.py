@@ -33,6 +33,27 @@ def reference_orthogonal(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtyp
     return _orthogonal(key, shape, dtype, max(math.sqrt(fan_in / fan_out), 1.0))
 
 
+def mirrored_kernels(key: jax.Array, width: int, hidden: int) -> tuple[jax.Array, jax.Array]:
+    """Kernels [W, -W] and [V; -V] of an MLP that starts as the orthogonal map V W, of rank `width`.
+
+    With an activation phi(z) - phi(-z) = z the halves cancel everything but the linear part (looks-linear
+    initialization, arXiv 1702.08591): (phi(x W) - phi(-x W)) V = x W V. W has orthonormal rows, and V = W^T Q with Q
+    orthogonal.
+
+    Args:
+      key: Random key.
+      width: D.
+      hidden: M, even and at least 2 D.
+
+    Returns:
+      float32 [D, M] and [M, D].
+    """
+    for_w, for_q = jax.random.split(key)
+    w = _orthogonal(for_w, (width, hidden // 2), jnp.float32, 1.0)
+    v = w.T @ _orthogonal(for_q, (width, width), jnp.float32, 1.0)
+    return jnp.concatenate([w, -w], axis=1), jnp.concatenate([v, -v], axis=0)
+
+
 def uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
     """PyTorch's default for linear layers, kernels and biases alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = 1.0 / math.sqrt(fan_in)

@@ -1,7 +1,9 @@
 """SimplEsT-ViT: a vision transformer without normalization and without skip connections.
 
-E-SPA (`espa.py`) shapes the attention and TAT (`tat.py`) the activation, so that the signal at initialization survives
-any depth; nothing else keeps it alive.
+Two ways to have the signal at initialization survive any depth; nothing else keeps it alive:
+
+- E-SPA (`espa.py`) shapes the attention and TAT (`tat.py`) the activation: kernels of tokens and images are controlled.
+- Isometry: shift attention (`shift.py`) and a mirrored MLP, which are orthogonal maps at initialization.
 """
 
 import functools
@@ -13,12 +15,18 @@ import numpy as np
 from flax import nnx
 from jax.nn.initializers import zeros
 
-from simplest_vit.models import espa, initializers, layers, tat
+from simplest_vit.models import espa, initializers, layers, shift, tat
 
-# Ways to shape attention: the forms of E-SPA, Value-SkipInit, and the contrast that collapses.
-ATTENTIONS = (*espa.FORMS, "value_skipinit", "unshaped")
-ACTIVATIONS = ("tailored_relu", "relu")
-INITS = ("paper", "reference")
+# Ways to shape attention: the forms of E-SPA, shifts, Value-SkipInit, and the contrast that collapses.
+ATTENTIONS = (*espa.FORMS, "shift", "value_skipinit", "unshaped")
+# Activations of each MLP; those of the mirrored one have phi(z) - phi(-z) = z.
+_MIRRORED: dict[str, Callable] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+MLPS = {"shaped": ("tailored_relu", "relu"), "mirrored": tuple(_MIRRORED)}
+INITS = ("paper", "reference", "isometric")
 
 
 class ShapedAttention(nnx.Module):
@@ -31,50 +39,55 @@ class ShapedAttention(nnx.Module):
         self,
         width: int,
         num_heads: int,
-        row_scale: jax.Array,
         attention_bias: jax.Array,
+        row_scale: jax.Array | None = None,
         *,
-        kernel: str = "xla",
+        value_init: Callable = initializers.gaussian_fan_in,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         dense = functools.partial(nnx.Linear, width, width, dtype=dtype, rngs=rngs)
         self.query = dense(kernel_init=zeros)
         self.key = dense(kernel_init=initializers.gaussian_fan_in)
-        self.value = dense(kernel_init=initializers.gaussian_fan_in)
-        self.row_scale = layers.Constant(row_scale)
+        self.value = dense(kernel_init=value_init)
         self.attention_bias = layers.Constant(attention_bias)
+        self.row_scale = None if row_scale is None else layers.Constant(row_scale)
         self.num_heads = num_heads
-        self.kernel = kernel
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens [B, T, D] to tokens [B, T, D]."""
-        return layers.project_and_attend(
-            x,
-            self.query,
-            self.key,
-            self.value,
+        query, key, value = layers.project(x, self.query, self.key, self.value)
+        return layers.attend(
+            query,
+            key,
+            value,
             self.num_heads,
-            self.attention_bias[...],
-            self.row_scale[...],
-            kernel=self.kernel,
+            attention_bias=self.attention_bias[...],
+            row_scale=None if self.row_scale is None else self.row_scale[...],
         )
 
 
 class UnshapedAttention(nnx.Module):
     """Plain softmax attention: in a deep stack without skips all tokens collapse to one."""
 
-    def __init__(self, width: int, num_heads: int, *, kernel: str = "xla", dtype: jnp.dtype, rngs: nnx.Rngs):
-        dense = functools.partial(
-            nnx.Linear, width, width, kernel_init=initializers.gaussian_fan_in, dtype=dtype, rngs=rngs
-        )
-        self.query, self.key, self.value = dense(), dense(), dense()
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        value_init: Callable = initializers.gaussian_fan_in,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        dense = functools.partial(nnx.Linear, width, width, dtype=dtype, rngs=rngs)
+        self.query, self.key = (dense(kernel_init=initializers.gaussian_fan_in) for _ in range(2))
+        self.value = dense(kernel_init=value_init)
         self.num_heads = num_heads
-        self.kernel = kernel
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens [B, T, D] to tokens [B, T, D]."""
-        return layers.project_and_attend(x, self.query, self.key, self.value, self.num_heads, kernel=self.kernel)
+        query, key, value = layers.project(x, self.query, self.key, self.value)
+        return layers.attend(query, key, value, self.num_heads)
 
 
 class ValueSkipInit(UnshapedAttention):
@@ -83,19 +96,27 @@ class ValueSkipInit(UnshapedAttention):
     The skip inside the attention of He et al. (arXiv 2302.10322), equation 4 of arXiv 2311.01906.
     """
 
-    def __init__(self, width: int, num_heads: int, *, kernel: str = "xla", dtype: jnp.dtype, rngs: nnx.Rngs):
-        super().__init__(width, num_heads, kernel=kernel, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        value_init: Callable = initializers.gaussian_fan_in,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(width, num_heads, value_init=value_init, dtype=dtype, rngs=rngs)
         self.alpha = nnx.Param(jnp.ones((), jnp.float32))
         self.beta = nnx.Param(jnp.zeros((), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens [B, T, D] to tokens [B, T, D]."""
-        mixed = super().__call__(x)
-        (value,) = layers.project(x, self.value)  # the same product as inside, where that is by XLA
+        query, key, value = layers.project(x, self.query, self.key, self.value)
+        mixed = layers.attend(query, key, value, self.num_heads)
         return self.alpha[...].astype(x.dtype) * value + self.beta[...].astype(x.dtype) * mixed
 
 
-class MLP(nnx.Module):
+class ShapedMLP(nnx.Module):
     """Two `Dense -> TReLU` layers, D -> M -> D."""
 
     def __init__(
@@ -119,10 +140,25 @@ class MLP(nnx.Module):
         return tat.tailored_relu(self.dense2(tokens), self.negative_slope).reshape(x.shape)
 
 
+class MirroredMLP(nnx.Module):
+    """`Dense -> activation -> Dense`, D -> M -> D: an orthogonal map at initialization (`mirrored_kernels`)."""
+
+    def __init__(self, width: int, mlp_dim: int, activation: Callable, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        first, second = initializers.mirrored_kernels(rngs.params(), width, mlp_dim)
+        dense = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        self.dense1 = dense(width, mlp_dim, kernel_init=lambda *_: first)
+        self.dense2 = dense(mlp_dim, width, kernel_init=lambda *_: second)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map tokens [B, T, D] to tokens [B, T, D]."""
+        return self.dense2(self.activation(self.dense1(layers.rows(x)))).reshape(x.shape)
+
+
 class Block(nnx.Module):
     """Attention, then MLP: no normalization, no skip connection."""
 
-    def __init__(self, attention: nnx.Module, mlp: MLP):
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module):
         self.attention = attention
         self.mlp = mlp
 
@@ -147,12 +183,13 @@ class SimplestViT(nnx.Module):
         attention: str = "espa",
         gamma_max_depth: float = 0.005,
         rho_max_depth: float = 0.8,
+        shift_eps: float = 0.01,
+        mlp: str = "shaped",
         activation: str = "tailored_relu",
         c_val_0_target: float = 0.9,
         init: str = "paper",
         dropout: float = 0.0,
         remat: bool = False,
-        attention_kernel: str = "xla",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -169,45 +206,54 @@ class SimplestViT(nnx.Module):
           attention: One of `ATTENTIONS`.
           gamma_max_depth: E-SPA's decay rate at the last block.
           rho_max_depth: U-SPA's correlation at the last block.
-          activation: `tailored_relu`, or `relu` (slope 0) as a contrast.
+          shift_eps: Share of uniform attention in shift attention, in [0, 1).
+          mlp: One of `MLPS`, `shaped` or `mirrored`.
+          activation: One of those of `MLPS`: `tailored_relu`, or `relu` (slope 0) as a contrast, for the shaped MLP.
           c_val_0_target: TAT's eta.
-          init: `paper`, or `reference` for the PyTorch reference's orthogonal scale.
+          init: Of values and patch embedding, Gaussian or (`isometric`) orthogonal; `reference` for the PyTorch
+            reference's orthogonal scale of MLP and head.
           dropout: Rate on the tokens before pooling.
           remat: Recompute blocks in the backward pass.
-          attention_kernel: `xla` or `fused`; see `layers.project_and_attend`.
           dtype: Compute dtype; softmax, constants and logits stay float32.
           rngs: Streams for the initialization.
 
         Raises:
           ValueError: If TAT has no solution for the depth, or a name is unknown.
         """
-        rows, columns = image_shape[0] // patch_size, image_shape[1] // patch_size
-        slope = tat.solve_negative_slope(2 * depth, c_val_0_target) if activation == "tailored_relu" else 0.0
-        kernel_init = initializers.scaled_uniform_orthogonal if init == "paper" else initializers.reference_orthogonal
-        shaping: tuple[np.ndarray, ...] = ()
-        if attention in espa.FORMS:
-            attention_class: Callable = ShapedAttention
-            shaping = espa.shaped_attention((rows, columns), depth, gamma_max_depth, attention, rho_max_depth)
+        grid = image_shape[0] // patch_size, image_shape[1] // patch_size
+        orthogonal = (
+            initializers.reference_orthogonal if init == "reference" else initializers.scaled_uniform_orthogonal
+        )
+        embedding_init = orthogonal if init == "isometric" else initializers.gaussian_fan_in
+        shaping: tuple[np.ndarray, ...] = ()  # constants of each block, [L, ...]
+        attention_class: Callable = ShapedAttention
+        if attention == "shift":
+            bias = shift.attention_bias(num_heads, grid, shift_eps)
+            shaping = (np.broadcast_to(bias, (depth, *bias.shape)),)
+        elif attention in espa.FORMS:
+            row_scale, bias = espa.shaped_attention(grid, depth, gamma_max_depth, attention, rho_max_depth)
+            shaping = bias, row_scale
         else:
             attention_class = {"value_skipinit": ValueSkipInit, "unshaped": UnshapedAttention}[attention]
+        if mlp == "mirrored":
+            create_mlp: Callable = functools.partial(MirroredMLP, width, mlp_dim, _MIRRORED[activation])
+        else:
+            slope = tat.solve_negative_slope(2 * depth, c_val_0_target) if activation == "tailored_relu" else 0.0
+            create_mlp = functools.partial(ShapedMLP, width, mlp_dim, slope, orthogonal)
 
         def block(rngs: nnx.Rngs, *shaping: jax.Array) -> Block:
             return Block(
-                attention_class(width, num_heads, *shaping, kernel=attention_kernel, dtype=dtype, rngs=rngs),
-                MLP(width, mlp_dim, slope, kernel_init, dtype=dtype, rngs=rngs),
+                attention_class(width, num_heads, *shaping, value_init=embedding_init, dtype=dtype, rngs=rngs),
+                create_mlp(dtype=dtype, rngs=rngs),
             )
 
         self.patch_embedding = nnx.Linear(
-            patch_size**2 * image_shape[2],
-            width,
-            kernel_init=initializers.gaussian_fan_in,
-            dtype=dtype,
-            rngs=rngs,
+            patch_size**2 * image_shape[2], width, kernel_init=embedding_init, dtype=dtype, rngs=rngs
         )
-        self.position_embedding = layers.Constant(jnp.asarray(layers.sincos_position_embedding((rows, columns), width)))
+        self.position_embedding = layers.Constant(jnp.asarray(layers.sincos_position_embedding(grid, width)))
         self.blocks = layers.stack(block, depth, rngs, *shaping)
         self.dropout = nnx.Dropout(dropout)
-        self.head = nnx.Linear(width, num_classes, kernel_init=kernel_init, rngs=rngs)
+        self.head = nnx.Linear(width, num_classes, kernel_init=orthogonal, rngs=rngs)
         self.patch_size = patch_size
         self.remat = remat
         self.dtype = dtype

@@ -57,9 +57,9 @@ def test_the_table_and_the_scalars_hold_the_curves(analysed):
 def test_every_panel_has_title_labels_and_the_data(analysed):
     folder, results = analysed
     figure = signal_figure.draw(results, "title")
-    assert len(figure.axes) == 2 + len(signal_figure.PANELS)
+    assert len(figure.axes) == 2 + len(signal_figure.PANELS) + 1
     for axis, (quantity, (title, label, logarithmic)) in zip(
-        figure.axes[2:], signal_figure.PANELS.items(), strict=True
+        figure.axes[2:-1], signal_figure.PANELS.items(), strict=True
     ):
         assert (axis.get_title(loc="left") or axis.get_title()) == title
         assert axis.get_ylabel() == label
@@ -74,6 +74,15 @@ def test_every_panel_has_title_labels_and_the_data(analysed):
     assert labels[:2] == [result.name for result in results]
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), results[0].alone_rows[0])
     np.testing.assert_array_equal(figure.axes[1].lines[1].get_ydata(), results[0].theory_rows[0])
+    values, weights = results[1].jacobian
+    lines = [line.get_xydata() for line in figure.axes[-1].lines]
+    assert any(
+        np.allclose(line[1:, 0], np.cumsum(weights)) and np.allclose(line[1:, 1], np.maximum(values, 3e-4 * values[-1]))
+        for line in lines
+    )
+    with (folder / "jacobian.csv").open() as file:
+        table = [row for row in csv.DictReader(file) if row["model"] == results[1].name]
+    np.testing.assert_array_equal([float(row["singular_value"]) for row in table], values)
     for name in ("signal_propagation", "overview"):
         assert (folder / f"{name}.png").stat().st_size > 10_000
         assert (folder / f"{name}.svg").read_text().startswith("<?xml")
@@ -112,7 +121,7 @@ def test_contrasts_are_known_by_name():
     for name in contrasts.CONTRASTS:
         assert contrasts.name_of(contrasts.with_contrast(config, name).model) == name
     config.model.attention = "espa_2d"
-    assert contrasts.name_of(config.model) == "espa_2d, tailored_relu"
+    assert contrasts.name_of(config.model) == "espa_2d, shaped MLP, tailored_relu, init paper"
 
 
 def test_a_folder_without_checkpoint_is_told_and_left_alone(tmp_path):

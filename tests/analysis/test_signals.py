@@ -1,5 +1,7 @@
 """Signal propagation: measurement against the models, theory against samples, the reference's deviations in numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from tests.tiny import tiny_config
 
 IMAGE = jax.random.normal(jax.random.key(1), (3, 8, 12, 3))
 LABEL = jax.nn.one_hot(jnp.array([1, 4, 0]), 5)
-TARGET = espa.attention_matrices((2, 3), 3)
+TARGET = espa.attention_matrices((2, 3), 3)[:, None]  # one for all heads
 
 
 def create(init=tiny.simplest_vit, **overrides):
@@ -54,7 +56,8 @@ def test_a_measurement_is_of_the_model_itself(init):
 
 
 ATTENTIONS = {
-    "espa": lambda rngs: ShapedAttention(16, 2, np.ones(6), np.eye(6), dtype=jnp.float32, rngs=rngs),
+    "espa": lambda rngs: ShapedAttention(16, 2, np.eye(6), np.arange(1.0, 7.0), dtype=jnp.float32, rngs=rngs),
+    "shift": lambda rngs: ShapedAttention(16, 2, np.stack([np.eye(6), np.ones((6, 6))]), dtype=jnp.float32, rngs=rngs),
     "unshaped": lambda rngs: UnshapedAttention(16, 2, dtype=jnp.float32, rngs=rngs),
     "value_skipinit": lambda rngs: ValueSkipInit(16, 2, dtype=jnp.float32, rngs=rngs),
     "simple_vit": lambda rngs: SimpleAttention(16, 2, dtype=jnp.float32, rngs=rngs),
@@ -83,16 +86,16 @@ def test_attention_entropy_and_distance_in_closed_form():
     """Queries of zero: attention without shaping is uniform, with it A_l."""
     model = create(attention="unshaped")
     model.blocks.attention.query.kernel[...] = jnp.zeros_like(model.blocks.attention.query.kernel[...])
-    measured = measure.measure(model, IMAGE, LABEL, np.full((3, 6, 6), 1 / 6))
+    measured = measure.measure(model, IMAGE, LABEL, np.full((3, 1, 6, 6), 1 / 6))
     np.testing.assert_allclose(measured["attention_entropy"], np.log(6), rtol=1e-5)
     np.testing.assert_allclose(measured["attention_distance"], 0, atol=1e-6)
     measured = measure.measure(model, IMAGE, LABEL, TARGET)
-    expected = np.linalg.norm(1 / 6 - TARGET, axis=(1, 2)) / np.linalg.norm(TARGET, axis=(1, 2))
+    expected = np.linalg.norm(1 / 6 - TARGET[:, 0], axis=(1, 2)) / np.linalg.norm(TARGET[:, 0], axis=(1, 2))
     np.testing.assert_allclose(measured["attention_distance"], expected, rtol=1e-5)
 
     measured = measure.measure(create(), IMAGE, LABEL, TARGET)
     probabilities = TARGET / TARGET.sum(axis=-1, keepdims=True)
-    entropy = -(probabilities * np.log(probabilities)).sum(axis=-1).mean(axis=-1)
+    entropy = -(probabilities * np.log(probabilities)).sum(axis=-1).mean(axis=(-2, -1))
     np.testing.assert_allclose(measured["attention_entropy"], entropy, rtol=1e-5)
     np.testing.assert_allclose(measured["attention_distance"], 0, atol=1e-5)
 
@@ -141,12 +144,16 @@ def test_the_network_follows_the_recursion_at_width_1024():
     np.testing.assert_allclose(result.token_rows, result.theory_rows, atol=0.1)
 
 
+def shaped_mlp(slope):
+    return functools.partial(kernel_theory.shaped_mlp, negative_slope=slope)
+
+
 def test_without_attention_and_with_equal_norms_the_recursion_is_the_composed_c_map():
     cosine = np.linspace(-0.9, 0.9, 9)
     slope = tat.solve_negative_slope(24)
     kernel = np.ones((2, 9, 1, 1))  # one token an image; image b with b + 1 has cosine[b]
     kernel[1, :, 0, 0] = cosine
-    kernels = kernel_theory.kernel_recursion(kernel, np.ones((12, 1, 1)), slope)
+    kernels = kernel_theory.kernel_recursion(kernel, np.ones((12, 1, 1, 1)), shaped_mlp(slope))
     np.testing.assert_allclose(kernels[-1, 0], 1, rtol=1e-12)
     np.testing.assert_allclose(kernels[-1, 1, :, 0, 0], tat.composed_c_map(cosine, slope, 24), rtol=1e-12)
 
@@ -159,7 +166,7 @@ def test_the_recursion_tells_the_reference_bias_apart():
         row_scale, attention_bias = espa.shaped_attention((8, 8), 12, form=form)
         attention = row_scale[..., None] * softmax(attention_bias, axis=-1)
         kernel = np.eye(64)[None, None].repeat(2, axis=0)
-        last[form] = kernel_theory.kernel_recursion(kernel, attention, slope)[-1, 0, 0]
+        last[form] = kernel_theory.kernel_recursion(kernel, attention[:, None], shaped_mlp(slope))[-1, 0, 0]
     assert last["espa"].diagonal().max() == pytest.approx(7.9, abs=0.01)
     assert 0.02 < np.abs(last["espa"] - last["espa_reference"]).max() < 0.1
 

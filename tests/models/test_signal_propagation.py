@@ -45,7 +45,7 @@ def recursion(first, matrices, slope, gains=(1.0, 1.0)):
 def test_attention_alone_gives_the_chosen_kernels(form):
     """From orthogonal tokens, over 64 seeds: the mean of K_l is Sigma_l, its error about sqrt(l / (64 * 128))."""
     grid, depth, width = (3, 4), 4, 128
-    constants = [jnp.float32(x) for x in espa.shaped_attention(grid, depth, form=form)]
+    row_scale, bias = (jnp.float32(x) for x in espa.shaped_attention(grid, depth, form=form))
 
     @jax.jit
     @jax.vmap
@@ -54,7 +54,7 @@ def test_attention_alone_gives_the_chosen_kernels(form):
         outputs = []
         for layer in range(depth):
             rngs = nnx.Rngs(jax.random.fold_in(key, layer))
-            attention = ShapedAttention(width, 4, *(c[layer] for c in constants), dtype=jnp.float32, rngs=rngs)
+            attention = ShapedAttention(width, 4, bias[layer], row_scale[layer], dtype=jnp.float32, rngs=rngs)
             x = attention(x)
             outputs.append(x[0])
         return outputs
