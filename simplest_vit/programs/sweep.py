@@ -24,7 +24,6 @@ from typing import IO, Any
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.analysis.report import table
 from simplest_vit.analysis.runs import Group, Run, find_runs
 from simplest_vit.config import flatten
 from simplest_vit.errors import Interrupted, UserError
@@ -213,6 +212,8 @@ class _Process(subprocess.Popen[str]):
 
 def summary(points: list[Point]) -> str:
     """A Markdown table of the points, the highest mean accuracy first; points without a finished run last."""
+    from simplest_vit.analysis.report import table  # imported here, for figures take a second to import
+
     body = []
     for point in points:
         finished = [folder for folder in point.workdirs if (folder / RESULTS).exists()]
