@@ -6,6 +6,7 @@ from simplest_vit import cli
 from simplest_vit.errors import UserError
 from simplest_vit.programs import evaluate, predict, processes, train
 
+_USAGE = __doc__.split(": ", 1)[1]
 MODES = {"train": train.train, "evaluate": evaluate.evaluate, "predict": predict.predict}
 
 _MODE = flags.DEFINE_enum(
@@ -21,6 +22,8 @@ flags.adopt_module_key_flags(processes)
 def _main(arguments: list[str]) -> None:
     if arguments and _MODE.value != "predict":
         raise UserError(f"unexpected argument {arguments[0]!r}; every option is a --flag")
+    if _MODE.value != "predict" and not flags.FLAGS[cli.CONFIG.name].present:
+        raise UserError(f"--config is missing; usage: {_USAGE}")
     for flag in (processes.COORDINATOR_ADDRESS, processes.NUM_PROCESSES, processes.PROCESS_ID):
         if flag.present and _MODE.value == "predict":
             raise UserError(f"--{flag.name} is not for --mode=predict, which is one process; leave it out")
@@ -28,4 +31,4 @@ def _main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage=__doc__.split(": ", 1)[1], positional=True)
+    cli.run(_main, _USAGE, required=("workdir",), positional=True)

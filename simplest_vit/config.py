@@ -94,6 +94,7 @@ FIELDS = {
     ),
     "eval_every": Field(240, _integer(1), "steps between two evaluations"),
     "checkpoint_every": Field(240, _integer(1), "steps between two checkpoints; each is evaluated"),
+    "checkpoint_minutes": Field(None, _optional(_positive(1e6)), "at most so long without a checkpoint, at a report"),
     "log_every": Field(24, _integer(1), "steps between two lines of progress"),
     "sam.rho": Field(0.0, _number(0, 100), "sharpness-aware minimization: radius; 0: off, 0.05 is the reference's"),
     "sam.every": Field(1, _integer(1), "steps between two that are sharpness-aware"),

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.data.augment import normalize
-from simplest_vit.data.decode import resize_and_centre_crop
+from simplest_vit.data.decode import eval_image
 from simplest_vit.errors import UserError
-from simplest_vit.training.restored import restore_best
-from simplest_vit.training.workdir import check_workdir
+from simplest_vit.training.run import Run, restore_best
 
 # Images computed at once.
 _BATCH = 64
@@ -24,47 +23,44 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", "
 Prediction = dict[str, Any]
 
 
-def predict(config: Any, workdir: str, images: list[str], rollout_dir: str | None = None) -> list[Prediction]:
-    """Classify images, prepared as the validation split is.
+def predict(
+    workdir: str, images: list[str], rollout_dir: str | None = None, config: Any = None
+) -> Iterator[Prediction]:
+    """Classify images, prepared as the validation split is; of them, a batch at a time is in memory.
 
     Args:
-      config: The run's config.
-      workdir: The run's folder.
+      workdir: The run's folder, which is all that is needed.
       images: Files, and folders whose images are meant.
       rollout_dir: Folder for a picture of the attention over each image, or None.
+      config: None for the run's own; another is refused.
 
     Returns:
-      For each image `image`, its path, and `top`, the five most probable classes as `class` and `probability`.
+      For each image `image`, its path, and `top`, the five most probable classes as `class` and `probability`; as soon
+      as they are known.
 
     Raises:
-      UserError: If the config does not fit, there is no checkpoint, or a file is no image.
+      UserError: If there is no checkpoint, it is one of another config, or a file is no image.
     """
-    check_workdir(workdir, config.to_dict())
     files = find_images(images)
-    dataset = input_pipeline.load(config.data)
-    pixels = np.stack([_read(file, dataset, config) for file in files])
-    model, _ = restore_best(config, workdir, dataset)
-    graphdef, state = nnx.split(model)
-    classify = jax.jit(lambda state, image: nnx.merge(graphdef, state)(image))
-    batches = [
-        normalize(jnp.asarray(pixels[start : start + _BATCH]), dataset.mean, dataset.std)
-        for start in range(0, len(files), _BATCH)
-    ]
-    logits = np.concatenate([classify(nnx.as_pure(state), batch) for batch in batches])
-    probability = np.asarray(jax.nn.softmax(logits, axis=-1))
-    top = np.argsort(-probability, axis=-1)[:, :_TOP]
-    predictions = [
-        {"image": str(file), "top": [{"class": dataset.class_names[k], "probability": float(p[k])} for k in best]}
-        for file, p, best in zip(files, probability, top, strict=True)
-    ]
-    if rollout_dir is not None:
-        # Imported here, for pictures take a second to import.
-        from simplest_vit.analysis.attention_rollout import attention_rollout
-        from simplest_vit.analysis.rollout_figure import save_rollouts
+    run, state = restore_best(workdir, config)
+    model = run.model(state)
+    graphdef, arrays = nnx.split(model)
+    classify = jax.jit(lambda arrays, image: jax.nn.softmax(nnx.merge(graphdef, arrays)(image), axis=-1))
+    for first in range(0, len(files), _BATCH):
+        batch = files[first : first + _BATCH]
+        pixels = np.stack([_read(file, run) for file in batch])
+        image = normalize(jnp.asarray(pixels), run.data.mean, run.data.std)
+        # The last one is padded, for another size would be compiled anew.
+        padded = jnp.pad(image, ((0, (_BATCH if len(files) > _BATCH else len(batch)) - len(batch)), *[(0, 0)] * 3))
+        probability = np.asarray(classify(nnx.as_pure(arrays), padded))[: len(batch)]
+        predictions = [_prediction(file, p, run.data.class_names) for file, p in zip(batch, probability, strict=True)]
+        if rollout_dir is not None:
+            # Imported here, for pictures take a second to import.
+            from simplest_vit.analysis.attention_rollout import attention_rollout
+            from simplest_vit.analysis.rollout_figure import save_rollouts
 
-        shares = np.concatenate([attention_rollout(model, batch) for batch in batches])
-        save_rollouts(rollout_dir, predictions, pixels, shares)
-    return predictions
+            save_rollouts(rollout_dir, predictions, pixels, attention_rollout(model, image), first)
+        yield from predictions
 
 
 def find_images(paths: list[str]) -> list[pathlib.Path]:
@@ -90,28 +86,27 @@ def find_images(paths: list[str]) -> list[pathlib.Path]:
     return files
 
 
-def _read(file: pathlib.Path, dataset: input_pipeline.Dataset, config: Any) -> np.ndarray:
-    """Pixels of a file, uint8 [H, W, C], resized and cropped as the validation split is."""
-    size, _, channels = dataset.image_shape
-    resize = round(size * 256 / 224) if config.data.get("random_resized_crop", False) else size
+def _read(file: pathlib.Path, run: Run) -> np.ndarray:
+    """Pixels of a file, uint8 [H, W, C]."""
     try:
-        return resize_and_centre_crop(file.read_bytes(), channels, resize, size)
+        return eval_image(file.read_bytes(), run.data.image_shape, run.config.data.random_resized_crop)
     except UserError as error:
         raise UserError(f"--images: {file}: {error}; remove it from the list") from error
     except OSError as error:
         raise UserError(f"--images: {file} cannot be read ({error.strerror})") from error
 
 
-def as_table(predictions: list[Prediction]) -> str:
-    """One line for each image: its path, then classes with probabilities, the most probable first."""
-    width = max(len(prediction["image"]) for prediction in predictions)
-    return "\n".join(
-        f"{prediction['image']:<{width}}  "
-        + "  ".join(f"{best['class']} {best['probability']:.1%}" for best in prediction["top"])
-        for prediction in predictions
-    )
+def _prediction(file: pathlib.Path, probability: np.ndarray, class_names: tuple[str, ...]) -> Prediction:
+    top = np.argsort(-probability)[:_TOP]
+    return {"image": str(file), "top": [{"class": class_names[k], "probability": float(probability[k])} for k in top]}
 
 
-def as_json_lines(predictions: list[Prediction]) -> str:
-    """One JSON object for each image."""
-    return "\n".join(json.dumps(prediction) for prediction in predictions)
+def as_text(prediction: Prediction) -> str:
+    """One line: the path of an image, then classes with probabilities, the most probable first."""
+    best = "  ".join(f"{best['class']} {best['probability']:.1%}" for best in prediction["top"])
+    return f"{prediction['image']}  {best}"
+
+
+def as_json(prediction: Prediction) -> str:
+    """One JSON object on one line."""
+    return json.dumps(prediction)

@@ -159,7 +159,8 @@ PREPARE = "simplest_vit prepare"
 
 # (command, expected)
 COMMANDS = [
-    ("main.py", "--config is missing; usage: python main.py"),
+    ("main.py", "--workdir is missing; usage: python main.py"),
+    ("main.py --workdir {new}/run", "--config is missing; usage: python main.py"),
     ("main.py --config configs/digits.py", "--workdir is missing; usage: "),
     ("main.py --config configs/digits.py --workdir=", "--workdir is missing; usage: "),
     ("main.py --config configs/none.py --workdir {new}/run", "No such file or directory: 'configs/none.py'"),
@@ -267,6 +268,7 @@ COMMANDS = [
     (IMPORT + " --checkpoint={old}/text.jpg --config.data.image_size=-5", "config.data.image_size=-5 must be"),
     (EXPORT, "--output is missing"),
     (EXPORT + " --output={new}/x.pth --config.data.image_size=-5", "config.data.image_size=-5 must be"),
+    (EXPORT + " --output={new}/x.pth", "holds no checkpoint; train there first"),
     (DEPTH_STUDY + " --config.data.image_size=-5", "config.data.image_size=-5 must be"),
     (DEPTH_STUDY.replace("{new}/run", "{old}/text.jpg"), "text.jpg is a file"),
     ("benchmarks.checkpoint --config configs/digits.py --config.batch_size=0", "config.batch_size=0 must be"),

@@ -1,6 +1,9 @@
 """Predictions from image files against the model on the validation split, and the rollout against its definition."""
 
+import json
+import os
 import pathlib
+import shutil
 import types
 
 import jax
@@ -10,12 +13,13 @@ from flax import nnx
 from PIL import Image
 
 import input_pipeline
+from simplest_vit import predict as predict_module
 from simplest_vit.analysis import measure, rollout_figure
 from simplest_vit.analysis.attention_rollout import attention_rollout
 from simplest_vit.errors import UserError
 from simplest_vit.interop.import_reference import import_reference
-from simplest_vit.predict import as_json_lines, as_table, find_images, predict
-from simplest_vit.training.restored import restore_best
+from simplest_vit.predict import as_json, as_text, find_images, predict
+from simplest_vit.training.run import restore_best
 from tests.tiny import tiny_config
 
 CHECKPOINT = pathlib.Path(__file__).parent / "interop" / "fixtures" / "simplest_vit.pth"
@@ -29,7 +33,9 @@ def run(tmp_path_factory):
     import_reference(config, str(folder / "run"), str(CHECKPOINT))
     dataset = input_pipeline.load(config.data)
     batch = next(input_pipeline.eval_batches(dataset, config, sharding=None, batch_size=8))
-    model, _ = restore_best(config, str(folder / "run"), dataset)
+    best, state = restore_best(str(folder / "run"))
+    model = best.model(state)
+    shutil.rmtree(folder / "tfds")  # the run remembers what it needs
     (folder / "images").mkdir()
     for i, pixels in enumerate(np.asarray(dataset.validation.images[:8])):
         Image.fromarray(pixels[..., 0]).save(folder / "images" / f"{i}.png")
@@ -44,7 +50,7 @@ def run(tmp_path_factory):
 
 
 def test_predictions_are_those_of_the_validation_split(run, tmp_path):
-    predictions = predict(run.config, run.workdir, [str(run.images)], str(tmp_path / "rollout"))
+    predictions = list(predict(run.workdir, [str(run.images)], str(tmp_path / "rollout")))
     probability = np.exp(run.logits) / np.exp(run.logits).sum(axis=1, keepdims=True)
     assert [pathlib.Path(p["image"]).name for p in predictions] == [f"{i}.png" for i in range(8)]
     for prediction, expected in zip(predictions, probability, strict=True):
@@ -52,9 +58,8 @@ def test_predictions_are_those_of_the_validation_split(run, tmp_path):
         assert [best["class"] for best in prediction["top"]] == [str(k) for k in order]
         np.testing.assert_allclose([best["probability"] for best in prediction["top"]], expected[order], rtol=1e-4)
     assert len(list((tmp_path / "rollout").glob("*.png"))) == 8
-    table = as_table(predictions).splitlines()
-    assert len(table) == len(as_json_lines(predictions).splitlines()) == 8
-    assert f"{predictions[0]['top'][0]['probability']:.1%}" in table[0]
+    assert f"{predictions[0]['top'][0]['probability']:.1%}" in as_text(predictions[0])
+    assert json.loads(as_json(predictions[0])) == predictions[0]
 
 
 def test_rollout_is_the_product_of_the_attention_matrices(run):
@@ -81,7 +86,7 @@ def test_the_rollout_figure_shows_what_was_computed():
 
 def test_an_image_of_another_size_and_mode_is_converted(run, tmp_path):
     Image.new("RGBA", (31, 20), (200, 10, 10, 255)).save(tmp_path / "colour.png")
-    (prediction,) = predict(run.config, run.workdir, [str(tmp_path / "colour.png")])
+    (prediction,) = predict(run.workdir, [str(tmp_path / "colour.png")], config=run.config)
     assert sum(best["probability"] for best in prediction["top"]) <= 1 + 1e-6
 
 
@@ -96,11 +101,11 @@ def test_mistakes_are_one_line(run, tmp_path):
     }
     for message, images in cases.items():
         with pytest.raises(UserError) as caught:
-            predict(run.config, run.workdir, images, str(tmp_path / "rollout"))
+            list(predict(run.workdir, images, str(tmp_path / "rollout")))
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="holds no checkpoint"):
-        predict(run.config, str(tmp_path / "fresh"), [str(run.images)])
+        list(predict(str(tmp_path / "fresh"), [str(run.images)]))
     assert not (tmp_path / "rollout").exists()
     assert not (tmp_path / "fresh").exists()
 
@@ -111,3 +116,34 @@ def test_files_and_folders_may_be_mixed(tmp_path):
         (tmp_path / name).touch()
     found = find_images([str(tmp_path / "b.png"), str(tmp_path / "folder")])
     assert [file.name for file in found] == ["b.png", "a.png", "z.JPG"]
+
+
+def test_many_images_are_read_a_batch_at_a_time(run, tmp_path, monkeypatch):
+    """10,000 take the memory of 64, and the first are told while the last are not read yet."""
+    read, decoded = [], predict_module.eval_image
+    monkeypatch.setattr(predict_module, "eval_image", lambda *a: [read.append(a), decoded(*a)][1])
+    (tmp_path / "images").mkdir()
+    for i in range(130):
+        shutil.copy(run.images / f"{i % 8}.png", tmp_path / "images" / f"{i:03d}.png")
+    predictions = predict(run.workdir, [str(tmp_path / "images")], str(tmp_path / "rollout"))
+    first = next(predictions)
+    assert len(read) == 64
+    rest = [first, *predictions]
+    assert len(rest) == len(read) == len(list((tmp_path / "rollout").glob("*.png"))) == 130
+    for i, prediction in enumerate(rest):
+        for best, expected in zip(prediction["top"], rest[i % 8]["top"], strict=True):
+            np.testing.assert_allclose(best["probability"], expected["probability"], rtol=1e-4)
+
+
+def test_nothing_is_written_to_a_run_that_may_only_be_read(run, monkeypatch):
+    allows = lambda path, mode: not mode & os.W_OK  # noqa: E731
+    monkeypatch.setattr(os, "access", allows)
+    before = {path: path.stat().st_mtime_ns for path in pathlib.Path(run.workdir).rglob("*")}
+    assert len(list(predict(run.workdir, [str(run.images)]))) == 8
+    assert before == {path: path.stat().st_mtime_ns for path in pathlib.Path(run.workdir).rglob("*")}
+
+
+def test_another_config_is_refused(run):
+    other = tiny_config(seed=1)
+    with pytest.raises(UserError, match=r"holds another run: its config.seed is 3407, now 1"):
+        next(predict(run.workdir, [str(run.images)], config=other))

@@ -5,6 +5,20 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import digits
+from simplest_vit.data.dataset import DatasetInfo
+
+# What a run must know of digits.
+DIGITS = DatasetInfo(
+    name="digits",
+    version="1.0.0",
+    train_size=1437,
+    validation_size=360,
+    class_names=tuple("0123456789"),
+    image_shape=(8, 8, 1),
+    mean=(0.3058,),
+    std=(0.3761,),
+    fingerprint="",
+)
 
 
 def tiny_config(arguments: str | None = "optimizer=adam", **overrides: Any) -> ConfigDict:

@@ -9,14 +9,17 @@ from simplest_vit.analysis import figures
 from simplest_vit.errors import UserError
 
 
-def save_rollouts(folder: str, predictions: list[dict[str, Any]], pixels: np.ndarray, shares: np.ndarray) -> None:
+def save_rollouts(
+    folder: str, predictions: list[dict[str, Any]], pixels: np.ndarray, shares: np.ndarray, first: int = 0
+) -> None:
     """Write one PNG for each image: the image as the model sees it, beside it the share of each patch.
 
     Args:
-      folder: Where to; created if missing. Files are numbered in the order of the images.
+      folder: Where to; created if missing. Files are numbered in the order of the images, from `first` on.
       predictions: From `predict`.
       pixels: uint8 [N, H, W, C].
       shares: float32 [N, rows, columns], from `attention_rollout`.
+      first: Number of the first file.
 
     Raises:
       UserError: If the folder cannot be written.
@@ -24,7 +27,7 @@ def save_rollouts(folder: str, predictions: list[dict[str, Any]], pixels: np.nda
     try:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         for i, prediction in enumerate(predictions):
-            name = f"{i:04d}_{pathlib.Path(prediction['image']).stem}.png"
+            name = f"{first + i:04d}_{pathlib.Path(prediction['image']).stem}.png"
             with figures.style():
                 draw_rollout(prediction, pixels[i], shares[i]).savefig(pathlib.Path(folder, name))
     except OSError as error:

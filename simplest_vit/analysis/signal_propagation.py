@@ -24,7 +24,7 @@ from simplest_vit.analysis.signals import Signals, analyse, initial_models
 from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import model_arguments
-from simplest_vit.training.restored import restore_best
+from simplest_vit.training.run import restore_best
 from simplest_vit.training.workdir import check_workdir
 from simplest_vit.training.writers import SummaryWriter
 
@@ -69,8 +69,8 @@ def signal_propagation(
     own = name_of(config.model)
     results = []
     if trained:
-        model, _ = restore_best(config, workdir, dataset)
-        results.append(analyse(f"{own}, trained", [model], config.model, image, label))
+        run, state = restore_best(workdir, config)
+        results.append(analyse(f"{own}, trained", [run.model(state)], config.model, image, label))
     for name in dict.fromkeys([own, *CONTRASTS]):
         log.info("signal propagation: %s", name)
         variant = with_contrast(config, name) if name in CONTRASTS else config

@@ -56,7 +56,7 @@ def from_reference(
 
     Args:
       config: `config.model`.
-      abstract: Shapes of the state, from `restored.describe_state`.
+      abstract: Shapes of the state, from `Run.abstract`.
       checkpoint: The file.
       image_shape: Height, width and channels.
 

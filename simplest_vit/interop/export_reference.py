@@ -1,6 +1,6 @@
 """Writes the best checkpoint of a run as a `.pth` file that the PyTorch reference loads.
 
-python -m simplest_vit.interop.export_reference --config configs/cifar10.py --workdir runs/cifar10 --output model.pth
+python -m simplest_vit.interop.export_reference --workdir runs/cifar10 --output model.pth
 """
 
 import collections
@@ -12,33 +12,29 @@ from typing import Any
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import to_reference
-from simplest_vit.training.restored import restore_best
-from simplest_vit.training.workdir import check_workdir
+from simplest_vit.training.run import restore_best
 
 
-def export_reference(config: Any, workdir: str, output: str) -> None:
+def export_reference(workdir: str, output: str, config: Any = None) -> None:
     """Write `output` with the reference's `model_state_dict`: the parameters to evaluate and E-SPA's constants.
 
     Args:
-      config: The run's config.
-      workdir: The run's folder.
+      workdir: The run's folder, which is all that is needed.
       output: The file; replaced if it exists.
+      config: None for the run's own; another is refused.
 
     Raises:
       UserError: If the config does not fit, the run has no checkpoint, the reference has no such model, PyTorch is
         missing, or the file cannot be written.
     """
-    check_workdir(workdir, config.to_dict())
     if importlib.util.find_spec("torch") is None:
         raise UserError("writing a .pth file needs PyTorch; install it: pip install 'simplest-vit[torch]'")
     import torch
 
-    dataset = input_pipeline.load(config.data)
-    _, state = restore_best(config, workdir, dataset)
-    arrays = to_reference(config.model, state)
+    run, state = restore_best(workdir, config)
+    arrays = to_reference(run.config.model, state)
     tensors = collections.OrderedDict((name, torch.from_numpy(array.copy())) for name, array in arrays.items())
     path = pathlib.Path(output)
     temporary = path.with_name(path.name + ".tmp")
@@ -56,11 +52,11 @@ def main() -> None:
 
     def program(arguments: list[str]) -> None:
         del arguments
-        export_reference(cli.CONFIG.value, str(cli.WORKDIR.value), str(output.value))
+        export_reference(str(cli.WORKDIR.value), str(output.value), cli.CONFIG.value)
         print(output.value)
 
-    usage = "python -m simplest_vit.interop.export_reference --config FILE --workdir FOLDER --output FILE.pth"
-    cli.run(program, usage, required=("config", "workdir", "output"))
+    usage = "python -m simplest_vit.interop.export_reference --workdir FOLDER --output FILE.pth"
+    cli.run(program, usage, required=("workdir", "output"))
 
 
 if __name__ == "__main__":

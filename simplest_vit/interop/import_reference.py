@@ -10,17 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.data import pipeline as input_pipeline
+from simplest_vit.data import pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import from_reference
 from simplest_vit.interop.torch_file import Checkpoint
-from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
-from simplest_vit.training.restored import describe_state
+from simplest_vit.training.run import build
 from simplest_vit.training.state import TrainState
 from simplest_vit.training.workdir import check_workdir, claim_workdir
 
@@ -44,22 +42,21 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
     if (folder / "checkpoints").exists():
         raise UserError(f"--workdir={workdir} already holds a run; choose another folder")
     source = Checkpoint(path)
-    dataset = input_pipeline.load(config.data)
-    _, abstract = describe_state(config, dataset)
-    params, constants = from_reference(config.model, abstract, source, dataset.image_shape)
+    run = build(config, pipeline.load(config.data).info)
+    params, constants = from_reference(config.model, run.abstract, source, run.data.image_shape)
     params, constants = jax.device_put((params, constants))
     state = TrainState(
         step=jnp.int32(_STEP),
         params=params,
         constants=constants,
-        opt_state=jax.jit(create_optimizer(config, optax.constant_schedule(0.0)).init)(params),
+        opt_state=jax.jit(run.tx.init)(params),
         ema_params=params if config.ema.decay else None,
         skipped_steps=jnp.int32(0),
         skipped_in_a_row=jnp.int32(0),
     )
     # Not evaluated yet: any later checkpoint of this run counts as better.
     progress = AT_THE_START | {"evaluated_step": _STEP}
-    with claim_workdir(folder, config.to_dict()), Checkpoints(folder, create=True) as checkpoints:
+    with claim_workdir(folder, config.to_dict(), run.data), Checkpoints(folder, create=True) as checkpoints:
         checkpoints.save(state, progress, _STEP)
 
 

@@ -1,6 +1,6 @@
 """Classifies images with the best checkpoint of a run.
 
-simplest-vit predict --config my_config.py --workdir runs/mine --images photo.jpg folder/
+simplest-vit predict --workdir runs/mine --images photo.jpg folder/
 """
 
 from absl import flags
@@ -8,7 +8,7 @@ from absl import flags
 from simplest_vit import cli
 
 IMAGES = flags.DEFINE_multi_string("images", [], "For predict: image files and folders; more may follow the first.")
-JSON = flags.DEFINE_bool("json", False, "For predict: print JSON lines instead of a table.")
+JSON = flags.DEFINE_bool("json", False, "For predict: print JSON lines instead of text.")
 ROLLOUT = flags.DEFINE_string("attention_rollout", None, "For predict: folder for a picture of attention an image.")
 
 
@@ -17,10 +17,10 @@ def predict(arguments: list[str]) -> None:
     from simplest_vit import predict
 
     images = [*IMAGES.value, *arguments]
-    predictions = predict.predict(cli.CONFIG.value, str(cli.WORKDIR.value), images, ROLLOUT.value)
-    print(predict.as_json_lines(predictions) if JSON.value else predict.as_table(predictions))
+    for prediction in predict.predict(str(cli.WORKDIR.value), images, ROLLOUT.value, cli.CONFIG.value):
+        print(predict.as_json(prediction) if JSON.value else predict.as_text(prediction), flush=True)
 
 
 def main() -> None:
     """Run as a program."""
-    cli.run(predict, "simplest-vit predict --config FILE --workdir FOLDER --images FILE...", positional=True)
+    cli.run(predict, "simplest-vit predict --workdir FOLDER --images FILE...", required=("workdir",), positional=True)

@@ -1,6 +1,7 @@
 """The checkpoints of a run: asynchronous, atomic, numbered by step, proved by checksums when they are read."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ import pathlib
 import re
 import shutil
 import sys
+import tempfile
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
@@ -27,9 +29,10 @@ log = logging.getLogger("simplest_vit")
 # Facts of the run that a resume goes on with, beside the arrays: plain JSON.
 Progress = dict[str, Any]
 AT_THE_START: Progress = {
-    "best_validation_accuracy": 0.0,  # of all evaluations; not each of them has a checkpoint
+    "best_validation_accuracy": 0.0,  # of the checkpoints in turn, those that an interruption leaves not among them
     "evaluated_step": 0,
-    "unreported": [],  # what the steps since the last report returned: an interruption leaves no gap between reports
+    "ranked_step": 0,  # the last that was saved in turn, and evaluated: only such can be the best
+    "unreported": {},  # sums over the steps since the last report: an interruption leaves no gap between reports
     "wall_time_s": 0.0,
 }
 
@@ -48,8 +51,11 @@ class Checkpoints:
 
         Raises:
           CheckpointError: If the folder cannot be made.
+          UserError: If there is nothing to read.
         """
         self.directory = workdir.absolute() / "checkpoints"
+        if not create and not self.directory.is_dir():
+            raise UserError(f"--workdir={workdir} holds no checkpoint; train there first, or name another folder")
         self._writable = create
         self._best = _Best()
         self._saving: tuple[int, Progress] = (-1, AT_THE_START)
@@ -63,7 +69,18 @@ class Checkpoints:
         )
         with self._told("cannot be opened"):
             handlers = {"state": ocp.StandardCheckpointHandler()}
-            self._manager = _Manager(self.directory, options=options, item_handlers=handlers)
+            self._manager = _Manager(self._alias(), options=options, item_handlers=handlers)
+
+    def _alias(self) -> pathlib.Path:
+        """A path of the folder that Orbax, which looks for files by patterns, does not take for one itself."""
+        if glob.escape(str(self.directory)) == str(self.directory):
+            return self.directory
+        self._alias_folder = tempfile.TemporaryDirectory(prefix="simplest-vit-")
+        alias = pathlib.Path(self._alias_folder.name, "checkpoints")
+        if self._writable:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        alias.symlink_to(self.directory)
+        return alias
 
     def __enter__(self) -> Self:
         return self
@@ -90,10 +107,10 @@ class Checkpoints:
         """Find the newest checkpoint that is whole; damaged ones behind it are told, and set aside where we may write.
 
         Returns:
-          Its step, or None if there is no checkpoint.
+          Its step, or None if there is no checkpoint yet.
 
         Raises:
-          UserError: If all are damaged.
+          UserError: If all are damaged, or there is none to read.
         """
         step = distributed.from_primary(lambda: self._first_whole(reversed(self.steps())))
         self._manager.reload()
@@ -182,8 +199,8 @@ class Checkpoints:
         """What the best checkpoint has most of: accuracy, if it was evaluated, and steps."""
         try:
             progress = self._saving[1] if step == self._saving[0] else self.progress(step)
-            evaluated = progress["evaluated_step"] == step
-            return (progress.get("validation_accuracy", -1.0) if evaluated else -1.0), step
+            ranked = progress["ranked_step"] == step
+            return (progress.get("validation_accuracy", -1.0) if ranked else -1.0), step
         except (OSError, LookupError, TypeError, ValueError):  # damaged
             return -1.0, step
 
@@ -208,6 +225,8 @@ class Checkpoints:
                 self._damaged |= damages.keys()
                 return step
             damages[step] = damage
+        if not self._writable and not damages:
+            raise UserError(f"{self.directory} holds no finished checkpoint; go on training there first")
         if damages:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damages.items())
             raise UserError(

@@ -1,6 +1,12 @@
-"""Loss and accuracy as sums and counts, so that parts add up to the whole whatever their sizes."""
+"""What a run tells of itself: sums over examples, the steps between two reports, and lines of progress.
 
+Loss and accuracy are sums and counts, so that parts add up to the whole whatever their sizes.
+"""
+
+import datetime
 import math
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,8 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from simplest_vit.errors import TrainingError
+
 # `loss` and `correct` are sums over examples, `count` the sum of their weights; all float32 [].
 Sums = dict[str, jax.Array]
+
+# Steps that may wait on the device: enough to keep it busy, few enough that their batches fit beside the model.
+_STEPS_IN_FLIGHT = 2
+_SUMS = ("loss", "correct", "count")
+_NOT_GAUGES = (*_SUMS, "skipped_steps", "skipped_in_a_row")
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -47,7 +60,133 @@ def classification_sums(logits: jax.Array, label: jax.Array, weight: jax.Array, 
     }
 
 
+def add_sums(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Add sums up, in float64 on the host."""
+    return {name: math.fsum(float(part[name]) for part in parts) for name in _SUMS}
+
+
 def mean_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean `loss` and `accuracy` over all examples of some sums, in float64 on the host."""
-    loss, correct, count = (math.fsum(float(part[name]) for part in parts) for name in ("loss", "correct", "count"))
-    return {"loss": loss / count, "accuracy": correct / count}
+    """Mean `loss` and `accuracy` over all examples of some sums."""
+    total = add_sums(parts)
+    return {"loss": total["loss"] / total["count"], "accuracy": total["correct"] / total["count"]}
+
+
+def check_finite(values: dict[str, Any], step: int) -> None:
+    """Stop a run whose validation loss is no longer a number.
+
+    Raises:
+      TrainingError: Names the metric and the step.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{name} is not finite at step {step}: the run stops, its last checkpoint is intact; "
+                "lower config.optimizer.learning_rate or set config.grad_clip, in a new --workdir"
+            )
+
+
+class Meter:
+    """Collects what training steps return, without waiting for them, until it is asked to report."""
+
+    def __init__(self, batch_size: int, max_skipped_steps: int, earlier: Mapping[str, float] | None = None):
+        """Start with nothing but the sums of an interrupted run since its last report (`unreported`)."""
+        self._batch_size = batch_size
+        self._max_skipped_steps = max_skipped_steps
+        self._earlier = [earlier] if earlier else []
+        self._steps: list[Sums] = []
+        self._step_times: list[float] = []
+        self._compiled = False
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock, behind anything that is not training."""
+        self._start = time.monotonic()
+
+    def add(self, metrics: Sums) -> None:
+        """Add the metrics of a step that may still be running."""
+        self._steps.append(metrics)
+        if len(self._steps) > _STEPS_IN_FLIGHT:
+            jax.block_until_ready(self._steps[-1 - _STEPS_IN_FLIGHT])
+
+    def unreported(self) -> dict[str, float]:
+        """Sum the steps since the last report, for a checkpoint; empty if there is none."""
+        steps = [*self._earlier, *jax.device_get(self._steps)]
+        worst = max((int(metrics["skipped_in_a_row"]) for metrics in steps), default=0)
+        return {**add_sums(steps), "skipped_in_a_row": worst} if steps else {}
+
+    def report(self, step: int) -> dict[str, float]:
+        """Wait for the steps since the last report, of which there is one at least, and sum them up.
+
+        Args:
+          step: Number of the last step added.
+
+        Returns:
+          `train_loss` and `train_accuracy` over the steps that were not skipped, the other metrics of the last of them
+          under their names (all these are missing where every step was skipped), `skipped_steps` since the run began,
+          `step_time` in seconds, `steps_per_second`, `images_per_second`.
+
+        Raises:
+          TrainingError: If as many steps in a row were skipped as are allowed.
+        """
+        total = self.unreported()
+        steps = [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(self._steps)]
+        step_time = (time.monotonic() - self._start) / len(steps)
+        if self._compiled:
+            self._step_times.append(step_time)
+        self._compiled = True
+        self._earlier, self._steps = [], []
+        self.start()
+        if total["skipped_in_a_row"] >= self._max_skipped_steps:
+            raise TrainingError(
+                f"{self._max_skipped_steps} steps in a row up to step {step} were skipped, for their loss or gradient "
+                "is not finite: the run stops, its last checkpoint is intact; lower config.optimizer.learning_rate or "
+                "set config.grad_clip, in a new --workdir"
+            )
+        gauges = {"skipped_steps": steps[-1]["skipped_steps"]}
+        if made := [metrics for metrics in steps if metrics["count"]]:
+            gauges |= {name: value for name, value in made[-1].items() if name not in _NOT_GAUGES}
+        if total["count"]:
+            mean = mean_metrics([total])
+            gauges |= {"train_loss": mean["loss"], "train_accuracy": mean["accuracy"]}
+        return gauges | {
+            "step_time": step_time,
+            "steps_per_second": 1 / step_time,
+            "images_per_second": self._batch_size / step_time,
+        }
+
+    @property
+    def step_time_median(self) -> float | None:
+        """Median over the reports of the seconds for a step, less the first, which compiles; None without another."""
+        return statistics.median(self._step_times) if self._step_times else None
+
+
+def train_line(step: int, total_steps: int, scalars: dict[str, Any]) -> str:
+    """Describe the steps since the last report.
+
+    Args:
+      step: Steps made.
+      total_steps: Steps of the run.
+      scalars: `epoch` and what `Meter.report` returns.
+
+    Returns:
+      The line.
+    """
+    eta = datetime.timedelta(seconds=round((total_steps - step) * scalars["step_time"]))
+    skipped = f"skipped {scalars['skipped_steps']:.0f} steps  " if scalars["skipped_steps"] else ""
+    metrics = (
+        f"loss {scalars['train_loss']:.4f}  accuracy {scalars['train_accuracy']:.2%}  "
+        if "train_loss" in scalars
+        else ""
+    )
+    return (
+        f"step {step}/{total_steps} ({step / total_steps:.1%})  epoch {scalars['epoch']:.1f}  {metrics}{skipped}"
+        f"{scalars['steps_per_second']:.4g} steps/s  {scalars['images_per_second']:.4g} images/s  ETA {eta}"
+    )
+
+
+def validation_line(step: int, progress: dict[str, Any]) -> str:
+    """Describe an evaluation."""
+    return (
+        f"step {step}  validation loss {progress['validation_loss']:.4f}  "
+        f"accuracy {progress['validation_accuracy']:.2%}  best {progress['best_validation_accuracy']:.2%}"
+    )

@@ -10,8 +10,9 @@ import time
 import jax
 import numpy as np
 
-from simplest_vit.training import loop
 from simplest_vit.training.checkpoint import Checkpoints
+from simplest_vit.training.run import build
+from simplest_vit.training.workdir import read_run
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -84,9 +85,8 @@ class Run:
     def end(self):
         """The last state and what is said of it, without times and commit: equal for runs that went the same way."""
         with Checkpoints(self.workdir, create=False) as checkpoints:
-            state, progress = checkpoints.restore(
-                loop._Run(self.config, str(self.workdir)).abstract, checkpoints.newest()
-            )
+            _, config, data = read_run(str(self.workdir))
+            state, progress = checkpoints.restore(build(config, data).abstract, checkpoints.newest())
             best = checkpoints.best()
         results = json.loads((self.workdir / "results.json").read_text())
         times = {"wall_time_s", "step_time_median_s", "images_per_second", "commit"}

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.interop.import_reference import import_reference
 from simplest_vit.interop.torch_file import Checkpoint
 from simplest_vit.training import loop
-from simplest_vit.training.restored import restore_best
+from simplest_vit.training.run import restore_best
 from tests.tiny import tiny_config
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -39,7 +38,8 @@ def config_of(name, data_dir, **overrides):
 def test_an_imported_checkpoint_gives_the_logits_of_pytorch(tmp_path, data_dir, name):
     config = config_of(name, data_dir, ema__decay=0.9)
     import_reference(config, str(tmp_path), str(FIXTURES / f"{name}.pth"))
-    model, state = restore_best(config, str(tmp_path), input_pipeline.load(config.data))
+    run, state = restore_best(str(tmp_path))
+    model = run.model(state)
     expected = np.load(FIXTURES / "expected.npz")
     np.testing.assert_allclose(model(jnp.asarray(expected["image"])), expected[name], rtol=1e-5, atol=1e-5)
     assert state.step == 1
@@ -63,7 +63,7 @@ def test_there_and_back_is_the_same_file(tmp_path, data_dir, name):
 
     config = config_of(name, data_dir)
     import_reference(config, str(tmp_path / "run"), str(FIXTURES / f"{name}.pth"))
-    export_reference(config, str(tmp_path / "run"), str(tmp_path / "back.pth"))
+    export_reference(str(tmp_path / "run"), str(tmp_path / "back.pth"))
     first, back = Checkpoint(FIXTURES / f"{name}.pth"), Checkpoint(tmp_path / "back.pth")
     assert first.tensors.keys() == back.tensors.keys()
     for tensor in first.tensors:

@@ -30,7 +30,7 @@ def abstract():
 
 
 def evaluated(step, accuracy):
-    return AT_THE_START | {"evaluated_step": step, "validation_accuracy": accuracy}
+    return AT_THE_START | {"evaluated_step": step, "ranked_step": step, "validation_accuracy": accuracy}
 
 
 def save(workdir, accuracies):

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import input_pipeline
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError
 from simplest_vit.training import loop
+from simplest_vit.training import run as run_module
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.interrupt import Interruption
-from simplest_vit.training.restored import restore_best
+from simplest_vit.training.run import build, restore_best
 from simplest_vit.training.sharding import create_mesh
+from simplest_vit.training.workdir import read_run
 from tests.tiny import tiny_config
 
 RESULT_KEYS = {
@@ -50,10 +51,14 @@ def finished(tmp_path_factory, data_dir):
     return workdir, loop.train_and_evaluate(tiny_config(data__dir=data_dir, ema__decay=0.9), str(workdir))
 
 
-def final_arrays(workdir, data_dir):
-    run = loop._Run(tiny_config(data__dir=data_dir, ema__decay=0.9), str(workdir))
+def abstract_of(workdir):
+    _, config, data = read_run(str(workdir))
+    return build(config, data).abstract
+
+
+def final_arrays(workdir):
     with Checkpoints(pathlib.Path(workdir), create=False) as checkpoints:
-        state, progress = checkpoints.restore(run.abstract, checkpoints.newest())
+        state, progress = checkpoints.restore(abstract_of(workdir), checkpoints.newest())
     return jax.tree.map(np.asarray, state), progress
 
 
@@ -97,27 +102,27 @@ def test_evaluation_takes_devices_that_do_not_divide_the_batch(finished, data_di
 
 def test_an_interrupted_run_ends_bit_equal(finished, data_dir, tmp_path, monkeypatch):
     config = tiny_config(data__dir=data_dir, ema__decay=0.9)
-    evaluate = loop._Run.evaluate
+    validate = loop.validate
     calls = []
 
-    def interrupted(self, state, interruption):
+    def interrupted(run, dataset, state, interruption):
         calls.append(int(state.step))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return evaluate(self, state, interruption)
+        return validate(run, dataset, state, interruption)
 
-    monkeypatch.setattr(loop._Run, "evaluate", interrupted)
+    monkeypatch.setattr(loop, "validate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loop.train_and_evaluate(config, str(tmp_path))
     assert not (tmp_path / "results.json").exists()
     loop.train_and_evaluate(config, str(tmp_path))
     assert calls == [3, 6, 6], "the second call must go on from step 3"
-    assert_same_end(tmp_path, finished, data_dir)
+    assert_same_end(tmp_path, finished)
 
 
-def assert_same_end(workdir, finished, data_dir):
+def assert_same_end(workdir, finished):
     """Two runs end with the same state and, times aside, the same progress and results."""
-    (expected, expected_progress), (actual, progress) = (final_arrays(w, data_dir) for w in (finished[0], workdir))
+    (expected, expected_progress), (actual, progress) = map(final_arrays, (finished[0], workdir))
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
     assert progress | {"wall_time_s": 0} == expected_progress | {"wall_time_s": 0}
     results = json.loads((workdir / "results.json").read_text())
@@ -131,7 +136,7 @@ def assert_same_end(workdir, finished, data_dir):
 def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(finished, data_dir, tmp_path, monkeypatch, when):
     config = tiny_config(data__dir=data_dir, ema__decay=0.9)
     kind, step = (when + " 0").split()[:2]
-    make_train_step, evaluate = loop.make_train_step, loop._Run.evaluate
+    make_train_step, validate = run_module.make_train_step, loop.validate
 
     def signalled(make):
         def step_then_signal(state, batch):
@@ -149,10 +154,10 @@ def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(finished, da
         while not noted[0].pending and time.monotonic() < deadline:
             time.sleep(0.001)
 
-    def evaluate_and_signal(self, state, interruption):
+    def validate_and_signal(run, dataset, state, interruption):
         if kind == "evaluation" and int(state.step) == int(step):
             send()
-        return evaluate(self, state, interruption)
+        return validate(run, dataset, state, interruption)
 
     noted = []
 
@@ -164,21 +169,21 @@ def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(finished, da
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Interruption", Noted)
-        patch.setattr(loop._Run, "evaluate", evaluate_and_signal)
+        patch.setattr(loop, "validate", validate_and_signal)
         if kind == "start":
-            patch.setattr(loop, "make_train_step", lambda *args: [make_train_step(*args), send()][0])
+            patch.setattr(run_module, "make_train_step", lambda *args: [make_train_step(*args), send()][0])
         if kind == "step":
-            patch.setattr(loop, "make_train_step", lambda *args: signalled(make_train_step(*args)))
+            patch.setattr(run_module, "make_train_step", lambda *args: signalled(make_train_step(*args)))
         reached = f"step {step} of 6 is saved" if int(step) else "no step was made"
         with pytest.raises(Interrupted, match=f"{reached}; the same command"):
             loop.train_and_evaluate(config, str(tmp_path))
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with Checkpoints(tmp_path, create=False) as checkpoints:
-        assert checkpoints.newest() == (int(step) or None)
+        assert checkpoints.steps()[-1:] == [int(step)][: int(step)]
         if when == "evaluation 6":
             assert checkpoints.best() == 3, "what is not evaluated is not the best"
     loop.train_and_evaluate(config, str(tmp_path))
-    assert_same_end(tmp_path, finished, data_dir)
+    assert_same_end(tmp_path, finished)
     with Checkpoints(tmp_path, create=False) as checkpoints, Checkpoints(finished[0], create=False) as expected:
         assert checkpoints.best() == expected.best()
 
@@ -186,18 +191,18 @@ def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(finished, da
 def test_a_kill_while_the_interrupted_evaluation_is_saved_loses_nothing(finished, data_dir, tmp_path, monkeypatch):
     config = tiny_config(data__dir=data_dir, ema__decay=0.9)
 
-    def terminated(self, state, interruption):
+    def terminated(run, dataset, state, interruption):
         interruption.signal = signal.SIGTERM  # as if it came just now
-        return evaluate(self, state, interruption)
+        return validate(run, dataset, state, interruption)
 
     def kill_in_checkpoint(source, target):
         if pathlib.Path(target).name == "record.json":
             raise KeyboardInterrupt
         replace(source, target)
 
-    evaluate, replace = loop._Run.evaluate, os.replace
+    validate, replace = loop.validate, os.replace
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "evaluate", terminated)
+        patch.setattr(loop, "validate", terminated)
         with pytest.raises(Interrupted, match="step 3 of 6 is saved"):
             loop.train_and_evaluate(config, str(tmp_path))
     with monkeypatch.context() as patch:
@@ -207,7 +212,7 @@ def test_a_kill_while_the_interrupted_evaluation_is_saved_loses_nothing(finished
     with Checkpoints(tmp_path, create=False) as checkpoints:
         assert checkpoints.newest() == 3
     loop.train_and_evaluate(config, str(tmp_path))
-    assert_same_end(tmp_path, finished, data_dir)
+    assert_same_end(tmp_path, finished)
 
 
 def test_a_save_that_fails_while_a_signal_comes_is_not_told_as_saved(data_dir, tmp_path, monkeypatch):
@@ -231,33 +236,34 @@ def test_the_best_checkpoint_is_the_best_of_those_saved(data_dir, tmp_path, monk
     accuracies = {1: 0.2, 2: 0.9, 3: 0.6, 4: 0.8, 5: 0.7, 6: 0.5}
     config = tiny_config(data__dir=data_dir, eval_every=1)
 
-    def evaluate(self, state, interruption):
+    def validate(run, dataset, state, interruption=None):
         return {"validation_loss": 1.0, "validation_accuracy": accuracies[int(state.step)]}
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "evaluate", evaluate)
-        assert loop.train_and_evaluate(config, str(tmp_path))["best_validation_accuracy"] == 0.9
-    evaluated = loop.evaluate(config, str(tmp_path))
+        patch.setattr(loop, "validate", validate)
+        outcome = loop.train_and_evaluate(config, str(tmp_path))
+        evaluated = loop.evaluate(config, str(tmp_path))
+    assert outcome["best_validation_accuracy"] == evaluated["best"]["validation_accuracy"] == 0.6, "of one saved"
     assert (evaluated["latest"]["step"], evaluated["best"]["step"]) == (6, 3)
-    assert restore_best(config, str(tmp_path), input_pipeline.load(config.data))[1].step == 3
+    assert restore_best(str(tmp_path))[1].step == 3
 
 
 def test_a_finished_run_is_not_trained_again(finished, data_dir, monkeypatch):
     workdir, outcome = finished
-    monkeypatch.setattr(loop, "make_train_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(run_module, "make_train_step", lambda *_: pytest.fail("trained again"))
     again = loop.train_and_evaluate(tiny_config(data__dir=data_dir, ema__decay=0.9), str(workdir))
     assert again == json.loads(json.dumps(outcome))
 
 
 def poison(monkeypatch, is_bad):
     """Make the images of some training batches NaN."""
-    train_batches = loop.input_pipeline.train_batches
+    train_batches = loop.pipeline.train_batches
 
     def poisoned(*args, start_step, **kwargs):
         for step, batch in enumerate(train_batches(*args, start_step=start_step, **kwargs), start_step):
             yield batch | {"image": batch["image"] * np.nan} if is_bad(step) else batch
 
-    monkeypatch.setattr(loop.input_pipeline, "train_batches", poisoned)
+    monkeypatch.setattr(loop.pipeline, "train_batches", poisoned)
 
 
 def test_a_batch_that_is_not_finite_is_skipped_and_told(data_dir, tmp_path, monkeypatch):
@@ -280,7 +286,7 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_checkpoint(data_dir, t
         loop.train_and_evaluate(config, str(tmp_path))
     with Checkpoints(tmp_path, create=False) as checkpoints:
         assert checkpoints.steps() == [3]
-        state, _ = checkpoints.restore(loop._Run(config, str(tmp_path)).abstract, 3)
+        state, _ = checkpoints.restore(abstract_of(tmp_path), 3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
@@ -298,3 +304,40 @@ def test_nothing_is_written_for_a_config_that_cannot_run(data_dir, tmp_path):
     with pytest.raises(UserError, match=r"patch_size=3 does not divide"):
         loop.train_and_evaluate(tiny_config(data__dir=data_dir, model__patch_size=3), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_stays_finished_whatever_becomes_of_the_data(finished, tmp_path):
+    """Also where they are gone: the image folder that it was trained on may have been mended, or deleted."""
+    config = tiny_config(data__dir=str(tmp_path / "nothing"), ema__decay=0.9)
+    assert loop.train_and_evaluate(config, str(finished[0])) == json.loads(json.dumps(finished[1]))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_neither_training_nor_evaluation_takes_other_data(data_dir, tmp_path):
+    config = tiny_config(data__dir=data_dir, steps=1)
+    loop.train_and_evaluate(config, str(tmp_path))
+    (tmp_path / "results.json").unlink()
+    record = json.loads((tmp_path / "dataset.json").read_text())
+    assert record["train_size"] == 1437
+    (tmp_path / "dataset.json").write_text(json.dumps(record | {"train_size": 1443}))
+    for program in (loop.train_and_evaluate, loop.evaluate):
+        with pytest.raises(UserError, match=r"began with other data: their train_size was 1443, now 1437"):
+            program(config, str(tmp_path))
+
+
+def test_a_folder_with_the_signs_of_a_pattern_is_a_folder(data_dir, tmp_path):
+    workdir = tmp_path / "lr=[1] *?" / "{seed}"
+    config = tiny_config(data__dir=data_dir, steps=3)
+    outcome = loop.train_and_evaluate(config, str(workdir))
+    assert loop.evaluate(config, str(workdir))["best"]["validation_accuracy"] == outcome["validation_accuracy"]
+
+
+def test_a_checkpoint_is_saved_when_it_is_time(data_dir, tmp_path, monkeypatch):
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *a: [saved.append(a[2]), save(self, *a)])
+    config = tiny_config(data__dir=data_dir, checkpoint_minutes=1e-9)
+    outcome = loop.train_and_evaluate(config, str(tmp_path))
+    assert saved == [2, 3, 4, 6]
+    with Checkpoints(tmp_path, create=False) as checkpoints:
+        assert checkpoints.best() in (3, 6), "what is saved out of turn is not evaluated"
+    assert outcome["steps"] == 6

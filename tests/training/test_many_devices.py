@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 
 from simplest_vit.errors import UserError
-from simplest_vit.optimizers.factory import create_optimizer
-from simplest_vit.optimizers.schedules import warmup_cosine
 from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
+from simplest_vit.training.run import build
 from simplest_vit.training.sharding import batch_sharding, bytes_per_device, check_batch_size, create_mesh, memory_line
-from simplest_vit.training.state import abstract_state, create_state, state_initializer
-from simplest_vit.training.step import make_eval_step, make_train_step
-from tests.tiny import tiny_config
+from simplest_vit.training.step import make_eval_step
+from tests.tiny import DIGITS, tiny_config
 
 pytestmark = pytest.mark.slow  # two minutes of compiling for eight devices
 
-SHAPES = {"image_shape": (8, 8, 1), "num_classes": 10}
 # Name -> config argument and overrides.
 RECIPES = {
     "adam": ("optimizer=adam", {"ema__decay": 0.9, "ema__every": 2}),
@@ -40,16 +37,12 @@ class Run:
 
     def __init__(self, recipe, shape):
         argument, overrides = RECIPES[recipe]
-        self.config = tiny_config(argument, **overrides)
+        config = tiny_config(argument, steps=40, optimizer__learning_rate=3e-4, **overrides)
         self.mesh = create_mesh(shape[1], jax.devices()[: shape[0] * shape[1]])
-        self.tx = create_optimizer(self.config, warmup_cosine(3e-4, 2, 40), self.mesh)
-        self.graphdef, self.initialize = state_initializer(self.config, **SHAPES, tx=self.tx)
-        self.abstract = abstract_state(self.initialize, self.mesh)
+        self.run = build(config, DIGITS, self.mesh)
+        self.graphdef, self.abstract, self.step = self.run.graphdef, self.run.abstract, self.run.train_step
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        self.step = make_train_step(self.graphdef, self.tx, self.config, self.shardings)
-
-    def create(self):
-        return create_state(self.initialize, self.abstract)
+        self.create = self.run.create_state
 
     def batch(self, seed):
         rng = np.random.default_rng(seed)

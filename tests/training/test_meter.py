@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from simplest_vit.errors import TrainingError
-from simplest_vit.training.meter import Meter
-from simplest_vit.training.progress import train_line
+from simplest_vit.training.metrics import Meter, train_line
 
 
 def sums(loss, correct, count, grad_norm=1.0, skipped=0, in_a_row=0):
@@ -26,7 +25,7 @@ SKIPPED = {"loss": 0.0, "correct": 0.0, "count": 0.0, "grad_norm": np.nan}
 
 def test_means_are_over_examples_and_gauges_are_the_last(monkeypatch):
     clock = iter([100.0, 104.0, 104.0, 110.0, 110.0])
-    monkeypatch.setattr("simplest_vit.training.meter.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("simplest_vit.training.metrics.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     meter = Meter(batch_size=8, max_skipped_steps=3)
     meter.add(sums(8.0, 2.0, 4.0))
     meter.add(sums(1.0, 1.0, 1.0, grad_norm=3.0))
@@ -67,7 +66,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_also_behind_others():
 
 
 def test_what_an_interrupted_run_had_not_reported_is_in_the_next_report():
-    steps = [sums(8.0, 2.0, 4.0), sums(0.1, 1.0, 1.0, grad_norm=3.0), sums(**SKIPPED, skipped=1, in_a_row=1)]
+    steps = [sums(8.0, 2.0, 4.0), sums(**SKIPPED, skipped=1, in_a_row=1), sums(0.1, 1.0, 1.0, grad_norm=3.0, skipped=1)]
     whole, before = Meter(8, 3), Meter(8, 3)
     for metrics in steps:
         whole.add(metrics)
@@ -80,3 +79,13 @@ def test_what_an_interrupted_run_had_not_reported_is_in_the_next_report():
     assert {name: actual[name] for name in actual.keys() - times} == {
         name: expected[name] for name in expected.keys() - times
     }
+
+
+def test_a_row_of_skipped_steps_before_an_interruption_counts():
+    before = Meter(8, 3)
+    for in_a_row in (1, 2, 3):
+        before.add(sums(**SKIPPED, skipped=in_a_row, in_a_row=in_a_row))
+    after = Meter(8, 3, before.unreported())
+    after.add(sums(1.0, 1.0, 1.0, skipped=3))
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        after.report(4)

@@ -1,48 +1,59 @@
+import dataclasses
 import errno
 import fcntl
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from simplest_vit.errors import TrainingError, UserError
-from simplest_vit.training.workdir import check_workdir, claim_workdir, write_json, write_results
+from simplest_vit.training.workdir import VERSION, check_workdir, claim_workdir, read_run, write_json, write_results
+from tests.tiny import DIGITS, tiny_config
 
-CONFIG = {"seed": 1, "log_every": 10, "data": {"dir": None, "flip": True}}
+CONFIG = tiny_config().to_dict()
+
+
+def changed(**values):
+    return tiny_config(**values).to_dict()
 
 
 def test_a_new_folder_is_checked_without_being_made(tmp_path):
     path = check_workdir(str(tmp_path / "a" / "b"), CONFIG)
     assert not path.exists()
-    with claim_workdir(path, CONFIG):
-        assert json.loads((path / "config.json").read_text()) == CONFIG
+    with claim_workdir(path, CONFIG, DIGITS):
+        assert json.loads((path / "config.json").read_text()) == {"version": VERSION, "config": CONFIG}
+        assert json.loads((path / "dataset.json").read_text()) == DIGITS.to_json()
+    _, config, data = read_run(str(path))
+    assert (config.to_dict(), data) == (CONFIG, DIGITS)
 
 
 def test_the_same_run_may_change_how_it_is_watched(tmp_path):
-    with claim_workdir(tmp_path, CONFIG):
+    with claim_workdir(tmp_path, CONFIG, DIGITS):
         pass
-    check_workdir(str(tmp_path), CONFIG | {"log_every": 1, "data": {"dir": "/elsewhere", "flip": True}})
+    check_workdir(str(tmp_path), changed(log_every=1, data__dir="/elsewhere"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 2}, r"config.seed is 1, now 2"),
-        ({"data": {"dir": None, "flip": False}}, r"config.data.flip is True, now False"),
-        ({"new": 3}, r"config.new is None, now 3"),
+        (changed(seed=2), r"config.seed is 3407, now 2"),
+        (changed(data__flip=True), r"config.data.flip is False, now True"),
+        (CONFIG | {"new": 3}, r"config.new is None, now 3"),
     ],
 )
 def test_another_run_is_refused(tmp_path, change, message):
-    with claim_workdir(tmp_path, CONFIG), pytest.raises(UserError, match=message):
-        check_workdir(str(tmp_path), CONFIG | change)
+    with claim_workdir(tmp_path, CONFIG, DIGITS), pytest.raises(UserError, match=message):
+        check_workdir(str(tmp_path), change)
 
 
 def test_a_folder_is_for_one_process_at_a_time(tmp_path):
     claim = f"""
 from simplest_vit.training.workdir import claim_workdir
+from tests.tiny import DIGITS, tiny_config
 import pathlib, sys
-with claim_workdir(pathlib.Path({str(tmp_path)!r}), {{}}):
+with claim_workdir(pathlib.Path({str(tmp_path)!r}), tiny_config().to_dict(), DIGITS):
     print("claimed", flush=True)
     sys.stdin.read()
 """
@@ -50,11 +61,11 @@ with claim_workdir(pathlib.Path({str(tmp_path)!r}), {{}}):
         assert other.stdout.readline() == b"claimed\n"
         with (
             pytest.raises(UserError, match=r"is in use: another process trains there"),
-            claim_workdir(tmp_path, CONFIG),
+            claim_workdir(tmp_path, CONFIG, DIGITS),
         ):
             pass
         other.kill()
-    with claim_workdir(tmp_path, CONFIG):
+    with claim_workdir(tmp_path, CONFIG, DIGITS):
         pass
 
 
@@ -63,7 +74,7 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with claim_workdir(tmp_path, CONFIG):
+    with claim_workdir(tmp_path, CONFIG, DIGITS):
         assert (tmp_path / "config.json").exists()
 
 
@@ -80,7 +91,10 @@ def test_bad_folders(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             check_workdir(str(tmp_path / name), CONFIG)
-    with pytest.raises(UserError, match="cannot be written"), claim_workdir(tmp_path / "file" / "below", CONFIG):
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        claim_workdir(tmp_path / "file" / "below", CONFIG, DIGITS),
+    ):
         pass
 
 
@@ -95,3 +109,65 @@ def test_results_that_cannot_be_written_leave_nothing_behind(tmp_path):
     with pytest.raises(TrainingError, match=r"results.json cannot be written \(.*its last checkpoint is intact"):
         write_results(tmp_path, {"steps": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_run_that_another_process_began_meanwhile_is_not_taken_over(tmp_path):
+    """Between check and claim data may be prepared, for minutes."""
+    check_workdir(str(tmp_path), CONFIG)
+    with claim_workdir(tmp_path, changed(seed=2), DIGITS):
+        pass
+    with (
+        pytest.raises(UserError, match=r"holds another run: its config.seed is 2, now 3407"),
+        claim_workdir(tmp_path, CONFIG, DIGITS),
+    ):
+        pass
+    assert read_run(str(tmp_path))[1].seed == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_size": 1431}, r"their train_size was 1437, now 1431; set the data back"),
+        ({"class_names": tuple("abcdefghij")}, r"their class_names was \['0', .*, now \['a', "),
+        ({"fingerprint": "x"}, r"their fingerprint was '', now 'x'"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(tmp_path, change, message):
+    with claim_workdir(tmp_path, CONFIG, DIGITS):
+        pass
+    other = dataclasses.replace(DIGITS, **change)
+    with pytest.raises(UserError, match=message) as caught, claim_workdir(tmp_path, CONFIG, other):
+        pass
+    assert "\n" not in str(caught.value)
+    assert read_run(str(tmp_path))[2] == DIGITS
+
+
+def test_a_folder_of_an_older_version_is_refused_and_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))  # as 0.1 wrote it
+    for read in (lambda: check_workdir(str(tmp_path), CONFIG), lambda: read_run(str(tmp_path))):
+        with pytest.raises(UserError, match=r"was made by version 0.1 of this project; .* use version 0.1, or choose"):
+            read()
+
+
+def test_a_field_that_is_new_since_has_its_default(tmp_path):
+    with claim_workdir(tmp_path, CONFIG, DIGITS):
+        pass
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["config"]["model"]["remat"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    check_workdir(str(tmp_path), CONFIG)
+    assert read_run(str(tmp_path))[1].model.remat is False
+    with pytest.raises(UserError, match=r"config.model.remat is False, now True"):
+        check_workdir(str(tmp_path), changed(model__remat=True))
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """So that a power cut leaves the old file or the new one, and never an empty one."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: [events.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle)]
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b: [events.append("replace"), replace(a, b)])
+    write_json(tmp_path / "x.json", {"value": 1})
+    assert events == [str(tmp_path / "x.json.tmp"), "replace", str(tmp_path)]

@@ -1,0 +1,136 @@
+"""A run before its first step: model, optimizer, shapes and shardings of a config, its data and some devices."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from simplest_vit.data.dataset import DatasetInfo
+from simplest_vit.data.pipeline import steps_per_epoch
+from simplest_vit.models.simple_vit import SimpleViT
+from simplest_vit.models.simplest_vit import SimplestViT
+from simplest_vit.optimizers.factory import create_optimizer
+from simplest_vit.optimizers.schedules import warmup_cosine
+from simplest_vit.training.checkpoint import Checkpoints
+from simplest_vit.training.metrics import Sums
+from simplest_vit.training.sharding import create_mesh
+from simplest_vit.training.state import TrainState, abstract_state, create_state, state_initializer
+from simplest_vit.training.step import Batch, make_eval_step, make_train_step
+from simplest_vit.training.workdir import read_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What training, evaluation, prediction, interchange, analysis and benchmarks share; nothing is computed yet.
+
+    Attributes:
+      config: The config.
+      data: What is known of the data; the examples are not needed.
+      mesh: The devices.
+      total_steps: Steps of the whole run.
+      learning_rate: The schedule.
+      tx: The optimizer.
+      graphdef: The model.
+      initialize: A pure function that makes the state at step 0.
+      abstract: Shapes, dtypes and shardings of the state.
+    """
+
+    config: Any
+    data: DatasetInfo
+    mesh: Mesh
+    total_steps: int
+    learning_rate: optax.Schedule
+    tx: optax.GradientTransformation
+    graphdef: nnx.GraphDef
+    initialize: Callable[[], TrainState]
+    abstract: TrainState
+
+    def create_state(self) -> TrainState:
+        """Compute the state at step 0 on the devices."""
+        return create_state(self.initialize, self.abstract)
+
+    @functools.cached_property
+    def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+        """The jitted training step: see `make_train_step`."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
+        return make_train_step(self.graphdef, self.tx, self.config, shardings)
+
+    @functools.cached_property
+    def eval_step(self) -> Callable[[Any, Any, Batch], Sums]:
+        """The jitted evaluation step: see `make_eval_step`."""
+        return make_eval_step(self.graphdef, self.mesh)
+
+    def model(self, state: TrainState) -> SimplestViT | SimpleViT:
+        """The model with the parameters to evaluate: the average where there is one."""
+        return nnx.merge(self.graphdef, state.eval_params, state.constants)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a checkpoint is due behind this step."""
+        return step >= self.total_steps or step % self.config.checkpoint_every == 0
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether an evaluation is due behind this step."""
+        return self.is_saved(step) or step % self.config.eval_every == 0
+
+    def next_event(self, step: int) -> int:
+        """The first step behind this one that is reported, evaluated or saved."""
+        every = (self.config.log_every, self.config.eval_every, self.config.checkpoint_every)
+        return min(self.total_steps, *((step // n + 1) * n for n in every))
+
+
+def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
+    """Construct a run; there is no other way to one.
+
+    Args:
+      config: A checked config.
+      data: What is known of the data.
+      mesh: The devices; None for one.
+
+    Returns:
+      The run.
+
+    Raises:
+      UserError: If the config does not fit the data.
+    """
+    mesh = create_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+    total_steps = config.steps or max(round(config.epochs * steps_per_epoch(data, config)), 1)
+    learning_rate = warmup_cosine(config.optimizer.learning_rate, config.warmup_steps, total_steps)
+    tx = create_optimizer(config, learning_rate, mesh)
+    graphdef, initialize = state_initializer(config, image_shape=data.image_shape, num_classes=data.num_classes, tx=tx)
+    return Run(
+        config=config,
+        data=data,
+        mesh=mesh,
+        total_steps=total_steps,
+        learning_rate=learning_rate,
+        tx=tx,
+        graphdef=graphdef,
+        initialize=initialize,
+        abstract=abstract_state(initialize, mesh),
+    )
+
+
+def restore_best(workdir: str, config: Any = None) -> tuple[Run, TrainState]:
+    """Load the checkpoint with the highest validation accuracy, from a run's folder alone, onto one device.
+
+    Args:
+      workdir: The folder; nothing is written to it.
+      config: None for the run's own; another is refused.
+
+    Returns:
+      The run, whose model computes in float32, and the state.
+
+    Raises:
+      UserError: If the folder holds no checkpoint, or one of another config.
+    """
+    path, config, data = read_run(workdir, config)
+    config.compute_dtype = "float32"
+    run = build(config, data)
+    with Checkpoints(path, create=False) as checkpoints:
+        state, _ = checkpoints.restore(run.abstract, checkpoints.best() or 0)
+    return run, state
