@@ -5,6 +5,7 @@ Each row is a command line and words of its line on standard error, where {new} 
 """
 
 import io
+import json
 import os
 import pathlib
 import re
@@ -183,8 +184,11 @@ COMMANDS = [
     (DIGITS + " --mode predict", "--images is missing"),
     (DIGITS + " --mode predict --images {new}/none.jpg", "none.jpg does not exist"),
     (DIGITS + " --mode predict --images {old}/empty", "has no images"),
-    (DIGITS + " --mode predict --images {old}/text.jpg --config.data.dir={old}/data", "text.jpg: not a complete image"),
-    (DIGITS + " --mode predict --images {old}/cut.jpg --config.data.dir={old}/data", "cut.jpg: not a complete image"),
+    (DIGITS + " --mode predict --images {old}/text.jpg", "holds no checkpoint; train there first"),
+    ("main.py --workdir {old}/run --mode predict --images {old}/cut.jpg", "cut.jpg: not a complete image"),
+    (OLD + "/old_version", "was made by version 0.1 of this project"),
+    ("main.py --workdir {old}/damaged_dataset --mode predict --images {old}/cut.jpg", "dataset.json"),
+    ("main.py --workdir {old}/lost_dataset --mode predict --images {old}/cut.jpg", "dataset.json cannot be read"),
     (
         DIGITS + " --mode predict --images {old}/text.jpg --config.data.image_size=-5",
         "config.data.image_size=-5 must be",
@@ -382,8 +386,15 @@ def old(tmp_path_factory, server):
     program = ["simplest_vit.interop.import_reference", "--config", old / "tiny.py", "--workdir", old / "run"]
     code, _, error = server.run([*program, "--checkpoint", ROOT / "tests/interop/fixtures/simplest_vit.pth"])
     assert code == 0, error
-    for name in ("damaged_results", "damaged_checkpoint", "lost_checkpoint"):
+    for name in (
+        *("damaged_results", "damaged_checkpoint", "lost_checkpoint"),
+        *("old_version", "damaged_dataset", "lost_dataset"),
+    ):
         shutil.copytree(old / "run", old / name)
+    config = json.loads((old / "run/config.json").read_text())["config"]
+    (old / "old_version/config.json").write_text(json.dumps(config))
+    (old / "damaged_dataset/dataset.json").write_text("{}")
+    (old / "lost_dataset/dataset.json").unlink()
     (old / "damaged_results/results.json").write_text("{")
     for path in (old / "damaged_checkpoint/checkpoints/1/state").rglob("*"):
         if path.is_file():

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import types
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
@@ -75,8 +76,9 @@ class Checkpoints:
         """A path of the folder that Orbax, which looks for files by patterns, does not take for one itself."""
         if glob.escape(str(self.directory)) == str(self.directory):
             return self.directory
-        self._alias_folder = tempfile.TemporaryDirectory(prefix="simplest-vit-")
-        alias = pathlib.Path(self._alias_folder.name, "checkpoints")
+        folder = tempfile.mkdtemp(prefix="simplest-vit-")
+        weakref.finalize(self, shutil.rmtree, folder)
+        alias = pathlib.Path(folder, "checkpoints")
         if self._writable:
             self.directory.mkdir(parents=True, exist_ok=True)
         alias.symlink_to(self.directory)
