@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-def steps_per_epoch(dataset: Dataset, config: Any) -> int:
+def steps_per_epoch(dataset: DatasetInfo, config: Any) -> int:
     """Returns the number of full batches in the training split.
 
     Raises:
