@@ -12,13 +12,11 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 _PANEL = 32  # columns that are orthogonalized one by one
 
 
-def refresh_basis(
-    statistics: jax.Array, basis: jax.Array, options: SoapOptions
-) -> tuple[jax.Array, jax.Array]:
+def refresh_basis(statistics: jax.Array, basis: jax.Array, options: SoapOptions) -> tuple[jax.Array, jax.Array]:
     """Compute bases that are closer to the eigenvectors of the statistics.
 
-    One step of orthogonal iteration, Q <- orth(A Q): near an eigenbasis it follows slowly moving statistics, and from the
-    identity it finds one in a few refreshes. With basis='eigh' it is computed outright.
+    One step of orthogonal iteration, Q <- orth(A Q): near an eigenbasis it follows slowly moving statistics, and from
+    the identity it finds one in a few refreshes. With basis='eigh' it is computed outright.
 
     Args:
       statistics: A (N, n, n), symmetric positive semi-definite.
@@ -74,7 +72,7 @@ def gram_schmidt(matrices: jax.Array) -> jax.Array:
     Returns:
       Q (N, n, n).
     """
-    count, n, _ = matrices.shape
+    n = matrices.shape[-1]
     width = min(_PANEL, n)
     panels = -(-n // width)
     padded = jnp.pad(matrices, ((0, 0), (0, 0), (0, panels * width - n)))

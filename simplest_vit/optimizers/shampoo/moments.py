@@ -1,7 +1,7 @@
 """Averages over time that no single bad gradient can spoil, and the diagonal methods made of them.
 
-Grafting (arXiv 2002.09018, section 3.1): the direction is Shampoo's and the norm of each block's step that of a diagonal
-method. The first moment is shared: both work on the same filtered gradient.
+Grafting (arXiv 2002.09018, section 3.1): the direction is Shampoo's and the norm of each block's step that of a
+diagonal method. The first moment is shared: both work on the same filtered gradient.
 """
 
 import math

@@ -120,7 +120,9 @@ class Options:
                 self._require(name, isinstance(value, bool), "True or False")
             else:
                 given = _dtype_name(value) if name.endswith("dtype") else value
-                self._require(name, isinstance(given, str | None) and given in _CHOICES[name], f"one of {_CHOICES[name]}")
+                self._require(
+                    name, isinstance(given, str | None) and given in _CHOICES[name], f"one of {_CHOICES[name]}"
+                )
 
     def _require(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:

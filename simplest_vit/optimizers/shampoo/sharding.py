@@ -110,9 +110,14 @@ def spread(function: Callable[..., Any], plan: Plan, mesh: Mesh | None) -> Calla
     def on_mesh(scalar: jax.Array, *sequences: Any) -> Any:
         padded = jax.tree.map(pad, sequences)
         # Inside there is nothing but one device's slots.
-        run = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), *[slots] * len(padded)), out_specs=slots, check_vma=False)
+        run = jax.shard_map(
+            on_device, mesh=mesh, in_specs=(P(), *[slots] * len(padded)), out_specs=slots, check_vma=False
+        )
         return tuple(
-            [jax.tree.map(lambda x, n=stack.count: unpad(x, n), tree) for stack, tree in zip(plan.stacks, trees, strict=True)]
+            [
+                jax.tree.map(lambda x, n=stack.count: unpad(x, n), tree)
+                for stack, tree in zip(plan.stacks, trees, strict=True)
+            ]
             for trees in run(scalar, *padded)
         )
 

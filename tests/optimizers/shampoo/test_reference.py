@@ -166,7 +166,7 @@ def test_the_default_preset_follows_the_oracle(frequency, start):
 )
 def test_settings_of_the_default_preset_follow_the_oracle(ours, theirs):
     shapes = {k: v for k, v in MIXED.items() if len(v) > 1}  # vectors have no such settings
-    layered = {k: 1 for k in LAYERED}
+    layered = dict.fromkeys(LAYERED, 1)
     distance = follow(
         shampoo, oracle.Shampoo, 4, shapes, layered, adam={}, ours=ours, theirs={**FAST, "start": 4, **theirs}
     )
