@@ -30,7 +30,7 @@ def to_blocks(plan: Plan, leaves: Sequence[jax.Array], constrain: Constrain = la
     return [jnp.concatenate(blocks) for blocks in found]
 
 
-def from_blocks(plan: Plan, stacks: Sequence[jax.Array], constrain: Constrain = lambda x: x) -> list[jax.Array | None]:
+def from_blocks(plan: Plan, stacks: Sequence[jax.Array], constrain: Constrain = lambda x: x) -> list[Any]:
     """Put blocks back into leaves: the inverse of `to_blocks`.
 
     Args:

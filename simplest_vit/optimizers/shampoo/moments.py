@@ -5,7 +5,7 @@ diagonal method. The first moment is shared: both work on the same filtered grad
 """
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import optax
 from .options import Number, Options
 from .plan import diagonal_method, has_second_moment
 
-SecondMoment = jax.Array | optax.MaskedNode  # nothing for the methods 'none' and 'sgd'
+SecondMoment: TypeAlias = jax.Array | optax.MaskedNode  # nothing for the methods 'none' and 'sgd'
 
 
 def accumulate(average: jax.Array, new: jax.Array, decay: Number) -> jax.Array:

@@ -75,7 +75,7 @@ class Options:
       precondition_1d: Whether vectors get a (full-matrix) preconditioner. Where they do not, and for scalars, the step
         is the diagonal method's own.
       one_sided: Whether only the shortest axis of each block is preconditioned.
-      ignored_dim: Dimensions longer than this (of a vocabulary, say) are neither cut nor preconditioned; None: no limit.
+      ignored_dim: Dimensions longer than this (of a vocabulary, say) are neither cut nor preconditioned.
       max_residual: A preconditioner that is less accurate than this is rejected and the old one kept, > 0.
       preconditioner_dtype: float32, or float64 where x64 is enabled.
       mu_dtype: Type of the stored momentum, such as bfloat16; None means `preconditioner_dtype`.
@@ -159,11 +159,13 @@ class ShampooOptions(Options):
       relative_epsilon: Whether `epsilon` is in units of the statistics' Frobenius norm.
       initial_preconditioner: The preconditioners are this times I until first computed. 0 makes those steps zero, as in
         the PyTorch reference; 1 leaves the momentum's direction.
-      root: 'eigh', 'newton' (matrix products only), or 'auto': 'eigh' on a CPU, else 'newton', as the program is lowered.
+      root: 'eigh', 'newton' (matrix products only), or 'auto': 'eigh' on a CPU, else 'newton', decided as the
+        program is lowered.
       exponent_override: Take the p-th inverse root with this p >= 1; None means 2 x the preconditioned axes of a block.
       statistics: 'shampoo' (G G^T), or 'kl': the gradient is first multiplied by the preconditioners of its other axes
         (KL-Shampoo), and p is 2.
-      grafting: The method whose norm each block's step takes, and whose step the other parameters take ('none': Adam's).
+      grafting: The method whose norm each block's step takes, and whose step all other parameters take
+        ('none': Adam's).
       grafting_b2: Decay of the grafting method's second moment, in (0, 1].
       grafting_epsilon: Added to the root of that second moment, > 0.
     """

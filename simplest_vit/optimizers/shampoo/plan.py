@@ -1,8 +1,8 @@
 """The static plan: which parameter is cut into which blocks, and what that costs.
 
 It is made from shapes alone. Blocks of one shape are stacked in one array (N, *block_shape), so that statistics and
-preconditioning are one batched product for each axis of each block shape, however deep the model is; the matrices of one
-size and one root are decomposed together.
+preconditioning are one batched product for each axis of each block shape, however deep the model is; the matrices of
+one size and one root are decomposed together.
 """
 
 import dataclasses
@@ -247,7 +247,9 @@ def make_plan(params: Any, options: Options, stack_axes: StackAxes = None) -> Pl
             pieces.append(Piece(starts, counts, block_shape, stack, taken[stack], num_blocks))
             taken[stack] += num_blocks
         leaves.append(Leaf(name, shape, dtype, layers, merged, tuple(pieces)))
-    stacks = (Stack(*kind, count, _root(len(kind[1]), options)) for kind, count in zip(kinds, taken, strict=True))
+    stacks = (
+        Stack(shape, axes, count, _root(len(axes), options)) for (shape, axes), count in zip(kinds, taken, strict=True)
+    )
     return Plan(tuple(leaves), tuple(stacks), options)
 
 

@@ -43,6 +43,11 @@ def init_factors(stack: Stack, options: Options, statistics: Any = 0.0, precondi
     return tuple(factor(n) for n in stack.sizes)
 
 
+def without_statistics(factor: Factor) -> Factor:
+    """Leave what changes only where a slot is due."""
+    return factor._replace(statistics=None)  # type: ignore[arg-type]
+
+
 def update_statistics(
     stack: Stack, factors: Factors, gradients: jax.Array, options: Options, whitened: bool = False
 ) -> Factors:

@@ -1,7 +1,8 @@
 """Inverse p-th roots of stacks of symmetric positive semi-definite matrices.
 
-Each root is a pure function of a stack (N, n, n). `eigh` is exact and what the PyTorch reference uses; `newton` is made of
-matrix products alone, of a length fixed in advance, for accelerators, where eigendecompositions are bound by latency.
+Each root is a pure function of a stack (N, n, n). `eigh` is exact and what the PyTorch reference uses; `newton` is made
+of matrix products alone, of a length fixed in advance, for accelerators, where eigendecompositions are bound by
+latency.
 """
 
 import functools

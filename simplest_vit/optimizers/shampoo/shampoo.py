@@ -11,7 +11,16 @@ from jax.sharding import Mesh
 from .moments import SecondMoment, bias_correction, diagonal_step, filter_gradient, graft, init_moments
 from .options import Number, ShampooOptions, resolve_options, takes_settings_of
 from .plan import Plan, Stack, StackAxes
-from .preconditioners import Factors, accept, by_class, in_turn, init_factors, multiply_axes, update_statistics
+from .preconditioners import (
+    Factors,
+    accept,
+    by_class,
+    in_turn,
+    init_factors,
+    multiply_axes,
+    update_statistics,
+    without_statistics,
+)
 from .roots import inverse_pth_root
 from .transform import precondition, with_learning_rate
 
@@ -54,8 +63,8 @@ def scale_by_shampoo(
       An `optax.GradientTransformation`. Updates have the gradients' tree and types.
 
     Raises:
-      ValueError: From `init` for a parameter that is not a real floating-point array; from `update` for a state of other
-        shapes or of another version, and for gradients that are not the parameters'.
+      ValueError: From `init` for a parameter that is not a real floating-point array; from `update` for a state of
+        other shapes or of another version, and for gradients that are not the parameters'.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -114,7 +123,7 @@ def _step_stacks(
         ]
 
     statistics = [tuple(factor.statistics for factor in axes) for axes in factors]
-    rest = [tuple(factor._replace(statistics=None) for factor in axes) for axes in factors]
+    rest = [tuple(without_statistics(factor) for factor in axes) for axes in factors]
     rest = in_turn(recompute, statistics, rest, count, options, device)
     new, directions = [], []
     for stack, state, gradient, kept, axes in zip(plan.stacks, states, gradients, statistics, rest, strict=True):

@@ -1,9 +1,9 @@
 """Spreads the slots of stacks over the devices of a mesh.
 
-The state knows no devices: its arrays have one slot for each block. In a step they are padded to the devices at hand; each
-device takes in the statistics, computes the preconditioners and preconditions the blocks of its own slots, without
-communication. Gradients come and updates go as parts of blocks that are exchanged (all-to-all), so that parameters which
-are sharded (FSDP) stay so: no device needs a whole gradient.
+The state knows no devices: its arrays have one slot for each block. In a step they are padded to the devices at hand;
+each device takes in the statistics, computes the preconditioners and preconditions the blocks of its own slots, without
+communication. Gradients come and updates go as parts of blocks that are exchanged (all-to-all), so that parameters
+which are sharded (FSDP) stay so: no device needs a whole gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ def as_auto(mesh: Mesh | None) -> Mesh | None:
 def in_auto_axes(function: Callable[..., Any], updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
     """Call a function of updates, state and parameters where the compiler lays out what is between.
 
-    Arrays on a mesh with Explicit axes carry their layout in their types; the new updates and state get those of the old.
+    Arrays on a mesh with Explicit axes carry their layout in their types; new updates and state get those of the old.
     """
     layouts = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
     axes = {name for layout in jax.tree.leaves(layouts) for name in layout.mesh.explicit_axes}

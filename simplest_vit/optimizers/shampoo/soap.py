@@ -12,7 +12,16 @@ from .bases import refresh_basis
 from .moments import diagonal_step, filter_gradient, init_moments
 from .options import Number, SoapOptions, resolve_options, takes_settings_of
 from .plan import Plan, Stack, StackAxes
-from .preconditioners import Factors, accept, by_class, in_turn, init_factors, multiply_axes, update_statistics
+from .preconditioners import (
+    Factors,
+    accept,
+    by_class,
+    in_turn,
+    init_factors,
+    multiply_axes,
+    update_statistics,
+    without_statistics,
+)
 from .transform import precondition, with_learning_rate
 
 
@@ -41,8 +50,8 @@ def scale_by_soap(
         G' = Q_L^\top G Q_R, \quad m \leftarrow b_1 m + (1 - b_1) G', \quad V \leftarrow b_2 V + (1 - b_2) G'^2, \quad
         \Delta = Q_L \frac{\hat m}{\sqrt{\hat V} + \epsilon} Q_R^\top.
 
-    Both moments live in the eigenbasis, and turn with it where it is refreshed. It is the identity, and the step Adam's,
-    until a block's first turn at or after the start step.
+    Both moments live in the eigenbasis, and turn with it where it is refreshed. It is the identity, and the step
+    Adam's, until a block's first turn at or after the start step.
 
     Args:
       options: The settings; None for the defaults.
@@ -126,7 +135,7 @@ def _step_stacks(
 
     statistics = [tuple(factor.statistics for factor in axes) for axes in factors]
     rest = [
-        state._replace(factors=tuple(factor._replace(statistics=None) for factor in axes))
+        state._replace(factors=tuple(without_statistics(factor) for factor in axes))
         for state, axes in zip(states, factors, strict=True)
     ]
     rest = in_turn(recompute, statistics, rest, count, options, device)

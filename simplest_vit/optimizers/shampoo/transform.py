@@ -124,12 +124,17 @@ def _check(state: PreconditionedState, expected: Any) -> None:
             "go on with the package that the state was made with, or make a new state."
         )
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (state.stacks, expected)]
-    if jax.tree.structure(state.stacks) != jax.tree.structure(expected) or shapes[0] != shapes[1]:
+    if not _same_tree(state.stacks, expected) or shapes[0] != shapes[1]:
         raise ValueError(
             f"state.stacks: arrays of shapes {shapes[0]}: they must be {shapes[1]}. The state was made with other "
             "parameters or stack_axes, by another method, or with another of the settings that decide shapes "
             "(max_preconditioner_dim, merge_dims, precondition_1d, one_sided, ignored_dim, grafting)."
         )
+
+
+def _same_tree(a: Any, b: Any) -> bool:
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
+    return bool(structures[0] == structures[1])
 
 
 def with_learning_rate(

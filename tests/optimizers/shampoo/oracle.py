@@ -180,8 +180,8 @@ class Adam:
 class Optimizer:
     """Merges, blocks and steps a dict of arrays, whose names are sorted; weight decay is coupled or not.
 
-    `adam`: the settings of vectors, which else are preconditioned; `layered`: names of parameters with a leading axis of
-    layers.
+    `adam`: the settings of vectors, which else are preconditioned; `layered`: names of parameters with a leading axis
+    of layers.
     """
 
     def __init__(

@@ -105,7 +105,7 @@ def test_the_reference_preset_follows_the_oracle(case, dtype):
         assert trajectories(tx, peer, shapes, dtype) < (1e-9 if dtype == "float64" else 1e-3)
 
 
-# Stacks of 4 x 5 (8 blocks of two parameters), 6 x 4 (3), 7 x 6 and 6 x 6 (2 and 1 of a cut one), 3 x 4 x 2 and vectors.
+# Stacks of 4 x 5 (8 blocks of two parameters), 6 x 4 (3), 7 x 6 and 6 x 6 (of a ragged one), 3 x 4 x 2; and vectors.
 MIXED = {"a": (8, 10), "b": (4, 4, 5), "c": (3, 6, 4), "d": (20, 6), "e": (3, 4, 2), "f": (5,), "g": ()}
 LAYERED = {"b": 1, "c": 1}
 
