@@ -105,6 +105,6 @@ def test_a_scheduled_epsilon_takes_the_same_root():
         return inverse_pth_root(stack, 4, resolve_options("fast", root="newton", epsilon=epsilon))[0]
 
     for epsilon in (1e-3, 1e-5):
-        scheduled, fixed = np.asarray(jax.jit(root)(epsilon)), np.asarray(root(epsilon))
+        scheduled, fixed = np.float64(jax.jit(root)(epsilon)), np.float64(root(epsilon))
         error = np.linalg.norm(scheduled - fixed, axis=(1, 2)) / np.linalg.norm(fixed, axis=(1, 2))
         assert np.all(error < 2e-3)
