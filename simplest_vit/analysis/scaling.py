@@ -156,8 +156,6 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
       The cost.
     """
     config = recipe(variant, "shampoo" if scheme == "shampoo" else "adam")
-    if scheme == "shampoo":
-        config.optimizer.shards = devices
     state = describe(config, abstract_mesh(devices, devices if scheme == "fsdp" else 1))
     params = jax.tree.leaves(state.params)
     gradient = _FLOAT32 * sum(x.size for x in params)
@@ -175,12 +173,12 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
     if scheme == "shampoo":
         plan = shampoo_plan(state.params, stack_axes=paths.stack_axes, **options_of(config.optimizer))
         for stack in plan.stacks:
-            share = 1 / devices if stack.count % devices == 0 else 1.0
+            local = math.ceil(stack.count / devices)
             size = math.prod(stack.block_shape)
-            statistics_flops += share * sum(4 * stack.count * size * n for n in stack.block_shape)
-            cubes = share * stack.count * sum(n**3 for n in stack.block_shape)
-            root_flops += 2 * _PRODUCTS_PER_ROOT * cubes / plan.options.precondition_frequency
-            if share < 1:
+            statistics_flops += sum(4 * local * size * n for n in stack.sizes)
+            turns = math.ceil(local / plan.options.precondition_frequency)
+            root_flops += 2 * _PRODUCTS_PER_ROOT * turns * sum(n**3 for n in stack.sizes)
+            if devices > 1:
                 gathered = collective_bytes(_FLOAT32 * stack.count * size, devices, node)
                 sent = [a + b for a, b in zip(sent, gathered, strict=True)]
                 phases += 1

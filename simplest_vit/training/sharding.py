@@ -74,7 +74,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def state_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The rules of a `TrainState`.
 
-    - Stacks of Shampoo and SOAP: their slots over all devices, where that divides evenly, else whole (`slots_spec`).
+    - Stacks of Shampoo and SOAP: their slots over all devices, where that divides evenly, else another axis (`slots_spec`).
     - Matrices among the parameters, their moments and their average: the largest dimension that `fsdp` divides, and
       never the axis that stacks layers, along which the model scans.
     - Vectors, scalars and the model's constants: whole, for they are small.
@@ -89,7 +89,7 @@ def state_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Par
     """
     names = path_names(path)
     if "stacks" in names:
-        return slots_spec(shape[0], mesh) if shape else PartitionSpec()
+        return slots_spec(shape, mesh)
     first = 1 if "blocks" in names else 0
     fsdp = mesh.shape["fsdp"]
     axes = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
@@ -121,14 +121,7 @@ def bytes_per_device(state: Any) -> int:
 def memory_line(state: Any) -> str:
     """Tell the mesh and the memory that the state takes."""
     mesh = jax.tree.leaves(state)[0].sharding.mesh
-    line = (
+    return (
         f"{mesh.size} devices: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}; "
         f"{bytes_per_device(state) / 1e6:,.1f} MB of parameters and optimizer state on each"
     )
-    stacks = [x for path, x in jax.tree.leaves_with_path(state) if "stacks" in path_names(path)]
-    if mesh.size > 1 and stacks and all(x.sharding.is_fully_replicated for x in stacks):
-        line += (
-            ", all matrices of Shampoo among it: to spread them, make config.optimizer.shards a multiple of "
-            f"{mesh.size} in a new --workdir"
-        )
-    return line

@@ -15,7 +15,7 @@ TABLE = {
     "muon": lambda rate: optax.contrib.muon(rate),
     "shampoo": lambda rate: shampoo(rate, precondition_frequency=5, max_preconditioner_dim=4),
     "shampoo reference": lambda rate: shampoo(rate, preset="reference", precondition_frequency=5),
-    "soap": lambda rate: soap(rate, max_preconditioner_dim=4),
+    "soap": lambda rate: soap(rate, precondition_frequency=3, max_preconditioner_dim=4),
 }
 every_optimizer = pytest.mark.parametrize("create", TABLE.values(), ids=TABLE)
 

@@ -1,14 +1,15 @@
 """Shampoo and SOAP as optax transformations. Needs only jax, numpy and optax."""
 
-from simplest_vit.optimizers.shampoo.metrics import shampoo_metrics
-from simplest_vit.optimizers.shampoo.options import ShampooOptions
-from simplest_vit.optimizers.shampoo.plan import shampoo_plan
-from simplest_vit.optimizers.shampoo.soap import scale_by_soap, soap
-from simplest_vit.optimizers.shampoo.transform import scale_by_shampoo, shampoo
-from simplest_vit.optimizers.shampoo.view import view_as
+from .metrics import shampoo_metrics
+from .options import ShampooOptions, SoapOptions
+from .plan import shampoo_plan
+from .shampoo import scale_by_shampoo, shampoo
+from .soap import scale_by_soap, soap
+from .view import view_as
 
 __all__ = [
     "ShampooOptions",
+    "SoapOptions",
     "scale_by_shampoo",
     "scale_by_soap",
     "shampoo",

@@ -1,63 +1,62 @@
 """Moves leaves into stacks of blocks and back: reshapes, transposes and concatenations only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from simplest_vit.optimizers.shampoo.plan import Leaf, Piece, Plan, path_name
+from .plan import Leaf, Piece, Plan, path_name
+
+# Says how the blocks (layers, k1, b1, k2, b2, ...) of a piece are laid out over devices.
+Constrain = Callable[[jax.Array], jax.Array]
 
 
-def to_blocks(plan: Plan, leaves: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Cuts leaves into blocks.
+def to_blocks(plan: Plan, leaves: Sequence[jax.Array], constrain: Constrain = lambda x: x) -> list[jax.Array]:
+    """Cut leaves into blocks.
 
     Args:
-        plan: The plan.
-        leaves: One array for each leaf of the plan, of its shape.
+      plan: The plan.
+      leaves: One array for each leaf of the plan, of its shape.
+      constrain: Applied to the blocks of each piece, (layers, k1, b1, k2, b2, ...).
 
     Returns:
-        For each stack an array (count, *block_shape) in the plan's dtype.
+      For each stack an array (count, *block_shape) in the plan's dtype.
     """
-    found: dict[tuple[int, ...], list[jax.Array]] = {}  # in the order of the slots
+    found: list[list[jax.Array]] = [[] for _ in plan.stacks]  # in the order of the slots
     for leaf, value in zip(plan.leaves, leaves, strict=True):
         for piece in leaf.pieces:
-            blocks = _cut_piece(leaf, piece, value.astype(plan.options.dtype))
-            found.setdefault(piece.block_shape, []).append(blocks)
-    joined = {shape: jnp.concatenate(blocks) for shape, blocks in found.items()}
-    return tuple(joined[stack.block_shape][stack.begin : stack.begin + stack.count] for stack in plan.stacks)
+            found[piece.stack].append(_cut_piece(leaf, piece, value.astype(plan.options.dtype), constrain))
+    return [jnp.concatenate(blocks) for blocks in found]
 
 
-def from_blocks(plan: Plan, blocks: Sequence[jax.Array]) -> list[jax.Array]:
-    """Puts blocks back into leaves: the inverse of `to_blocks`.
+def from_blocks(plan: Plan, stacks: Sequence[jax.Array], constrain: Constrain = lambda x: x) -> list[Any]:
+    """Put blocks back into leaves: the inverse of `to_blocks`.
 
     Args:
-        plan: The plan.
-        blocks: For each stack an array (count, *block_shape).
+      plan: The plan.
+      stacks: For each stack an array (count, *block_shape).
+      constrain: As in `to_blocks`.
 
     Returns:
-        One array for each leaf, of its shape.
+      One array for each leaf, of its shape; None where it has no blocks.
     """
-    found: dict[tuple[int, ...], list[jax.Array]] = {}
-    for stack, value in zip(plan.stacks, blocks, strict=True):
-        found.setdefault(stack.block_shape, []).append(value)
-    joined = {shape: jnp.concatenate(values) for shape, values in found.items()}
-    return [_join_pieces(leaf, joined) if leaf.pieces else jnp.zeros(leaf.shape, leaf.dtype) for leaf in plan.leaves]
+    return [_join_pieces(leaf, stacks, constrain) if leaf.pieces else None for leaf in plan.leaves]
 
 
 def gradient_leaves(plan: Plan, updates: Any) -> list[jax.Array]:
-    """Returns one gradient for each leaf of the plan.
+    """List one gradient for each leaf of the plan.
 
     Args:
-        plan: The plan.
-        updates: The parameters' tree, where gradients may be missing (None). A missing one is infinite
-            here, which leaves all of its state as it is.
+      plan: The plan.
+      updates: The parameters' tree, where gradients may be missing (None). A missing one is infinite here, which leaves
+        all of its state as it is.
 
     Returns:
-        Arrays of the leaves' shapes.
+      Arrays of the leaves' shapes.
 
     Raises:
-        ValueError: For gradients whose paths or shapes are not the parameters'.
+      ValueError: For gradients whose paths or shapes are not the parameters'.
     """
     given = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(updates)}
     unknown = set(given) - {leaf.path for leaf in plan.leaves}
@@ -71,31 +70,32 @@ def gradient_leaves(plan: Plan, updates: Any) -> list[jax.Array]:
 
 
 def as_updates(plan: Plan, leaves: Sequence[jax.Array], updates: Any) -> Any:
-    """Returns the leaves in the tree and the types of `updates`, without those that are missing there."""
+    """Arrange leaves in the tree and the types of `updates`, without those that are missing there."""
     by_path = {leaf.path: value for leaf, value in zip(plan.leaves, leaves, strict=True)}
     return jax.tree_util.tree_map_with_path(lambda path, update: by_path[path_name(path)].astype(update.dtype), updates)
 
 
-def _cut_piece(leaf: Leaf, piece: Piece, value: jax.Array) -> jax.Array:
+def _cut_piece(leaf: Leaf, piece: Piece, value: jax.Array, constrain: Constrain) -> jax.Array:
     """(layers, k1 b1, k2 b2, ...) -> (layers k1 k2 ..., b1, b2, ...)."""
     order = len(piece.counts)
     value = value.reshape(leaf.num_layers, *leaf.merged_shape)
     ends = (s + k * b for s, k, b in zip(piece.starts, piece.counts, piece.block_shape, strict=True))
     region = tuple(slice(s, e) for s, e in zip(piece.starts, ends, strict=True))
-    value = value[(slice(None), *region)].reshape(leaf.num_layers, *_interleave(piece))
+    pairs = (n for pair in zip(piece.counts, piece.block_shape, strict=True) for n in pair)
+    value = constrain(value[(slice(None), *region)].reshape(leaf.num_layers, *pairs))
     counts_first = (0, *range(1, 2 * order, 2), *range(2, 2 * order + 1, 2))
     return value.transpose(counts_first).reshape(piece.num_blocks, *piece.block_shape)
 
 
-def _join_pieces(leaf: Leaf, joined: dict[tuple[int, ...], jax.Array]) -> jax.Array:
+def _join_pieces(leaf: Leaf, stacks: Sequence[jax.Array], constrain: Constrain) -> jax.Array:
     order = len(leaf.merged_shape)
     regions = []
     for piece in leaf.pieces:
-        value = joined[piece.block_shape][piece.slot : piece.slot + piece.num_blocks]
+        value = stacks[piece.stack][piece.slot : piece.slot + piece.num_blocks]
         value = value.reshape(leaf.num_layers, *piece.counts, *piece.block_shape)
         interleaved = (0, *(axis for i in range(1, order + 1) for axis in (i, order + i)))
         sizes = (k * b for k, b in zip(piece.counts, piece.block_shape, strict=True))
-        regions.append((piece.starts, value.transpose(interleaved).reshape(-1, *sizes)))
+        regions.append((piece.starts, constrain(value.transpose(interleaved)).reshape(leaf.num_layers, *sizes)))
     # Regions are in row-major order: join those that differ in the last axis alone, and so on up.
     for axis in reversed(range(order)):
         rows: dict[tuple[int, ...], list[jax.Array]] = {}
@@ -103,7 +103,3 @@ def _join_pieces(leaf: Leaf, joined: dict[tuple[int, ...], jax.Array]) -> jax.Ar
             rows.setdefault(starts[:axis], []).append(value)
         regions = [(starts, jnp.concatenate(values, axis + 1)) for starts, values in rows.items()]
     return regions[0][1].reshape(leaf.shape)
-
-
-def _interleave(piece: Piece) -> tuple[int, ...]:
-    return tuple(n for pair in zip(piece.counts, piece.block_shape, strict=True) for n in pair)

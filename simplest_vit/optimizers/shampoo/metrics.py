@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simplest_vit.optimizers.shampoo.refresh import Factor
+from .preconditioners import Factor
 
 
 def shampoo_metrics(opt_state: Any) -> dict[str, jax.Array]:

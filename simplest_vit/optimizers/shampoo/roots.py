@@ -1,17 +1,18 @@
 """Inverse p-th roots of stacks of symmetric positive semi-definite matrices.
 
-Each root is a pure function of a stack (N, n, n). `eigh` is exact and what the PyTorch reference uses;
-`newton` is made of matrix products alone, of a length fixed in advance, for accelerators, where
-eigendecompositions are bound by latency.
+Each root is a pure function of a stack (N, n, n). `eigh` is exact and what the PyTorch reference uses; `newton` is made
+of matrix products alone, of a length fixed in advance, for accelerators, where eigendecompositions are bound by
+latency.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simplest_vit.optimizers.shampoo.options import ShampooOptions
+from .options import Number, ShampooOptions
 
 # Rounding of TF32 or bfloat16 products breaks roots: with them the iteration diverges.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -19,71 +20,89 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 # The iteration must not push large eigenvalues below this part of the largest, or rounding drowns them.
 _LEAST_IMAGE = 0.8
 
+# A scheduled epsilon, which is not known when the length of the iteration is fixed, may be as small as this.
+_LEAST_EPSILON = 1e-6
+
 
 def inverse_pth_root(statistics: jax.Array, p: int, options: ShampooOptions) -> tuple[jax.Array, jax.Array]:
-    """Returns (A + d I)^(-1/p) for each matrix of a stack, and how well that holds.
+    """Compute (A + d I)^(-1/p) for each matrix of a stack, and how well that holds.
 
-    The damping d is epsilon, or with a relative epsilon, epsilon ||A||_F. With an absolute one, which
-    may be below rounding, a spectrum with negative eigenvalues is first shifted to be non-negative, as
-    in the PyTorch reference.
+    The damping d is epsilon, or with a relative epsilon, epsilon ||A||_F. With an absolute one, which may be below
+    rounding, a spectrum with negative eigenvalues is first shifted to be non-negative, as in the PyTorch reference.
 
     Args:
-        statistics: (N, n, n), symmetric positive semi-definite, float32 or float64.
-        p: The root, >= 1.
-        options: The settings; `root_method`, `epsilon` and `relative_epsilon` are used.
+      statistics: (N, n, n), symmetric positive semi-definite, float32 or float64.
+      p: The root, >= 1.
+      options: The settings; `root`, `epsilon` and `relative_epsilon` are used.
 
     Returns:
-        The roots X (N, n, n), and their residuals ||X^p (A + d I) - I||_F / sqrt(n) (N,) in float32.
-        With a relative epsilon the root of a zero matrix, which has no scale, is I.
+      The roots X (N, n, n), and their residuals ||X^p (A + d I) - I||_F / sqrt(n) (N,) in float32. With a relative
+      epsilon the root of a zero matrix, which has no scale, is I.
 
     References:
-        Shampoo, arXiv 1802.09568, algorithm 1; Guo and Higham, A Schur-Newton method for the matrix
-        p-th root and its inverse, SIAM J. Matrix Anal. Appl. 28(3), 2006, for the coupled iteration.
+      Shampoo, arXiv 1802.09568, algorithm 1; Guo and Higham, A Schur-Newton method for the matrix p-th root and its
+      inverse, SIAM J. Matrix Anal. Appl. 28(3), 2006, for the coupled iteration.
     """
-    identity = jnp.eye(statistics.shape[-1], dtype=statistics.dtype)[None]
+    epsilon = options.epsilon
     if not options.relative_epsilon:
-        root, damped = _shifted_eigh_root(statistics, p, options.epsilon)
+        root, damped = _shifted_eigh_root(statistics, p, epsilon)
         return root, residual(root, damped, p)
-    norm = frobenius_norm(statistics)
-    unit = jnp.where(norm == 0, identity, statistics / jnp.where(norm == 0, 1, norm))
-    damped = unit + options.epsilon * identity
-    if options.root_method == "eigh":
+    unit, norm = normalize(statistics)
+    damped = unit + epsilon * jnp.eye(statistics.shape[-1], dtype=statistics.dtype)[None]
+
+    def by_eigh(damped: jax.Array) -> jax.Array:
         # Damped before, not after: rounding then does not reach the eigenvalues that damping makes.
         eigenvalues, vectors = jnp.linalg.eigh(damped)
-        root = _spectral_power(jnp.maximum(eigenvalues, options.epsilon / 2), vectors, -1 / p)
+        return _spectral_power(jnp.maximum(eigenvalues, epsilon / 2), vectors, -1 / p)
+
+    def by_newton(damped: jax.Array) -> jax.Array:
+        return _newton_root(damped, p, epsilon)
+
+    if options.root == "auto":  # LAPACK is the faster on a CPU, matrix products elsewhere
+        root = jax.lax.platform_dependent(damped, cpu=by_eigh, default=by_newton)
     else:
-        root = _newton_root(damped, p, options.epsilon)
-    scale = jnp.where(norm == 0, 1 / (1 + options.epsilon), norm) ** (-1 / p)
+        root = {"eigh": by_eigh, "newton": by_newton}[options.root](damped)
+    scale = jnp.where(norm == 0, 1 / (1 + epsilon), norm) ** (-1 / p)
     return scale * root, residual(root, damped, p)
 
 
+def normalize(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Divide each matrix (N, n, n) by its Frobenius norm, given as (N, 1, 1); I stands for zero matrices."""
+    norm = frobenius_norm(matrices)
+    identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)[None]
+    return jnp.where(norm == 0, identity, matrices / jnp.where(norm == 0, 1, norm)), norm
+
+
 def frobenius_norm(matrices: jax.Array) -> jax.Array:
-    """Returns ||A||_F of each matrix (N, n, n) as (N, 1, 1), without underflow of the squares."""
+    """Compute ||A||_F of each matrix (N, n, n) as (N, 1, 1), without underflow of the squares."""
     largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), keepdims=True)
     unit = matrices / jnp.where(largest == 0, 1, largest)
     return largest * jnp.sqrt(jnp.sum(jnp.square(unit), axis=(-2, -1), keepdims=True))
 
 
 def residual(root: jax.Array, matrix: jax.Array, p: int) -> jax.Array:
-    """Returns ||X^p A - I||_F / sqrt(n) for each matrix of a stack.
+    """Compute ||X^p A - I||_F / sqrt(n) for each matrix of a stack.
 
     Args:
-        root: X (N, n, n).
-        matrix: A (N, n, n).
-        p: The root.
+      root: X (N, n, n).
+      matrix: A (N, n, n).
+      p: The root.
 
     Returns:
-        (N,) in float32.
+      (N,) in float32.
     """
     n = matrix.shape[-1]
-    for _ in range(p):
+    if p > 1:
+        half = _matrix_power(root, p // 2)
+        matrix = _matmul(half, _matmul(half, matrix))
+    if p % 2:
         matrix = _matmul(root, matrix)
     error = matrix - jnp.eye(n, dtype=matrix.dtype)[None]
     return (jnp.linalg.norm(error, axis=(-2, -1)) / n**0.5).astype(jnp.float32)
 
 
-def _shifted_eigh_root(matrix: jax.Array, p: int, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Returns the root of the shifted and damped matrix, and that matrix."""
+def _shifted_eigh_root(matrix: jax.Array, p: int, epsilon: Number) -> tuple[jax.Array, jax.Array]:
+    """Compute the root of the shifted and damped matrix, and that matrix."""
     n = matrix.shape[-1]
     eigenvalues, vectors = jnp.linalg.eigh(matrix)
     shift = epsilon - jnp.minimum(eigenvalues[:, :1], 0)
@@ -95,30 +114,32 @@ def _spectral_power(eigenvalues: jax.Array, vectors: jax.Array, exponent: float)
     return _matmul(vectors * (eigenvalues**exponent)[:, None, :], vectors.mT)
 
 
-def _newton_root(matrix: jax.Array, p: int, epsilon: float) -> jax.Array:
-    """Coupled iteration X <- X h(M), M <- h(M)^p M, with h(M) = a I - b M, from X = I and M = A.
+def _newton_root(matrix: jax.Array, p: int, epsilon: Number) -> jax.Array:
+    """Run the coupled iteration X <- X h(M), M <- h(M)^p M, with h(M) = a I - b M, from X = I and M = A.
 
     M = X^p A throughout, so that X is the root once M = I. Newton's own (a, b) = ((p+1)/p, 1/p) is
     slow on small eigenvalues; `newton_coefficients` chooses each pair for the spectrum that is left.
     M is updated as a congruence, h^(p/2) M h^(p/2), which keeps rounding symmetric.
 
     Args:
-        matrix: (N, n, n) with eigenvalues in [epsilon, 1 + epsilon].
-        p: The root.
-        epsilon: The lower bound.
+      matrix: (N, n, n) with eigenvalues in [epsilon, 1 + epsilon].
+      p: The root.
+      epsilon: The lower bound.
 
     Returns:
-        (N, n, n).
+      (N, n, n).
     """
     identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
     bound = 1 + epsilon
-    coefficients = jnp.asarray(newton_coefficients(p, epsilon / bound), matrix.dtype)
+    lowest = _LEAST_EPSILON if isinstance(epsilon, jax.Array) else epsilon / bound
+    coefficients = jnp.asarray(newton_coefficients(p, lowest), matrix.dtype)
 
     def body(carry: tuple[jax.Array, jax.Array], pair: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         x, m = carry
         factor = pair[0] * identity - pair[1] * m
-        half = _matrix_power(factor, p // 2)
-        m = m if half is None else _matmul(_matmul(half, m), half)
+        if p > 1:
+            half = _matrix_power(factor, p // 2)
+            m = _matmul(_matmul(half, m), half)
         if p % 2:
             m = _matmul(factor, m)
         return (_matmul(x, factor), m), None
@@ -131,7 +152,7 @@ def _newton_root(matrix: jax.Array, p: int, epsilon: float) -> jax.Array:
 
 @functools.cache
 def newton_coefficients(p: int, lowest: float) -> np.ndarray:
-    """Chooses the coefficients (a, b) of each step of the coupled iteration.
+    """Choose the coefficients (a, b) of each step of the coupled iteration.
 
     An eigenvalue m = y^p of M becomes (y (a - b y^p))^p. For y in [l, 1] the best step makes the least
     image as large as it can be with the greatest equal to 1; both ends then map to the same, nearly
@@ -140,11 +161,11 @@ def newton_coefficients(p: int, lowest: float) -> np.ndarray:
     Newton's own makes the convergence quadratic.
 
     Args:
-        p: The root, >= 1.
-        lowest: The least eigenvalue of M over the greatest, in (0, 1).
+      p: The root, >= 1.
+      lowest: The least eigenvalue of M over the greatest, in (0, 1).
 
     Returns:
-        (steps, 2) in float64: 11 steps for p = 4 and lowest = 1e-6.
+      (steps, 2) in float64: 11 steps for p = 4 and lowest = 1e-6.
     """
     low, steps = lowest ** (1 / p), []
 
@@ -169,9 +190,9 @@ def newton_coefficients(p: int, lowest: float) -> np.ndarray:
     return np.array(steps)
 
 
-def _matrix_power(matrix: jax.Array, exponent: int) -> jax.Array | None:
-    """Returns matrix^exponent by squaring; None for exponent 0."""
-    result = None
+def _matrix_power(matrix: jax.Array, exponent: int) -> jax.Array:
+    """Compute matrix^exponent by squaring, for an exponent of at least 1."""
+    result: Any = None
     while exponent:
         if exponent % 2:
             result = matrix if result is None else _matmul(result, matrix)

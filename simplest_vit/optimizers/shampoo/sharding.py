@@ -1,77 +1,136 @@
-"""Spreads stacks over the devices of a mesh.
+"""Spreads the slots of stacks over the devices of a mesh.
 
-Stacks whose number of blocks divides evenly are split along their slots; the few blocks that are left
-over are everywhere. What runs under `spread` sees one device's slots and cannot communicate: each
-device takes in the statistics, computes the roots and preconditions the blocks of its own slots, and
-only the preconditioned blocks are gathered.
+The state knows no devices: its arrays have one slot for each block. In a step they are padded to the devices at hand;
+each device takes in the statistics, computes the preconditioners and preconditions the blocks of its own slots, without
+communication. Gradients come and updates go as parts of blocks that are exchanged (all-to-all), so that parameters
+which are sharded (FSDP) stay so: no device needs a whole gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+import jax.numpy as jnp
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from simplest_vit.optimizers.shampoo.plan import Plan
+from .plan import Plan
+
+
+def slots_spec(shape: tuple[int, ...], mesh: Any) -> P:
+    """Lay out an array of slots (N, ...): along its slots where all devices divide them, else along another axis.
+
+    Args:
+      shape: The array's shape.
+      mesh: The devices.
+
+    Returns:
+      The first axis that the devices divide over all axes of the mesh; whole where there is none.
+    """
+    axes = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
+    return _over(axes[0], mesh) if axes else P()
+
+
+def place(stacks: Any, mesh: Mesh | None) -> Any:
+    """Put arrays of slots where `slots_spec` says."""
+    if mesh is None:
+        return stacks
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, slots_spec(x.shape, mesh))), stacks)
+
+
+def as_auto(mesh: Mesh | None) -> Mesh | None:
+    """Take a mesh with all its axes Auto: inside `in_auto_axes` there are no others."""
+    if mesh is None:
+        return None
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def in_auto_axes(function: Callable[..., Any], updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """Call a function of updates, state and parameters where the compiler lays out what is between.
+
+    Arrays on a mesh with Explicit axes carry their layout in their types; new updates and state get those of the old.
+    """
+    layouts = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+    axes = {name for layout in jax.tree.leaves(layouts) for name in layout.mesh.explicit_axes}
+    if not axes:
+        return function(updates, state, params)
+    with_layouts = jax.sharding.auto_axes(function, axes=tuple(sorted(axes)), out_sharding=layouts)
+    return with_layouts(updates, state, params)
+
+
+def alike(leaves: Sequence[jax.Array], params: Any, mesh: Mesh | None) -> list[jax.Array]:
+    """Lay out leaves as the parameters, so that the exchange of blocks does not reach into the model's own program."""
+    if mesh is None or params is None:
+        return list(leaves)
+    return [shard_alike(x, param)[0] for x, param in zip(leaves, jax.tree.leaves(params), strict=True)]
+
+
+def constrain_blocks(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array]:
+    """Make the function that splits blocks (layers, k1, b1, k2, b2, ...) along one of their own axes.
+
+    Between a parameter's layout and that of the slots: from here one all-to-all leads to either.
+    """
+
+    def constrain(blocks: jax.Array) -> jax.Array:
+        return _split(blocks, range(2, blocks.ndim, 2), mesh)
+
+    return constrain
 
 
 def spread(function: Callable[..., Any], plan: Plan, mesh: Mesh | None) -> Callable[..., Any]:
-    """Runs a function of stacks on each device's own slots.
+    """Run a function of slots on each device's own.
 
     Args:
-        function: From a scalar, the state and the gradients of the slots, one tree of arrays for each
-            stack, to the new state and the directions, likewise.
-        plan: The plan.
-        mesh: The devices; None runs the function as it is.
+      function: From a scalar, sequences of trees for each stack, and the number of the device to such sequences.
+      plan: The plan.
+      mesh: The devices; None runs the function as it is.
 
     Returns:
-        A function with the same arguments and results. Gradients and directions are whole on every
-        device.
+      A function of the scalar and the sequences.
     """
     if mesh is None:
-        return function
-    specs = stack_specs(plan, mesh)
+        return lambda scalar, *sequences: function(scalar, *sequences, 0)
+    if not plan.stacks:
+        return lambda scalar, *sequences: sequences
+    slots = P(mesh.axis_names)
 
-    # Cut and gathered by hand: of shardings alone XLA would make exchanges of parts of each parameter.
-    def on_device(scalar: jax.Array, state: Any, gradients: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        own = [_own_slots(x, mesh) if spec else x for x, spec in zip(gradients, specs, strict=True)]
-        state, directions = function(scalar, state, tuple(own))
-        whole = [
-            jax.lax.all_gather(x, mesh.axis_names, tiled=True) if spec else x
-            for x, spec in zip(directions, specs, strict=True)
-        ]
-        return state, tuple(whole)
+    def on_device(scalar: jax.Array, *sequences: Any) -> Any:
+        return function(scalar, *sequences, jax.lax.axis_index(mesh.axis_names))
 
-    return jax.shard_map(on_device, mesh=mesh, in_specs=(P(), specs, P()), out_specs=(specs, P()), check_vma=False)
+    def pad(x: jax.Array) -> jax.Array:
+        missing = -len(x) % mesh.size
+        if not missing:
+            return x
+        return jnp.pad(_split(x, range(1, x.ndim), mesh), [(0, missing)] + [(0, 0)] * (x.ndim - 1))
 
+    def unpad(x: jax.Array, count: int) -> jax.Array:
+        return x if len(x) == count else _split(x, range(1, x.ndim), mesh)[:count]
 
-def _own_slots(stack: jax.Array, mesh: Mesh) -> jax.Array:
-    """Returns this device's slots of a whole stack."""
-    count = len(stack) // mesh.size
-    return jax.lax.dynamic_slice_in_dim(stack, device_index(mesh) * count, count)
+    def on_mesh(scalar: jax.Array, *sequences: Any) -> Any:
+        padded = jax.tree.map(pad, sequences)
+        # Inside there is nothing but one device's slots.
+        run = jax.shard_map(
+            on_device, mesh=mesh, in_specs=(P(), *[slots] * len(padded)), out_specs=slots, check_vma=False
+        )
+        return tuple(
+            [
+                jax.tree.map(lambda x, n=stack.count: unpad(x, n), tree)
+                for stack, tree in zip(plan.stacks, trees, strict=True)
+            ]
+            for trees in run(scalar, *padded)
+        )
 
-
-def place(stacks: tuple[Any, ...], plan: Plan, mesh: Mesh | None) -> tuple[Any, ...]:
-    """Returns one tree for each stack, placed on the devices that own its slots."""
-    if mesh is None:
-        return stacks
-    return tuple(
-        jax.device_put(tree, NamedSharding(mesh, spec))
-        for tree, spec in zip(stacks, stack_specs(plan, mesh), strict=True)
-    )
-
-
-def device_index(mesh: Mesh | None) -> jax.Array | int:
-    """Returns, within `spread`, which of the devices this is, in the order of their slots."""
-    return 0 if mesh is None else jax.lax.axis_index(mesh.axis_names)
+    return on_mesh
 
 
-def slots_spec(count: int, mesh: Mesh) -> P:
-    """Returns how `count` slots are laid out: over all axes of the mesh where it divides them evenly."""
-    return P(mesh.axis_names) if count % mesh.size == 0 else P()
+def _over(axis: int, mesh: Any) -> P:
+    return P(*(None,) * axis, mesh.axis_names)
 
 
-def stack_specs(plan: Plan, mesh: Mesh) -> tuple[P, ...]:
-    """Returns how each stack is laid out."""
-    return tuple(slots_spec(stack.count, mesh) for stack in plan.stacks)
+def _split(x: jax.Array, axes: Sequence[int], mesh: Mesh | None) -> jax.Array:
+    """Split along the last of some axes that the devices divide, if there is one."""
+    if mesh is None or mesh.size == 1:
+        return x
+    fitting = [axis for axis in sorted(axes) if x.shape[axis] and x.shape[axis] % mesh.size == 0]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _over(fitting[-1], mesh))) if fitting else x

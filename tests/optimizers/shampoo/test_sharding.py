@@ -1,47 +1,114 @@
-"""Spread over eight devices: the same steps, no communication within a root, checkpoints for any number."""
+"""Spread over devices: the same steps on any number of them, nothing gathered, nothing exchanged within a root."""
 
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from simplest_vit.optimizers.shampoo import scale_by_shampoo, scale_by_soap
+from simplest_vit.optimizers.shampoo import (
+    ShampooOptions,
+    SoapOptions,
+    scale_by_shampoo,
+    scale_by_soap,
+    shampoo_metrics,
+)
 
-# 18 blocks of (4, 4): 16 shared by eight devices, and 2 that all have.
-PARAMS = {"kernel": (9, 4, 8), "bias": (9, 8)}
-STACK_AXES = {"kernel": 1, "bias": 1}
-COLLECTIVES = re.compile(r"= \S+ (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)[\w-]*\(")
+# 21 blocks of (8, 8) and 16 of (8, 4): of these only the latter divide over eight devices.
+PARAMS = {"kernel": (9, 8, 16), "even": (16, 8, 4), "odd": (24, 8), "bias": (9, 8)}
+STACK_AXES = {"kernel": 1, "even": 1, "odd": 0, "bias": 1}
+FSDP = {"kernel": P(None, None, "data"), "even": P(None, "data"), "odd": P(None, "data"), "bias": P()}
+WHOLE = dict.fromkeys(PARAMS, P())
+COLLECTIVES = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+SETTINGS = {"max_preconditioner_dim": 8, "precondition_frequency": 3}
+TRANSFORMATIONS = {
+    "shampoo": (scale_by_shampoo, ShampooOptions(**SETTINGS)),
+    "newton": (scale_by_shampoo, ShampooOptions(root="newton", **SETTINGS)),
+    "soap": (scale_by_soap, SoapOptions(**SETTINGS)),
+    "gram_schmidt": (scale_by_soap, SoapOptions(basis="gram_schmidt", **SETTINGS)),
+}
 
 
-def mesh_of(size):
-    return jax.make_mesh((size,), ("data",), devices=jax.devices()[:size])
+def mesh_of(size, kind=AxisType.Auto):
+    return jax.make_mesh((size,), ("data",), axis_types=(kind,), devices=jax.devices()[:size])
 
 
-def transformation(factory, mesh):
-    settings = {"max_preconditioner_dim": 4, "precondition_frequency": 3, "stack_axes": STACK_AXES}
-    return factory(mesh=mesh, **settings)
+def transformation(name, mesh):
+    factory, options = TRANSFORMATIONS[name]
+    return factory(options, stack_axes=STACK_AXES, mesh=mesh)
 
 
-def params_on(mesh):
-    zeros = {name: jnp.zeros(shape) for name, shape in PARAMS.items()}
-    return zeros if mesh is None else jax.device_put(zeros, NamedSharding(mesh, P()))
+def on(mesh, specs, tree):
+    if mesh is None:
+        return tree
+    return {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in tree.items()}
 
 
-def run(tx, state, steps, mesh=None):
+def run(tx, steps, mesh=None, specs=WHOLE, state=None):
+    params = on(mesh, specs, {name: jnp.zeros(shape) for name, shape in PARAMS.items()})
+    state = jax.jit(tx.init)(params) if state is None else state
     update = jax.jit(tx.update)
     for step in steps:
-        keys = dict(zip(PARAMS, jax.random.split(jax.random.key(step), len(PARAMS)), strict=True))
-        grads = {name: jax.random.normal(key, PARAMS[name]) for name, key in keys.items()}
-        if mesh is not None:
-            grads = jax.device_put(grads, NamedSharding(mesh, P()))
-        updates, state = update(grads, state)
+        keys = jax.random.split(jax.random.key(step), len(PARAMS))
+        grads = {name: jax.random.normal(key, PARAMS[name]) for name, key in zip(PARAMS, keys, strict=True)}
+        updates, state = update(on(mesh, specs, grads), state, params)
     return updates, state
+
+
+def assert_close(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "specs"),
+    [
+        ("shampoo", AxisType.Auto, FSDP),
+        ("shampoo", AxisType.Explicit, WHOLE),
+        ("soap", AxisType.Auto, WHOLE),
+        ("soap", AxisType.Explicit, FSDP),
+    ],
+    ids=["shampoo-auto-fsdp", "shampoo-explicit", "soap-auto", "soap-explicit-fsdp"],
+)
+def test_any_devices_take_the_same_steps(name, kind, specs):
+    expected = run(transformation(name, None), range(7))
+    mesh = mesh_of(8, kind)
+    updates, state = run(transformation(name, mesh), range(7), mesh, specs)
+    assert_close((updates, state), expected)
+    # Updates are laid out as the parameters are; of every matrix each device has an eighth.
+    for leaf, spec in specs.items():
+        assert updates[leaf].sharding.is_equivalent_to(NamedSharding(mesh, spec), len(PARAMS[leaf]))
+    for stack in state.stacks:
+        for matrices in (stack.factors[0].statistics, stack.factors[0].preconditioner, stack.mu):
+            assert matrices.addressable_shards[0].data.size == matrices.size // 8
+
+
+def test_devices_that_divide_nothing_share_the_work():
+    expected = run(transformation("shampoo", None), range(7))
+    mesh = mesh_of(3)
+    assert_close(run(transformation("shampoo", mesh), range(7), mesh), expected)
+
+
+def compiled(name, mesh, specs):
+    tx = transformation(name, mesh)
+    params = on(mesh, specs, {leaf: jnp.zeros(shape) for leaf, shape in PARAMS.items()})
+    return jax.jit(tx.update).lower(params, jax.jit(tx.init)(params), params).compile().as_text()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_with_fsdp_no_gradient_is_gathered(kind):
+    """Everything that is exchanged is at most a few shards in size; whole gradients and stacks have eight."""
+    text = compiled("shampoo", mesh_of(8, kind), FSDP)
+    found = re.findall(COLLECTIVES, text)
+    assert any(op == "all-to-all" for _, op in found)
+    for result, op in found:
+        if op == "all-gather":
+            sizes = [np.prod([int(n) for n in dims.split(",") if n]) for dims in re.findall(r"f32\[([\d,]*)\]", result)]
+            assert max(sizes, default=0) <= 21 * 8 * 8 / 8, result
 
 
 def computations(text):
@@ -65,50 +132,36 @@ def reachable(found, name):
     return lines
 
 
-@pytest.mark.parametrize("factory", [scale_by_shampoo, scale_by_soap])
-def test_eight_devices_take_the_same_steps_as_one(factory):
-    alone = transformation(factory, None)
-    mesh = mesh_of(8)
-    shared = transformation(factory, mesh)
-    state = jax.jit(shared.init)(params_on(mesh))
-    sharded = [factor.statistics for stack in state.stacks for factor in stack.factors]
-    assert [x.addressable_shards[0].data.shape[0] for x in sharded] == [2, 2, 2, 2]  # 16 / 8, and the rest
-    expected, expected_state = run(alone, alone.init(params_on(None)), range(9))
-    updates, state = run(shared, state, range(9), mesh)
-    for a, b in zip(jax.tree.leaves((expected, expected_state)), jax.tree.leaves((updates, state)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("factory", "settings"), [(scale_by_shampoo, {"root": "newton"}), (scale_by_soap, {})])
-def test_roots_are_computed_without_communication(factory, settings):
-    mesh = mesh_of(8)
-    tx = factory(mesh=mesh, max_preconditioner_dim=4, stack_axes=STACK_AXES, **settings)
-    params = params_on(mesh)
-    compiled = jax.jit(tx.update).lower(params, jax.jit(tx.init)(params)).compile()
-    found = computations(compiled.as_text())
+@pytest.mark.parametrize("name", ["newton", "gram_schmidt"])
+def test_preconditioners_are_computed_without_communication(name):
+    found = computations(compiled(name, mesh_of(8), WHOLE))
     loops = [line for lines in found.values() for line in lines if re.search(r" while\(", line)]
     assert loops
     for loop in loops:
         body = reachable(found, re.search(r"body=%([\w.-]+)", loop).group(1))
-        assert not [line for line in body if COLLECTIVES.search(line)]
-    # What is gathered is updates, never an (n, n) matrix for each slot: three stacks, once each.
-    gathers = [line for lines in found.values() for line in lines if COLLECTIVES.search(line)]
-    assert 1 <= len(gathers) <= 3
+        assert not [line for line in body if re.search(COLLECTIVES, line)]
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_checkpoint_resumes_on_another_number_of_devices(tmp_path, size):
-    mesh = mesh_of(8)
-    tx = optax.chain(transformation(scale_by_shampoo, mesh))
-    _, state = run(tx, jax.jit(tx.init)(params_on(mesh)), range(4), mesh)
-    expected, _ = run(tx, state, range(4, 7), mesh)
-    other = mesh_of(size)
-    tx = optax.chain(transformation(scale_by_shampoo, other))
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, jax.jit(tx.init)(params_on(other)))
+    mesh, other = mesh_of(8), mesh_of(size)
+    tx = transformation("shampoo", mesh)
+    _, state = run(tx, range(4), mesh)
+    expected, _ = run(tx, range(4, 7), mesh, state=state)
+    tx = transformation("shampoo", other)
+    params = on(other, WHOLE, {name: jnp.zeros(shape) for name, shape in PARAMS.items()})
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, jax.jit(tx.init)(params))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", target)
-    updates, _ = run(tx, restored, range(4, 7), other)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(updates), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    updates, _ = run(tx, range(4, 7), other, state=restored)
+    assert_close(updates, expected)
+
+
+def test_slots_that_only_fill_up_are_not_counted():
+    mesh = mesh_of(8)
+    factory, _ = TRANSFORMATIONS["shampoo"]
+    options = ShampooOptions(max_residual=1e-12, **SETTINGS)
+    _, state = run(factory(options, stack_axes=STACK_AXES, mesh=mesh), range(3), mesh)
+    assert shampoo_metrics(state)["rejected_roots"] == 2 * (21 + 16)

@@ -1,4 +1,6 @@
-"""What holds whatever the numbers: refresh, robustness, layouts and bad input."""
+"""What holds whatever the numbers: turns, robustness, layouts and bad input."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ import pytest
 from flax import nnx
 
 from simplest_vit.optimizers.shampoo import (
+    ShampooOptions,
+    SoapOptions,
     scale_by_shampoo,
     scale_by_soap,
     shampoo,
@@ -16,10 +20,14 @@ from simplest_vit.optimizers.shampoo import (
     soap,
     view_as,
 )
-from simplest_vit.optimizers.shampoo.options import resolve_options
-from simplest_vit.optimizers.shampoo.refresh import phases_due, slot_table
 
-FACTORIES = [scale_by_shampoo, scale_by_soap]
+METHODS = {"shampoo": (scale_by_shampoo, ShampooOptions), "soap": (scale_by_soap, SoapOptions)}
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def scale(method, stack_axes=None, **settings):
+    factory, options = METHODS[method]
+    return factory(options(**settings), stack_axes=stack_axes)
 
 
 def normal(seed, tree):
@@ -42,46 +50,62 @@ def assert_same(a, b, rtol=1e-5, atol=1e-6):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize(("counts", "phases"), [((128, 128, 4, 4, 1), 25), ((8, 3), 4), ((1,), 5), ((16,), 1)])
-def test_every_slot_has_one_phase_whatever_the_devices(counts, phases, devices):
-    table = slot_table(counts, 8, devices, phases)
-    local = [count // devices if count % devices == 0 else count for count in counts]
-    for rows in table:
-        slots = rows[rows < sum(local)]
-        assert sorted(slots) == list(range(sum(local)))
-    shared = sum(n for n, count in zip(local, counts, strict=True) if count % 8 == 0)
-    assert table.shape[2] <= -(-shared // phases) + -(-(sum(local) - shared) // phases)
+@every_method
+@pytest.mark.parametrize("frequency", [1, 2, 3, 7])
+def test_as_many_slots_take_their_turn_in_every_step(method, frequency):
+    """Five blocks: by the end of each period every one of them was recomputed once."""
+    params, changed = {"kernel": jnp.zeros((5, 4, 4))}, []
+    tx = scale(method, stack_axes=1, precondition_frequency=frequency)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for seed in range(3 * frequency):
+        before = state.stacks[0].factors[0].preconditioner
+        _, state = update(normal(seed, params), state)
+        after = state.stacks[0].factors[0].preconditioner
+        changed.append(set(np.flatnonzero(np.any(np.asarray(before != after), axis=(1, 2)))))
+    # SOAP keeps Adam's basis until it has seen as many gradients as a period has steps.
+    first = frequency - 1 if method == "soap" else 0
+    assert not set().union(*changed[:first])
+    for step, slots in enumerate(changed[first:], first):
+        assert slots == {slot for slot in range(5) if slot % frequency == step % frequency}
 
 
-@pytest.mark.parametrize("frequency", [3, 7])
-def test_stagger_takes_each_phase_once_a_period(frequency):
-    options = resolve_options("fast", precondition_frequency=frequency)
+@every_method
+def test_turns_are_taken_without_a_branch(method):
+    """The program of a step has no condition, and no loop whose length is not known."""
+    tx = scale(method, precondition_frequency=3, max_preconditioner_dim=4)
+    params = {"kernel": jnp.zeros((8, 8)), "bias": jnp.zeros(3)}
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    loops = [line for line in text.splitlines() if re.search(r" while\(", line)]
+    assert " conditional(" not in text
+    assert all("known_trip_count" in line for line in loops)
 
-    def phases_at(step):
-        begin, number = phases_due(jnp.asarray(step), 3, options)
-        return list(range(int(begin), int(begin + number)))
 
-    assert not any(phases_at(step) for step in range(1, frequency))
-    assert phases_at(frequency) == [0, 1, 2]
-    period = [phases_at(frequency + step) for step in range(1, frequency + 1)]
-    assert period == [[0], [1], [2]] + [[]] * (frequency - 3)
+def test_the_method_is_chosen_for_the_platform_that_the_program_is_for():
+    tx = scale("shampoo", precondition_frequency=3)
+    params = {"kernel": jnp.zeros((8, 8))}
+    traced = jax.jit(tx.update).trace(params, tx.init(params))
+    assert "syevd" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    for method in METHODS:
+        tx = scale(method, precondition_frequency=3)
+        traced = jax.jit(tx.update).trace(params, tx.init(params))
+        for_gpu = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert "custom_call" not in re.sub(r"custom_call @(Sharding|annotate_device_placement)", "", for_gpu)
 
 
 def test_stagger_with_frequency_one_is_all_at_once():
     params = {"kernel": jnp.zeros((12, 8))}
     settings = {"precondition_frequency": 1, "max_preconditioner_dim": 4}
-    staggered, _ = run(scale_by_shampoo(stagger=True, **settings), params, 4)
-    at_once, _ = run(scale_by_shampoo(stagger=False, **settings), params, 4)
+    staggered, _ = run(scale("shampoo", stagger=True, **settings), params, 4)
+    at_once, _ = run(scale("shampoo", stagger=False, **settings), params, 4)
     assert_same(staggered, at_once)
 
 
-@pytest.mark.parametrize("factory", FACTORIES)
-def test_blocks_and_layers_are_independent(factory):
-    """A stack of layers cut into blocks equals each block alone, in any shards."""
+@every_method
+def test_blocks_and_layers_are_independent(method):
+    """A stack of layers cut into blocks equals each block alone."""
     settings = {"precondition_frequency": 2, "stagger": False, "start_preconditioning_step": 2}
     whole = {"kernel": jnp.zeros((3, 8, 4)), "bias": jnp.zeros((3, 4))}
-    tx = factory(stack_axes={"kernel": 1, "bias": 1}, max_preconditioner_dim=4, shards=4, **settings)
+    tx = scale(method, {"kernel": 1, "bias": 1}, max_preconditioner_dim=4, **settings)
     history, _ = run(tx, whole, 5)
     split = {
         "kernel": [[jnp.zeros((4, 4)) for _ in range(2)] for _ in range(3)],
@@ -92,14 +116,14 @@ def test_blocks_and_layers_are_independent(factory):
         kernels = [[layer[:4], layer[4:]] for layer in tree["kernel"]]
         return {"kernel": kernels, "bias": list(tree["bias"])}
 
-    alone, _ = run(factory(**settings), split, 5, lambda seed, _: cut(normal(seed, whole)))
+    alone, _ = run(scale(method, **settings), split, 5, lambda seed, _: cut(normal(seed, whole)))
     assert_same([cut(updates) for updates in history], alone)
 
 
-@pytest.mark.parametrize(("factory", "bad"), [(scale_by_shampoo, 1e30), (scale_by_soap, jnp.nan)])
-def test_a_bad_gradient_does_not_enter_the_state(factory, bad):
+@pytest.mark.parametrize(("method", "bad"), [("shampoo", 1e30), ("soap", jnp.nan)])
+def test_a_bad_gradient_does_not_enter_the_state(method, bad):
     params = {"kernel": jnp.ones((6, 4)), "other": jnp.ones((4, 4)), "bias": jnp.ones(4)}
-    tx = factory(precondition_frequency=1)
+    tx = scale(method, precondition_frequency=1)
     _, state = run(tx, params, 2)
     grads = jax.tree.map(jnp.ones_like, params)
     grads["kernel"] = grads["kernel"].at[1, 2].set(bad)
@@ -116,7 +140,7 @@ def test_a_bad_gradient_does_not_enter_the_state(factory, bad):
 
 def test_a_rejected_root_keeps_the_old_one_and_is_counted():
     params = {"kernel": jnp.ones((6, 4))}
-    tx = scale_by_shampoo(precondition_frequency=1, max_residual=1e-12)
+    tx = scale("shampoo", precondition_frequency=1, max_residual=1e-12)
     _, state = run(optax.chain(optax.clip(1.0), tx), params, 3)
     metrics = jax.jit(shampoo_metrics)(state)
     assert metrics["rejected_roots"] == 6
@@ -133,20 +157,12 @@ def test_view_is_the_transformation_in_that_layout():
         fused = [jnp.concatenate([tree[k][i].T for k in ("query", "key", "value")]) for i in range(2)]
         return {"layers": fused, "head": tree["head"].T}
 
-    settings = {"preset": "reference", "precondition_frequency": 2, "max_preconditioner_dim": 6}
-    history, _ = run(view_as(view, scale_by_shampoo(**settings)), params, 4)
-    direct, _ = run(scale_by_shampoo(**settings), view(params), 4, lambda seed, _: view(normal(seed, params)))
+    tx = shampoo(-1.0, preset="reference", precondition_frequency=2, max_preconditioner_dim=6)
+    history, _ = run(view_as(view, tx), params, 4)
+    direct, _ = run(tx, view(params), 4, lambda seed, _: view(normal(seed, params)))
     assert_same([view(updates) for updates in history], direct)
     with pytest.raises(ValueError, match=r"view: it has 12 entries: it must have the 108"):
         view_as(lambda tree: tree["head"], shampoo(0.1)).init(params)
-
-
-def test_weight_decay_is_coupled():
-    params = {"kernel": jnp.full((3, 3), 2.0)}
-    zero = jax.tree.map(jnp.zeros_like, params)
-    tx = shampoo(0.5, weight_decay=0.1, precondition_frequency=100, grafting="sgd")
-    updates, _ = tx.update(zero, tx.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], -0.5 * 0.1 * 2.0, rtol=1e-6)
 
 
 def test_nnx_state_and_types():
@@ -176,7 +192,11 @@ def test_nnx_state_and_types():
         ({"start_preconditioning_step": -1}, r"start_preconditioning_step=-1: it must be an integer >= 0"),
         ({"max_preconditioner_dim": 0}, r"max_preconditioner_dim=0: it must be an integer >= 1"),
         ({"exponent_override": 0}, r"exponent_override=0: it must be an integer >= 1"),
-        ({"shards": 0}, r"shards=0: it must be an integer >= 1"),
+        ({"ignored_dim": 0}, r"ignored_dim=0: it must be an integer >= 1, or None for no limit"),
+        ({"one_sided": 1}, r"one_sided=1: it must be True or False"),
+        ({"statistics": "l1"}, r"statistics='l1': it must be one of \('shampoo', 'kl'\)"),
+        ({"precision": "low"}, r"precision='low': it must be one of"),
+        ({"initial_preconditioner": -1.0}, r"initial_preconditioner=-1.0: it must be finite and >= 0"),
         ({"grafting": "lion"}, r"grafting='lion': it must be one of \('none', 'sgd'"),
         ({"root": "svd"}, r"root='svd': it must be one of \('auto', 'eigh', 'newton'\)"),
         ({"root": "newton", "relative_epsilon": False}, r"root='newton': it must be 'eigh' or 'auto'"),
@@ -190,7 +210,7 @@ def test_bad_settings_are_named(setting, message):
         shampoo(0.1, **setting)
 
 
-@pytest.mark.parametrize("setting", [{"b1": -0.1}, {"eps": 0.0}, {"basis": "svd"}])
+@pytest.mark.parametrize("setting", [{"b1": -0.1}, {"epsilon": 0.0}, {"basis": "svd"}])
 def test_bad_settings_of_soap_are_named(setting):
     with pytest.raises(ValueError, match=rf"^{next(iter(setting))}="):
         soap(0.1, **setting)
@@ -212,38 +232,67 @@ def test_bad_parameters_are_named():
         tx.update({"kernel": jnp.zeros((3, 2))}, state, {"kernel": jnp.zeros((2, 2))})
 
 
-@pytest.mark.parametrize("factory", FACTORIES)
-def test_a_state_of_another_plan_is_refused(factory):
+def test_an_unknown_setting_is_named():
+    for alias in (shampoo, soap):
+        with pytest.raises(TypeError, match="'shards'"):
+            alias(0.1, shards=8)
+
+
+@every_method
+@pytest.mark.parametrize("made_with", [{"max_preconditioner_dim": 4}, {"one_sided": True}])
+def test_a_state_of_other_shapes_is_refused(method, made_with):
+    params = {"kernel": jnp.zeros((8, 6))}
+    state = scale(method, **made_with).init(params)
+    with pytest.raises(ValueError, match=r"^state.stacks: arrays of shapes .* they must be .* other parameters"):
+        scale(method).update(params, state)
+
+
+def test_a_state_of_another_method_or_version_is_refused(tmp_path):
     params = {"kernel": jnp.zeros((8, 8))}
-    state = factory(max_preconditioner_dim=4).init(params)
-    with pytest.raises(ValueError, match=r"state.stacks: .*\(4, 4, 4\).* they must be .*another plan"):
-        factory(max_preconditioner_dim=8).update(params, state)
-
-
-@pytest.mark.parametrize("factory", FACTORIES)
-@pytest.mark.parametrize(
-    ("made_with", "now", "params"),
-    [
-        ({"b2": 1.0}, {"b2": 0.9}, "ab"),
-        ({"grafting": "adam"}, {"grafting": "rmsprop"}, "ab"),
-        ({}, {}, "ac"),
-    ],
-)
-def test_a_state_with_another_meaning_of_equal_arrays_is_refused(factory, made_with, now, params, tmp_path):
-    state = factory(**made_with).init({name: jnp.ones((8, 8)) for name in "ab"})
-    tx, params = factory(**now), {name: jnp.ones((8, 8)) for name in params}
-    setting = next(iter(now), "layout")
-    with pytest.raises(ValueError, match=rf"^{setting}=.*: it must be .*, which the state was made with"):
-        jax.jit(tx.update)(params, state)
+    tx = scale("shampoo")
+    with pytest.raises(ValueError, match=r"^state.stacks: "):
+        jax.jit(tx.update)(params, scale("soap").init(params))
+    old = tx.init(params)._replace(version=jnp.zeros(1, jnp.int8))
+    with pytest.raises(ValueError, match=r"^state.version: its shape is \(1,\): it must be \(2,\)"):
+        jax.jit(tx.update)(params, old)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
+        checkpointer.save(tmp_path / "state", old)
         checkpointer.wait_until_finished()
-        with pytest.raises(ValueError, match=f"{setting}="):
+        with pytest.raises(ValueError, match=r"Requested shape: \(2,\)"):
             checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
 
 
-@pytest.mark.parametrize("factory", FACTORIES)
-def test_what_only_changes_the_next_steps_may_change(factory):
+@every_method
+def test_renaming_and_nesting_parameters_leaves_their_stacks_usable(method):
+    tx = scale(method, precondition_frequency=2)
+    params = {name: jnp.ones((4, 4)) for name in "ab"}
+    _, state = run(tx, params, 3)
+    renamed = {"layers": [params["a"], params["b"]]}
+    masked = jax.tree.map(lambda _: optax.MaskedNode(), renamed)
+    expected, _ = jax.jit(tx.update)(params, state)
+    updates, _ = jax.jit(tx.update)(renamed, state._replace(mu=masked, nu=masked))
+    assert_same(jax.tree.leaves(updates), jax.tree.leaves(expected))
+
+
+@every_method
+def test_what_only_changes_the_next_steps_may_change(method):
     params = {"kernel": jnp.ones((8, 8))}
-    state = factory(b2=0.9).init(params)
-    jax.eval_shape(factory(b2=0.99, precondition_frequency=3, stagger=False, b1=0.5).update, params, state)
+    state = scale(method, b2=0.9).init(params)
+    jax.eval_shape(scale(method, b2=0.99, precondition_frequency=3, stagger=False, b1=0.5).update, params, state)
+
+
+@every_method
+def test_ignored_and_single_sides(method):
+    """An embedding of 50 words keeps only the preconditioner of its width; a single side is the shorter one."""
+    params = {"words": jnp.zeros((50, 4)), "kernel": jnp.zeros((3, 4))}
+    sizes = {
+        "ignored_dim": ({"ignored_dim": 10}, {(3, 3), (4, 4)}, 3),
+        "one_sided": ({"one_sided": True}, {(3, 3), (4, 4)}, 2),
+        "all": ({"ignored_dim": 2}, set(), 0),
+    }
+    for settings, expected, count in sizes.values():
+        tx = scale(method, precondition_frequency=2, **settings)
+        history, state = run(tx, params, 4)
+        matrices = [factor.statistics.shape[1:] for stack in state.stacks for factor in stack.factors]
+        assert (set(matrices), len(matrices)) == (expected, count)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(history))

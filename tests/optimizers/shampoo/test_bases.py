@@ -1,0 +1,72 @@
+"""Tracked eigenbases, by LAPACK and by matrix products alone, against float64."""
+
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simplest_vit.optimizers.shampoo import SoapOptions
+from simplest_vit.optimizers.shampoo.bases import gram_schmidt, refresh_basis
+
+SPECTRA = {
+    "flat": lambda n: 1 + np.arange(n)[::-1] / n,
+    "1e3": lambda n: np.logspace(0, -3, n),
+    "1e6": lambda n: np.logspace(0, -6, n),
+    "power": lambda n: 1 / np.arange(1.0, n + 1) ** 1.5,
+    "rank n/4": lambda n: (np.arange(n) <= n // 4) * np.logspace(0, -2, n),
+}
+
+
+def matrices(n):
+    rng = np.random.default_rng(0)
+    bases = [np.linalg.qr(rng.normal(size=(n, n)))[0] for _ in SPECTRA]
+    return np.stack([(q * spectrum(n)) @ q.T for q, spectrum in zip(bases, SPECTRA.values(), strict=True)])
+
+
+@pytest.mark.parametrize("n", [1, 5, 32, 45, 96])
+def test_gram_schmidt_is_the_q_of_qr(n):
+    x = np.random.default_rng(0).normal(size=(3, n, n))
+    q, r = np.linalg.qr(x)
+    q *= np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None, :]
+    np.testing.assert_allclose(gram_schmidt(jnp.asarray(x, jnp.float32)), q, atol=2e-3)
+
+
+@pytest.mark.parametrize("basis", ["qr", "gram_schmidt", "eigh"])
+@pytest.mark.parametrize("n", [6, 70])
+def test_refreshes_lead_to_an_eigenbasis(basis, n):
+    """From the identity; what is left off the diagonal is less than a third after five of them, and falls on."""
+    stack = jnp.asarray(matrices(n), jnp.float32)
+    q = jnp.broadcast_to(jnp.eye(n), stack.shape)
+    refresh = jax.jit(lambda q: refresh_basis(stack, q, SoapOptions(basis=basis)))
+    left = []
+    for _ in range(20):
+        q, error = refresh(q)
+        assert np.all(error < 1e-4)
+        rotated = np.asarray(q.mT @ stack @ q, np.float64)
+        diagonal = rotated * np.eye(n)
+        left.append(np.linalg.norm(rotated - diagonal, axis=(1, 2)) / np.linalg.norm(rotated, axis=(1, 2)))
+    assert np.all(left[4] < 1 / 3), left[4]
+    assert np.all(left[-1] < np.maximum(left[4] / 2, 1e-5)), (left[4], left[-1])
+
+
+PROGRAM = textwrap.dedent("""
+    import os
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    import jax, jax.numpy as jnp
+    from simplest_vit.optimizers.shampoo import SoapOptions
+    from simplest_vit.optimizers.shampoo.bases import refresh_basis
+
+    stacks = [jax.random.normal(jax.random.key(n), (8, n, n)) for n in (128, 130, 132, 134)]
+    refresh = jax.jit(lambda stacks: [refresh_basis(x @ x.mT, x, SoapOptions()) for x in stacks])
+    for _ in range(5):
+        jax.block_until_ready(refresh(stacks))
+""")
+
+
+def test_bases_of_many_sizes_do_not_wait_for_each_other_for_ever():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
