@@ -15,6 +15,7 @@ from simplest_vit.config import flatten
 from simplest_vit.data import pipeline as input_pipeline
 from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import Interrupted, UserError
+from simplest_vit.models import attention
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.optimizers.schedules import warmup_cosine
 from simplest_vit.training import distributed, results
@@ -58,6 +59,8 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     """
     start_time = time.monotonic()
     check_batch_size(config.batch_size, config.accumulation_steps, create_mesh(config.fsdp))
+    if config.model.attention_kernel == "fused":
+        attention.check_devices(jax.devices())
     run = _Run(config, workdir)
     batches_per_epoch = input_pipeline.steps_per_epoch(run.dataset, config)
 

@@ -33,6 +33,7 @@ def describe_state(config: Any, dataset: Dataset) -> tuple[nnx.GraphDef, TrainSt
     """
     config = config.copy_and_resolve_references()
     config.compute_dtype = "float32"
+    config.model.attention_kernel = "xla"  # on any device
     model_arguments(config.model, dataset.image_shape)
     tx = create_optimizer(config, optax.constant_schedule(0.0))  # the state has the same structure for any schedule
     graphdef, initialize = state_initializer(
