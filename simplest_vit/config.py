@@ -111,6 +111,11 @@ FIELDS = {
     "model.patch_size": Field(4, _integer(1, 2**14), "pixels; a divisor of the image size"),
     "model.dropout": Field(0.0, _DECAY, "part of the activations that is dropped"),
     "model.remat": Field(False, _FLAG, "recompute blocks in the backward pass, to save memory"),
+    "model.attention_kernel": Field(
+        "auto",
+        _one_of("auto", "xla", "fused"),
+        "fused: attention as one kernel, for NVIDIA GPUs from Ampere on (docs/gpu.md); auto: xla",
+    ),
     "model.attention": Field(
         "espa", _TEXT, "or espa_causal, espa_2d, espa_reference, uspa, shift, value_skipinit, unshaped"
     ),

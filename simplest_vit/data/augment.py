@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from simplest_vit.data.mix import cutmix, mixup
 from simplest_vit.data.rand_augment import rand_augment
@@ -85,11 +86,9 @@ def train_batch(key: jax.Array, images: jax.Array, labels: jax.Array, preprocess
     per_example = p.mixup_mode == "example"
     if p.mixup_alpha and p.cutmix_alpha:
         which_key, mix_key = jax.random.split(mix_key)
-        x, y = jax.lax.cond(
-            jax.random.bernoulli(which_key),
-            lambda: mixup(mix_key, x, y, p.mixup_alpha, per_example),
-            lambda: cutmix(mix_key, x, y, p.cutmix_alpha, per_example),
-        )
+        # Both are computed: a condition would be decided by the host of a GPU.
+        mixed = mixup(mix_key, x, y, p.mixup_alpha, per_example), cutmix(mix_key, x, y, p.cutmix_alpha, per_example)
+        x, y = optax.tree.where(jax.random.bernoulli(which_key), *mixed)
     elif p.mixup_alpha:
         x, y = mixup(mix_key, x, y, p.mixup_alpha, per_example)
     elif p.cutmix_alpha:

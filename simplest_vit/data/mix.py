@@ -4,8 +4,12 @@ An example's partner is the one opposite in the batch, which is in random order 
 rolling, is fused by XLA with what made the images: four times as fast on a CPU.)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy import special
 
 
 def mixup(
@@ -26,7 +30,7 @@ def mixup(
     References:
       Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
     """
-    z = jax.random.beta(key, alpha, alpha, (len(images) if per_example else 1,))
+    z = symmetric_beta(key, alpha, (len(images) if per_example else 1,))
     weight = jnp.minimum(z, 1 - z)
     return _blend(images, weight[:, None, None, None]), _blend(labels, weight[:, None])
 
@@ -54,7 +58,7 @@ def cutmix(
     """
     boxes = len(images) if per_example else 1
     area_key, y_key, x_key = jax.random.split(key, 3)
-    side = jnp.sqrt(1 - jax.random.beta(area_key, alpha, alpha, (boxes, 1)))
+    side = jnp.sqrt(1 - symmetric_beta(area_key, alpha, (boxes, 1)))
 
     def inside(key: jax.Array, size: int) -> jax.Array:  # bool [boxes, size]
         half = jnp.floor(side * size / 2)
@@ -66,6 +70,32 @@ def cutmix(
     box = rows[:, :, None, None] & columns[:, None, :, None]
     weight = rows.mean(1) * columns.mean(1)
     return jnp.where(box, images[::-1], images), _blend(labels, weight[:, None])
+
+
+def symmetric_beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
+    """Samples of Beta(alpha, alpha), by its quantiles.
+
+    `jax.random.beta` rejects samples in a loop of unknown length, for which a GPU waits for its host in every step.
+
+    Args:
+      key: random key.
+      alpha: parameter of the distribution, positive.
+      shape: of the result.
+
+    Returns:
+      float32 in [0, 1]. The distribution function is exact at 8,192 quantiles, and off by less than 1 / 8,192 between.
+    """
+    quantiles = jnp.asarray(_quantiles(alpha))
+    position = jax.random.uniform(key, shape) * (len(quantiles) - 1)
+    cell = jnp.minimum(position.astype(jnp.int32), len(quantiles) - 2)
+    low, high = quantiles[cell], quantiles[cell + 1]
+    return low + (position - cell) * (high - low)
+
+
+@functools.cache
+def _quantiles(alpha: float) -> np.ndarray:
+    """The quantiles of Beta(alpha, alpha) at 0, 1 / 8192, ..., 1; float32."""
+    return special.betaincinv(alpha, alpha, np.linspace(0, 1, 8193)).astype(np.float32)
 
 
 def _blend(x: jax.Array, weight: jax.Array) -> jax.Array:

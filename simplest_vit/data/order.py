@@ -55,6 +55,11 @@ def shuffled(position: Any, size: int, seed: Any, epoch: Any) -> Any:
         return xp.where(bit == 1, partner, x)
 
     x = position.astype(np.uint32)
-    if on_host:
+
+    def unrolled(x: Any) -> Any:
         return functools.reduce(lambda x, r: trade_places(r, x), range(_ROUNDS), x)
-    return jax.lax.fori_loop(0, _ROUNDS, trade_places, x)
+
+    if on_host:
+        return unrolled(x)
+    # A loop compiles ten times as fast, but is a hundred launches on a GPU instead of one.
+    return jax.lax.platform_dependent(x, cpu=lambda x: jax.lax.fori_loop(0, _ROUNDS, trade_places, x), default=unrolled)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplest_vit.errors import UserError
-from simplest_vit.models import simplest_vit
+from simplest_vit.models import attention, simplest_vit
 from simplest_vit.models.simple_vit import SimpleViT
 from simplest_vit.models.simplest_vit import SimplestViT
 
@@ -75,6 +75,10 @@ def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str,
     if not 0.0 <= config.dropout < 1.0:
         raise UserError(f"config.model.dropout={config.dropout} must lie in [0, 1)")
     arguments = {**sizes, "patch_size": config.patch_size, "dropout": config.dropout, "remat": config.remat}
+    # `auto` stays with XLA until RESULTS.md has a run on a GPU in which the kernel is equal and faster.
+    arguments["attention_kernel"] = "fused" if config.attention_kernel == "fused" else "xla"
+    if arguments["attention_kernel"] == "fused":
+        attention.check_sizes(height * width_pixels // config.patch_size**2, width // sizes["num_heads"])
     if config.name == "simplest_vit":
         _one_of("model.attention", config.attention, simplest_vit.ATTENTIONS)
         _one_of("model.mlp", config.mlp, simplest_vit.MLPS)

@@ -9,6 +9,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from simplest_vit.models import attention
+
 # Stacks of up to so many layers are unrolled by `scan`. A loop copies what the backward pass needs into arrays of all
 # layers and out again, and fills these with zeros first: 9 % of a step of S/4 at batch 64 on a CPU.
 _MAX_UNROLLED = 12
@@ -55,6 +57,43 @@ def project(x: jax.Array, *dense: nnx.Linear) -> list[jax.Array]:
     """Apply linear layers D -> D to tokens [B, T, D], which they share as rows."""
     tokens = rows(x)
     return [layer(tokens).reshape(x.shape) for layer in dense]
+
+
+def project_and_attend(
+    x: jax.Array,
+    query: nnx.Linear,
+    key: nnx.Linear,
+    value: nnx.Linear,
+    num_heads: int,
+    attention_bias: jax.Array | None = None,
+    row_scale: jax.Array | None = None,
+    *,
+    kernel: str = "xla",
+) -> jax.Array:
+    """Self-attention of tokens [B, T, D] by linear layers D -> D; the rest as in `attend`.
+
+    Args:
+      x: [B, T, D].
+      query: Makes the queries.
+      key: Makes the keys.
+      value: Makes the values.
+      num_heads: H.
+      attention_bias: See `attend`.
+      row_scale: See `attend`.
+      kernel: `xla` for `attend`, `fused` for one kernel behind one product (`attention.fused`).
+
+    Returns:
+      [B, T, D] in the compute dtype of the layers.
+    """
+    if kernel == "xla":
+        q, k, v = project(x, query, key, value)
+        return attend(q, k, v, num_heads, attention_bias, row_scale)
+    parts = (query, key, value)
+    kernels = jnp.concatenate([layer.kernel[...] for layer in parts], axis=1).astype(value.dtype)
+    biases = [layer.bias[...] for layer in parts if layer.bias is not None]
+    bias = jnp.concatenate(biases) if biases else None
+    qkv = (rows(x).astype(value.dtype) @ kernels).reshape(*x.shape[:2], -1)
+    return attention.fused(qkv, bias, num_heads, attention_bias, row_scale)
 
 
 def attend(

@@ -21,16 +21,19 @@ def _dense(fan_in: int, fan_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, use_b
 class Attention(nnx.Module):
     """Pre-LayerNorm softmax attention with output projection; no biases."""
 
-    def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, num_heads: int, *, kernel: str = "xla", dtype: jnp.dtype, rngs: nnx.Rngs):
         dense = functools.partial(_dense, width, width, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.query, self.key, self.value, self.out = dense(), dense(), dense(), dense()
         self.num_heads = num_heads
+        self.kernel = kernel
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens [B, T, D] to tokens [B, T, D]."""
-        query, key, value = layers.project(self.norm(x), self.query, self.key, self.value)
-        return layers.project(layers.attend(query, key, value, self.num_heads), self.out)[0]
+        mixed = layers.project_and_attend(
+            self.norm(x), self.query, self.key, self.value, self.num_heads, kernel=self.kernel
+        )
+        return layers.project(mixed, self.out)[0]
 
 
 class MLP(nnx.Module):
@@ -50,8 +53,10 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each on a skip connection."""
 
-    def __init__(self, width: int, num_heads: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attention = Attention(width, num_heads, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, width: int, num_heads: int, mlp_dim: int, *, kernel: str = "xla", dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.attention = Attention(width, num_heads, kernel=kernel, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, mlp_dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,6 +80,7 @@ class SimpleViT(nnx.Module):
         mlp_dim: int,
         dropout: float = 0.0,
         remat: bool = False,
+        attention_kernel: str = "xla",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -82,7 +88,8 @@ class SimpleViT(nnx.Module):
         grid = image_shape[0] // patch_size, image_shape[1] // patch_size
         self.patch_embedding = _dense(patch_size**2 * image_shape[2], width, dtype=dtype, rngs=rngs)
         self.position_embedding = layers.Constant(jnp.asarray(layers.sincos_position_embedding(grid, width)))
-        self.blocks = layers.stack(lambda rngs: Block(width, num_heads, mlp_dim, dtype=dtype, rngs=rngs), depth, rngs)
+        block = functools.partial(Block, width, num_heads, mlp_dim, kernel=attention_kernel, dtype=dtype)
+        self.blocks = layers.stack(lambda rngs: block(rngs=rngs), depth, rngs)
         self.dropout = nnx.Dropout(dropout)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.head = _dense(width, num_classes, dtype=jnp.float32, rngs=rngs)

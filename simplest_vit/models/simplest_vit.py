@@ -43,6 +43,7 @@ class ShapedAttention(nnx.Module):
         row_scale: jax.Array | None = None,
         *,
         value_init: Callable = initializers.gaussian_fan_in,
+        kernel: str = "xla",
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -53,17 +54,19 @@ class ShapedAttention(nnx.Module):
         self.attention_bias = layers.Constant(attention_bias)
         self.row_scale = None if row_scale is None else layers.Constant(row_scale)
         self.num_heads = num_heads
+        self.kernel = kernel
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens [B, T, D] to tokens [B, T, D]."""
-        query, key, value = layers.project(x, self.query, self.key, self.value)
-        return layers.attend(
-            query,
-            key,
-            value,
+        return layers.project_and_attend(
+            x,
+            self.query,
+            self.key,
+            self.value,
             self.num_heads,
-            attention_bias=self.attention_bias[...],
-            row_scale=None if self.row_scale is None else self.row_scale[...],
+            self.attention_bias[...],
+            None if self.row_scale is None else self.row_scale[...],
+            kernel=self.kernel,
         )
 
 
@@ -76,6 +79,7 @@ class UnshapedAttention(nnx.Module):
         num_heads: int,
         *,
         value_init: Callable = initializers.gaussian_fan_in,
+        kernel: str = "xla",
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -83,11 +87,11 @@ class UnshapedAttention(nnx.Module):
         self.query, self.key = (dense(kernel_init=initializers.gaussian_fan_in) for _ in range(2))
         self.value = dense(kernel_init=value_init)
         self.num_heads = num_heads
+        self.kernel = kernel
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens [B, T, D] to tokens [B, T, D]."""
-        query, key, value = layers.project(x, self.query, self.key, self.value)
-        return layers.attend(query, key, value, self.num_heads)
+        return layers.project_and_attend(x, self.query, self.key, self.value, self.num_heads, kernel=self.kernel)
 
 
 class ValueSkipInit(UnshapedAttention):
@@ -102,17 +106,18 @@ class ValueSkipInit(UnshapedAttention):
         num_heads: int,
         *,
         value_init: Callable = initializers.gaussian_fan_in,
+        kernel: str = "xla",
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        super().__init__(width, num_heads, value_init=value_init, dtype=dtype, rngs=rngs)
+        super().__init__(width, num_heads, value_init=value_init, kernel=kernel, dtype=dtype, rngs=rngs)
         self.alpha = nnx.Param(jnp.ones((), jnp.float32))
         self.beta = nnx.Param(jnp.zeros((), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens [B, T, D] to tokens [B, T, D]."""
-        query, key, value = layers.project(x, self.query, self.key, self.value)
-        mixed = layers.attend(query, key, value, self.num_heads)
+        mixed = super().__call__(x)
+        (value,) = layers.project(x, self.value)  # the same product as inside, where that is by XLA
         return self.alpha[...].astype(x.dtype) * value + self.beta[...].astype(x.dtype) * mixed
 
 
@@ -190,6 +195,7 @@ class SimplestViT(nnx.Module):
         init: str = "paper",
         dropout: float = 0.0,
         remat: bool = False,
+        attention_kernel: str = "xla",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -214,6 +220,7 @@ class SimplestViT(nnx.Module):
             reference's orthogonal scale of MLP and head.
           dropout: Rate on the tokens before pooling.
           remat: Recompute blocks in the backward pass.
+          attention_kernel: `xla` or `fused`; see `layers.project_and_attend`.
           dtype: Compute dtype; softmax, constants and logits stay float32.
           rngs: Streams for the initialization.
 
@@ -243,7 +250,15 @@ class SimplestViT(nnx.Module):
 
         def block(rngs: nnx.Rngs, *shaping: jax.Array) -> Block:
             return Block(
-                attention_class(width, num_heads, *shaping, value_init=embedding_init, dtype=dtype, rngs=rngs),
+                attention_class(
+                    width,
+                    num_heads,
+                    *shaping,
+                    value_init=embedding_init,
+                    kernel=attention_kernel,
+                    dtype=dtype,
+                    rngs=rngs,
+                ),
                 create_mlp(dtype=dtype, rngs=rngs),
             )
 

@@ -15,6 +15,7 @@ from simplest_vit.data import pipeline
 from simplest_vit.data.dataset import Dataset
 from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import Interrupted
+from simplest_vit.models import attention
 from simplest_vit.training import distributed
 from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
 from simplest_vit.training.interrupt import Interruption
@@ -64,6 +65,8 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     start = time.monotonic()
     mesh = create_mesh(config.fsdp)
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
+    if config.model.attention_kernel == "fused":
+        attention.check_devices(jax.devices())
     path = check_workdir(workdir, config.to_dict())
     if distributed.from_primary((path / RESULTS).exists):  # whatever has become of the data since
         log.info("%s has finished: its %s is repeated here", path, RESULTS)

@@ -130,6 +130,7 @@ def restore_best(workdir: str, config: Any = None) -> tuple[Run, TrainState]:
     """
     path, config, data = read_run(workdir, config)
     config.compute_dtype = "float32"
+    config.model.attention_kernel = "xla"  # on any device
     run = build(config, data)
     with Checkpoints(path, create=False) as checkpoints:
         state, _ = checkpoints.restore(run.abstract, checkpoints.best() or 0)

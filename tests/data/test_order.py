@@ -46,3 +46,9 @@ def test_pairs_of_neighbours_are_uniform():
     degrees = size * (size - 1) - 1
     assert abs(chi_squared - degrees) < 4 * np.sqrt(2 * degrees)
     assert np.trace(counts) == 0
+
+
+def test_on_a_gpu_it_is_no_loop():
+    traced = jax.jit(lambda position: shuffled(position, 1000, 1, 2)).trace(jnp.arange(8, dtype=jnp.uint32))
+    assert "stablehlo.while" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()

@@ -15,6 +15,7 @@ DEFAULTS = {
     "patch_size": 4,
     "dropout": 0.0,
     "remat": False,
+    "attention_kernel": "auto",
     "attention": "espa",
     "gamma_max_depth": 0.005,
     "rho_max_depth": 0.8,
@@ -75,3 +76,23 @@ def test_shipped_defaults_are_the_fields_that_the_factory_reads(name):
     assert set(config) == set(DEFAULTS)
     config.name = name
     model_arguments(config, (32, 32, 3))
+
+
+def test_the_kernel_for_attention_is_xla_unless_it_is_named():
+    kernels = {"auto": "xla", "xla": "xla", "fused": "fused"}
+    for name, kernel in kernels.items():
+        assert model_arguments(model_config(attention_kernel=name), (32, 32, 3))["attention_kernel"] == kernel
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"patch_size": 16}, "does tokens of 16 to 256, not 4"),
+        ({"patch_size": 1}, "does tokens of 16 to 256, not 1024"),
+        ({"num_heads": 48}, "does head width of 16 to 128, not 8"),
+        ({"num_heads": 2}, "does head width of 16 to 128, not 192"),
+    ],
+)
+def test_the_fused_kernel_says_what_it_cannot_do(overrides, message):
+    with pytest.raises(UserError, match=message):
+        model_arguments(model_config(attention_kernel="fused", **overrides), (32, 32, 3))

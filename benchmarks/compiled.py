@@ -1,0 +1,197 @@
+"""What XLA makes of a training step on an H200, compiled here without a GPU: nothing runs, nothing is timed.
+
+python -m benchmarks.compiled --config configs/cifar10.py
+python -m benchmarks.compiled --config configs/cifar10.py --config.model.attention_kernel=fused --commit=HEAD~10
+python -m benchmarks.compiled --config configs/cifar10.py --against configs/cifar10.py:model=simple_vit
+
+A row tells the lower bound of a step's time (`roofline.py`), model FLOPs over what the chip's data sheet promises in
+that time, launches, bytes moved, temporaries, waits for the host and custom calls. Then come the costliest kernels.
+
+It needs the CUDA plugin of the version of jaxlib, in a virtual environment of its own (docs/gpu.md), and no GPU.
+"""
+
+import collections
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # the plugin finds no GPU
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.experimental import topologies
+from ml_collections import config_flags
+
+from benchmarks import roofline
+from benchmarks.train_step import model_flops
+from simplest_vit import cli, config
+from simplest_vit.errors import UserError
+from simplest_vit.optimizers.factory import create_optimizer
+from simplest_vit.optimizers.schedules import warmup_cosine
+from simplest_vit.training.state import state_initializer
+from simplest_vit.training.step import make_train_step
+
+_AGAINST = config_flags.DEFINE_config_file("against", None, "Another config, to compare with.")
+_COMMIT = flags.DEFINE_string("commit", None, "An earlier commit, to compare with.")
+_OPTIONS = flags.DEFINE_multi_string("xla", [], "Flags for XLA, e.g. xla_gpu_enable_triton_gemm=false.")
+_TOP = flags.DEFINE_integer("top", 10, "Kernels to list, those of the same shape together.", lower_bound=0)
+_JSON = flags.DEFINE_bool("json", False, "Print the first row as JSON, for programs.")
+
+DATA_SHEET = 989e12  # bfloat16 FLOP/s, dense
+_HERE = pathlib.Path(__file__).parent
+
+
+def target() -> jax.Device:
+    """The chip to compile for.
+
+    Raises:
+      UserError: If JAX has not the plugin.
+    """
+    try:
+        importlib.metadata.version("jax-cuda13-pjrt")
+    except importlib.metadata.PackageNotFoundError as error:
+        version = importlib.metadata.version("jaxlib")
+        raise UserError(
+            "compiling for a GPU needs JAX's CUDA plugin; install it in an environment of its own: "
+            f"pip install --no-deps jax-cuda13-pjrt=={version} jax-cuda13-plugin=={version}"
+        ) from error
+    description = (_HERE / "h200.txtpb").read_text()
+    return topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1").devices[0]
+
+
+def compile_for(device: jax.Device, function: Any, *arguments: Any, options: dict[str, Any] | None = None) -> Any:
+    """Compile a jitted function for a device that need not exist.
+
+    Args:
+      device: From `target`.
+      function: From `jax.jit`.
+      *arguments: Trees of anything with a shape and a dtype.
+      options: XLA's flags.
+
+    Returns:
+      The compiled program, and its kernels (`roofline.Program`).
+    """
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    traced = function.trace(*placed)
+    compiled = traced.lower().compile(options or {})
+    return compiled, roofline.read(compiled.as_text(), roofline.pallas_flops(traced.jaxpr.jaxpr))
+
+
+def train_step(settings: Any, image_size: int, num_classes: int) -> tuple[Any, Any, dict[str, Any]]:
+    """The jitted step of `simplest-vit train`, and the shapes of its state and batch."""
+    shape = (image_size, image_size, 3)
+    tx = create_optimizer(settings, warmup_cosine(settings.optimizer.learning_rate, 75, 2160))
+    graphdef, initialize = state_initializer(settings, image_shape=shape, num_classes=num_classes, tx=tx)
+    sizes = {"image": shape, "label": (num_classes,), "weight": ()}
+    batch = {name: jax.ShapeDtypeStruct((settings.batch_size, *size), jnp.float32) for name, size in sizes.items()}
+    return make_train_step(graphdef, tx, settings), jax.eval_shape(initialize), batch
+
+
+def describe(settings: Any, image_size: int, num_classes: int, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """One row of the table, and the kernels."""
+    step, state, batch = train_step(settings, image_size, num_classes)
+    start = time.perf_counter()
+    compiled, program = compile_for(target(), step, state, batch, options=options)
+    seconds = sum(kernel.seconds for kernel in program.kernels)
+    flops = model_flops(settings, (image_size, image_size, 3), num_classes) * settings.batch_size
+    calls = collections.Counter(k.kind for k in program.kernels if k.instruction.op == "custom-call")
+    row = {
+        "bound_ms": 1e3 * seconds,
+        "mfu": flops / seconds / DATA_SHEET,
+        "launches": sum(kernel.times for kernel in program.kernels),
+        "gigabytes": sum(kernel.times * kernel.bytes for kernel in program.kernels) / 1e9,
+        "temporary_gigabytes": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+        "host_waits": program.host_waits,
+        "custom_calls": dict(calls),
+        "compile_s": time.perf_counter() - start,
+    }
+    return row, program.kernels
+
+
+def costliest(kernels: list[roofline.Kernel], top: int) -> list[str]:
+    """Lines on the kernels that cost most, those of one kind, shape and origin together."""
+    groups: dict[Any, list[roofline.Kernel]] = collections.defaultdict(list)
+    for kernel in kernels:
+        origin = re.search(r'op_name="([^"]*)"', kernel.instruction.line)
+        key = kernel.kind, str(kernel.instruction.shapes[:2]), re.sub(r"\d+", "", origin[1]) if origin else ""
+        groups[key].append(kernel)
+    ordered = sorted(groups.items(), key=lambda item: -sum(kernel.seconds for kernel in item[1]))
+    lines = []
+    for (kind, _, origin), group in ordered[:top]:
+        shapes = " ".join(f"{dtype}{list(shape)}" for dtype, shape in group[0].instruction.shapes[:2])
+        seconds, times = sum(k.seconds for k in group), sum(k.times for k in group)
+        lines.append(f"{1e3 * seconds:8.3f} ms  x{times:<4} {kind:28.28} {shapes:44.44} {origin[-44:]}")
+    return lines
+
+
+def at_commit(commit: str) -> dict[str, Any]:
+    """The first row as an earlier commit gives it, from this version of the benchmark.
+
+    Raises:
+      UserError: If the commit is unknown, or has no such config.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tree = pathlib.Path(folder, "tree")
+        git = ["git", "-C", str(_HERE), "worktree"]
+        added = subprocess.run([*git, "add", "--detach", str(tree), commit], capture_output=True, text=True)
+        if added.returncode:
+            raise UserError(f"--commit={commit}: {added.stderr.strip().splitlines()[-1]}")
+        try:
+            for name in ("compiled.py", "roofline.py", "h200.txtpb"):
+                shutil.copy(_HERE / name, tree / "benchmarks" / name)
+            arguments = [a for a in sys.argv[1:] if not re.match(r"--?(commit|against|attention_kernel)\b", a)]
+            command = [sys.executable, "-m", "benchmarks.compiled", *arguments, "--json"]
+            result = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], capture_output=True)
+        if result.returncode:
+            raise UserError(f"--commit={commit}: {(result.stderr.strip().splitlines() or ['it failed'])[-1]}")
+        return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def _main(_: list[str]) -> None:
+    """Prints the table and the costliest kernels."""
+    image_size, num_classes = flags.FLAGS.image_size, flags.FLAGS.num_classes
+    options = dict(_parse_option(text) for text in _OPTIONS.value)
+    target()
+    row, kernels = describe(cli.CONFIG.value, image_size, num_classes, options)
+    if _JSON.value:
+        print(json.dumps(row))
+        return
+    rows = {"this": row}
+    if _COMMIT.value:
+        rows[_COMMIT.value] = at_commit(_COMMIT.value)
+    if flags.FLAGS["against"].present:
+        config.check(_AGAINST.value)
+        rows["against"] = describe(_AGAINST.value, image_size, num_classes, options)[0]
+    print(f"batch {cli.CONFIG.value.batch_size}, compiled for an H200, not run: lower bounds")
+    print(f"{'':12} bound ms   MFU  launches      GB  temporaries GB  host waits  custom calls")
+    for name, r in rows.items():
+        calls = " ".join(f"{kind} x{count}" for kind, count in sorted(r["custom_calls"].items())) or "none"
+        print(
+            f"{name:12.12} {r['bound_ms']:8.2f} {r['mfu']:5.1%} {r['launches']:9} {r['gigabytes']:7.1f} "
+            f"{r['temporary_gigabytes']:15.2f} {r['host_waits']:11}  {calls}"
+        )
+    print("\n".join(costliest(kernels, _TOP.value)))
+
+
+def _parse_option(text: str) -> tuple[str, Any]:
+    """A flag of XLA as its compiler wants it."""
+    name, _, value = text.lstrip("-").partition("=")
+    if value in ("true", "false"):
+        return name, value == "true"
+    return name, int(value) if value.lstrip("-").isdigit() else value
+
+
+if __name__ == "__main__":
+    cli.run(_main, usage="python -m benchmarks.compiled --config configs/cifar10.py", required=("config",))
