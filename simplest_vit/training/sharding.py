@@ -74,7 +74,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def state_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The rules of a `TrainState`.
 
-    - Stacks of Shampoo and SOAP: their slots over all devices, where that divides evenly, else another axis (`slots_spec`).
+    - Stacks of Shampoo and SOAP: their slots over all devices, where that divides evenly, else another axis
+      (`slots_spec`).
     - Matrices among the parameters, their moments and their average: the largest dimension that `fsdp` divides, and
       never the axis that stacks layers, along which the model scans.
     - Vectors, scalars and the model's constants: whole, for they are small.
