@@ -2,20 +2,27 @@
 
 import dataclasses
 import hashlib
+import itertools
 import logging
+import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import tensorflow_datasets as tfds
 
 from simplest_vit.data.decode import eval_image
-from simplest_vit.data.prepare import prepare
+from simplest_vit.data.prepare import damaged, prepare
+from simplest_vit.data.progress import Progress, cores
 from simplest_vit.errors import UserError
 
 _LOG = logging.getLogger(__name__)
+_LOADED = itertools.count()  # data sets, alike in all processes
+_CHUNK = 256  # images that a core decodes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,26 +38,48 @@ class Source:
     """A split on disk, read at random: a sequence of dicts with the bytes of an image file and a label.
 
     Attributes:
-      examples: the sequence, from TFDS.
-      label: the feature that is the label.
-      name: the feature that names an image, or None.
+      examples: The sequence, from TFDS.
+      label: The feature that is the label.
+      name: The feature that names an image, or None.
+      shards: For each file of the split its path and the number of its examples, in their order.
     """
 
     examples: Sequence[dict[str, Any]]
     label: str
     name: str | None
+    shards: tuple[tuple[Path, int], ...]
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def read(self, indices: Sequence[int]) -> list[tuple[bytes, int, str]]:
-        """Returns (image file, label, name) for each index."""
-        examples = self.examples.__getitems__(indices)  # type: ignore[attr-defined]
-        return [(e["image"], int(e[self.label]), self._name(i, e)) for i, e in zip(indices, examples, strict=True)]
+        """Read (image file, label, name) for each index.
+
+        Raises:
+          UserError: If a file of the data set is damaged.
+        """
+        try:
+            examples = self.examples.__getitems__(indices)  # type: ignore[attr-defined]
+            return [(e["image"], int(e[self.label]), self._name(i, e)) for i, e in zip(indices, examples, strict=True)]
+        except Exception as error:  # array_record's, which seldom names the file
+            path = self._damaged(indices)
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: damaged ({reason}); remove {path.parent} to prepare it anew") from error
 
     def _name(self, index: int, example: dict[str, Any]) -> str:
         name = example[self.name] if self.name else b""
-        return f"example {index} {name.decode() if isinstance(name, bytes) else name}".strip()
+        return f"example {index} {name.decode(errors='replace') if isinstance(name, bytes) else name}".strip()
+
+    def _damaged(self, indices: Sequence[int]) -> Path:
+        """The file of the first example that cannot be read alone."""
+        ends = np.cumsum([size for _, size in self.shards])
+        for index in indices:
+            path = self.shards[int(np.searchsorted(ends, index, side="right"))][0]
+            try:
+                self.examples[index]
+            except Exception:
+                break
+        return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +202,7 @@ _IMAGE_SHAPES = {
 
 
 def image_shape(data: Any) -> tuple[int, int, int]:
-    """Returns (H, W, C) of a preprocessed image, which is known before the data set is there.
+    """(H, W, C) of a preprocessed image, which is known before the data set is there.
 
     Args:
       data: `config.data`.
@@ -183,10 +212,10 @@ def image_shape(data: Any) -> tuple[int, int, int]:
 
 
 def load(data: Any) -> Dataset:
-    """Loads a data set, and prepares it first where that has not been done.
+    """Load a data set, and prepare it first where that has not been done.
 
-    It goes onto the device if its images, uint8 of the size that training takes, fit the budget and are not to be
-    cropped at random from their original size. Otherwise it stays on disk.
+    A split goes onto the device if its images, uint8 of the size that training takes, fit the budget, and for training
+    are not to be cropped at random from their original size. Otherwise it stays on disk.
 
     Args:
       data: `config.data`.
@@ -195,44 +224,72 @@ def load(data: Any) -> Dataset:
       The data set.
 
     Raises:
-      UserError: it cannot be prepared or read, or an image is damaged.
+      UserError: If it cannot be prepared or read, or an image is damaged.
     """
-    path = prepare(data.name, data.dir, data.manual_dir).data_path
-    builder = tfds.builder_from_directory(path)  # which worker processes can open, too
-    label = {"fine": "label", "coarse": "coarse_label"}.get(data.label, "")
-    features = builder.info.features
-    if label not in features:
-        expected = "fine or coarse" if "coarse_label" in features else "fine"
-        raise UserError(f"data.label={data.label}: expected {expected} for {data.name}")
-    train, validation = (_open(builder, split, label) for split in ("train", _validation_split(builder)))
-    shape = image_shape(data)
-    num_bytes = (len(train) + len(validation)) * int(np.prod(shape))
-    budget = data.device_budget_bytes
-    where = f"{data.name}: {len(train):,} + {len(validation):,} images of {'x'.join(map(str, shape))}"
-    splits: tuple[Arrays | Source, Arrays | Source]
-    if data.random_resized_crop:
-        _LOG.info("%s, streamed from disk (data.random_resized_crop)", where)
-        splits = train, validation
-    elif num_bytes > budget:
-        _LOG.info("%s, %.3g GB > data.device_budget_bytes=%.3g GB: streamed", where, num_bytes / 1e9, budget / 1e9)
-        splits = train, validation
-    else:
-        _LOG.info("%s, %.3g GB on the device", where, num_bytes / 1e9)
-        splits = _to_device(data.name, train, shape), _to_device(data.name, validation, shape)
+    path = Path(_prepare_once(data))
+    try:
+        builder = tfds.builder_from_directory(path)  # which worker processes can open, too
+        label = {"fine": "label", "coarse": "coarse_label"}.get(data.label, "")
+        features = builder.info.features
+        if label not in features:
+            expected = "fine or coarse" if "coarse_label" in features else "fine"
+            raise UserError(f"data.label={data.label}: expected {expected} for {data.name}")
+        train = _open(builder, "train", label)
+        validation = _open(builder, "validation" if "validation" in builder.info.splits else "test", label)
+    except UserError:
+        raise
+    except Exception as error:
+        raise damaged(path, error) from error
     mean, std = _STATISTICS[data.name]
-    return Dataset(
+    info = DatasetInfo(
         name=data.name,
         version=str(builder.version),
-        class_names=tuple(features[label].names),
-        image_shape=shape,
         train_size=len(train),
         validation_size=len(validation),
+        class_names=tuple(features[label].names),
+        image_shape=image_shape(data),
         mean=mean,
         std=std,
         fingerprint=_fingerprint(builder),
-        train=splits[0],
-        validation=splits[1],
     )
+    return Dataset(
+        **vars(info),
+        train=_place("train", train, info, data),
+        validation=_place("validation", validation, info, data),
+    )
+
+
+def _prepare_once(data: Any) -> str:
+    """Where the data set is prepared: process 0 does it, while the others wait.
+
+    Then they see it, or where they do not share its disk, prepare it for themselves.
+    """
+
+    def prepare_here() -> str:
+        return str(prepare(data.name, data.dir, data.manual_dir).data_path)
+
+    if jax.process_count() == 1:
+        return prepare_here()
+    client, key = ocp.multihost.get_jax_distributed_client(), f"simplest_vit/prepared/{next(_LOADED)}"
+    if jax.process_index() == 0:
+        error = ""
+        try:
+            return prepare_here()
+        except UserError as problem:
+            error = str(problem)
+            raise
+        finally:
+            client.key_value_set(key, error)
+    while True:  # a short time each, for signals come in between; it may take hours
+        try:
+            error = client.blocking_key_value_get(key, 1000)
+        except jax.errors.JaxRuntimeError as problem:
+            if "DEADLINE_EXCEEDED" not in str(problem):
+                raise
+        else:
+            if error:
+                raise UserError(error)
+            return prepare_here()
 
 
 def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
@@ -248,34 +305,53 @@ def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
     return digest.hexdigest()
 
 
-def _validation_split(builder: tfds.core.DatasetBuilder) -> str:
-    return "validation" if "validation" in builder.info.splits else "test"
-
-
 def _open(builder: tfds.core.DatasetBuilder, split: str, label: str) -> Source:
-    """Opens a split for reading at random."""
+    """Open a split for reading at random."""
     name = next((name for name in ("id", "file_name", "image/filename") if name in builder.info.features), None)
     decoders = {"image": tfds.decode.SkipDecoding()}
     try:
-        return Source(builder.as_data_source(split, decoders=decoders), label, name)
+        examples = builder.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:
         raise UserError(
             f"{builder.data_path}: prepared as {builder.info.file_format.value}, expected array_record; move it away "
             f"to prepare it anew, or: tfds convert_format --dataset_dir={builder.data_path} "
             "--out_file_format=array_record"
         ) from error
+    info = builder.info.splits[split]
+    return Source(examples, label, name, tuple(zip(map(Path, info.filepaths), info.shard_lengths, strict=True)))
 
 
-def _to_device(name: str, source: Source, shape: tuple[int, int, int]) -> Arrays:
-    """Decodes a split; the copy in the host's memory lives only until the device has its own."""
-    images = np.empty((len(source), *shape), np.uint8)
+def _place(split: str, source: Source, info: DatasetInfo, data: Any) -> Arrays | Source:
+    """Put a split on the device if that is wanted and it fits."""
+    num_bytes, budget = len(source) * math.prod(info.image_shape), data.device_budget_bytes
+    what = f"{info.name}, {split}: {len(source):,} images of {'x'.join(map(str, info.image_shape))}"
+    if split == "train" and data.random_resized_crop:
+        _LOG.info("%s, streamed from disk (data.random_resized_crop)", what)
+    elif num_bytes > budget:
+        _LOG.info("%s, %.3g GB > data.device_budget_bytes=%.3g GB: streamed", what, num_bytes / 1e9, budget / 1e9)
+    else:
+        _LOG.info("%s, %.3g GB on the device", what, num_bytes / 1e9)
+        return _to_device(source, info, data.random_resized_crop, f"decoding {info.name}, {split}")
+    return source
+
+
+def _to_device(source: Source, info: DatasetInfo, random_resized_crop: bool, what: str) -> Arrays:
+    """Decode a split on all cores; the copy in the host's memory lives only until the device has its own."""
+    images = np.empty((len(source), *info.image_shape), np.uint8)
     labels = np.empty(len(source), np.int32)
-    for start in range(0, len(source), 1024):
-        indices = list(range(start, min(start + 1024, len(source))))
-        for i, (content, label, image_name) in zip(indices, source.read(indices), strict=True):
+    progress = Progress(what, len(source), _LOG.info)
+
+    def decode(start: int) -> int:
+        indices = list(range(start, min(start + _CHUNK, len(source))))
+        for i, (content, label, name) in zip(indices, source.read(indices), strict=True):
             try:
-                images[i] = eval_image(content, shape, random_resized_crop=False)
+                images[i] = eval_image(content, info.image_shape, random_resized_crop)
             except UserError as error:
-                raise UserError(f"{name}: {image_name}: {error}; repair it and prepare the data set anew") from error
+                raise UserError(f"{info.name}: {name}: {error}; repair it and prepare the data set anew") from error
             labels[i] = label
+        return len(indices)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        for count in pool.map(decode, range(0, len(source), _CHUNK)):
+            progress.add(count, count)
     return Arrays(jax.device_put(images), jax.device_put(labels))

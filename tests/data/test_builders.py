@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import os
 import pathlib
 import shutil
 import subprocess
@@ -319,6 +320,79 @@ def test_bad_image_folders_are_told(photos, tmp_path, capfd):
     shutil.rmtree(photos / "val")
     with pytest.raises(UserError, match=r"no class folders in val/"):
         prepare("image_folder", tmp_path / "tfds", photos)
+
+
+def test_odd_things_in_an_image_folder(photos, tmp_path, capfd):
+    """Each is listed as corrupt, and may be skipped; nothing but images is looked at."""
+    cat = photos / "train/cat"
+    (cat / "._0.jpg").write_bytes(b"macOS's own")
+    (cat / "link.jpg").symlink_to(photos / "nowhere.jpg")
+    (cat / "loop.jpg").symlink_to(cat / "loop.jpg")
+    (cat / "folder.jpg").mkdir()
+    latin = os.fsencode(cat) + b"/caf\xe9.jpg"
+    pathlib.Path(os.fsdecode(latin)).write_bytes(jpeg(smooth_image(3)))
+    with pytest.raises(UserError, match=r"^3 corrupt images, listed above"):
+        prepare("image_folder", tmp_path / "tfds", photos)
+    told = capfd.readouterr().err
+    assert f"corrupt image {cat}/link.jpg: No such file or directory" in told
+    assert f"corrupt image {cat}/loop.jpg: " in told
+    assert f"corrupt image {cat}/folder.jpg: Is a directory" in told
+    builder = prepare("image_folder", tmp_path / "tfds", photos, skip_corrupt=True)
+    names = [e["image/filename"] for e in read(builder, "train", image=tfds.decode.SkipDecoding()) if e["label"] == 0]
+    assert names == [b"0.jpg", b"1.jpg", b"2.jpg", b"caf\xe9.jpg", b"palette.gif", b"palette.png"]
+
+
+@pytest.mark.parametrize("name", [b"cat ", b" cat", b"cat\ndog", b"caf\xe9", b"\x1b[31m", "\u2028".encode()])
+def test_a_class_name_that_cannot_be_kept_is_told(photos, tmp_path, name):
+    for split in ("train", "val"):
+        (photos / split / "cat").rename(os.fsdecode(os.fsencode(photos / split) + b"/" + name))
+    with pytest.raises(UserError, match=r"train/.*: a class name that TFDS cannot keep .*; rename the folder") as error:
+        prepare("image_folder", tmp_path / "tfds", photos)
+    assert str(error.value).isprintable()
+    assert folders(tmp_path / "tfds") == []
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "a:b|c*", "line\nbreak", "Ünïcode dir"])
+def test_a_folder_may_have_any_name(photos, tmp_path, name):
+    builder = prepare("image_folder", tmp_path / "tfds", photos.rename(tmp_path / name))
+    assert builder.info.splits["validation"].num_examples == 2
+
+
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+def test_a_split_without_a_sound_image(photos, tiny_imagenet, tars, tmp_path, skip_corrupt):
+    (photos / "val/cat/0.jpg").write_bytes(b"no image")
+    (photos / "val/dog/0.jpg").write_bytes(b"no image")
+    for member in tiny_imagenet:
+        if "val/images" in member:
+            tiny_imagenet[member] = b"no image"
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet)
+    (tars / "ILSVRC2012_img_val.tar").write_bytes(tar_of({"ILSVRC2012_val_00000001.JPEG": b"no image"}))
+    for name, originals in (("image_folder", photos), ("tiny_imagenet", tmp_path), ("imagenet", tars)):
+        with pytest.raises(UserError, match=r"validation: all images are corrupt|1 corrupt images, listed above"):
+            prepare(name, tmp_path / "tfds", originals, skip_corrupt=skip_corrupt)
+        assert not [path for path in folders(tmp_path / "tfds") if "dataset_info" in path]
+
+
+def test_originals_that_cannot_be_read_are_not_blamed_on_data_dir(cifar10, tmp_path, monkeypatch):
+    folder, _ = cifar10
+
+    def read_bytes(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
+    with pytest.raises(UserError, match=rf"^{folder}/.*/batches.meta.txt: cannot be read \(Permission denied\)"):
+        prepare("cifar10", tmp_path / "tfds", folder)
+
+
+def test_preparing_tells_how_far_it_is(tiny_imagenet, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("simplest_vit.data.progress._INTERVAL", -1)
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet)
+    prepare("tiny_imagenet", tmp_path / "tfds", tmp_path)
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("preparing train: ")]
+    assert len(lines) == 200
+    assert lines[-1].startswith("preparing train: 200 images, 100%, ")
+    assert out == ""  # which is for results
 
 
 # ImageNet.

@@ -58,7 +58,7 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
         originals = Originals(Path(dl_manager.manual_dir), self.ARCHIVE, self.FILES["test"][0])
         for label, file in self.LABELS.items():
             path, text = originals.read(file)
-            names = text.decode().split()
+            names = text.decode(errors="replace").split()
             if len(names) != self.NUM_CLASSES[label]:
                 raise UserError(
                     f"{path}: {len(names)} class names, expected {self.NUM_CLASSES[label]}; "

@@ -1,13 +1,14 @@
 """A folder of one's own images: a folder for each split, in it a folder for each class."""
 
 import hashlib
-from collections.abc import Iterator
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from simplest_vit.data.builders.corrupt import ImageFilesBuilder
+from simplest_vit.data.builders.image_files import ImageFile, ImageFilesBuilder
 from simplest_vit.errors import UserError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -20,6 +21,13 @@ class ImageFolder(ImageFilesBuilder, skip_registration=True):  # type: ignore[ca
     RGB JPEG files are kept as they are, and turned by their EXIF orientation when they are decoded; all others become
     upright RGB PNG. Each folder has a prepared data set of its own, and a new one when a file is added, removed or
     changed in size.
+
+    Args:
+      folder: The folder.
+      **kwargs: Of the base class.
+
+    Raises:
+      UserError: If the folder has not the expected layout.
     """
 
     name = "image_folder"
@@ -27,22 +35,13 @@ class ImageFolder(ImageFilesBuilder, skip_registration=True):  # type: ignore[ca
     MANUAL_DOWNLOAD_INSTRUCTIONS = "A folder with train/CLASS/ and val/CLASS/."
 
     def __init__(self, *, folder: Path, **kwargs: Any):
-        """Creates the builder for a folder.
-
-        Args:
-          folder: the folder.
-          **kwargs: of the base class.
-
-        Raises:
-          UserError: the folder has not the expected layout.
-        """
         self._files = _list_files(folder)
-        fingerprint = hashlib.sha256(str(folder.resolve()).encode())
+        fingerprint = hashlib.sha256(os.fsencode(folder.resolve()))
         for files in self._files.values():
             for path in files:
-                fingerprint.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        config = tfds.core.BuilderConfig(name=f"{folder.resolve().name}-{fingerprint.hexdigest()[:12]}")
-        super().__init__(config=config, **kwargs)
+                fingerprint.update(b"%s %d\n" % (os.fsencode(path.relative_to(folder)), _size(path)))
+        name = re.sub(r"[^\w.-]+", "_", folder.resolve().name)  # TFDS allows no more
+        super().__init__(config=tfds.core.BuilderConfig(name=f"{name}-{fingerprint.hexdigest()[:12]}"), **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -61,17 +60,30 @@ class ImageFolder(ImageFilesBuilder, skip_registration=True):  # type: ignore[ca
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager
-        return {split: self._generate_examples(split) for split in self._files}
+        return {
+            split: self._generate_examples(
+                split,
+                [
+                    ImageFile(
+                        str(path),
+                        _size(path),
+                        path.read_bytes,
+                        {"image/filename": os.fsencode(path.name), "label": path.parent.name},
+                    )
+                    for path in files
+                ],
+            )
+            for split, files in self._files.items()
+        }
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, path in enumerate(self._files[split]):
-            image = self._corrupt.standardize(str(path), path.read_bytes())
-            if image is not None:
-                yield index, {"image": image, "image/filename": path.name, "label": path.parent.name}
+
+def _size(path: Path) -> int:
+    """In bytes; of what cannot be read, which is told later, 0."""
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _list_files(folder: Path) -> dict[str, list[Path]]:
-    """Returns the images of the splits train and validation, by class and name."""
+    """The images of the splits train and validation, by class and name."""
     validation = next((name for name in _VALIDATION_FOLDERS if (folder / name).is_dir()), "val")
     files: dict[str, list[Path]] = {}
     for split, name in (("train", "train"), ("validation", validation)):
@@ -80,7 +92,14 @@ def _list_files(folder: Path) -> dict[str, list[Path]]:
             raise UserError(f"data.manual_dir={folder}: no class folders in {name}/; expected {name}/CLASS/*.jpg")
         files[split] = []
         for path in classes:
-            images = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+            if path.name.split("\n") != [path.name.strip()] or not path.name.isprintable():
+                raise UserError(
+                    f"{str(path)!r}: a class name that TFDS cannot keep (blanks around it, a line break or no UTF-8); "
+                    "rename the folder"
+                )
+            images = sorted(
+                file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+            )
             if not images:
                 raise UserError(
                     f"{path}: a class folder without images; add some ({', '.join(_SUFFIXES)}) or delete it"

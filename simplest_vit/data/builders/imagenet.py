@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import io
 import os
 import re
+import secrets
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from simplest_vit.data.builders.corrupt import ImageFilesBuilder
+from simplest_vit.data.builders.image_files import ImageFilesBuilder
+from simplest_vit.data.progress import Progress
 from simplest_vit.errors import UserError
 
 _TFDS_FOLDER = "datasets/imagenet2012"  # TFDS ships the class names and the validation labels
@@ -60,22 +62,19 @@ class Imagenet2012(ImageFilesBuilder, skip_registration=True):  # type: ignore[c
     def _split_generators(self, dl_manager: Any) -> Any:
         raise NotImplementedError("this builder writes its shards itself")
 
-    def _generate_examples(self) -> Any:
-        raise NotImplementedError("this builder writes its shards itself")
-
     def download_and_prepare(
         self, *, download_config: tfds.download.DownloadConfig, file_format: str = "array_record", **_: Any
     ) -> None:
-        """Writes the shards that are not there yet, then the metadata, then gives the folder its final name.
+        """Write the shards that are not there yet, then the metadata, then give the folder its final name.
 
         TFDS's own method cannot be resumed: it writes to a folder with a random name and deletes it on failure.
 
         Args:
-          download_config: its `manual_dir` holds the tars.
-          file_format: must be array_record.
+          download_config: Its `manual_dir` holds the tars.
+          file_format: Must be array_record.
 
         Raises:
-          UserError: a tar is missing, cut off or holds something else, or an image is corrupt.
+          UserError: If a tar is missing, cut off or holds something else, or an image is corrupt.
         """
         if file_format != "array_record":
             raise UserError(f"imagenet is prepared as array_record only, not as {file_format}")
@@ -88,40 +87,44 @@ class Imagenet2012(ImageFilesBuilder, skip_registration=True):  # type: ignore[c
         final = Path(self.data_path)
         unfinished = final.with_name(final.name + ".unfinished")
         unfinished.mkdir(parents=True, exist_ok=True)
+        for partial in unfinished.glob("partial-*"):
+            partial.unlink()
         self.info.set_file_format(file_format, override=True)
         split_infos = [self._write_split(unfinished, name, shards) for name, shards in splits.items()]
-        self._corrupt.finish()
+        self._check_corrupt()
         self.info.set_splits(tfds.core.splits.SplitDict(split_infos))
         self.info.write_to_directory(unfinished)
         unfinished.rename(final)
         self.info.update_data_dir(str(final))
 
     def _write_split(self, folder: Path, split: str, shards: list[_Shard]) -> tfds.core.SplitInfo:
-        """Writes the missing shards of a split and tells how it goes on."""
+        """Write the missing shards of a split and tell how it goes on."""
         lengths, num_bytes = [], 0
-        progress = _Progress(split, shards)
+        progress = Progress(f"preparing {split}", sum(shard.size for shard in shards))
         for index, shard in enumerate(shards):
             path = folder / f"{self.name}-{split}.array_record-{index:05d}-of-{len(shards):05d}"
-            if not path.exists():
+            if path.exists():
+                progress.skip(shard.size)
+            else:
                 # JPEG does not compress further.
-                partial = path.with_name("partial-" + path.name)
+                partial = path.with_name(f"partial-{secrets.token_hex(4)}-{path.name}")
                 writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
                 for file_name, wnid, content in shard.images():
-                    image = self._corrupt.standardize(f"{split}:{file_name}", content, keep_grey=True)
+                    image = self._standardize(f"{split}:{file_name}", io.BytesIO(content).read, keep_grey=True)
                     if image is not None:
                         example = {"image": image, "label": wnid, "file_name": file_name}
                         features = self.info.features
                         writer.write(features.serialize_example(features.encode_example(example)))
-                    progress.add_image(len(content))
+                    progress.add(1, len(content))
                 writer.close()
-                if self._corrupt.count and not self._corrupt.skip:
+                if self._corrupt and not self._skip_corrupt:
                     partial.unlink()  # so that this shard is read again, and its images reported again
                 else:
                     os.replace(partial, path)
             if path.exists():
                 lengths.append(ArrayRecordReader(str(path)).num_records())
                 num_bytes += path.stat().st_size
-            progress.finish_shard(shard)
+        self._check_any(split, any(lengths) or not self._skip_corrupt)
         return tfds.core.SplitInfo(
             name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=self._template(folder, split)
         )
@@ -129,38 +132,6 @@ class Imagenet2012(ImageFilesBuilder, skip_registration=True):  # type: ignore[c
     def _template(self, folder: Path, split: str) -> Any:
         return tfds.core.ShardedFileTemplate(
             data_dir=folder, dataset_name=self.name, split=split, filetype_suffix="array_record"
-        )
-
-
-class _Progress:
-    """Prints one line for a split every few seconds: shards, images, speed and time to go."""
-
-    def __init__(self, split: str, shards: list[_Shard]):
-        self._split, self._shards = split, len(shards)
-        self._to_do = sum(shard.size for shard in shards)
-        self._finished = self._images = self._written = 0
-        self._start = self._printed = time.monotonic()
-
-    def add_image(self, size: int) -> None:
-        self._images += 1
-        self._written += size
-        if time.monotonic() - self._printed > 5:
-            self._print()
-
-    def finish_shard(self, shard: _Shard) -> None:
-        self._finished += 1
-        self._to_do -= shard.size
-        if self._finished == self._shards:
-            self._print()
-
-    def _print(self) -> None:
-        self._printed = time.monotonic()
-        speed = self._written / (self._printed - self._start)
-        eta = self._to_do / speed / 60 if speed else 0
-        print(
-            f"{self._split}: {self._finished}/{self._shards} shards, {self._images:,} images written, "
-            f"{speed / 1e6:.0f} MB/s, {eta:.0f} min to go",
-            flush=True,
         )
 
 
@@ -174,10 +145,10 @@ def _tar(manual_dir: Path, name: str) -> Path:
 
 
 def _members(path: Path) -> list[tarfile.TarInfo]:
-    """Returns the files of a tar, from their headers alone.
+    """The files of a tar, from their headers alone.
 
     Raises:
-      UserError: the tar is cut off.
+      UserError: If the tar is cut off.
     """
     try:
         with tarfile.open(path, "r:") as tar:
@@ -225,7 +196,7 @@ def _validation_shards(path: Path, wnids: set[str]) -> list[_Shard]:
     labels_path = path.with_name("validation_labels.txt")
     if not labels_path.is_file():
         labels_path = Path(tfds.core.tfds_path(f"{_TFDS_FOLDER}/validation_labels.txt"))
-    labels = labels_path.read_text().split()
+    labels = labels_path.read_text(errors="replace").split()
     if len(members) != 50_000:
         print(f"warning: {path}: {len(members)} images, ImageNet-1k has 50,000", flush=True)
     labelled = []

@@ -1,15 +1,14 @@
 """TinyImageNet-200 from its official zip."""
 
+import functools
 import zipfile
-import zlib
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from simplest_vit.data.builders.corrupt import ImageFilesBuilder
+from simplest_vit.data.builders.image_files import ImageFile, ImageFilesBuilder
 from simplest_vit.data.builders.originals import Archive
 from simplest_vit.errors import UserError
 
@@ -51,7 +50,7 @@ class TinyImagenet(ImageFilesBuilder, skip_registration=True):  # type: ignore[c
         path = _find_zip(Path(dl_manager.manual_dir), self.ARCHIVE)
         try:
             archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
+        except Exception as error:  # zipfile raises more than its own
             raise UserError(f"{path}: not a complete zip file ({error}); download it again") from error
         members = _group_by_folder(archive)
         wnids = _read(archive, path, "wnids.txt").split()
@@ -64,28 +63,26 @@ class TinyImagenet(ImageFilesBuilder, skip_registration=True):  # type: ignore[c
             if not images:
                 raise UserError(f"{path}: no images in train/{wnid}/images, expected 500; download the zip again")
             train += [(image, wnid) for image in images]
+        validation = _validation(archive, path, members["val/images"], set(wnids))
         return {
-            "train": self._generate_examples(path, archive, train),
-            "validation": self._generate_examples(
-                path, archive, _validation(archive, path, members["val/images"], set(wnids))
-            ),
+            split: self._generate_examples(
+                split,
+                [
+                    ImageFile(
+                        f"{path}:{member}",
+                        archive.getinfo(member).file_size,
+                        functools.partial(archive.read, member),
+                        {"id": PurePosixPath(member).name, "label": wnid},
+                    )
+                    for member, wnid in labelled
+                ],
+            )
+            for split, labelled in (("train", train), ("validation", validation))
         }
-
-    def _generate_examples(
-        self, path: Path, archive: zipfile.ZipFile, labelled: list[tuple[str, str]]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, (member, wnid) in enumerate(labelled):
-            try:
-                content = archive.read(member)
-            except (zipfile.BadZipFile, zlib.error) as error:
-                raise UserError(f"{path}:{member}: damaged ({error}); download the zip again") from error
-            image = self._corrupt.standardize(f"{path}:{member}", content)
-            if image is not None:
-                yield index, {"id": PurePosixPath(member).name, "image": image, "label": wnid}
 
 
 def _find_zip(folder: Path, archive: Archive) -> Path:
-    """Returns the official zip of a folder, or the only one named like it."""
+    """The official zip of a folder, or the only one named like it."""
     official = folder / archive.file_name
     found = [official] if official.is_file() else sorted(folder.glob(f"{archive.folder}*.zip"))
     if len(found) != 1:
@@ -97,7 +94,7 @@ def _find_zip(folder: Path, archive: Archive) -> Path:
 
 
 def _group_by_folder(archive: zipfile.ZipFile) -> dict[str, list[str]]:
-    """Returns the image files of each folder, relative to the topmost one, in numeric order."""
+    """The image files of each folder, relative to the topmost one, in numeric order."""
     members = defaultdict(list)
     for name in archive.namelist():
         if name.endswith(".JPEG"):
@@ -108,15 +105,15 @@ def _group_by_folder(archive: zipfile.ZipFile) -> dict[str, list[str]]:
 
 
 def _read(archive: zipfile.ZipFile, path: Path, member: str) -> str:
-    """Returns a text file of the topmost folder."""
+    """A text file of the topmost folder."""
     try:
-        return archive.read(f"{archive.namelist()[0].split('/')[0]}/{member}").decode()
-    except (KeyError, zipfile.BadZipFile) as error:
+        return archive.read(f"{archive.namelist()[0].split('/')[0]}/{member}").decode(errors="replace")
+    except Exception as error:
         raise UserError(f"{path}:{member}: missing or damaged ({error}); download the zip again") from error
 
 
 def _validation(archive: zipfile.ZipFile, path: Path, images: list[str], wnids: set[str]) -> list[tuple[str, str]]:
-    """Pairs the validation images with their WordNet IDs from val_annotations.txt."""
+    """Pair the validation images with their WordNet IDs from val_annotations.txt."""
     file = f"{path}:val/val_annotations.txt"
     labels = {}
     for number, line in enumerate(_read(archive, path, "val/val_annotations.txt").splitlines(), 1):

@@ -1,0 +1,275 @@
+"""Preparing by several processes at once, on file systems where flock does not exclude; and what the killed leave."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorflow_datasets as tfds
+
+import input_pipeline
+from simplest_vit.data import dataset, prepare
+from simplest_vit.data.builders import BUILDERS
+from simplest_vit.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Prepares digits, without flock as over NFS, and slowly: a file appears when it has begun.
+PROGRAM = """
+import fcntl, os, pathlib, sys, time
+def flock(*_):
+    raise OSError(37, "No locks available")
+fcntl.flock = fcntl.lockf = flock
+from simplest_vit.data import prepare
+from simplest_vit.data.builders import BUILDERS
+folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+generate = BUILDERS["digits"]._generate_examples
+def slowly(self, images, labels):
+    (folder / f"begun.{os.getpid()}").touch()
+    time.sleep(seconds)
+    yield from generate(self, images, labels)
+BUILDERS["digits"]._generate_examples = slowly
+prepare.prepare("digits", folder / "tfds")
+"""
+
+
+def start(folder, seconds):
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(seconds)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def begun(folder):
+    return {int(path.suffix[1:]) for path in folder.glob("begun.*")}
+
+
+def test_one_of_several_processes_prepares_and_the_others_wait(tmp_path):
+    processes = [start(tmp_path, 1.0) for _ in range(3)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 3, said
+    (first,) = begun(tmp_path)
+    for process, text in zip(processes, said, strict=True):
+        assert ("preparing digits" in text) == (process.pid == first)
+        if process.pid != first and "waiting" in text:
+            assert f"waiting for process {first} of " in text
+    assert any("waiting" in text for text in said)
+    assert os.listdir(tmp_path / "tfds/digits") == ["1.0.0"]
+
+
+def test_what_a_killed_process_held_is_taken_over_at_once(tmp_path):
+    process = start(tmp_path, 60)
+    while not begun(tmp_path):
+        time.sleep(0.05)
+        assert process.poll() is None
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert list((tmp_path / "tfds/digits").glob("incomplete.*"))
+    start_time = time.monotonic()
+    assert prepare.prepare("digits", tmp_path / "tfds").info.splits["train"].num_examples == 1437
+    assert time.monotonic() - start_time < 30
+    assert os.listdir(tmp_path / "tfds/digits") == ["1.0.0"]
+
+
+def test_a_process_of_another_host_is_waited_for_until_it_is_silent(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(prepare, "_LEASE", 1.5)
+    (tmp_path / "digits").mkdir()
+    program = (
+        "import filelock._marker, filelock, sys, time\n"
+        "filelock._marker.host_name = lambda: 'elsewhere'\n"
+        "lease = filelock.SoftFileLease(sys.argv[1], lease_duration=1.5)\n"
+        "lease.acquire(); print(flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "digits/.preparing")], stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        waiting = threading.Thread(target=prepare.prepare, args=("digits", tmp_path))
+        waiting.start()
+        time.sleep(4)
+        assert not (tmp_path / "digits/1.0.0").exists()
+        other.kill()
+    waiting.join(60)
+    assert f"waiting for process {other.pid} of elsewhere to prepare {tmp_path}/digits" in capfd.readouterr().err
+    assert os.listdir(tmp_path / "digits") == ["1.0.0"]
+
+
+def test_a_process_that_stood_still_takes_what_another_has_prepared(tmp_path, monkeypatch):
+    """Its lease is lost and its unfinished folder removed; it ends well all the same."""
+    monkeypatch.setattr(prepare, "_LEASE", 0.6)
+    generate = BUILDERS["digits"]._generate_examples
+    calls = []
+
+    def overtaken(self, images, labels):
+        calls.append(len(images))
+        if len(calls) == 1:
+            (tmp_path / "digits/.preparing").unlink()  # as one that takes over would
+            other = start(tmp_path / "other", 0)
+            other.communicate(timeout=60)
+            assert other.returncode == 0
+            for unfinished in (tmp_path / "digits").glob("incomplete.*"):
+                unfinished.rename(tmp_path / "removed")
+            (tmp_path / "other/tfds/digits/1.0.0").rename(tmp_path / "digits/1.0.0")
+            time.sleep(1)
+        yield from generate(self, images, labels)
+
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(BUILDERS["digits"], "_generate_examples", overtaken)
+    assert prepare.prepare("digits", tmp_path).info.splits["train"].num_examples == 1437
+    assert (tmp_path / "removed").is_dir()
+
+
+class Store:
+    """The key-value store of JAX's coordinator, and who asked for what."""
+
+    def __init__(self):
+        self.values, self.asked = {}, 0
+
+    def key_value_set(self, key, value):
+        self.values[key] = value
+
+    def blocking_key_value_get(self, key, timeout_ms):
+        self.asked += 1
+        if self.asked == 2:  # in the meantime
+            self.values[key] = self.told
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
+        return self.values[key]
+
+
+@pytest.mark.parametrize("told", ["", "data.manual_dir=/nowhere: no such folder"])
+def test_process_0_prepares_while_the_others_wait(tmp_path, make_config, monkeypatch, told):
+    store, prepared = Store(), []
+    store.told = told
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(ocp.multihost, "get_jax_distributed_client", lambda: store)
+    original = prepare.prepare
+    monkeypatch.setattr(dataset, "prepare", lambda *a: prepared.append(store.asked) or original(*a))
+    data = make_config("digits", dir=tmp_path).data
+
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    if told:
+        with pytest.raises(UserError, match=f"^{told}$"):
+            dataset._prepare_once(data)
+        assert prepared == []
+    else:
+        dataset._prepare_once(data)
+        assert prepared == [2]
+
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    store.values.clear()
+    dataset._prepare_once(data)
+    assert list(store.values.values()) == [""]
+    data.name = "mnist"
+    with pytest.raises(UserError, match="unknown"):
+        dataset._prepare_once(data)
+    assert list(store.values.values())[1].startswith("data.name=mnist: unknown")
+    assert len(store.values) == 2
+
+
+# What is prepared there already may be damaged.
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    prepare.prepare("digits", folder)
+    return folder
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[100_000:101_000] = bytes(1000)
+    path.write_bytes(content)
+
+
+TRAIN, VALIDATION = (f"digits-{split}.array_record-00000-of-00001" for split in ("train", "validation"))
+
+
+def read_all(config):
+    loaded = input_pipeline.load(config.data)
+    batches = input_pipeline.train_batches(loaded, config, start_step=0, sharding=None)
+    for _ in range(input_pipeline.steps_per_epoch(loaded, config)):
+        next(batches)
+    list(input_pipeline.eval_batches(loaded, config, sharding=None, batch_size=360))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "named"),
+    [
+        (TRAIN, truncate, TRAIN),
+        (TRAIN, flip, TRAIN),
+        (TRAIN, pathlib.Path.unlink, TRAIN),
+        (TRAIN, lambda path: path.write_bytes(b""), TRAIN),
+        (VALIDATION, truncate, VALIDATION),
+        ("features.json", truncate, "features.json"),
+        ("features.json", lambda path: path.write_text("{}"), "features.json"),
+        ("features.json", lambda path: path.write_text(path.read_text().replace("ClassLabel", "Nothing")), ""),
+        ("features.json", lambda path: path.write_bytes(b"\xff\xfe\0"), "features.json"),
+        ("features.json", pathlib.Path.unlink, ""),
+        ("dataset_info.json", truncate, "dataset_info.json"),
+        ("dataset_info.json", pathlib.Path.unlink, ""),
+        ("dataset_info.json", lambda path: path.write_text(path.read_text().replace('"1437"', '"1438"')), TRAIN),
+        ("dataset_info.json", lambda path: path.write_text(path.read_text().replace('"validation"', '"v"')), ""),
+    ],
+)
+@pytest.mark.parametrize("budget", [10**9, 0])
+def test_a_damaged_data_set_is_told_in_one_line_that_names_the_file(
+    digits, tmp_path, make_config, file, damage, named, budget
+):
+    shutil.copytree(digits / "digits", tmp_path / "digits")
+    prepared = tmp_path / "digits/1.0.0"
+    damage(prepared / file)
+    config = make_config("digits", dir=tmp_path, device_budget_bytes=budget, num_workers=0)
+    with pytest.raises(UserError) as error:
+        read_all(config)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(f"{prepared / named}: damaged (")
+    assert message.endswith(f"; remove {prepared} to prepare it anew")
+
+
+def test_decoding_for_the_device_tells_how_far_it_is_and_uses_all_cores(digits, make_config, monkeypatch, caplog):
+    monkeypatch.setattr("simplest_vit.data.progress._INTERVAL", -1)
+    monkeypatch.setattr(dataset, "cores", lambda: 3)
+    caplog.set_level("INFO", "simplest_vit")
+    threads = set()
+    original = dataset.eval_image
+
+    def decode(*arguments):
+        threads.add(threading.get_ident())
+        time.sleep(1e-5)
+        return original(*arguments)
+
+    monkeypatch.setattr(dataset, "eval_image", decode)
+    loaded = input_pipeline.load(make_config("digits", dir=digits).data)
+    assert len(threads) >= 2
+    lines = [record.getMessage() for record in caplog.records if "decoding" in record.getMessage()]
+    assert len(lines) == 6 + 2
+    assert lines[0].startswith("decoding digits, train: 256 images, 18%, ")
+    assert lines[5].startswith("decoding digits, train: 1,437 images, 100%, ")
+    assert lines[5].endswith(" 0 s to go")
+    monkeypatch.undo()
+    alone = tfds.builder_from_directory(digits / "digits/1.0.0").as_data_source("train")
+    np.testing.assert_array_equal(loaded.train.images, [example["image"] for example in alone])
+    np.testing.assert_array_equal(loaded.train.labels, [example["label"] for example in alone])
+
+
+def test_each_split_has_the_budget(digits, make_config):
+    for budget, kinds in (
+        (1437 * 64, (input_pipeline.Arrays, input_pipeline.Arrays)),
+        (1437 * 64 - 1, (input_pipeline.Source, input_pipeline.Arrays)),
+        (360 * 64 - 1, (input_pipeline.Source, input_pipeline.Source)),
+    ):
+        loaded = input_pipeline.load(make_config("digits", dir=digits, device_budget_bytes=budget).data)
+        assert (type(loaded.train), type(loaded.validation)) == kinds
