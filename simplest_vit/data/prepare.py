@@ -6,6 +6,7 @@ A prepared data set is complete or absent, never half.
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import shutil
 import sys
@@ -149,7 +150,7 @@ def _prepare(builder: tfds.core.DatasetBuilder, root: Path, originals: Path | No
             builder.ARCHIVE.download(originals)
     tfds.disable_progress_bar()
     print(f"preparing {builder.name} in {builder.data_path}", file=sys.stderr, flush=True)
-    with contextlib.redirect_stdout(sys.stderr):  # TFDS tells of its own
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS says the same in other words, where results belong
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=originals), file_format="array_record"
         )

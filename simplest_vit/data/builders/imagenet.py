@@ -6,6 +6,7 @@ import io
 import os
 import re
 import secrets
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,7 +171,7 @@ def _train_shards(path: Path, wnids: set[str]) -> list[_Shard]:
         if Path(member.name).stem not in wnids:
             raise UserError(f"{path}: holds {member.name}, expected WNID.tar for the 1,000 classes of ImageNet-1k")
     if len(members) != len(wnids):
-        print(f"warning: {path}: {len(members)} classes, ImageNet-1k has {len(wnids):,}", flush=True)
+        print(f"warning: {path}: {len(members)} classes, ImageNet-1k has {len(wnids):,}", file=sys.stderr, flush=True)
     return [_Shard(member.size, functools.partial(_images_of_class, path, member)) for member in members]
 
 
@@ -198,7 +199,7 @@ def _validation_shards(path: Path, wnids: set[str]) -> list[_Shard]:
         labels_path = Path(tfds.core.tfds_path(f"{_TFDS_FOLDER}/validation_labels.txt"))
     labels = labels_path.read_text(errors="replace").split()
     if len(members) != 50_000:
-        print(f"warning: {path}: {len(members)} images, ImageNet-1k has 50,000", flush=True)
+        print(f"warning: {path}: {len(members)} images, ImageNet-1k has 50,000", file=sys.stderr, flush=True)
     labelled = []
     for member in members:
         match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", Path(member.name).name)
