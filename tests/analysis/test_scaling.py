@@ -65,12 +65,12 @@ def test_fsdp_gathers_as_many_bytes_as_the_kernels_have():
     assert result_bytes(hlo, "all-gather")[0] == split
 
 
-def test_shampoo_gathers_the_blocks_that_are_spread():
+def test_shampoo_gathers_the_updates_of_its_blocks():
     state, hlo = compiled(1, "optimizer=shampoo", model__depth=8)
     plan = shampoo_plan(state.params, stack_axes=paths.stack_axes)
-    spread = [stack for stack in plan.stacks if stack.count % 8 == 0]
-    assert len([stack for stack in spread if stack.block_shape]) == 3
-    assert result_bytes(hlo, "all-gather")[0] == 4 * sum(s.count * math.prod(s.block_shape) for s in spread)
+    blocks = 4 * sum(stack.count * math.prod(stack.block_shape) for stack in plan.stacks)
+    # Beside them some counters and matrices of single blocks, which devices cannot share.
+    assert blocks <= result_bytes(hlo, "all-gather")[0] < 1.05 * blocks
 
 
 def test_forward_flops_are_those_xla_counts():
@@ -96,8 +96,10 @@ def test_two_levels_send_what_a_flat_ring_sends_of_a_node():
 def test_work_is_shared_until_it_no_longer_divides():
     one, many = scaling.cost("S", "shampoo", 1), scaling.cost("S", "shampoo", 128)
     assert many.model_flops == one.model_flops / 128
-    assert one.root_flops / 128 <= many.root_flops < one.root_flops / 10
-    assert scaling.cost("S", "shampoo", 256).root_flops == one.root_flops  # fewer blocks than devices
+    assert many.statistics_flops < one.statistics_flops / 30
+    # Of each stack a device computes at least one block's roots in a step.
+    assert many.root_flops < one.root_flops / 2
+    assert scaling.cost("S", "shampoo", 1024).root_flops == many.root_flops
     assert scaling.cost("S", "fsdp", 8).state_bytes < scaling.cost("S", "data", 8).state_bytes / 7
 
 

@@ -1,0 +1,71 @@
+"""Mistakes that the tests must catch, each with the test that does.
+
+    python -m tests.optimizers.shampoo.mutants
+
+Copies the package, makes one mistake in it at a time and runs its test, which must fail; takes minutes.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+FOLDER = "simplest_vit/optimizers/shampoo/"
+REFERENCE = "test_reference.py::test_the_reference_preset_follows_the_oracle[none-float64]"
+SQUARE = "test_reference.py::test_the_reference_preset_follows_the_oracle[gap-float64]"
+FAST = "test_reference.py::test_the_default_preset_follows_the_oracle[3-3]"
+SOAP = "test_reference.py::test_soap_follows_the_oracle[4-5-qr]"
+REJECT = "test_transform.py::test_a_rejected_root_keeps_the_old_one_and_is_counted"
+PADDED = "test_sharding.py::test_devices_that_divide_nothing_share_the_work"
+
+# What is wrong, file, text, text in its place, test.
+MUTANTS = [
+    ("only the first phase is recomputed", "preconditioners.py", "(count - 1 - device", "(0 * count - device", FAST),
+    ("the phases are off by one", "preconditioners.py", "(count - 1 - device", "(count - device", FAST),
+    (
+        "the basis never moves",
+        "soap.py",
+        "return refresh_basis(matrices, bases",
+        "return refresh_basis(0 * bases, bases",
+        SOAP,
+    ),
+    ("second moments are not carried", "soap.py", "multiply_axes(nu, squared, options)", "nu", SOAP),
+    ("momentum is not carried", "soap.py", "multiply_axes(mu, turns, options), ", "mu, ", SOAP),
+    ("left and right swapped", "shampoo.py", "zip(stack.axes, axes", "zip(stack.axes, axes[::-1]", SQUARE),
+    ("no bias correction of statistics", "shampoo.py", "matrices / correction", "matrices", REFERENCE),
+    (
+        "no bias correction of momentum",
+        "moments.py",
+        "new / bias_correction(options.b1, count, options.dtype)",
+        "new",
+        FAST,
+    ),
+    ("grafting by the wrong norm", "moments.py", "jnp.sqrt(sum_of_squares(grafted))", "sum_of_squares(grafted)", FAST),
+    ("a rejected root is taken", "preconditioners.py", "(good & counts)[", "(good | True)[", REJECT),
+    ("padded slots leak", "sharding.py", ")[:count]", ")[-count:]", PADDED),
+]
+
+
+def main() -> None:
+    """Print the mutants with their tests; exit with 1 if one lives."""
+    root, alive = pathlib.Path(__file__).parents[3], 0
+    for name, file, old, new, test in MUTANTS:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in ("simplest_vit", "tests", "configs", "pyproject.toml"):
+                copy = shutil.copytree if (root / part).is_dir() else shutil.copy
+                copy(root / part, pathlib.Path(folder) / part)
+            path = pathlib.Path(folder) / FOLDER / file
+            source = path.read_text()
+            assert old in source, (file, old)
+            path.write_text(source.replace(old, new))
+            command = [sys.executable, "-m", "pytest", "-n", "0", "-x", f"tests/optimizers/shampoo/{test}"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=dict(os.environ))
+        alive += done.returncode != 1
+        print("killed" if done.returncode == 1 else f"ALIVE ({done.returncode})", "|", name, "|", test, flush=True)
+    sys.exit(alive > 0)
+
+
+if __name__ == "__main__":
+    main()
