@@ -11,11 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .plan import Plan
+
+try:
+    from jax.experimental.shard_alike import shard_alike
+except ImportError:  # JAX 0.11 has it no more: there the compiler chooses the layout
+    shard_alike = None  # type: ignore[assignment]
 
 
 def slots_spec(shape: tuple[int, ...], mesh: Any) -> P:
@@ -61,7 +65,7 @@ def in_auto_axes(function: Callable[..., Any], updates: Any, state: Any, params:
 
 def alike(leaves: Sequence[jax.Array], params: Any, mesh: Mesh | None) -> list[jax.Array]:
     """Lay out leaves as the parameters, so that the exchange of blocks does not reach into the model's own program."""
-    if mesh is None or params is None:
+    if mesh is None or params is None or shard_alike is None:
         return list(leaves)
     return [shard_alike(x, param)[0] for x, param in zip(leaves, jax.tree.leaves(params), strict=True)]
 
