@@ -102,6 +102,7 @@ FIELDS = {
     "ema.every": Field(5, _integer(1), "steps between two updates of the average"),
     "profile.first_step": Field(0, _integer(0), "where a profile begins; 0: off"),
     "profile.num_steps": Field(5, _integer(1), "steps of a profile"),
+    "init_from": Field(None, _FOLDER, "fine-tuning: the folder of a run, whose best weights are the first of this one"),
     "model.name": Field("simplest_vit", _TEXT, "or simple_vit"),
     "model.variant": Field("S", _TEXT, "Ti, S, B or L: sets the four sizes below where they are None"),
     "model.depth": Field(None, _optional(_integer(1, 1000)), "blocks"),

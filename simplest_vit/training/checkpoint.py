@@ -40,6 +40,11 @@ AT_THE_START: Progress = {
 _RECORD = "record.json"  # in each checkpoint, beside the folder of Orbax: the progress, and checksums of all
 
 
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Whether a run has saved anything, damaged or not."""
+    return any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
+
+
 class Checkpoints:
     """The folders `checkpoints/STEP` of a run: the latest two and the best, by Orbax. Leaving waits for the last save.
 

@@ -17,7 +17,8 @@ from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import Interrupted
 from simplest_vit.models import attention
 from simplest_vit.training import distributed
-from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
+from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints, has_checkpoint
+from simplest_vit.training.fine_tuning import weights_to_start_from
 from simplest_vit.training.interrupt import Interruption
 from simplest_vit.training.metrics import Meter, Sums, check_finite, mean_metrics, train_line, validation_line
 from simplest_vit.training.run import Run, build
@@ -73,6 +74,9 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         return distributed.from_primary(lambda: read_json(path / RESULTS))
     dataset = pipeline.load(config.data)
     run = build(config, dataset.info, mesh)
+    weights = None
+    if config.init_from and not distributed.from_primary(lambda: has_checkpoint(path)):
+        weights = weights_to_start_from(run)
 
     with contextlib.ExitStack() as stack:
         distributed.from_primary(lambda: stack.enter_context(claim_workdir(path, config.to_dict(), run.data)))
@@ -85,7 +89,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
             state, progress = checkpoints.restore(run.abstract, step)
             log.info("going on from step %d of %d in %s", step, run.total_steps, path)
         else:
-            state, progress = run.create_state(), dict(AT_THE_START)
+            state, progress = run.create_state(weights), dict(AT_THE_START)
             writer.write_hparams(flatten(config.to_dict()))
         log.info(memory_line(run.abstract))
         log.info("parameters\n%s", parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False))

@@ -36,7 +36,7 @@ class Run:
       learning_rate: The schedule.
       tx: The optimizer.
       graphdef: The model.
-      initialize: A pure function that makes the state at step 0.
+      initialize: A pure function that makes the state at step 0, of some parameters by module or none.
       abstract: Shapes, dtypes and shardings of the state.
     """
 
@@ -47,12 +47,12 @@ class Run:
     learning_rate: optax.Schedule
     tx: optax.GradientTransformation
     graphdef: nnx.GraphDef
-    initialize: Callable[[], TrainState]
+    initialize: Callable[..., TrainState]
     abstract: TrainState
 
-    def create_state(self) -> TrainState:
-        """Compute the state at step 0 on the devices."""
-        return create_state(self.initialize, self.abstract)
+    def create_state(self, weights: dict[str, Any] | None = None) -> TrainState:
+        """Compute the state at step 0 on the devices, with parameters by module (consumed) in place of its own."""
+        return create_state(self.initialize, self.abstract, weights)
 
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
@@ -115,12 +115,13 @@ def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
     )
 
 
-def restore_best(workdir: str, config: Any = None) -> tuple[Run, TrainState]:
-    """Load the checkpoint with the highest validation accuracy, from a run's folder alone, onto one device.
+def restore_best(workdir: str, config: Any = None, mesh: Mesh | None = None) -> tuple[Run, TrainState]:
+    """Load the checkpoint with the highest validation accuracy, from a run's folder alone.
 
     Args:
       workdir: The folder; nothing is written to it.
       config: None for the run's own; another is refused.
+      mesh: The devices; None for one.
 
     Returns:
       The run, whose model computes in float32, and the state.
@@ -131,7 +132,7 @@ def restore_best(workdir: str, config: Any = None) -> tuple[Run, TrainState]:
     path, config, data = read_run(workdir, config)
     config.compute_dtype = "float32"
     config.model.attention_kernel = "xla"  # on any device
-    run = build(config, data)
+    run = build(config, data, mesh)
     with Checkpoints(path, create=False) as checkpoints:
         state, _ = checkpoints.restore(run.abstract, checkpoints.best() or 0)
     return run, state

@@ -46,7 +46,7 @@ class TrainState:
 
 def state_initializer(
     config: Any, *, image_shape: tuple[int, int, int], num_classes: int, tx: optax.GradientTransformation
-) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
+) -> tuple[nnx.GraphDef, Callable[..., TrainState]]:
     """Describe model and state without computing anything.
 
     Args:
@@ -56,7 +56,8 @@ def state_initializer(
       tx: The optimizer.
 
     Returns:
-      The model's graph definition, and a pure function that makes the state at step 0 out of `config.seed` alone.
+      The model's graph definition, and a pure function that makes the state at step 0 out of `config.seed` and, where
+      they are given, parameters by module that take the place of the model's own.
 
     Raises:
       UserError: If `config.model` does not describe a model.
@@ -71,9 +72,10 @@ def state_initializer(
             rngs=nnx.Rngs(config.seed),
         )
 
-    def initialize() -> TrainState:
+    def initialize(weights: dict[str, Any] | None = None) -> TrainState:
         model = create()
         params, constants = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, Constant))
+        params |= weights or {}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -87,7 +89,7 @@ def state_initializer(
     return nnx.graphdef(nnx.eval_shape(create)), initialize
 
 
-def abstract_state(initialize: Callable[[], TrainState], mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(initialize: Callable[..., TrainState], mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on a mesh."""
     shapes = jax.eval_shape(initialize)
     return jax.tree.map(
@@ -97,9 +99,12 @@ def abstract_state(initialize: Callable[[], TrainState], mesh: jax.sharding.Mesh
     )
 
 
-def create_state(initialize: Callable[[], TrainState], abstract: TrainState) -> TrainState:
-    """Compute the state at step 0 on the devices that `abstract` names."""
-    return jax.jit(initialize, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
+def create_state(
+    initialize: Callable[..., TrainState], abstract: TrainState, weights: dict[str, Any] | None = None
+) -> TrainState:
+    """Compute the state at step 0 on the devices that `abstract` names; `weights` are consumed."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(initialize, donate_argnums=0, out_shardings=shardings)(weights)
 
 
 def apply_model(

@@ -1,0 +1,64 @@
+"""Fine-tuning: a run starts from the weights of another one (`config.init_from`)."""
+
+import logging
+from typing import Any
+
+from simplest_vit.errors import UserError
+from simplest_vit.models.factory import model_arguments
+from simplest_vit.training.run import Run, restore_best
+
+log = logging.getLogger("simplest_vit")
+
+# What two models of the same weights may differ in.
+_MAY_DIFFER = ("attention_kernel", "dropout", "init", "remat")
+
+
+def weights_to_start_from(run: Run) -> dict[str, Any]:
+    """Load what a run takes over from the best checkpoint of the run in `config.init_from`.
+
+    That are all parameters but the head, which begins anew unless the classes are the same. Constants (E-SPA's matrices,
+    the position embedding) belong to the grid of tokens and are those of the new run. Writes nothing.
+
+    Args:
+      run: The new run.
+
+    Returns:
+      Parameters by module, for `Run.create_state`.
+
+    Raises:
+      UserError: If there is no checkpoint, or it holds another model.
+    """
+    folder = run.config.init_from
+    try:
+        source, state = restore_best(folder, mesh=run.mesh)
+    except UserError as error:
+        raise UserError(f"config.init_from={folder}: {str(error).replace('--workdir=', '')}") from error
+    there, here = (_function(each) for each in (source, run))
+    for name in there | here:
+        if there.get(name) != here.get(name):
+            raise UserError(
+                f"config.init_from={folder} holds another model: its config.model.{name} is {there.get(name)!r}, here "
+                f"{here.get(name)!r}; set it to that, or choose another run"
+            )
+    channels, expected = source.data.image_shape[2], run.data.image_shape[2]
+    if channels != expected:
+        raise UserError(
+            f"config.init_from={folder} was trained on images of {channels} channels, expected {expected} as in "
+            f"{run.data.name}; choose another run"
+        )
+    weights = dict(state.eval_params)
+    head = "taken, too"
+    if source.data.class_names != run.data.class_names:
+        del weights["head"]
+        head = f"begins anew: {run.data.num_classes} classes, there {source.data.num_classes} others"
+    old, new = ("x".join(str(side // there["patch_size"]) for side in each.data.image_shape[:2]) for each in (source, run))
+    grid = f"for {new} tokens" + (f", there {old}" if old != new else "")
+    log.info("starting from step %d of %s: %s taken", state.step, folder, ", ".join(n for n in weights if n != "head"))
+    log.info("  head %s; position embedding and constants of attention: %s", head, grid)
+    return weights
+
+
+def _function(run: Run) -> dict[str, Any]:
+    """What the model computes from its parameters."""
+    arguments = model_arguments(run.config.model, run.data.image_shape)
+    return {"name": run.config.model.name} | {k: v for k, v in arguments.items() if k not in _MAY_DIFFER}
