@@ -12,20 +12,14 @@ import pathlib
 import statistics
 import tempfile
 import time
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
+from benchmarks import noise
 from simplest_vit import cli
-from simplest_vit.optimizers.factory import create_optimizer
-from simplest_vit.optimizers.schedules import warmup_cosine
 from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
-from simplest_vit.training.sharding import create_mesh
-from simplest_vit.training.state import abstract_state, create_state, state_initializer
-from simplest_vit.training.step import make_train_step
+from simplest_vit.training.run import build
 
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the images.")
 _CHANNELS = flags.DEFINE_integer("channels", 3, "Channels of the images.")
@@ -36,27 +30,18 @@ _SAVES = flags.DEFINE_integer("saves", 5, "Timed saves.", lower_bound=2)
 def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
-    image_shape = (_IMAGE_SIZE.value, _IMAGE_SIZE.value, _CHANNELS.value)
-    rng = np.random.default_rng(0)
-    batch: dict[str, Any] = {
-        "image": jnp.asarray(rng.normal(size=(config.batch_size, *image_shape)), jnp.float32),
-        "label": jnp.asarray(np.eye(10)[rng.integers(10, size=config.batch_size)], jnp.float32),
-        "weight": jnp.ones(config.batch_size),
-    }
-    tx = create_optimizer(config, warmup_cosine(config.optimizer.learning_rate, 0, 1000))
-    graphdef, initialize = state_initializer(config, image_shape=image_shape, num_classes=10, tx=tx)
-    abstract = abstract_state(initialize, create_mesh())
+    run = build(config, noise.info((_IMAGE_SIZE.value, _IMAGE_SIZE.value, _CHANNELS.value), num_classes=10))
+    batch = noise.batch(run.data, config.batch_size)
 
     start = time.perf_counter()
-    state = jax.block_until_ready(create_state(initialize, abstract))
+    state = jax.block_until_ready(run.create_state())
     create_s = time.perf_counter() - start
-    train_step = make_train_step(graphdef, tx, config)
     start = time.perf_counter()
-    state, _ = jax.block_until_ready(train_step(state, batch))
+    state, _ = jax.block_until_ready(run.train_step(state, batch))
     compile_s = time.perf_counter() - start
     start = time.perf_counter()
     for _ in range(_STEPS.value):
-        state, _ = jax.block_until_ready(train_step(state, batch))
+        state, _ = jax.block_until_ready(run.train_step(state, batch))
     step_s = (time.perf_counter() - start) / _STEPS.value
 
     blocking, whole = [], []
@@ -70,7 +55,7 @@ def _main(arguments: list[str]) -> None:
                 whole.append(time.perf_counter() - start)
         start = time.perf_counter()
         with Checkpoints(pathlib.Path(folder), create=True) as checkpoints:
-            jax.block_until_ready(checkpoints.restore(abstract, checkpoints.newest() or 0))
+            jax.block_until_ready(checkpoints.restore(run.abstract, checkpoints.newest() or 0))
             restore_s = time.perf_counter() - start
 
     megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6

@@ -26,19 +26,16 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"  # the plugin finds no GPU
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from benchmarks import roofline
+from benchmarks import noise, roofline
 from benchmarks.train_step import model_flops
 from simplest_vit import cli, config
 from simplest_vit.errors import UserError
-from simplest_vit.optimizers.factory import create_optimizer
-from simplest_vit.optimizers.schedules import warmup_cosine
-from simplest_vit.training.state import state_initializer
-from simplest_vit.training.step import make_train_step
+from simplest_vit.training.run import build
+from simplest_vit.training.sharding import create_mesh
 
 _AGAINST = config_flags.DEFINE_config_file("against", None, "Another config, to compare with.")
 _COMMIT = flags.DEFINE_string("commit", None, "An earlier commit, to compare with.")
@@ -89,12 +86,9 @@ def compile_for(device: jax.Device, function: Any, *arguments: Any, options: dic
 
 def train_step(settings: Any, image_size: int, num_classes: int) -> tuple[Any, Any, dict[str, Any]]:
     """The jitted step of `simplest-vit train`, and the shapes of its state and batch."""
-    shape = (image_size, image_size, 3)
-    tx = create_optimizer(settings, warmup_cosine(settings.optimizer.learning_rate, 75, 2160))
-    graphdef, initialize = state_initializer(settings, image_shape=shape, num_classes=num_classes, tx=tx)
-    sizes = {"image": shape, "label": (num_classes,), "weight": ()}
-    batch = {name: jax.ShapeDtypeStruct((settings.batch_size, *size), jnp.float32) for name, size in sizes.items()}
-    return make_train_step(graphdef, tx, settings), jax.eval_shape(initialize), batch
+    mesh = create_mesh(devices=[target()])
+    run = build(settings, noise.info((image_size, image_size, 3), num_classes), mesh)
+    return run.train_step, run.abstract, noise.abstract_batch(run.data, settings.batch_size)
 
 
 def describe(settings: Any, image_size: int, num_classes: int, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:

@@ -19,11 +19,14 @@ import numpy as np
 import optax
 from absl import flags
 
+from benchmarks import noise
 from simplest_vit import cli
+from simplest_vit.data.pipeline import Batch
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.shampoo import shampoo, shampoo_plan, soap
 from simplest_vit.training.metrics import classification_sums
-from simplest_vit.training.state import apply_model, state_initializer
+from simplest_vit.training.run import build
+from simplest_vit.training.state import apply_model
 
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the images; they have 3 channels.")
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", 10, "Number of classes.")
@@ -119,23 +122,17 @@ def make_runs(params: Any, gradient_of: Callable[..., Any]) -> dict[str, Run]:
 def _main(_: list[str]) -> None:
     """Prints a table and the plan."""
     config = cli.CONFIG.value
-    image_shape = (_IMAGE_SIZE.value, _IMAGE_SIZE.value, 3)
-    graphdef, initialize = state_initializer(
-        config, image_shape=image_shape, num_classes=_NUM_CLASSES.value, tx=optax.identity()
-    )
-    state = jax.jit(initialize)()
+    run = build(config, noise.info((_IMAGE_SIZE.value, _IMAGE_SIZE.value, 3), _NUM_CLASSES.value))
+    state = run.create_state()
     size = config.batch_size if _DIRECT.value else _MEASURED.value
-    rng = np.random.default_rng(0)
-    image = jnp.asarray(rng.normal(size=(size, *image_shape)), jnp.float32)
-    label = jax.nn.one_hot(jnp.asarray(rng.integers(_NUM_CLASSES.value, size=size)), _NUM_CLASSES.value)
+    batch = noise.batch(run.data, size)
 
-    def loss(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = apply_model(graphdef, params, state.constants, batch[0], jax.random.key(0))
-        return classification_sums(logits, batch[1], jnp.ones(size), config.label_smoothing)["loss"] / size
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        logits = apply_model(run.graphdef, params, state.constants, batch["image"], jax.random.key(0))
+        return classification_sums(logits, batch["label"], batch["weight"], config.label_smoothing)["loss"] / size
 
     gradient_of = jax.grad(loss)
     print(shampoo_plan(state.params, stack_axes=paths.stack_axes))
-    batch = (image, label)
     if _DIRECT.value:
         times, model_s = measure(make_runs(state.params, gradient_of), batch), 0.0
     else:

@@ -16,16 +16,14 @@ from typing import Any, NamedTuple
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorch its part of a GPU's memory
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from benchmarks import noise
 from simplest_vit import cli
+from simplest_vit.data.pipeline import Batch
 from simplest_vit.models.factory import model_arguments
-from simplest_vit.optimizers.factory import create_optimizer
-from simplest_vit.optimizers.schedules import warmup_cosine
-from simplest_vit.training.state import state_initializer
-from simplest_vit.training.step import make_train_step
+from simplest_vit.training.run import Run, build
 
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the images; they have 3 channels.")
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", 10, "Number of classes.")
@@ -49,14 +47,11 @@ class Program(NamedTuple):
     memory: Callable[[], int | None]
 
 
-def ours(config: Any, image: np.ndarray, label: np.ndarray) -> Program:
+def ours(run: Run, batch: Batch) -> Program:
     """The train step of `main.py`, compiled."""
-    tx = create_optimizer(config, warmup_cosine(config.optimizer.learning_rate, 0, 1000))
-    graphdef, initialize = state_initializer(config, image_shape=image.shape[1:], num_classes=label.shape[1], tx=tx)
-    state = jax.jit(initialize)()
-    batch = {"image": jnp.asarray(image), "label": jnp.asarray(label), "weight": jnp.ones(len(image))}
+    state = run.create_state()
     start = time.perf_counter()
-    compiled = make_train_step(graphdef, tx, config).lower(state, batch).compile()
+    compiled = run.train_step.lower(state, batch).compile()
     compile_s = time.perf_counter() - start
 
     def step() -> None:
@@ -130,12 +125,11 @@ def model_flops(config: Any, image_shape: tuple[int, int, int], num_classes: int
 def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
-    image_shape = (_IMAGE_SIZE.value, _IMAGE_SIZE.value, 3)
-    rng = np.random.default_rng(0)
-    image = rng.normal(size=(config.batch_size, *image_shape)).astype(np.float32)
-    label = np.eye(_NUM_CLASSES.value, dtype=np.float32)[rng.integers(0, _NUM_CLASSES.value, config.batch_size)]
+    run = build(config, noise.info((_IMAGE_SIZE.value, _IMAGE_SIZE.value, 3), _NUM_CLASSES.value))
+    batch = noise.batch(run.data, config.batch_size)
+    image, label = np.asarray(batch["image"]), np.asarray(batch["label"])
 
-    programs = [ours(config, image, label)]
+    programs = [ours(run, batch)]
     for compiled in (False, True) if _TORCH.value else ():
         try:
             programs.append(pytorch(config, image, label, compiled))
@@ -152,7 +146,7 @@ def _main(arguments: list[str]) -> None:
 
     device = jax.devices()[0]
     print(f"{config.model.name}, batch {config.batch_size}, {config.compute_dtype}, {device.device_kind}")
-    flops = model_flops(config, image_shape, _NUM_CLASSES.value) * config.batch_size
+    flops = model_flops(config, run.data.image_shape, _NUM_CLASSES.value) * config.batch_size
     print(f"{'':14} compile s   step s (quartiles)         images/s  model GFLOP/s  peak GB")
     for program, times in zip(programs, seconds.T, strict=True):
         low, median, high = np.quantile(times, (0.25, 0.5, 0.75))

@@ -74,7 +74,7 @@ def signal_propagation(
     for name in dict.fromkeys([own, *CONTRASTS]):
         log.info("signal propagation: %s", name)
         variant = with_contrast(config, name) if name in CONTRASTS else config
-        models = initial_models(variant, dataset.image_shape, dataset.num_classes, seeds)
+        models = initial_models(variant, dataset.info, seeds)
         results.append(analyse(name, models, variant.model, image, label))
     sizes = model_arguments(config.model, dataset.image_shape)
     data = f"images of {dataset.name}" if inputs == "images" else "Gaussian images"

@@ -5,16 +5,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from simplest_vit.analysis import kernel_theory, measure
 from simplest_vit.analysis.jacobian import jacobian_spectrum
+from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.models import espa, shift, tat
-from simplest_vit.models.factory import create_model
 from simplest_vit.models.layers import patchify
 from simplest_vit.models.simplest_vit import ShapedAttention, SimplestViT, ValueSkipInit
+from simplest_vit.training.run import build
 
 Curves = dict[str, np.ndarray]
 
@@ -46,22 +46,18 @@ class Signals:
     sigma_rows: np.ndarray | None
 
 
-def initial_models(config: Any, image_shape: tuple[int, int, int], num_classes: int, seeds: int) -> Iterable[Any]:
+def initial_models(config: Any, data: DatasetInfo, seeds: int) -> Iterable[measure.Model]:
     """The float32 model of a config at initialization, from `seeds` seeds beginning with `config.seed`.
 
     Raises:
-      UserError: If `config.model` does not describe a model.
+      UserError: If the config does not fit the data.
     """
-
-    def create(key: jax.Array) -> measure.Model:
-        return create_model(
-            config.model, image_shape=image_shape, num_classes=num_classes, dtype=jnp.float32, rngs=nnx.Rngs(key)
-        )
-
-    graphdef = nnx.graphdef(nnx.eval_shape(create, jax.random.key(0)))
-    initialize = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(create(key))))
+    config = config.copy_and_resolve_references()
+    config.compute_dtype = "float32"
+    run = build(config, data)
+    initialize = jax.jit(lambda seed: run.initialize(seed=seed))
     for seed in range(config.seed, config.seed + seeds):
-        yield nnx.merge(graphdef, initialize(jax.random.key(seed)))
+        yield run.model(initialize(seed))
 
 
 def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.Array, label: jax.Array) -> Signals:

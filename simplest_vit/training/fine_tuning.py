@@ -16,8 +16,8 @@ _MAY_DIFFER = ("attention_kernel", "dropout", "init", "remat")
 def weights_to_start_from(run: Run) -> dict[str, Any]:
     """Load what a run takes over from the best checkpoint of the run in `config.init_from`.
 
-    That are all parameters but the head, which begins anew unless the classes are the same. Constants (E-SPA's matrices,
-    the position embedding) belong to the grid of tokens and are those of the new run. Writes nothing.
+    That are all parameters but the head, which begins anew unless the classes are the same. Constants (E-SPA's
+    matrices, the position embedding) belong to the grid of tokens and are those of the new run. Writes nothing.
 
     Args:
       run: The new run.
@@ -47,14 +47,15 @@ def weights_to_start_from(run: Run) -> dict[str, Any]:
             f"{run.data.name}; choose another run"
         )
     weights = dict(state.eval_params)
-    head = "taken, too"
+    head = "is taken, too"
     if source.data.class_names != run.data.class_names:
         del weights["head"]
         head = f"begins anew: {run.data.num_classes} classes, there {source.data.num_classes} others"
-    old, new = ("x".join(str(side // there["patch_size"]) for side in each.data.image_shape[:2]) for each in (source, run))
-    grid = f"for {new} tokens" + (f", there {old}" if old != new else "")
-    log.info("starting from step %d of %s: %s taken", state.step, folder, ", ".join(n for n in weights if n != "head"))
-    log.info("  head %s; position embedding and constants of attention: %s", head, grid)
+    taken = ", ".join(name for name in weights if name != "head")
+    log.info("starting from step %d of %s: %s are taken, the head %s", state.step, folder, taken, head)
+    log.info(
+        "position embedding and constants of attention are those of %s tokens, there %s", _grid(run), _grid(source)
+    )
     return weights
 
 
@@ -62,3 +63,8 @@ def _function(run: Run) -> dict[str, Any]:
     """What the model computes from its parameters."""
     arguments = model_arguments(run.config.model, run.data.image_shape)
     return {"name": run.config.model.name} | {k: v for k, v in arguments.items() if k not in _MAY_DIFFER}
+
+
+def _grid(run: Run) -> str:
+    height, width, _ = run.data.image_shape
+    return f"{height // run.config.model.patch_size}x{width // run.config.model.patch_size}"

@@ -56,24 +56,24 @@ def state_initializer(
       tx: The optimizer.
 
     Returns:
-      The model's graph definition, and a pure function that makes the state at step 0 out of `config.seed` and, where
-      they are given, parameters by module that take the place of the model's own.
+      The model's graph definition, and a pure function that makes the state at step 0 out of parameters by module that
+      take the place of the model's own, or None, and a seed in place of `config.seed`, if it is given.
 
     Raises:
       UserError: If `config.model` does not describe a model.
     """
 
-    def create() -> Any:
+    def create(seed: Any = config.seed) -> Any:
         return create_model(
             config.model,
             image_shape=image_shape,
             num_classes=num_classes,
             dtype=jnp.dtype(config.compute_dtype),
-            rngs=nnx.Rngs(config.seed),
+            rngs=nnx.Rngs(jax.random.key(seed)),
         )
 
-    def initialize(weights: dict[str, Any] | None = None) -> TrainState:
-        model = create()
+    def initialize(weights: dict[str, Any] | None = None, seed: Any = config.seed) -> TrainState:
+        model = create(seed)
         params, constants = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, Constant))
         params |= weights or {}
         return TrainState(

@@ -15,7 +15,7 @@ from simplest_vit.models import espa, tat
 from simplest_vit.models.simple_vit import Attention as SimpleAttention
 from simplest_vit.models.simplest_vit import ShapedAttention, UnshapedAttention, ValueSkipInit
 from tests.models import tiny
-from tests.tiny import tiny_config
+from tests.tiny import DIGITS, tiny_config
 
 IMAGE = jax.random.normal(jax.random.key(1), (3, 8, 12, 3))
 LABEL = jax.nn.one_hot(jnp.array([1, 4, 0]), 5)
@@ -115,7 +115,7 @@ def wide_config(**overrides):
 
 
 def wide_models(config, seeds):
-    return list(signals.initial_models(config, (8, 8, 1), 10, seeds))
+    return list(signals.initial_models(config, DIGITS, seeds))
 
 
 @pytest.mark.parametrize("form", ["espa", "espa_2d", "espa_causal", "uspa"])

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from simplest_vit.analysis import scaling
+from benchmarks import scaling
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.optimizers.shampoo import shampoo_plan
@@ -20,7 +20,7 @@ from simplest_vit.training.step import make_train_step
 from tests.tiny import tiny_config
 
 SHAPES = {"image_shape": (8, 8, 1), "num_classes": 10}
-DOCS = pathlib.Path(__file__).parents[2] / "docs" / "scaling.md"
+DOCS = pathlib.Path(__file__).parents[1] / "docs" / "scaling.md"
 
 
 def compiled(fsdp, argument="optimizer=adam", **overrides):

@@ -2,7 +2,7 @@
 
 Prints the tables of docs/scaling.md:
 
-    python -m simplest_vit.analysis.scaling
+    python -m benchmarks.scaling
 
 Nothing is measured here. Counts come from the real model, the real plan of Shampoo and the real sharding rules, times
 from data sheets and the assumptions below.
@@ -13,15 +13,16 @@ import math
 from typing import Any
 
 import jax
-import optax
 
+from benchmarks import noise
 from simplest_vit.config import default
 from simplest_vit.models.factory import VARIANTS
 from simplest_vit.optimizers import paths
-from simplest_vit.optimizers.factory import create_optimizer, options_of
+from simplest_vit.optimizers.factory import options_of
 from simplest_vit.optimizers.shampoo import shampoo_plan
+from simplest_vit.training.run import build
 from simplest_vit.training.sharding import bytes_per_device
-from simplest_vit.training.state import abstract_state, state_initializer
+from simplest_vit.training.state import abstract_state
 
 DEVICES = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 SCHEMES = ("data", "fsdp", "shampoo")
@@ -107,9 +108,7 @@ def abstract_mesh(devices: int, fsdp: int) -> jax.sharding.AbstractMesh:
 
 def describe(config: Any, mesh: Any) -> Any:
     """Shapes and shardings of the state of a run on a mesh."""
-    tx = create_optimizer(config, optax.constant_schedule(1e-3))
-    _, initialize = state_initializer(config, image_shape=IMAGE_SHAPE, num_classes=NUM_CLASSES, tx=tx)
-    return abstract_state(initialize, mesh)
+    return abstract_state(build(config, noise.info(IMAGE_SHAPE, NUM_CLASSES)).initialize, mesh)
 
 
 def forward_flops(params: Any, tokens: int) -> float:
