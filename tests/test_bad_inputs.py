@@ -154,6 +154,7 @@ EXPORT = "simplest_vit.interop.export_reference --config configs/digits.py --wor
 DEPTH_STUDY = "simplest_vit.analysis.depth_study --config configs/digits.py --workdir {new}/run"
 SWEEP = "simplest_vit sweep --config configs/digits.py"
 DIGITS = "main.py --config configs/digits.py --workdir {new}/run"
+INIT_FROM = DIGITS + " --config.data.dir={old}/data --config.init_from"
 OLD = "main.py --config {old}/tiny.py --workdir {old}"
 CIFAR = "main.py --config configs/cifar10.py --workdir {new}/run --config.data.dir={new}/data"
 PREPARE = "simplest_vit prepare"
@@ -213,6 +214,11 @@ COMMANDS = [
     (OLD + "/damaged_results", "results.json cannot be read"),
     (OLD + "/damaged_checkpoint --mode evaluate", "checkpoint"),
     (OLD + "/lost_checkpoint --mode evaluate", "checkpoint"),
+    (INIT_FROM + "={old}/empty", "/empty holds no checkpoint; train there first, or name another folder"),
+    (INIT_FROM + "={old}/torn", "; choose another run, or remove the damaged run"),
+    (INIT_FROM + "={old}/lost_dataset", "dataset.json cannot be read"),
+    (INIT_FROM + "={old}/run", "holds another model: its config.model.depth is 2, here 12"),
+    (INIT_FROM + "=3", "config.init_from"),
     (OLD + "/run --mode predict --images {old}/text.jpg", "text.jpg: not a complete image"),
     (OLD + "/run --mode predict --images {old}/cut.jpg {old}/empty", "has no images"),
     (DIGITS + " --config.data.dir={old}/text.jpg", "text.jpg: cannot prepare digits there"),

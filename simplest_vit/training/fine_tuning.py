@@ -32,7 +32,8 @@ def weights_to_start_from(run: Run) -> dict[str, Any]:
     try:
         source, state = restore_best(folder, mesh=run.mesh)
     except UserError as error:
-        raise UserError(f"config.init_from={folder}: {str(error).replace('--workdir=', '')}") from error
+        reason = str(error).replace("--workdir=", "").replace("another --workdir", "another run")
+        raise UserError(f"config.init_from={folder}: {reason}") from error
     there, here = (_function(each) for each in (source, run))
     for name in there | here:
         if there.get(name) != here.get(name):

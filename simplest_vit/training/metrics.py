@@ -185,8 +185,9 @@ def train_line(step: int, total_steps: int, scalars: dict[str, Any]) -> str:
 
 
 def validation_line(step: int, progress: dict[str, Any]) -> str:
-    """Describe an evaluation."""
+    """Describe an evaluation, and the best of those that belong to a checkpoint, once there is one."""
+    best = f"  best saved {progress['best_validation_accuracy']:.2%}" if progress["ranked_step"] else ""
     return (
         f"step {step}  validation loss {progress['validation_loss']:.4f}  "
-        f"accuracy {progress['validation_accuracy']:.2%}  best {progress['best_validation_accuracy']:.2%}"
+        f"accuracy {progress['validation_accuracy']:.2%}{best}"
     )

@@ -63,7 +63,7 @@ def test_other_classes_and_another_grid_begin_with_their_own_head_and_constants(
         assert_equal(state.params[name], best.ema_params[name])
     assert f"starting from step 3 of {pretrained}: blocks, patch_embedding are taken" in caplog.text
     assert "the head begins anew: 3 classes, there 10 others" in caplog.text
-    assert "attention are those of 6x6 tokens, there 4x4" in caplog.text
+    assert "positions are those of 6x6 tokens, there 4x4" in caplog.text
 
 
 def test_classes_of_other_names_begin_anew_though_they_are_as_many(pretrained):
