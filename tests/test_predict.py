@@ -90,6 +90,15 @@ def test_an_image_of_another_size_and_mode_is_converted(run, tmp_path):
     assert sum(best["probability"] for best in prediction["top"]) <= 1 + 1e-6
 
 
+def test_a_photo_is_turned_as_in_training(run, tmp_path):
+    upright = Image.open(run.images / "3.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by the reader
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    turned, expected = predict(run.workdir, [str(tmp_path / "turned.png"), str(run.images / "3.png")])
+    assert turned["top"] == expected["top"]
+
+
 def test_mistakes_are_one_line(run, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty").mkdir()

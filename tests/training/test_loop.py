@@ -77,10 +77,13 @@ def test_a_run_leaves_results_checkpoints_and_events(finished):
     assert events.Images("train_images")[0].width > 8 * 8
 
 
-def test_evaluation_repeats_what_training_found(finished, data_dir):
+def test_evaluation_repeats_what_training_found(finished, data_dir, monkeypatch):
+    """From any directory, in a folder that may only be read."""
     workdir, outcome = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    evaluated = loop.evaluate(tiny_config(data__dir=data_dir, ema__decay=0.9), str(workdir))
+    monkeypatch.chdir(workdir.parent)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
+    evaluated = loop.evaluate(tiny_config(data__dir=data_dir, ema__decay=0.9), workdir.name)
     assert evaluated["latest"] == {
         "step": 6,
         "validation_loss": pytest.approx(outcome["validation_loss"]),
