@@ -151,7 +151,7 @@ CONFIGS = {
 
 IMPORT = "simplest_vit.interop.import_reference --config configs/digits.py --workdir {new}/run"
 EXPORT = "simplest_vit.interop.export_reference --config configs/digits.py --workdir {new}/run"
-DEPTH_STUDY = "simplest_vit.analysis.depth_study --config configs/digits.py --workdir {new}/run"
+DEPTH_STUDY = "benchmarks.depth_study --config configs/digits.py --workdir {new}/run"
 SWEEP = "simplest_vit sweep --config configs/digits.py"
 DIGITS = "main.py --config configs/digits.py --workdir {new}/run"
 INIT_FROM = DIGITS + " --config.data.dir={old}/data --config.init_from"

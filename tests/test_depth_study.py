@@ -7,22 +7,24 @@ import sys
 import numpy as np
 import pytest
 
-from simplest_vit.analysis import depth_figure, depth_study
+from benchmarks import depth_study
 from simplest_vit.errors import UserError
 from tests.tiny import tiny_config
 
 
 def test_the_plan_changes_depth_shaping_and_learning_rate():
     config = tiny_config(model__c_val_0_target=0.9, optimizer__learning_rate=0.01)
-    planned = depth_study.configs(config, [8, 64], 100)
-    assert list(planned) == [("shaped", 8), ("shaped", 64), ("unshaped", 8), ("unshaped", 64)]
-    assert planned["shaped", 64].model.attention == "espa"
-    assert planned["unshaped", 8].model.activation == "relu"
+    planned = depth_study.configs(config, [8, 64], 100, exponent=1.5)
+    assert list(planned) == [(method, depth) for method in depth_study.METHODS for depth in (8, 64)]
+    assert planned["E-SPA + TAT", 64].model.attention == "espa"
+    assert planned["isometric", 64].model.mlp == "mirrored"
+    assert planned["vanilla, unshaped", 8].model.activation == "relu"
     assert {run.steps for run in planned.values()} == {100}
     assert {run.model.width for run in planned.values()} == {16}
     assert depth_study.effective_depth(64) == 194
-    for shaping in ("shaped", "unshaped"):
-        assert planned[shaping, 64].optimizer.learning_rate == pytest.approx(0.01 * 2 / 64)
+    rates = {method: planned[method, 64].optimizer.learning_rate for method in depth_study.METHODS}
+    assert rates.pop("SimpleViT") == 0.01
+    assert list(rates.values()) == pytest.approx([0.01 * (2 / 64) ** 1.5] * 3)
     assert (config.model.depth, config.optimizer.learning_rate) == (2, 0.01)
 
 
@@ -36,33 +38,33 @@ def test_too_shallow_for_eta_is_told_before_anything_is_trained(tmp_path):
 def test_the_figure_shows_what_it_is_given():
     steps = np.arange(3)
     curves = {
-        (shaping, depth): dict.fromkeys(depth_figure.PANELS, (steps, steps + depth + (shaping == "shaped")))
-        for shaping in depth_study.SHAPINGS
+        (method, depth): dict.fromkeys(depth_study.PANELS, (steps, steps + depth + (method == "isometric")))
+        for method in depth_study.METHODS
         for depth in (8, 64)
     }
-    figure = depth_figure.draw(curves, "title")
-    assert [axis.get_title() for axis in figure.axes] == [title for title, _ in depth_figure.PANELS.values()]
+    figure = depth_study.draw(curves, "title")
+    assert [axis.get_title() for axis in figure.axes] == [title for title, _ in depth_study.PANELS.values()]
     for axis in figure.axes:
-        assert [line.get_linestyle() for line in axis.lines] == ["-", "-", "--", "--"]
+        assert [line.get_linestyle() for line in axis.lines] == ["-", "-", "--", "--", "-.", "-.", ":", ":"]
         np.testing.assert_array_equal(axis.lines[1].get_ydata(), steps + 65)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels[:2] == ["depth 8 (26 layers)", "depth 64 (194 layers)"]
+    assert labels == ["depth 8 (26 layers)", "depth 64 (194 layers)", *depth_study.METHODS]
 
 
 @pytest.mark.slow
 def test_a_small_study_quick(tmp_path):
     """Two depths of four steps through the program; the second time nothing is trained."""
     command = [
-        *(sys.executable, "-m", "simplest_vit.analysis.depth_study", "--config", "configs/digits.py"),
+        *(sys.executable, "-m", "benchmarks.depth_study", "--config", "configs/digits.py"),
         *(f"--workdir={tmp_path}/study", f"--config.data.dir={tmp_path}", "--config.model.width=16", "--steps=4"),
         *("--config.model.num_heads=2", "--config.model.mlp_dim=32", "--config.model.c_val_0_target=0.3"),
         "--depths=2,3",
     ]
     first, second = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0, first.stderr
-    assert first.stdout.count("validation accuracy") == 4
+    assert first.stdout.count("validation accuracy") == 8
     assert first.stdout.endswith(second.stdout)
-    assert second.stderr.count("has finished") == 4
+    assert second.stderr.count("has finished") == 8
     with (tmp_path / "study" / "depth_study.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["effective_depth"] for row in rows} == {"8", "11"}
