@@ -43,9 +43,9 @@ def run(
         return
     # The libraries tell what goes wrong, this project also what goes on.
     absl_logging.set_verbosity(absl_logging.ERROR)
-    # Orbax logs whatever it raises as well, with a traceback for each of its threads, and TensorStore prints another.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(lambda record: not _of_orbax(record))
+    # Orbax logs whatever it raises as well, with a traceback for each of its threads, and TensorStore prints another
+    # (needed by tests/faults/test_disk.py).
+    absl_logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     sys.unraisablehook = _print_unraisable
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
@@ -61,12 +61,6 @@ def run(
         )
     except (UserError, TrainingError, Interrupted) as error:
         sys.exit(tell(error))
-
-
-def _of_orbax(record: logging.LogRecord) -> bool:
-    """Whether Orbax logs, or asyncio an error of one of its tasks."""
-    error = record.exc_info[1] if record.exc_info else None
-    return f"{os.sep}orbax{os.sep}" in record.pathname or (error is not None and _raised_in(error).startswith("orbax."))
 
 
 def _print_unraisable(unraisable: Any) -> None:

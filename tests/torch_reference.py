@@ -22,11 +22,13 @@ def position_embedding(rows: int, columns: int, width: int) -> torch.Tensor:
         table[y, x, :, k] = torch.tensor(
             [math.sin(x * omega), math.cos(x * omega), math.sin(y * omega), math.cos(y * omega)]
         )
-    return table.reshape(rows * columns, width).float()
+    return table.reshape(rows * columns, width).to(torch.get_default_dtype())
 
 
-def espa_constants(num_tokens: int, depth: int, gamma_max_depth: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """d_l [L, T] and B_l [L, T, T]."""
+def espa_constants(
+    num_tokens: int, depth: int, gamma_max_depth: float, divide_columns: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """d_l [L, T] and B_l [L, T, T]; the reference divides columns of A_l by d_l, where rows are meant."""
     alpha = math.sqrt(1.0 - math.exp(-2.0 * gamma_max_depth))
     distance = scipy.linalg.toeplitz(np.arange(num_tokens))
     kernels = [np.eye(num_tokens)]
@@ -36,7 +38,9 @@ def espa_constants(num_tokens: int, depth: int, gamma_max_depth: float) -> tuple
     roots = [np.real(scipy.linalg.sqrtm(kernel)) for kernel in kernels]
     matrices = np.stack([current @ np.linalg.inv(previous) for previous, current in itertools.pairwise(roots)])
     row_scale, attention_bias = matrices.sum(axis=2), np.log(np.maximum(matrices, 1e-12))
-    return torch.tensor(row_scale, dtype=torch.float32), torch.tensor(attention_bias, dtype=torch.float32)
+    if divide_columns:
+        attention_bias -= np.log(row_scale)[:, None, :]
+    return tuple(torch.tensor(x, dtype=torch.get_default_dtype()) for x in (row_scale, attention_bias))
 
 
 def tat_slope(activations: int, eta: float) -> float:
@@ -156,6 +160,7 @@ class ViT(nn.Module):
         mlp_dim: int,
         gamma_max_depth: float = 0.005,
         c_val_0_target: float = 0.9,
+        divide_columns: bool = False,
     ):
         super().__init__()
         height, width_pixels, channels = image_shape
@@ -167,7 +172,7 @@ class ViT(nn.Module):
             nn.init.normal_(self.patch_embedding.weight, std=(channels * patch_size**2) ** -0.5)
             nn.init.zeros_(self.patch_embedding.bias)
             slope = tat_slope(2 * depth, c_val_0_target)
-            constants = zip(*espa_constants(rows * columns, depth, gamma_max_depth), strict=True)
+            constants = zip(*espa_constants(rows * columns, depth, gamma_max_depth, divide_columns), strict=True)
             self.blocks = nn.Sequential(
                 *(
                     VanillaBlock(

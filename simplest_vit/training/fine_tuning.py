@@ -54,9 +54,7 @@ def weights_to_start_from(run: Run) -> dict[str, Any]:
         head = f"begins anew: {run.data.num_classes} classes, there {source.data.num_classes} others"
     taken = ", ".join(name for name in weights if name != "head")
     log.info("starting from step %d of %s: %s are taken, the head %s", state.step, folder, taken, head)
-    log.info(
-        "position embedding and constants of attention are those of %s tokens, there %s", _grid(run), _grid(source)
-    )
+    log.info("constants of attention and positions are those of %s tokens, there %s", _grid(run), _grid(source))
     return weights
 
 
