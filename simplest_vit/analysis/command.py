@@ -5,7 +5,7 @@ import itertools
 import shlex
 from typing import Any
 
-from simplest_vit.config import flatten
+from simplest_vit.config import METHODS, flatten
 
 _NOT_TOLD = ("seed", "data.dir", "data.manual_dir")
 
@@ -25,10 +25,9 @@ def command(config: dict[str, Any]) -> str:
         get_config = importlib.import_module(f"configs.{data}").get_config
     except ImportError:
         return ""
-    setups = ("setup=tat", "setup=simple_vit", None)
-    choices = itertools.product(
-        setups, (f"model={flat.get('model.name')}",), (f"optimizer={flat.get('optimizer.name')}",)
-    )
+    own = (f"model={flat.get('model.name')}",), (f"optimizer={flat.get('optimizer.name')}",)
+    setups, methods = ("setup=tat", "setup=simple_vit", None), (None, *(f"method={name}" for name in METHODS))
+    choices = itertools.product(setups, *own, methods)
     found = []
     for choice in choices:
         arguments = ",".join(filter(None, choice))

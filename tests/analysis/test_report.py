@@ -142,6 +142,9 @@ def test_the_command_gives_the_config_back():
         "python main.py --config configs/cifar10.py:setup=simple_vit,model=simplest_vit,optimizer=sh"
     )
     assert line.endswith(" --config.weight_decay=0.0")
+    arguments = "model=simplest_vit,optimizer=soap,method=isometric"
+    isometric = command(cifar10.get_config(arguments).to_dict())
+    assert isometric == f"python main.py --config configs/cifar10.py:{arguments}"
     assert command({"data": {"name": "nothing"}}) == ""
 
 
