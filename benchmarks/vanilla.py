@@ -77,7 +77,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 # page faults. No effect where the C library is another; a run is the same with and without.
 _ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**33),
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
 }
 
