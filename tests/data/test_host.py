@@ -87,19 +87,20 @@ def test_evaluation_covers_each_example_once(config, photos, num_workers):
 
 def test_two_hosts_read_the_two_halves_of_the_batch_of_one(config, monkeypatch):
     dataset = input_pipeline.load(config.data)
-    whole = host._reader(dataset.train, (32, 32, 3), True, 0, 8)
+    whole = host.train_chunks(dataset, config)
     parts = []
     for process in range(2):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts.append(host._reader(dataset.train, (32, 32, 3), True, 0, 8))
-        assert parts[-1].rows == 4
+        parts.append(host.train_chunks(dataset, config))
     for step in range(6):
-        halves = [part.train_chunk(step) for part in parts]
+        halves = [part[step] for part in parts]
+        assert len(halves[0]["label"]) == 4
         both = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
-        jax.tree.map(np.testing.assert_array_equal, both, whole.train_chunk(step))
+        jax.tree.map(np.testing.assert_array_equal, both, whole[step])
+    config.batch_size = 9
     with pytest.raises(UserError, match="batch_size=9: not divisible by the 2 hosts"):
-        host._reader(dataset.train, (32, 32, 3), True, 0, 9)
+        host.train_chunks(dataset, config)
 
 
 def test_random_boxes_are_torchvisions():
