@@ -24,17 +24,8 @@ Batch = dict[str, jax.Array]
 class Preprocessing:
     """What is done to a batch; hashable, for it is a static argument of `jax.jit`.
 
-    Attributes:
-      mean: Per channel, of pixels in [0, 1].
-      std: Per channel, of pixels in [0, 1].
-      num_classes: Number of classes.
-      crop_padding: Zero padding around an image before a random crop of its own size; 0 for no crop.
-      flip: Whether half of the images are mirrored left to right.
-      num_ops: RandAugment's operations for each image; 0 for none.
-      magnitude: RandAugment's magnitude, 0..30.
-      mixup_alpha: Parameter of mixup's Beta distribution; 0 for no mixup.
-      cutmix_alpha: Parameter of CutMix's; 0 for no CutMix. With both, each batch draws one of them.
-      mixup_mode: "batch" for one weight or box a batch, "example" for one each.
+    Mean and deviation are per channel, of pixels in [0, 1]; `num_ops` and `magnitude` are RandAugment's. The meaning of
+    the others stands with the fields of `config.data`.
     """
 
     mean: tuple[float, ...]

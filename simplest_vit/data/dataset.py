@@ -14,12 +14,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorflow_datasets as tfds
-from joblib import cpu_count
 
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.data.decode import eval_image
 from simplest_vit.data.prepare import damaged, prepare
-from simplest_vit.data.progress import Progress
+from simplest_vit.data.progress import Progress, cpu_count
 from simplest_vit.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -97,7 +96,6 @@ class Source:
 
 
 def _name(index: int, example: dict[str, Any]) -> str:
-    """What messages call an example."""
     name = next((example[feature] for feature in ("id", "file_name", "image/filename") if feature in example), b"")
     return f"example {index} {name.decode(errors='replace')}".strip()
 
@@ -140,11 +138,7 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], path: Path) -> "DatasetInfo":
-        """Read what `to_json` made.
-
-        Args:
-          values: The content of a JSON file.
-          path: That file, for messages.
+        """Read what `to_json` made; `path` is where it was.
 
         Raises:
           UserError: If a field is missing, unknown or damaged.
@@ -153,28 +147,16 @@ class DatasetInfo:
         def fail(name: str, problem: str) -> NoReturn:
             raise UserError(f"{path}: {name}: {problem}; the file is damaged: restore it, or choose another --workdir")
 
-        def a_list(value: Any, *kinds: type) -> bool:
-            return isinstance(value, list) and bool(value) and all(type(item) in kinds for item in value)
+        def of(*kinds: type) -> Callable[[Any], bool]:
+            return lambda value: isinstance(value, list) and bool(value) and all(type(item) in kinds for item in value)
 
-        def a_text(value: Any) -> bool:
-            return isinstance(value, str)
-
-        def a_size(value: Any) -> bool:
-            return type(value) is int and value > 0
-
-        def per_channel(value: Any) -> bool:
-            return a_list(value, int, float) and len(value) == values["image_shape"][2]
-
-        expected: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "name": (a_text, "a text"),
-            "version": (a_text, "a text"),
-            "train_size": (a_size, "a positive integer"),
-            "validation_size": (a_size, "a positive integer"),
-            "class_names": (lambda value: a_list(value, str), "a list of texts"),
-            "image_shape": (lambda value: a_list(value, int) and len(value) == 3 and min(value) > 0, "[H, W, C]"),
-            "mean": (per_channel, "a list of a number for each channel"),
-            "std": (per_channel, "a list of a number for each channel"),
-            "fingerprint": (a_text, "a text"),
+        text = (lambda value: isinstance(value, str), "a text")
+        size = (lambda value: type(value) is int and value > 0, "a positive integer")
+        each = (lambda value: of(int, float)(value) and len(value) == values["image_shape"][2], "a number a channel")
+        expected = {
+            **{"name": text, "version": text, "fingerprint": text, "train_size": size, "validation_size": size},
+            "image_shape": (lambda value: of(int)(value) and len(value) == 3 and min(value) > 0, "[H, W, C]"),
+            **{"class_names": (of(str), "a list of texts"), "mean": each, "std": each},
         }
         for name in sorted(expected.keys() ^ values.keys()):
             fail(name, "missing" if name in expected else "unknown")
@@ -203,11 +185,7 @@ class Dataset(DatasetInfo):
 
 
 def image_shape(data: Any) -> tuple[int, int, int]:
-    """(H, W, C) of a preprocessed image, which is known before the data set is there.
-
-    Args:
-      data: `config.data`.
-    """
+    """(H, W, C) of a preprocessed image, by `config.data`, which is known before the data set is there."""
     height, width, channels = BUILDERS[data.name].image_shape
     return (data.image_size or height, data.image_size or width, channels)
 
@@ -311,32 +289,27 @@ def _open(builder: tfds.core.DatasetBuilder, split: str, label: str) -> Source:
 
 
 def _place(split: str, source: Source, info: DatasetInfo, data: Any) -> Arrays | Source:
-    """Put a split on the device if that is wanted and it fits."""
+    """Decode a split onto the device, on all cores, if that is wanted and it fits."""
     num_bytes, budget = len(source) * math.prod(info.image_shape), data.device_budget_bytes
     what = f"{info.name}, {split}: {len(source):,} images of {'x'.join(map(str, info.image_shape))}"
     if split == "train" and data.random_resized_crop:
         _LOG.info("%s, streamed from disk (data.random_resized_crop)", what)
-    elif num_bytes > budget:
+        return source
+    if num_bytes > budget:
         _LOG.info("%s, %.3g GB > data.device_budget_bytes=%.3g GB: streamed", what, num_bytes / 1e9, budget / 1e9)
-    else:
-        _LOG.info("%s, %.3g GB on the device", what, num_bytes / 1e9)
-        return _to_device(source, info, data.random_resized_crop, f"decoding {info.name}, {split}")
-    return source
+        return source
+    _LOG.info("%s, %.3g GB on the device", what, num_bytes / 1e9)
+    # The copy in the host's memory lives only until the device has its own.
+    images, labels = np.empty((len(source), *info.image_shape), np.uint8), np.empty(len(source), np.int32)
+    parts = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
+    progress = Progress(f"decoding {info.name}, {split}", len(source), _LOG.info)
 
-
-def _to_device(source: Source, info: DatasetInfo, random_resized_crop: bool, what: str) -> Arrays:
-    """Decode a split on all cores; the copy in the host's memory lives only until the device has its own."""
-    images = np.empty((len(source), *info.image_shape), np.uint8)
-    labels = np.empty(len(source), np.int32)
-    parts = [slice(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
-    progress = Progress(what, len(source), _LOG.info)
-
-    def decode(part: slice) -> None:
-        indices = range(part.start, part.stop)
-        chunk = source.decode(indices, lambda content, _: eval_image(content, info.image_shape, random_resized_crop))
-        images[part], labels[part] = chunk["image"], chunk["label"]
+    def decode(part: range) -> int:
+        chunk = source.decode(part, lambda content, _: eval_image(content, info.image_shape, data.random_resized_crop))
+        images[part.start : part.stop], labels[part.start : part.stop] = chunk["image"], chunk["label"]
+        return len(part)
 
     with ThreadPoolExecutor(cpu_count()) as pool:
-        for part, _ in zip(parts, pool.map(decode, parts), strict=True):
-            progress.add(part.stop - part.start, part.stop - part.start)
+        for count in pool.map(decode, parts):
+            progress.add(count, count)
     return Arrays(jax.device_put(images), jax.device_put(labels))

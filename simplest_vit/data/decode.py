@@ -98,12 +98,7 @@ def eval_image(content: bytes, image_shape: tuple[int, int, int], random_resized
 
 
 def resize_box(pixels: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
-    """Resize a box (left, top, right, bottom) of an image to a square, bilinear and antialiased.
-
-    Args:
-      pixels: uint8 [H, W, C].
-      box: Corners in pixels; fractions are allowed.
-      size: Side of the result.
+    """Resize a box (left, top, right, bottom: fractions are allowed) of an image to a square, bilinear and antialiased.
 
     Returns:
       Pixels, uint8 [size, size, C].

@@ -23,30 +23,17 @@ from simplest_vit.data.order import shuffled
 def train_batches(dataset: Dataset, config: Any, *, start_step: int, sharding: NamedSharding | None) -> Iterator[Batch]:
     """Iterate as `pipeline.train_batches` does; the split is on the device."""
     arrays = _replicate(dataset.train, sharding)
-    sample = functools.partial(
-        train_batch,
-        arrays.images,
-        arrays.labels,
-        np.uint32(config.seed),
-        preprocessing=Preprocessing.of(dataset, config.data),
-        batch_size=config.batch_size,
-        sharding=sharding,
-    )
-    return (sample(np.uint32(step)) for step in itertools.count(start_step))
+    static = {"preprocessing": Preprocessing.of(dataset, config.data), "batch_size": config.batch_size}
+    sample = functools.partial(train_batch, arrays.images, arrays.labels, np.uint32(config.seed), **static)
+    return (sample(np.uint32(step), sharding=sharding) for step in itertools.count(start_step))
 
 
 def eval_batches(dataset: Dataset, config: Any, *, sharding: NamedSharding | None, batch_size: int) -> Iterator[Batch]:
     """Iterate as `pipeline.eval_batches` does; the split is on the device."""
     del config
     arrays = _replicate(dataset.validation, sharding)
-    sample = functools.partial(
-        eval_batch,
-        arrays.images,
-        arrays.labels,
-        preprocessing=Preprocessing.of(dataset),
-        batch_size=batch_size,
-        sharding=sharding,
-    )
+    static = {"preprocessing": Preprocessing.of(dataset), "batch_size": batch_size, "sharding": sharding}
+    sample = functools.partial(eval_batch, arrays.images, arrays.labels, **static)
     return (sample(np.int32(start)) for start in range(0, dataset.validation_size, batch_size))
 
 

@@ -18,14 +18,13 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
-from joblib import cpu_count
 
 from simplest_vit.data import augment
 from simplest_vit.data.augment import Batch, Preprocessing
@@ -33,6 +32,7 @@ from simplest_vit.data.dataset import Dataset
 from simplest_vit.data.decode import decode_image, eval_image, image_size, resize_box
 from simplest_vit.data.device import constrain
 from simplest_vit.data.order import shuffled
+from simplest_vit.data.progress import cpu_count
 from simplest_vit.errors import TrainingError, UserError
 
 _LOG = logging.getLogger(__name__)
@@ -45,51 +45,25 @@ _SIGNALS: dict[int, str] = {
     signal.SIGBUS: "SIGBUS: /dev/shm is full; enlarge it (docker run --shm-size=1g) or set config.data.num_workers=0",
 }
 _Chunk = dict[str, np.ndarray]
-_Arrays = tuple[jax.Array, ...]
-
-
-class _Share(NamedTuple):
-    """This host's part of each batch: from which row on, and how many chunks of how many examples."""
-
-    first_row: int
-    chunks: int
-    chunk_size: int
-
-    @classmethod
-    def of(cls, batch_size: int) -> "_Share":
-        """Divide a batch over the hosts.
-
-        Raises:
-          UserError: If that leaves a remainder.
-        """
-        hosts = jax.process_count()
-        if batch_size % hosts:
-            raise UserError(f"batch_size={batch_size}: not divisible by the {hosts} hosts")
-        rows = batch_size // hosts
-        chunk_size = max(d for d in range(1, _MAX_CHUNK + 1) if rows % d == 0)
-        return cls(jax.process_index() * rows, rows // chunk_size, chunk_size)
-
-    def rows(self, k: int) -> tuple[int, np.ndarray]:
-        """The batch of chunk k, and its rows, int64 [chunk_size]."""
-        step, part = divmod(k, self.chunks)
-        return step, self.first_row + part * self.chunk_size + np.arange(self.chunk_size)
+_Arrays = Any  # a tuple of arrays
 
 
 def train_chunks(dataset: Dataset, config: Any) -> grain.MapDataset:
     """Chunk k of this host: image uint8 [chunk, H, W, C] and label int32 [chunk]."""
-    size, batch_size, seed = dataset.train_size, config.batch_size, config.seed
     source: Any = dataset.train
-    share, shape, random = _Share.of(batch_size), dataset.image_shape, config.data.random_resized_crop
+    size, batch_size, seed = dataset.train_size, config.batch_size, config.seed
+    chunks, shape, random = _rows(batch_size), dataset.image_shape, config.data.random_resized_crop
 
     def read(k: int) -> _Chunk:  # sent to the worker processes
-        step, rows = share.rows(k)
+        step, part = divmod(k, len(chunks))
         epoch, step_of_epoch = divmod(step, size // batch_size)
-        index = shuffled(step_of_epoch * batch_size + rows, size, seed, epoch)
+        index = shuffled(step_of_epoch * batch_size + chunks[part], size, seed, epoch)
 
         def to_pixels(content: bytes, i: int) -> np.ndarray:
             if not random:
                 return eval_image(content, shape, False)
-            return random_resized_crop(content, np.random.default_rng((seed, step, int(rows[i]))), shape[0], shape[2])
+            rng = np.random.default_rng((seed, step, int(chunks[part, i])))
+            return random_resized_crop(content, rng, shape[0], shape[2])
 
         return source.decode(index.tolist(), to_pixels)
 
@@ -100,17 +74,25 @@ def eval_chunks(dataset: Dataset, config: Any, batch_size: int) -> grain.MapData
     """Chunk k of this host: image and label as in training, and weight float32 [chunk], 0 past the last example."""
     source: Any = dataset.validation
     size = dataset.validation_size
-    share, shape, random = _Share.of(batch_size), dataset.image_shape, config.data.random_resized_crop
+    chunks, shape, random = _rows(batch_size), dataset.image_shape, config.data.random_resized_crop
 
     def read(k: int) -> _Chunk:
-        step, rows = share.rows(k)
-        index = step * batch_size + rows
-        chunk = source.decode(
-            np.minimum(index, size - 1).tolist(), lambda content, _: eval_image(content, shape, random)
-        )
+        step, part = divmod(k, len(chunks))
+        index = step * batch_size + chunks[part]
+        present = np.minimum(index, size - 1).tolist()
+        chunk = source.decode(present, lambda content, _: eval_image(content, shape, random))
         return {**chunk, "weight": (index < size).astype(np.float32)}
 
-    return grain.MapDataset.range(-(-size // batch_size) * share.chunks).map(read)
+    return grain.MapDataset.range(-(-size // batch_size) * len(chunks)).map(read)
+
+
+def _rows(batch_size: int) -> np.ndarray:
+    """The rows of a batch that this host reads, by chunks: int64 [chunks, chunk]."""
+    hosts = jax.process_count()
+    if batch_size % hosts:
+        raise UserError(f"batch_size={batch_size}: not divisible by the {hosts} hosts")
+    rows = np.arange(batch_size).reshape(hosts, -1)[jax.process_index()]
+    return rows.reshape(-1, max(d for d in range(1, _MAX_CHUNK + 1) if rows.size % d == 0))
 
 
 def random_resized_crop(content: bytes, rng: np.random.Generator, size: int, channels: int) -> np.ndarray:
@@ -118,12 +100,6 @@ def random_resized_crop(content: bytes, rng: np.random.Generator, size: int, cha
 
     The box is drawn as torchvision's RandomResizedCrop does: 8 to 100 % of the area, aspect ratio 3/4 to 4/3 (uniform
     in its logarithm), ten tries, then the central box of the nearest allowed ratio.
-
-    Args:
-      content: An image file.
-      rng: Where the box comes from.
-      size: Side of the result.
-      channels: 1 or 3.
 
     Returns:
       Pixels, uint8 [size, size, channels].
@@ -156,28 +132,25 @@ def _random_box(rng: np.random.Generator, height: int, width: int) -> tuple[int,
 
 def train_batches(dataset: Dataset, config: Any, *, start_step: int, sharding: NamedSharding | None) -> Iterator[Batch]:
     """Iterate as `pipeline.train_batches` does, two batches ahead on the device."""
-    chunks_per_batch = _Share.of(config.batch_size).chunks
+    chunks_per_batch = len(_rows(config.batch_size))
     chunks = train_chunks(dataset, config)[start_step * chunks_per_batch :]
     workers = _workers(config, dataset.train_size)
-    _LOG.info(
-        "images are decoded in %s (data.num_workers); cores: %d",
-        f"{workers} processes" if workers else "threads",
-        cpu_count(),
-    )
+    where = f"{workers} processes" if workers else "threads"
+    _LOG.info("images are decoded in %s (data.num_workers); cores: %d", where, cpu_count())
     batches = _read_batches(chunks, chunks_per_batch, workers)
     transferred = _ahead(_to_device((batch["image"], batch["label"]), sharding) for batch in batches)
     train = functools.partial(_augment, preprocessing=Preprocessing.of(dataset, config.data), sharding=sharding)
     steps = itertools.count(start_step)
-    return (train(*arrays, np.uint32(config.seed), np.uint32(next(steps))) for arrays in transferred)
+    return (train(arrays, np.uint32(config.seed), np.uint32(next(steps))) for arrays in transferred)
 
 
 def eval_batches(dataset: Dataset, config: Any, *, sharding: NamedSharding | None, batch_size: int) -> Iterator[Batch]:
     """Iterate as `pipeline.eval_batches` does, two batches ahead on the device."""
     chunks = eval_chunks(dataset, config, batch_size)
-    batches = _read_batches(chunks, _Share.of(batch_size).chunks, _workers(config, dataset.validation_size))
+    batches = _read_batches(chunks, len(_rows(batch_size)), _workers(config, dataset.validation_size))
     transferred = _ahead(_to_device((b["image"], b["label"], b["weight"]), sharding) for b in batches)
     preprocessing = Preprocessing.of(dataset)
-    return (_normalize(*arrays, preprocessing=preprocessing, sharding=sharding) for arrays in transferred)
+    return (_normalize(arrays, preprocessing=preprocessing, sharding=sharding) for arrays in transferred)
 
 
 def _workers(config: Any, images: int) -> int:
@@ -260,25 +233,14 @@ def _ahead(batches: Iterator[_Arrays]) -> Iterator[_Arrays]:
 
 @functools.partial(jax.jit, static_argnames=("preprocessing", "sharding"))
 def _augment(
-    images: jax.Array,
-    labels: jax.Array,
-    seed: jax.Array,
-    step: jax.Array,
-    *,
-    preprocessing: Preprocessing,
-    sharding: NamedSharding | None,
+    arrays: _Arrays, seed: jax.Array, step: jax.Array, *, preprocessing: Preprocessing, sharding: NamedSharding | None
 ) -> Batch:
     key = jax.random.fold_in(jax.random.key(seed), step)
+    images, labels = arrays
     return constrain(augment.train_batch(key, images, labels, preprocessing), sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("preprocessing", "sharding"))
-def _normalize(
-    images: jax.Array,
-    labels: jax.Array,
-    weight: jax.Array,
-    *,
-    preprocessing: Preprocessing,
-    sharding: NamedSharding | None,
-) -> Batch:
+def _normalize(arrays: _Arrays, *, preprocessing: Preprocessing, sharding: NamedSharding | None) -> Batch:
+    images, labels, weight = arrays
     return constrain(augment.eval_batch(images, labels, weight, preprocessing), sharding)

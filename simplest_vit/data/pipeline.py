@@ -16,20 +16,10 @@ from jax.sharding import NamedSharding
 
 from simplest_vit.data import device, host
 from simplest_vit.data.augment import Batch
-from simplest_vit.data.dataset import Arrays, Dataset, DatasetInfo, Source, load
+from simplest_vit.data.dataset import Arrays, Dataset, DatasetInfo
+from simplest_vit.data.dataset import Source as Source
+from simplest_vit.data.dataset import load as load
 from simplest_vit.errors import UserError
-
-__all__ = [
-    "Arrays",
-    "Batch",
-    "Dataset",
-    "DatasetInfo",
-    "Source",
-    "eval_batches",
-    "load",
-    "steps_per_epoch",
-    "train_batches",
-]
 
 
 def steps_per_epoch(dataset: DatasetInfo, config: Any) -> int:
@@ -53,7 +43,7 @@ def train_batches(dataset: Dataset, config: Any, *, start_step: int, sharding: N
 
     Args:
       dataset: From `load`.
-      config: The whole config; `seed`, `batch_size` and `data` are read.
+      config: The whole config.
       start_step: The first batch.
       sharding: Over the batch axis of a mesh; None for one device.
 
@@ -73,12 +63,9 @@ def eval_batches(dataset: Dataset, config: Any, *, sharding: NamedSharding | Non
 
     Args:
       dataset: From `load`.
-      config: The whole config; `data` is read.
+      config: The whole config.
       sharding: Over the batch axis of a mesh; None for one device.
       batch_size: Examples in a batch; the last one is padded with weight 0.
-
-    Returns:
-      The batches, in the order of the split.
     """
     place = device if isinstance(dataset.validation, Arrays) else host
     return place.eval_batches(dataset, config, sharding=sharding, batch_size=batch_size)

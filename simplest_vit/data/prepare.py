@@ -24,6 +24,8 @@ from simplest_vit.data.progress import Progress
 from simplest_vit.errors import UserError
 
 _LEASE = 60  # seconds of silence after which a process that prepares counts as gone; it tells of itself every 20
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another")
+_REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable or choose another")
 
 
 def prepare(
@@ -76,10 +78,8 @@ def prepare(
         problem = error.strerror or str(error)
         if manual_dir and error.filename and Path(str(error.filename)).is_relative_to(originals):
             raise UserError(f"{error.filename}: cannot be read ({problem}); repair or remove it") from error
-        remedy = {errno.ENOSPC: "free some space or ", errno.EDQUOT: "free some space or "}.get(error.errno or 0, "")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = "make it writable or "
-        raise UserError(f"data.dir={root}: cannot prepare {name} there ({problem}); {remedy}choose another") from error
+        remedy = _REMEDIES.get(error.errno or 0, "choose another")
+        raise UserError(f"data.dir={root}: cannot prepare {name} there ({problem}); {remedy}") from error
     try:
         return tfds.builder_from_directory(path)
     except Exception as error:
@@ -87,15 +87,7 @@ def prepare(
 
 
 def damaged(folder: Path, error: Exception) -> UserError:
-    """What to raise where TFDS stumbles over the metadata of a prepared data set.
-
-    Args:
-      folder: The data set's.
-      error: What TFDS raised.
-
-    Returns:
-      The error, which names the file if it is one that is no JSON.
-    """
+    """What to raise where TFDS stumbles over the metadata of a prepared data set; it names a file that is no JSON."""
     place = folder
     for path in sorted(folder.glob("*.json")):
         try:

@@ -1,9 +1,12 @@
-"""How far a long piece of work is, in a line every few seconds."""
+"""How far a long piece of work is, in a line every few seconds; and how many cores there are for it."""
 
+import contextlib
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 _INTERVAL = 5  # seconds
 
@@ -35,3 +38,12 @@ class Progress:
                 f"{self._what}: {self._images:,} images, {self._done / (self._total or 1):.0%}, "
                 f"{self._images / seconds:,.0f} images/s, {left:.0f} s to go"
             )
+
+
+def cpu_count() -> int:
+    """Count the cores that this process may use, by its affinity and by its cgroup's quota, as of a container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores

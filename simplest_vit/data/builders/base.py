@@ -15,19 +15,12 @@ _SHARD_BYTES = 2**28
 
 
 class Example(NamedTuple):
-    """An example of which the image is not read yet.
+    """An example of which the image is not read yet."""
 
-    Attributes:
-      name: What messages call it.
-      size: Of its original file in bytes.
-      image: Give its JPEG or PNG; raises what it will where that is damaged.
-      features: Of the example besides `image`.
-    """
-
-    name: str
-    size: int
-    image: Callable[[], bytes]
-    features: dict[str, Any]
+    name: str  # in messages
+    size: int  # of the original in bytes
+    image: Callable[[], bytes]  # gives a JPEG or PNG, or raises anything
+    features: dict[str, Any]  # besides `image`
 
 
 class Shard(NamedTuple):
@@ -59,11 +52,7 @@ class Archive:
         return self.url.rsplit("/", 1)[-1]
 
     def check(self, path: Path) -> None:
-        """Compare a file with the published archive.
-
-        Raises:
-          UserError: If its size or checksum differs.
-        """
+        """Raise a UserError unless a file is the published archive."""
         size = path.stat().st_size
         if size != self.size:
             raise UserError(f"{path}: {size:,} bytes, expected {self.size:,}; delete it and download {self.url} again")
@@ -131,12 +120,9 @@ class Builder:
     """A data set that can be prepared.
 
     Attributes:
-      name: TFDS's name.
-      version: TFDS's version.
-      description: A line about it.
+      name: TFDS's name; the version is TFDS's, too.
       image_shape: (H, W, C) of the images; where they have no common size, what they are resized to.
-      mean: Per channel, of pixels in [0, 1], as the field uses it.
-      std: Per channel, likewise.
+      mean: Per channel, of pixels in [0, 1], as the field uses it; so is `std`.
       read: From the folder with the original files to what they hold.
       config: From that folder to the name of a variant, where there are several.
       archive: What to download where no folder is given.

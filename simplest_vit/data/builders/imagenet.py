@@ -1,8 +1,6 @@
 """ImageNet-1k from its two tars, streamed; features, names and version are those of TFDS's own builder."""
 
 import functools
-import re
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,26 +25,21 @@ def _read(folder: Path) -> Content:
         "label": label,
         "file_name": tfds.features.Text(),
     }
-    train = _train_shards(_tar(folder, "ILSVRC2012_img_train.tar"), set(label.names))
-    validation = _validation_examples(_tar(folder, "ILSVRC2012_img_val.tar"), set(label.names))
+    train = _train_shards(folder / "ILSVRC2012_img_train.tar", set(label.names))
+    validation = _validation_examples(folder / "ILSVRC2012_img_val.tar")
     return Content(features, {"train": train, **group({"validation": validation})})
-
-
-def _tar(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.is_file():
-        raise UserError(
-            f"{path}: missing; download it from https://image-net.org (registration needed) and set data.manual_dir"
-        )
-    return path
 
 
 def _members(path: Path) -> list[tarfile.TarInfo]:
     """The files of a tar, from their headers alone.
 
     Raises:
-      UserError: If the tar is cut off.
+      UserError: If the tar is missing or cut off.
     """
+    if not path.is_file():
+        raise UserError(
+            f"{path}: missing; download it from https://image-net.org (registration needed) and set data.manual_dir"
+        )
     try:
         with tarfile.open(path, "r:") as tar:
             members = [member for member in tar if member.isfile()]
@@ -80,8 +73,6 @@ def _train_shards(path: Path, wnids: set[str]) -> list[Shard]:
     for member in members:
         if Path(member.name).stem not in wnids:
             raise UserError(f"{path}: holds {member.name}, expected WNID.tar for the 1,000 classes of ImageNet-1k")
-    if len(members) != len(wnids):
-        print(f"warning: {path}: {len(members)} classes, ImageNet-1k has {len(wnids):,}", file=sys.stderr, flush=True)
     return [Shard(member.size, functools.partial(_examples_of_class, path, member)) for member in members]
 
 
@@ -99,30 +90,15 @@ def _examples_of_class(path: Path, member: tarfile.TarInfo) -> Iterator[Example]
             raise UserError(f"{path}:{member.name}: not a complete tar ({error}); download it again") from error
 
 
-def _validation_examples(path: Path, wnids: set[str]) -> list[Example]:
-    """In alphabetic order."""
+def _validation_examples(path: Path) -> list[Example]:
+    """In alphabetic order, with the labels that TFDS ships."""
+    wnids = tfds.core.tfds_path(f"{_TFDS_FOLDER}/validation_labels.txt").read_text().split()
+    labels = {f"ILSVRC2012_val_{number:08d}.JPEG": wnid for number, wnid in enumerate(wnids, 1)}
     members = sorted(_members(path), key=lambda member: member.name)
-    labels_path = path.with_name("validation_labels.txt")
-    if not labels_path.is_file():
-        labels_path = Path(tfds.core.tfds_path(f"{_TFDS_FOLDER}/validation_labels.txt"))
-    labels = labels_path.read_text(errors="replace").split()
-    if len(members) != 50_000:
-        print(f"warning: {path}: {len(members)} images, ImageNet-1k has 50,000", file=sys.stderr, flush=True)
-    examples = []
     for member in members:
-        match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", Path(member.name).name)
-        if match is None:
+        if Path(member.name).name not in labels:
             raise UserError(f"{path}: holds {member.name}, expected ILSVRC2012_val_00000001.JPEG and so on")
-        number = int(match[1])
-        if number > len(labels):
-            raise UserError(
-                f"{labels_path}: {len(labels)} lines, but there is an image {member.name}; a line is missing"
-            )
-        wnid = labels[number - 1]
-        if wnid not in wnids:
-            raise UserError(f"{labels_path}: line {number}: {wnid!r} is no class of ImageNet-1k")
-        examples.append(_example(path, "validation", wnid, member))
-    return examples
+    return [_example(path, "validation", labels[Path(member.name).name], member) for member in members]
 
 
 IMAGENET = Builder(
