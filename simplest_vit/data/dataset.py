@@ -1,10 +1,12 @@
 """A prepared data set, loaded: what a model needs to know of it, and where its examples are."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +19,7 @@ import tensorflow_datasets as tfds
 
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.data.decode import eval_image
-from simplest_vit.data.prepare import damaged, prepare
-from simplest_vit.data.progress import Progress, cpu_count
+from simplest_vit.data.prepare import Progress, damaged, prepare
 from simplest_vit.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -105,11 +106,9 @@ class DatasetInfo:
     """What a run must know of its data, and remembers in its folder.
 
     Attributes:
-      name: Its name.
       version: Of the prepared data set, such as "3.0.2".
       train_size: Number of training examples.
-      validation_size: Number of validation examples.
-      class_names: Names of the classes, in the order of the labels.
+      class_names: In the order of the labels.
       image_shape: (H, W, C) of a preprocessed image.
       mean: Per channel, of pixels in [0, 1].
       std: Per channel, of pixels in [0, 1].
@@ -133,8 +132,7 @@ class DatasetInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, equal to what a JSON file of them gives back."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(DatasetInfo)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], path: Path) -> "DatasetInfo":
@@ -168,12 +166,7 @@ class DatasetInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset(DatasetInfo):
-    """A loaded data set.
-
-    Attributes:
-      train: The training split, on the device or on disk.
-      validation: The validation split, likewise.
-    """
+    """A loaded data set, of which each split is on the device or on disk."""
 
     train: Arrays | Source
     validation: Arrays | Source
@@ -198,9 +191,6 @@ def load(data: Any) -> Dataset:
 
     Args:
       data: `config.data`.
-
-    Returns:
-      The data set.
 
     Raises:
       UserError: If it cannot be prepared or read, or an image is damaged.
@@ -275,9 +265,8 @@ def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
 
 def _open(builder: tfds.core.DatasetBuilder, split: str, label: str) -> Source:
     """Open a split for reading at random."""
-    decoders = {"image": tfds.decode.SkipDecoding()}
     try:
-        examples = builder.as_data_source(split, decoders=decoders)
+        examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except NotImplementedError as error:
         raise UserError(
             f"{builder.data_path}: prepared as {builder.info.file_format.value}, expected array_record; move it away "
@@ -313,3 +302,12 @@ def _place(split: str, source: Source, info: DatasetInfo, data: Any) -> Arrays |
         for count in pool.map(decode, parts):
             progress.add(count, count)
     return Arrays(jax.device_put(images), jax.device_put(labels))
+
+
+def cpu_count() -> int:
+    """Count the cores that this process may use, by its affinity and by its cgroup's quota, as of a container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores

@@ -51,11 +51,7 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """(height, width) of a JPEG or PNG when it is upright, from its header.
-
-    Raises:
-      UserError: If the header is damaged.
-    """
+    """(height, width) of a JPEG or PNG when it is upright, from its header; a UserError if that is damaged."""
     try:
         if content.startswith(_JPEG):
             height, width = _jpeg_size(content)
@@ -136,7 +132,7 @@ def standardize(content: bytes, *, keep_grey: bool = False) -> bytes:
             image_format, mode = image.format, image.mode
     except Exception as error:
         raise UserError(f"not a complete image ({_reason(error)})") from error
-    if content.startswith(_JPEG) and mode in ("RGB", *(["L"] if keep_grey else [])):
+    if content.startswith(_JPEG) and (mode == "RGB" or (mode == "L" and keep_grey)):
         # In compressed data no such marker occurs, and a thumbnail's lie before the last start of scan.
         if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
             raise UserError("not a complete image (the JPEG is truncated)")

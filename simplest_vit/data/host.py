@@ -28,11 +28,10 @@ from jax.sharding import NamedSharding
 
 from simplest_vit.data import augment
 from simplest_vit.data.augment import Batch, Preprocessing
-from simplest_vit.data.dataset import Dataset
+from simplest_vit.data.dataset import Dataset, cpu_count
 from simplest_vit.data.decode import decode_image, eval_image, image_size, resize_box
 from simplest_vit.data.device import constrain
 from simplest_vit.data.order import shuffled
-from simplest_vit.data.progress import cpu_count
 from simplest_vit.errors import TrainingError, UserError
 
 _LOG = logging.getLogger(__name__)
@@ -201,11 +200,11 @@ def _close(iterator: grain.DatasetIterator) -> None:
 def _end_with_parent(worker: int, workers: int) -> None:
     """Called in a worker process, which would outlive a run that is killed and keep its shared memory."""
     del worker, workers
+    parent: Any = multiprocessing.parent_process()
 
     def wait() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-            os._exit(1)
+        parent.join()
+        os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 

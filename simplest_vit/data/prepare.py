@@ -5,13 +5,15 @@ A prepared data set is complete or absent, never half.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -20,10 +22,10 @@ from filelock import SoftFileLease, Timeout
 
 from simplest_vit.data.builders import BUILDERS, Builder
 from simplest_vit.data.builders.base import Content, Shard
-from simplest_vit.data.progress import Progress
 from simplest_vit.errors import UserError
 
 _LEASE = 60  # seconds of silence after which a process that prepares counts as gone; it tells of itself every 20
+_TELL_EVERY = 5  # seconds
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another")
 _REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable or choose another")
 
@@ -100,6 +102,35 @@ def damaged(folder: Path, error: Exception) -> UserError:
     return UserError(f"{place}: damaged ({reason}); remove {folder} to prepare it anew")
 
 
+class Progress:
+    """Count images, and tell every few seconds how many, how fast and how long it will take.
+
+    Args:
+      what: What is done.
+      total: All there is to do, in any unit.
+      tell: Takes each line; by default standard error does.
+    """
+
+    def __init__(self, what: str, total: float, tell: Callable[[str], None] | None = None):
+        self._what, self._total = what, total
+        self._tell = tell or functools.partial(print, file=sys.stderr, flush=True)
+        self._images, self._done = 0, 0.0
+        self._start = self._told = time.monotonic()
+
+    def add(self, images: int, amount: float) -> None:
+        """Count images, and how much of the total they were."""
+        self._images += images
+        self._done += amount
+        now = time.monotonic()
+        if now - self._told > _TELL_EVERY:
+            self._told, seconds = now, now - self._start
+            left = (self._total - self._done) / self._done * seconds if self._done else 0.0
+            self._tell(
+                f"{self._what}: {self._images:,} images, {self._done / (self._total or 1):.0%}, "
+                f"{self._images / seconds:,.0f} images/s, {left:.0f} s to go"
+            )
+
+
 @contextlib.contextmanager
 def _held(lease: SoftFileLease) -> Iterator[None]:
     """Hold a lease: a file with host, process and heartbeat, since file systems of several hosts may not know flock."""
@@ -123,7 +154,7 @@ def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) 
     token = "" if builder.resumable else secrets.token_hex(4)
     folder = path.with_name(f"{path.name}.unfinished{token}")
     for left in set(path.parent.glob(f"{path.name}.unfinished*")) - {folder}:
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     try:
         _write(builder, content, folder, path, skip_corrupt)
@@ -137,13 +168,10 @@ def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) 
 def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_corrupt: bool) -> None:
     """Write what is not there yet of the data set that will be `path`."""
     features = tfds.features.FeaturesDict(content.features)
-    files = {
-        split: {
-            folder / f"{builder.name}-{split}.array_record-{i:05d}-of-{len(shards):05d}": shard
-            for i, shard in enumerate(shards)
-        }
-        for split, shards in content.splits.items()
-    }
+    files: dict[str, dict[Path, Shard]] = {}
+    for split, shards in content.splits.items():
+        stem = folder / f"{builder.name}-{split}.array_record"
+        files[split] = {Path(f"{stem}-{i:05d}-of-{len(shards):05d}"): shard for i, shard in enumerate(shards)}
     for left in set(folder.iterdir()).difference(*files.values()):
         left.unlink()
     corrupt = sum(_write_shards(split, shards, features, skip_corrupt) for split, shards in files.items())
@@ -151,21 +179,14 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
         raise UserError(
             f"{corrupt} corrupt images, listed above; repair or delete them, or prepare with --skip_corrupt"
         )
+    template = tfds.core.ShardedFileTemplate(folder, dataset_name=builder.name, filetype_suffix="array_record")
     splits = []
-    for split, shards in files.items():
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name=builder.name, split=split, filetype_suffix="array_record"
-        )
-        splits.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[ArrayRecordReader(str(file)).num_records() for file in shards],
-                num_bytes=sum(file.stat().st_size for file in shards),
-                filename_template=template,
-            )
-        )
-        if not splits[-1].num_examples:
+    for split, written in files.items():
+        lengths = [ArrayRecordReader(str(file)).num_records() for file in written]
+        if not any(lengths):
             raise UserError(f"{split}: all images are corrupt, listed above; repair some")
+        num_bytes = sum(file.stat().st_size for file in written)
+        splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, template.replace(split=split)))
     if corrupt:
         print(f"skipped {corrupt} corrupt images, listed above", file=sys.stderr, flush=True)
     info = tfds.core.DatasetInfo(

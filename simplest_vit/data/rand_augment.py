@@ -104,9 +104,6 @@ def _apply_operation(image: jax.Array, operation: jax.Array, negative: jax.Array
     )
 
 
-# Geometric operations.
-
-
 def _affine_coefficients(height: int, width: int, magnitude: int) -> np.ndarray:
     """PIL's fixed-point coefficients of each operation and sign, int32 [14, 2, 6].
 
@@ -143,9 +140,6 @@ def _warp(image: jax.Array, operation: jax.Array, negative: jax.Array, magnitude
     source_y = (d * x + e * y + f) >> 16
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
     return jnp.where(inside[..., None], image[source_y, source_x], jnp.zeros((), image.dtype))
-
-
-# Blends.
 
 
 def _factor(negative: jax.Array, magnitude: int) -> jax.Array:
@@ -190,9 +184,6 @@ def _blend(degenerate: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Ar
     difference = image.astype(jnp.float32) - degenerate
     change = high * difference + low * difference
     return jnp.clip(degenerate + change, 0, 255).astype(jnp.int32).astype(image.dtype)
-
-
-# Tables.
 
 
 def _look_up(image: jax.Array, operation: jax.Array, negative: jax.Array, magnitude: int) -> jax.Array:

@@ -225,8 +225,16 @@ def test_tiny_imagenet(tiny_imagenet, tmp_path):
 @pytest.mark.parametrize(
     ("member", "change", "message"),
     [
-        ("val/val_annotations.txt", lambda t: t.split("\n", 1)[1], r"9 lines for 10 images.*val_0.JPEG"),
-        ("val/val_annotations.txt", lambda t: t.replace("n00000019", "n99999999"), r"line 2: class 'n99999999'"),
+        (
+            "val/val_annotations.txt",
+            lambda t: t.split("\n", 1)[1],
+            r"9 lines for 10 images in val/images; .*val_0.JPEG: ''",
+        ),
+        (
+            "val/val_annotations.txt",
+            lambda t: t.replace("n00000019", "n99999999"),
+            r"class of .*val_1.JPEG: 'n99999999'",
+        ),
         ("val/val_annotations.txt", None, r"val_annotations.txt: missing"),
         ("wnids.txt", lambda t: t[:-10], r"199 classes, expected 200"),
         ("train/n00000005/images/n00000005_0.JPEG", None, r"no images in train/n00000005/images"),
@@ -309,7 +317,7 @@ def test_bad_image_folders_are_told(photos, tmp_path, capfd):
     with pytest.raises(UserError, match=r"val/bird: a class folder without images"):
         prepare("image_folder", tmp_path / "tfds", photos)
     shutil.copy(photos / "train/cat/0.jpg", photos / "val/bird")
-    with pytest.raises(UserError, match=r"class bird is not in .*train"):
+    with pytest.raises(UserError, match=r"val/bird: no such class in .*train; add"):
         prepare("image_folder", tmp_path / "tfds", photos)
     shutil.rmtree(photos / "val/bird")
     for name, content in (("a.jpg", b"no image"), ("b.jpg", jpeg(smooth_image(1))[:-30])):
@@ -388,7 +396,7 @@ def test_originals_that_cannot_be_read_are_not_blamed_on_data_dir(cifar10, tmp_p
 
 
 def test_preparing_tells_how_far_it_is(tiny_imagenet, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("simplest_vit.data.progress._INTERVAL", -1)
+    monkeypatch.setattr("simplest_vit.data.prepare._TELL_EVERY", -1)
     write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet)
     prepare("tiny_imagenet", tmp_path / "tfds", tmp_path)
     out, err = capfd.readouterr()

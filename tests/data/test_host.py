@@ -19,6 +19,7 @@ from PIL import Image
 
 import input_pipeline
 from simplest_vit.data import host
+from simplest_vit.data.dataset import cpu_count
 from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import TrainingError, UserError
 
@@ -129,6 +130,22 @@ def test_workers_do_not_outlive_a_run_that_is_killed(config):
     while worker.is_dir() and "zombie" not in (worker / "status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "expected"),
+    [(8, "max 100000", 8), (8, "250000 100000", 2), (8, "50000 100000", 1), (2, "800000 100000", 2), (3, None, 3)],
+)
+def test_cores_are_those_of_affinity_and_cgroup(monkeypatch, affinity, quota, expected):
+    def read_text(path):
+        assert str(path) == "/sys/fs/cgroup/cpu.max"
+        if quota is None:
+            raise FileNotFoundError
+        return quota + "\n"
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
+    monkeypatch.setattr(pathlib.Path, "read_text", read_text)
+    assert cpu_count() == expected
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def test_a_damaged_data_set_is_told_in_one_line_that_names_the_file(
 
 
 def test_decoding_for_the_device_tells_how_far_it_is_and_uses_all_cores(digits, make_config, monkeypatch, caplog):
-    monkeypatch.setattr("simplest_vit.data.progress._INTERVAL", -1)
+    monkeypatch.setattr("simplest_vit.data.prepare._TELL_EVERY", -1)
     monkeypatch.setattr(dataset, "cpu_count", lambda: 3)
     caplog.set_level("INFO", "simplest_vit")
     threads = set()

@@ -62,11 +62,7 @@ class Archive:
             raise UserError(f"{path}: SHA-256 {found}, expected {self.sha256}; delete it and download {self.url} again")
 
     def download(self, folder: Path) -> None:
-        """Download the archive into a folder, unless it is there, and check it.
-
-        Raises:
-          UserError: If the network does not answer or what arrived is not the archive.
-        """
+        """Download the archive into a folder unless it is there; a UserError if that fails or it is another."""
         path = folder / self.file_name
         if path.exists():
             return

@@ -1,5 +1,6 @@
-"""CIFAR-10 and CIFAR-100 from the original binary files."""
+"""CIFAR-10 and CIFAR-100 from the original binary files; features, names and versions are those of TFDS."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,6 @@ _Labels = dict[str, tuple[str, int]]
 
 
 def _read(labels: _Labels, files: dict[str, list[str]], archive: Archive, folder: Path) -> Content:
-    """Read an archive of which `files` names those of each split."""
     members = archive.read(folder, [*files["test"], *files["train"], *(file for file, _ in labels.values())])
     features = {"id": tfds.features.Text(), "image": tfds.features.Image(shape=(32, 32, 3))}
     for label, (file, count) in labels.items():
@@ -53,45 +53,36 @@ def _records(path: str, content: bytes, examples: int, labels: _Labels, archive:
     return records
 
 
-def _cifar(
-    classes: int, labels: _Labels, files: dict[str, list[str]], archive: Archive, mean: list[float], std: list[float]
-) -> Builder:
-    """Features, names and versions are those of TFDS's own builders, which need TensorFlow."""
-    return Builder(
-        name=f"cifar{classes}",
-        version="3.0.2",
-        description=f"60,000 colour images of 32 x 32 pixels in {classes} classes, 50,000 to train and 10,000 to test.",
-        image_shape=(32, 32, 3),
-        mean=tuple(mean),
-        std=tuple(std),
-        read=functools.partial(_read, labels, files, archive),
-        archive=archive,
-    )
-
-
-CIFAR10 = _cifar(
-    10,
-    {"label": ("batches.meta.txt", 10)},
-    {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]},
-    Archive(
-        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        size=170_052_171,
-        sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        folder="cifar-10-batches-bin",
-    ),
-    [0.4914, 0.4822, 0.4465],
-    [0.2023, 0.1994, 0.2010],  # the mean of each image's own
+_ARCHIVE_10 = Archive(
+    url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    size=170_052_171,
+    sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    folder="cifar-10-batches-bin",
 )
-CIFAR100 = _cifar(
-    100,
-    {"coarse_label": ("coarse_label_names.txt", 20), "label": ("fine_label_names.txt", 100)},
-    {"train": ["train.bin"], "test": ["test.bin"]},
-    Archive(
-        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        size=168_513_733,
-        sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-        folder="cifar-100-binary",
-    ),
-    [0.5071, 0.4867, 0.4408],
-    [0.2675, 0.2565, 0.2761],
+_FILES_10 = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
+CIFAR10 = Builder(
+    name="cifar10",
+    version="3.0.2",
+    description="60,000 colour images of 32 x 32 pixels in 10 classes, 50,000 to train and 10,000 to test.",
+    image_shape=(32, 32, 3),
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2023, 0.1994, 0.2010),  # the mean of each image's own
+    read=functools.partial(_read, {"label": ("batches.meta.txt", 10)}, _FILES_10, _ARCHIVE_10),
+    archive=_ARCHIVE_10,
+)
+_ARCHIVE_100 = Archive(
+    url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+    size=168_513_733,
+    sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+    folder="cifar-100-binary",
+)
+_LABELS_100 = {"coarse_label": ("coarse_label_names.txt", 20), "label": ("fine_label_names.txt", 100)}
+CIFAR100 = dataclasses.replace(
+    CIFAR10,
+    name="cifar100",
+    description="60,000 colour images of 32 x 32 pixels in 100 classes, 50,000 to train and 10,000 to test.",
+    mean=(0.5071, 0.4867, 0.4408),
+    std=(0.2675, 0.2565, 0.2761),
+    read=functools.partial(_read, _LABELS_100, {"train": ["train.bin"], "test": ["test.bin"]}, _ARCHIVE_100),
+    archive=_ARCHIVE_100,
 )

@@ -23,7 +23,7 @@ def _read(folder: Path) -> Content:
     features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "image/filename": tfds.features.Text(),
-        "label": tfds.features.ClassLabel(names=_class_names(files["train"])),
+        "label": tfds.features.ClassLabel(names=sorted({path.parent.name for path in files["train"]})),
     }
 
     def example(path: Path) -> Example:
@@ -68,16 +68,11 @@ def _list_files(folder: Path) -> dict[str, list[Path]]:
                     f"{path}: a class folder without images; add some ({', '.join(_SUFFIXES)}) or delete it"
                 )
             files[split] += images
-    unknown = set(_class_names(files["validation"])) - set(_class_names(files["train"]))
-    if unknown:
-        raise UserError(
-            f"{folder / validation}: class {sorted(unknown)[0]} is not in {folder / 'train'}; add it there or delete it"
-        )
+    known = {path.parent.name for path in files["train"]}
+    for path in files["validation"]:
+        if path.parent.name not in known:
+            raise UserError(f"{path.parent}: no such class in {folder / 'train'}; add it there or delete it")
     return files
-
-
-def _class_names(files: list[Path]) -> list[str]:
-    return sorted({path.parent.name for path in files})
 
 
 IMAGE_FOLDER = Builder(

@@ -20,8 +20,7 @@ _ARCHIVE = Archive(
 
 def _read(folder: Path) -> Content:
     """Keep JPEG files as they are, except for grey ones, which become RGB PNG. Classes are named by WordNet ID."""
-    official = folder / _ARCHIVE.file_name
-    found = [official] if official.is_file() else sorted(folder.glob(f"{_ARCHIVE.folder}*.zip"))
+    found = sorted(folder.glob(f"{_ARCHIVE.folder}*.zip"))
     if len(found) != 1:
         raise UserError(
             f"data.manual_dir={folder}: {len(found)} files named {_ARCHIVE.folder}*.zip, expected one; "
@@ -36,17 +35,13 @@ def _read(folder: Path) -> Content:
     for name in sorted(archive.namelist(), key=lambda name: (len(name), name)):
         if name.endswith(".JPEG"):
             members[str(PurePosixPath(*PurePosixPath(name).parts[1:-1]))].append(name)
-    wnids = _text(archive, "wnids.txt").split()
+    wnids = _lines(archive, "wnids.txt")
     if len(wnids) != 200:
         raise UserError(f"{path}:wnids.txt: {len(wnids)} classes, expected 200; download the zip again")
 
     def example(member: str, wnid: str) -> Example:
-        return Example(
-            name=f"{path}:{member}",
-            size=archive.getinfo(member).file_size,
-            image=lambda: standardize(archive.read(member)),
-            features={"id": PurePosixPath(member).name, "label": wnid},
-        )
+        size, features = archive.getinfo(member).file_size, {"id": PurePosixPath(member).name, "label": wnid}
+        return Example(f"{path}:{member}", size, lambda: standardize(archive.read(member)), features)
 
     train = []
     for wnid in wnids:
@@ -54,44 +49,32 @@ def _read(folder: Path) -> Content:
         if not images:
             raise UserError(f"{path}: no images in train/{wnid}/images, expected 500; download the zip again")
         train += [example(image, wnid) for image in images]
-    labels = _validation_labels(archive, members["val/images"], set(wnids))
+    validation, images = [], members["val/images"]
+    annotations = [line.split("\t") for line in _lines(archive, "val/val_annotations.txt")]
+    labels = {fields[0]: fields[1] for fields in annotations if len(fields) > 1}
+    for image in images:
+        wnid = labels.get(PurePosixPath(image).name, "")
+        if wnid not in wnids or len(labels) != len(images):
+            raise UserError(
+                f"{path}:val/val_annotations.txt: {len(labels)} lines for {len(images)} images in val/images; "
+                f"class of {image}: {wnid!r}; download the zip again"
+            )
+        validation.append(example(image, wnid))
     features = {
         "id": tfds.features.Text(),
         "image": tfds.features.Image(shape=(64, 64, 3)),
         "label": tfds.features.ClassLabel(names=wnids),
     }
-    validation = [example(image, labels[PurePosixPath(image).name]) for image in members["val/images"]]
     return Content(features, group({"train": train, "validation": validation}))
 
 
-def _text(archive: zipfile.ZipFile, member: str) -> str:
-    """A text file of the topmost folder."""
+def _lines(archive: zipfile.ZipFile, member: str) -> list[str]:
+    """The lines of a text file of the topmost folder."""
     try:
-        return archive.read(f"{archive.namelist()[0].split('/')[0]}/{member}").decode(errors="replace")
+        text = archive.read(f"{archive.namelist()[0].split('/')[0]}/{member}").decode(errors="replace")
     except Exception as error:
         raise UserError(f"{archive.filename}:{member}: missing or damaged ({error}); download the zip again") from error
-
-
-def _validation_labels(archive: zipfile.ZipFile, images: list[str], wnids: set[str]) -> dict[str, str]:
-    """The WordNet ID of each validation image."""
-    member = "val/val_annotations.txt"
-    labels = {}
-    for number, line in enumerate(_text(archive, member).splitlines(), 1):
-        name, wnid, *_ = [*line.split("\t"), ""]
-        if wnid not in wnids:
-            raise UserError(
-                f"{archive.filename}:{member}: line {number}: class {wnid!r} is not in wnids.txt; "
-                "download the zip again"
-            )
-        labels[name] = wnid
-    unlabelled = [image for image in images if PurePosixPath(image).name not in labels]
-    if unlabelled or len(labels) != len(images):
-        example = f" (the first without a line: {unlabelled[0]})" if unlabelled else ""
-        raise UserError(
-            f"{archive.filename}:{member}: {len(labels)} lines for {len(images)} images in val/images{example}; "
-            "download the zip again"
-        )
-    return labels
+    return text.splitlines()
 
 
 TINY_IMAGENET = Builder(
