@@ -149,7 +149,9 @@ FIELDS = {
     "data.device_budget_bytes": Field(
         2_000_000_000, _integer(0, 2**60), "data sets of uint8 images up to this size live on the device"
     ),
-    "data.num_workers": Field(0, _integer(0, 1024), "processes that decode larger ones; 0: in this process"),
+    "data.num_workers": Field(
+        None, _optional(_integer(0, 1024)), "processes that decode larger ones; 0: threads of this one; None: by cores"
+    ),
     "optimizer.name": Field("adam", _TEXT, "or muon, shampoo, soap"),
     "optimizer.learning_rate": Field(1e-3, _positive(1000), "at its peak"),
 }

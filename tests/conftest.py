@@ -1,4 +1,4 @@
-"""Shared test settings: eight fake CPU devices and no silent rank promotion."""
+"""Shared test settings: eight fake CPU devices, no silent rank promotion, and nothing left behind in /tmp."""
 
 import os
 import tempfile
@@ -11,13 +11,22 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-# Tests compile the same small programs again and again: keep them for the session, for all workers.
-if "SIMPLEST_VIT_TEST_CACHE" not in os.environ:
-    _cache = tempfile.TemporaryDirectory(prefix="simplest-vit-tests-")
-    os.environ["SIMPLEST_VIT_TEST_CACHE"] = _cache.name
-jax.config.update("jax_compilation_cache_dir", os.environ["SIMPLEST_VIT_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.hookimpl(trylast=True)  # for pytest makes its folder in this hook
+def pytest_configure(config):
+    """Let all temporary files be in pytest's own folder, of which it keeps the last three; for subprocesses, too.
+
+    Tests compile the same small programs again and again: they are kept for the session, for all workers.
+    """
+    own = config._tmp_path_factory.getbasetemp()
+    os.environ.setdefault("SIMPLEST_VIT_TEST_CACHE", str(own / "compiled"))  # by the process that starts the workers
+    os.environ["TMPDIR"] = str(own / "tmp")
+    os.makedirs(os.environ["TMPDIR"], exist_ok=True)
+    tempfile.tempdir = None  # it is asked for anew
+    jax.config.update("jax_compilation_cache_dir", os.environ["SIMPLEST_VIT_TEST_CACHE"])

@@ -1,17 +1,20 @@
 """Augmentation on the device: pure functions from a random key and a batch to a batch.
 
-The order is crop, flip, RandAugment (all on uint8), normalize, then mixup or CutMix.
+The order is crop, flip, RandAugment (all on uint8), normalize, then mixup or CutMix: examples blended in pairs, image
+and label alike. An example's partner is the one opposite in the batch, which is in random order anyway. (Reversing,
+unlike rolling, is fused by XLA with what made the images: four times as fast on a CPU.)
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy import special
 
-from simplest_vit.data.mix import cutmix, mixup
 from simplest_vit.data.rand_augment import rand_augment
 
 Batch = dict[str, jax.Array]
@@ -21,17 +24,8 @@ Batch = dict[str, jax.Array]
 class Preprocessing:
     """What is done to a batch; hashable, for it is a static argument of `jax.jit`.
 
-    Attributes:
-      mean: per channel, of pixels in [0, 1].
-      std: per channel, of pixels in [0, 1].
-      num_classes: number of classes.
-      crop_padding: zero padding around an image before a random crop of its own size; 0 for no crop.
-      flip: whether half of the images are mirrored left to right.
-      num_ops: RandAugment's operations for each image; 0 for none.
-      magnitude: RandAugment's magnitude, 0..30.
-      mixup_alpha: parameter of mixup's Beta distribution; 0 for no mixup.
-      cutmix_alpha: parameter of CutMix's; 0 for no CutMix. With both, each batch draws one of them.
-      mixup_mode: "batch" for one weight or box a batch, "example" for one each.
+    Mean and deviation are per channel, of pixels in [0, 1]; `num_ops` and `magnitude` are RandAugment's. The meaning of
+    the others stands with the fields of `config.data`.
     """
 
     mean: tuple[float, ...]
@@ -46,32 +40,23 @@ class Preprocessing:
     mixup_mode: str = "batch"
 
     @classmethod
-    def from_config(
-        cls, data: Any, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int
-    ) -> "Preprocessing":
-        """Reads the fields of `config.data` of the same names."""
-        return cls(
-            mean,
-            std,
-            num_classes,
-            crop_padding=data.crop_padding,
-            flip=data.flip,
-            num_ops=data.rand_augment.num_ops,
-            magnitude=data.rand_augment.magnitude,
-            mixup_alpha=data.mixup_alpha,
-            cutmix_alpha=data.cutmix_alpha,
-            mixup_mode=data.mixup_mode,
-        )
+    def of(cls, info: Any, data: Any = None) -> "Preprocessing":
+        """What belongs to a data set: for evaluation, or with a `config.data`, for training."""
+        fields = {"mean": info.mean, "std": info.std, "num_classes": info.num_classes}
+        if data:
+            names = ("crop_padding", "flip", "mixup_alpha", "cutmix_alpha", "mixup_mode")
+            fields |= {**data.rand_augment, **{name: data[name] for name in names}}
+        return cls(**fields)
 
 
 def train_batch(key: jax.Array, images: jax.Array, labels: jax.Array, preprocessing: Preprocessing) -> Batch:
-    """Augments a batch of raw examples.
+    """Augment a batch of raw examples.
 
     Args:
-      key: random key of the batch.
+      key: Random key of the batch.
       images: uint8 [B, H, W, C].
       labels: int32 [B].
-      preprocessing: what to do.
+      preprocessing: What to do.
 
     Returns:
       image float32 [B, H, W, C], label float32 [B, num_classes], weight float32 [B] of ones.
@@ -97,7 +82,7 @@ def train_batch(key: jax.Array, images: jax.Array, labels: jax.Array, preprocess
 
 
 def eval_batch(images: jax.Array, labels: jax.Array, weight: jax.Array, preprocessing: Preprocessing) -> Batch:
-    """Normalizes a batch; `weight` float32 [B] is 0 for padding. Shapes as in `train_batch`."""
+    """Normalize a batch; `weight` float32 [B] is 0 for padding. Shapes as in `train_batch`."""
     return {
         "image": normalize(images, preprocessing.mean, preprocessing.std),
         "label": jax.nn.one_hot(labels, preprocessing.num_classes),
@@ -106,15 +91,15 @@ def eval_batch(images: jax.Array, labels: jax.Array, weight: jax.Array, preproce
 
 
 def random_crop_and_flip(key: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:
-    """Shifts each image by up to `padding` pixels along both axes, and mirrors half of them.
+    """Shift each image by up to `padding` pixels along both axes, and mirror half of them.
 
     The same as padding with zeros, a random crop of the original size, then the flip: one gather.
 
     Args:
-      key: random key.
+      key: Random key.
       images: uint8 [B, H, W, C].
-      padding: pixels of padding on each side; 0 for no crop.
-      flip: whether to mirror.
+      padding: Pixels of padding on each side; 0 for no crop.
+      flip: Whether to mirror.
 
     Returns:
       Images like `images`.
@@ -134,7 +119,83 @@ def random_crop_and_flip(key: jax.Array, images: jax.Array, padding: int, flip: 
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """Maps uint8 images [B, H, W, C] to float32 with the mean and deviation given per channel."""
+    """Map uint8 images [B, H, W, C] to float32 with the mean and deviation given per channel."""
     scale = 1 / (255 * np.asarray(std, np.float32))
     offset = np.asarray(mean, np.float32) / np.asarray(std, np.float32)
     return images.astype(jnp.float32) * scale[None, None, None] - offset[None, None, None]
+
+
+def mixup(
+    key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float, per_example: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Blend each example with its partner, whose weight is min(z, 1 - z) with z ~ Beta(alpha, alpha).
+
+    Args:
+      key: Random key.
+      images: float32 [B, H, W, C].
+      labels: float32 [B, num_classes].
+      alpha: Parameter of the Beta distribution, positive.
+      per_example: Whether each example has a weight of its own instead of one for the batch.
+
+    Returns:
+      Images and labels of the same shapes.
+
+    References:
+      Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
+    """
+    z = symmetric_beta(key, alpha, (len(images) if per_example else 1,))
+    weight = jnp.minimum(z, 1 - z)
+    return _blend(images, weight[:, None, None, None]), _blend(labels, weight[:, None])
+
+
+def cutmix(
+    key: jax.Array, images: jax.Array, labels: jax.Array, alpha: float, per_example: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Paste a random box of its partner into each image; the labels are blended by area.
+
+    The box has the image's aspect ratio, the share 1 - z of its area with z ~ Beta(alpha, alpha), and a uniformly
+    random centre; what sticks out is cut off and not counted. Arguments and result as those of `mixup`.
+
+    References:
+      Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019.
+    """
+    boxes = len(images) if per_example else 1
+    area_key, y_key, x_key = jax.random.split(key, 3)
+    side = jnp.sqrt(1 - symmetric_beta(area_key, alpha, (boxes, 1)))
+
+    def inside(key: jax.Array, size: int) -> jax.Array:  # bool [boxes, size]
+        half = jnp.floor(side * size / 2)
+        centre = jax.random.randint(key, (boxes, 1), 0, size)
+        position = jnp.arange(size)[None]
+        return (position >= centre - half) & (position < centre + half)
+
+    rows, columns = inside(y_key, images.shape[1]), inside(x_key, images.shape[2])
+    box = rows[:, :, None, None] & columns[:, None, :, None]
+    weight = rows.mean(1) * columns.mean(1)
+    return jnp.where(box, images[::-1], images), _blend(labels, weight[:, None])
+
+
+def symmetric_beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
+    """Draw from Beta(alpha, alpha), by its quantiles.
+
+    `jax.random.beta` rejects samples in a loop of unknown length, for which a GPU waits for its host in every step.
+
+    Returns:
+      float32 in [0, 1]. The distribution function is exact at 8,192 quantiles, and off by less than 1 / 8,192 between.
+    """
+    quantiles = jnp.asarray(_quantiles(alpha))
+    position = jax.random.uniform(key, shape) * (len(quantiles) - 1)
+    cell = jnp.minimum(position.astype(jnp.int32), len(quantiles) - 2)
+    low, high = quantiles[cell], quantiles[cell + 1]
+    return low + (position - cell) * (high - low)
+
+
+@functools.cache
+def _quantiles(alpha: float) -> np.ndarray:
+    """The quantiles of Beta(alpha, alpha) at 0, 1 / 8192, ..., 1; float32."""
+    return special.betaincinv(alpha, alpha, np.linspace(0, 1, 8193)).astype(np.float32)
+
+
+def _blend(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Mix in the reversal of `x` along the first axis."""
+    return (1 - weight) * x + weight * x[::-1]

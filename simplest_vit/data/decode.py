@@ -51,11 +51,7 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """(height, width) of a JPEG or PNG when it is upright, from its header.
-
-    Raises:
-      UserError: If the header is damaged.
-    """
+    """(height, width) of a JPEG or PNG when it is upright, from its header; a UserError if that is damaged."""
     try:
         if content.startswith(_JPEG):
             height, width = _jpeg_size(content)
@@ -69,7 +65,7 @@ def image_size(content: bytes) -> tuple[int, int]:
 
 
 def eval_image(content: bytes, image_shape: tuple[int, int, int], random_resized_crop: bool) -> np.ndarray:
-    """Decode an image as evaluation and prediction see it: resized, the centre cropped.
+    """Decode an image as evaluation and prediction see it: the shorter side resized, the centre cropped.
 
     Args:
       content: The file.
@@ -83,25 +79,8 @@ def eval_image(content: bytes, image_shape: tuple[int, int, int], random_resized
     Raises:
       UserError: If the file is damaged or no image.
     """
-    size, _, channels = image_shape
-    return resize_and_centre_crop(content, channels, round(size * 256 / 224) if random_resized_crop else size, size)
-
-
-def resize_and_centre_crop(content: bytes, channels: int, resize: int, crop: int) -> np.ndarray:
-    """Decode an image, resize its shorter side (bilinear, antialiased) and crop the centre.
-
-    Args:
-      content: The file.
-      channels: 1 for grey, 3 for RGB.
-      resize: The shorter side after resizing.
-      crop: The side of the square that is kept.
-
-    Returns:
-      Pixels, uint8 [crop, crop, channels].
-
-    Raises:
-      UserError: If the file is damaged or no image.
-    """
+    crop, _, channels = image_shape
+    resize = round(crop * 256 / 224) if random_resized_crop else crop
     pixels = decode_image(content, channels, (resize, resize))
     height, width = pixels.shape[:2]
     scale = resize / min(height, width)
@@ -110,23 +89,12 @@ def resize_and_centre_crop(content: bytes, channels: int, resize: int, crop: int
     top, left = round((new_height - crop) / 2), round((new_width - crop) / 2)
     if (new_height, new_width) == (height, width):
         return pixels[top : top + crop, left : left + crop]
-    # Only what is kept is computed.
-    box = (
-        left * width / new_width,
-        top * height / new_height,
-        (left + crop) * width / new_width,
-        (top + crop) * height / new_height,
-    )
-    return resize_box(pixels, box, crop)
+    y, x = height / new_height, width / new_width
+    return resize_box(pixels, (left * x, top * y, (left + crop) * x, (top + crop) * y), crop)  # only what is kept
 
 
 def resize_box(pixels: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
-    """Resize a box (left, top, right, bottom) of an image to a square, bilinear and antialiased.
-
-    Args:
-      pixels: uint8 [H, W, C].
-      box: Corners in pixels; fractions are allowed.
-      size: Side of the result.
+    """Resize a box (left, top, right, bottom: fractions are allowed) of an image to a square, bilinear and antialiased.
 
     Returns:
       Pixels, uint8 [size, size, C].
@@ -164,7 +132,7 @@ def standardize(content: bytes, *, keep_grey: bool = False) -> bytes:
             image_format, mode = image.format, image.mode
     except Exception as error:
         raise UserError(f"not a complete image ({_reason(error)})") from error
-    if content.startswith(_JPEG) and mode in ("RGB", *(["L"] if keep_grey else [])):
+    if content.startswith(_JPEG) and (mode == "RGB" or (mode == "L" and keep_grey)):
         # In compressed data no such marker occurs, and a thumbnail's lie before the last start of scan.
         if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
             raise UserError("not a complete image (the JPEG is truncated)")
@@ -203,12 +171,9 @@ def _orientation(image: Image.Image) -> int:
 
 def _jpeg_orientation(content: bytes) -> int:
     """The same for a JPEG; PIL is asked only if there is a segment (APP1) where it may stand."""
-    start = len(_JPEG)
-    while content[start : start + 1] == b"\xff" and content[start + 1] != 0xDA:
-        if content[start + 1] == 0xE1:
-            with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
-                return _orientation(image)
-        start += 2 + int.from_bytes(content[start + 2 : start + 4])
+    if b"\xff\xe1" in content:
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
+            return _orientation(image)
     return 1
 
 

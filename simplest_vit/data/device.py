@@ -16,52 +16,29 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from simplest_vit.data import augment
 from simplest_vit.data.augment import Batch, Preprocessing
-from simplest_vit.data.dataset import Arrays
+from simplest_vit.data.dataset import Arrays, Dataset
 from simplest_vit.data.order import shuffled
 
 
-def train_batches(
-    arrays: Arrays,
-    preprocessing: Preprocessing,
-    *,
-    seed: int,
-    batch_size: int,
-    start_step: int,
-    sharding: NamedSharding | None,
-) -> Iterator[Batch]:
-    """Yields the batches of steps `start_step`, `start_step` + 1, ... without end."""
-    arrays = _replicate(arrays, sharding)
-    sample = functools.partial(
-        train_batch,
-        arrays.images,
-        arrays.labels,
-        np.uint32(seed),
-        preprocessing=preprocessing,
-        batch_size=batch_size,
-        sharding=sharding,
-    )
-    return (sample(np.uint32(step)) for step in itertools.count(start_step))
+def train_batches(dataset: Dataset, config: Any, *, start_step: int, sharding: NamedSharding | None) -> Iterator[Batch]:
+    """Iterate as `pipeline.train_batches` does; the split is on the device."""
+    arrays = _replicate(dataset.train, sharding)
+    static = {"preprocessing": Preprocessing.of(dataset, config.data), "batch_size": config.batch_size}
+    sample = functools.partial(train_batch, arrays.images, arrays.labels, np.uint32(config.seed), **static)
+    return (sample(np.uint32(step), sharding=sharding) for step in itertools.count(start_step))
 
 
-def eval_batches(
-    arrays: Arrays, preprocessing: Preprocessing, *, batch_size: int, sharding: NamedSharding | None
-) -> Iterator[Batch]:
-    """Yields a split in order, the last batch padded with weight 0."""
-    size = len(arrays.labels)
-    arrays = _replicate(arrays, sharding)
-    sample = functools.partial(
-        eval_batch,
-        arrays.images,
-        arrays.labels,
-        preprocessing=preprocessing,
-        batch_size=batch_size,
-        sharding=sharding,
-    )
-    return (sample(np.int32(start)) for start in range(0, size, batch_size))
+def eval_batches(dataset: Dataset, config: Any, *, sharding: NamedSharding | None, batch_size: int) -> Iterator[Batch]:
+    """Iterate as `pipeline.eval_batches` does; the split is on the device."""
+    del config
+    arrays = _replicate(dataset.validation, sharding)
+    static = {"preprocessing": Preprocessing.of(dataset), "batch_size": batch_size, "sharding": sharding}
+    sample = functools.partial(eval_batch, arrays.images, arrays.labels, **static)
+    return (sample(np.int32(start)) for start in range(0, dataset.validation_size, batch_size))
 
 
-def _replicate(arrays: Arrays, sharding: NamedSharding | None) -> Arrays:
-    """Puts a whole split on every device of a mesh, so that each samples its part of a batch alone.
+def _replicate(arrays: Any, sharding: NamedSharding | None) -> Arrays:
+    """Put a whole split on every device of a mesh, so that each samples its part of a batch alone.
 
     Each process has loaded the split and copies it to its own devices.
     """
@@ -87,16 +64,16 @@ def train_batch(
     batch_size: int,
     sharding: NamedSharding | None,
 ) -> Batch:
-    """Returns the training batch of a step.
+    """Make the training batch of a step.
 
     Args:
-      images: the whole split, uint8 [N, H, W, C].
+      images: The whole split, uint8 [N, H, W, C].
       labels: int32 [N].
-      seed: seed of the run, uint32 scalar.
+      seed: Of the run, uint32 scalar.
       step: uint32 scalar.
-      preprocessing: what to do to the examples.
-      batch_size: examples in the batch, at most N.
-      sharding: of the batch.
+      preprocessing: What to do to the examples.
+      batch_size: Examples in the batch, at most N.
+      sharding: Of the batch.
 
     Returns:
       The batch, as `augment.train_batch`.
@@ -119,12 +96,12 @@ def eval_batch(
     batch_size: int,
     sharding: NamedSharding | None,
 ) -> Batch:
-    """Returns the examples from `start` on; arguments as in `train_batch`, weight 0 past the last example."""
+    """Make a batch of the examples from `start` on; arguments as in `train_batch`, weight 0 past the last example."""
     index = constrain(start + jnp.arange(batch_size), sharding)
     weight = (index < len(labels)).astype(jnp.float32)
     return constrain(augment.eval_batch(images[index], labels[index], weight, preprocessing), sharding)
 
 
 def constrain(tree: Any, sharding: NamedSharding | None) -> Any:
-    """Splits every array of a tree along its first axis as `sharding` says."""
+    """Split every array of a tree along its first axis as `sharding` says."""
     return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)

@@ -7,15 +7,18 @@ examples form a batch. Each host reads only its own chunks, and a resume starts 
 
 import atexit
 import collections
-import dataclasses
 import functools
 import gc
 import itertools
+import logging
 import math
 import multiprocessing
 import os
+import re
+import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
@@ -25,91 +28,77 @@ from jax.sharding import NamedSharding
 
 from simplest_vit.data import augment
 from simplest_vit.data.augment import Batch, Preprocessing
-from simplest_vit.data.dataset import Source
+from simplest_vit.data.dataset import Dataset, cpu_count
 from simplest_vit.data.decode import decode_image, eval_image, image_size, resize_box
 from simplest_vit.data.device import constrain
 from simplest_vit.data.order import shuffled
-from simplest_vit.errors import UserError
+from simplest_vit.errors import TrainingError, UserError
 
+_LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 32
+_IMAGES_PER_WORKER = 2000  # that make up for the seconds in which it starts
 _BATCHES_AHEAD = 2  # on the device as uint8, beyond the one in use
+# What ends a worker process, and the remedy.
+_SIGNALS: dict[int, str] = {
+    signal.SIGKILL: "SIGKILL, as the system does where memory runs out; lower config.data.num_workers or free memory",
+    signal.SIGBUS: "SIGBUS: /dev/shm is full; enlarge it (docker run --shm-size=1g) or set config.data.num_workers=0",
+}
 _Chunk = dict[str, np.ndarray]
-_Arrays = tuple[jax.Array, ...]
+_Arrays = Any  # a tuple of arrays
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Makes chunks of examples; it is sent to the worker processes.
+def train_chunks(dataset: Dataset, config: Any) -> grain.MapDataset:
+    """Chunk k of this host: image uint8 [chunk, H, W, C] and label int32 [chunk]."""
+    source: Any = dataset.train
+    size, batch_size, seed = dataset.train_size, config.batch_size, config.seed
+    chunks, shape, random = _rows(batch_size), dataset.image_shape, config.data.random_resized_crop
 
-    Attributes:
-      source: the split.
-      image_shape: (H, W, C) of the result.
-      random_resized_crop: whether training images are random boxes; otherwise they are those of evaluation.
-      seed: seed of the run.
-      batch_size: global batch size.
-      first_row: of the global batch, where this host's part begins.
-      rows: of the global batch, this host's.
-      chunk: examples in a chunk; divides `rows`.
-    """
+    def read(k: int) -> _Chunk:  # sent to the worker processes
+        step, part = divmod(k, len(chunks))
+        epoch, step_of_epoch = divmod(step, size // batch_size)
+        index = shuffled(step_of_epoch * batch_size + chunks[part], size, seed, epoch)
 
-    source: Source
-    image_shape: tuple[int, int, int]
-    random_resized_crop: bool
-    seed: int
-    batch_size: int
-    first_row: int
-    rows: int
-    chunk: int
+        def to_pixels(content: bytes, i: int) -> np.ndarray:
+            if not random:
+                return eval_image(content, shape, False)
+            rng = np.random.default_rng((seed, step, int(chunks[part, i])))
+            return random_resized_crop(content, rng, shape[0], shape[2])
 
-    def positions(self, k: int) -> tuple[int, np.ndarray]:
-        """Returns the batch of chunk k and the positions in it, int64 [chunk]."""
-        step, part = divmod(k, self.rows // self.chunk)
-        return step, self.first_row + part * self.chunk + np.arange(self.chunk)
+        return source.decode(index.tolist(), to_pixels)
 
-    def train_chunk(self, k: int) -> _Chunk:
-        """Returns image uint8 [chunk, H, W, C] and label int32 [chunk]."""
-        step, row = self.positions(k)
-        size = len(self.source)
-        epoch, step_of_epoch = divmod(step, size // self.batch_size)
-        index = shuffled(step_of_epoch * self.batch_size + row, size, self.seed, epoch)
-        if not self.random_resized_crop:
-            return self._read(index.tolist(), None)
-        return self._read(index.tolist(), [np.random.default_rng((self.seed, step, r)) for r in row.tolist()])
+    return grain.MapDataset.range(2**62).map(read)
 
-    def eval_chunk(self, k: int) -> _Chunk:
-        """Returns image and label as `train_chunk`, and weight float32 [chunk], 0 past the last example."""
-        step, row = self.positions(k)
-        index = step * self.batch_size + row
-        weight = (index < len(self.source)).astype(np.float32)
-        chunk = self._read(np.minimum(index, len(self.source) - 1).tolist(), None)
-        return {**chunk, "weight": weight}
 
-    def _read(self, indices: list[int], rngs: list[np.random.Generator] | None) -> _Chunk:
-        images = np.empty((self.chunk, *self.image_shape), np.uint8)
-        labels = np.empty(self.chunk, np.int32)
-        for i, (content, label, name) in enumerate(self.source.read(indices)):
-            try:
-                if rngs:
-                    images[i] = random_resized_crop(content, rngs[i], self.image_shape[0], self.image_shape[2])
-                else:
-                    images[i] = eval_image(content, self.image_shape, self.random_resized_crop)
-            except UserError as error:
-                raise UserError(f"{name}: {error}; repair it and prepare the data set anew") from error
-            labels[i] = label
-        return {"image": images, "label": labels}
+def eval_chunks(dataset: Dataset, config: Any, batch_size: int) -> grain.MapDataset:
+    """Chunk k of this host: image and label as in training, and weight float32 [chunk], 0 past the last example."""
+    source: Any = dataset.validation
+    size = dataset.validation_size
+    chunks, shape, random = _rows(batch_size), dataset.image_shape, config.data.random_resized_crop
+
+    def read(k: int) -> _Chunk:
+        step, part = divmod(k, len(chunks))
+        index = step * batch_size + chunks[part]
+        present = np.minimum(index, size - 1).tolist()
+        chunk = source.decode(present, lambda content, _: eval_image(content, shape, random))
+        return {**chunk, "weight": (index < size).astype(np.float32)}
+
+    return grain.MapDataset.range(-(-size // batch_size) * len(chunks)).map(read)
+
+
+def _rows(batch_size: int) -> np.ndarray:
+    """The rows of a batch that this host reads, by chunks: int64 [chunks, chunk]."""
+    hosts = jax.process_count()
+    if batch_size % hosts:
+        raise UserError(f"batch_size={batch_size}: not divisible by the {hosts} hosts")
+    rows = np.arange(batch_size).reshape(hosts, -1)[jax.process_index()]
+    return rows.reshape(-1, max(d for d in range(1, _MAX_CHUNK + 1) if rows.size % d == 0))
 
 
 def random_resized_crop(content: bytes, rng: np.random.Generator, size: int, channels: int) -> np.ndarray:
-    """Decodes a random box of an image and resizes it (bilinear, antialiased).
+    """Decode a random box of an image and resize it (bilinear, antialiased).
 
     The box is drawn as torchvision's RandomResizedCrop does: 8 to 100 % of the area, aspect ratio 3/4 to 4/3 (uniform
     in its logarithm), ten tries, then the central box of the nearest allowed ratio.
-
-    Args:
-      content: an image file.
-      rng: where the box comes from.
-      size: side of the result.
-      channels: 1 or 3.
 
     Returns:
       Pixels, uint8 [size, size, channels].
@@ -128,7 +117,7 @@ def random_resized_crop(content: bytes, rng: np.random.Generator, size: int, cha
 
 
 def _random_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-    """Returns (left, top, width, height) of a random box."""
+    """(left, top, width, height) of a random box."""
     log_ratio = math.log(4 / 3)
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)
@@ -140,76 +129,38 @@ def _random_box(rng: np.random.Generator, height: int, width: int) -> tuple[int,
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def train_batches(
-    source: Source,
-    preprocessing: Preprocessing,
-    *,
-    image_shape: tuple[int, int, int],
-    random_resized_crop: bool,
-    seed: int,
-    batch_size: int,
-    start_step: int,
-    num_workers: int,
-    sharding: NamedSharding | None,
-) -> Iterator[Batch]:
-    """Yields the batches of steps `start_step`, `start_step` + 1, ... without end, two ahead on the device."""
-    reader = _reader(source, image_shape, random_resized_crop, seed, batch_size)
-    chunks_per_batch = reader.rows // reader.chunk
-    numbers = grain.MapDataset.range(start_step * chunks_per_batch, 2**62)
-    batches = _read_batches(numbers.map(reader.train_chunk), chunks_per_batch, num_workers)
-
+def train_batches(dataset: Dataset, config: Any, *, start_step: int, sharding: NamedSharding | None) -> Iterator[Batch]:
+    """Iterate as `pipeline.train_batches` does, two batches ahead on the device."""
+    chunks_per_batch = len(_rows(config.batch_size))
+    chunks = train_chunks(dataset, config)[start_step * chunks_per_batch :]
+    workers = _workers(config, dataset.train_size)
+    where = f"{workers} processes" if workers else "threads"
+    _LOG.info("images are decoded in %s (data.num_workers); cores: %d", where, cpu_count())
+    batches = _read_batches(chunks, chunks_per_batch, workers)
     transferred = _ahead(_to_device((batch["image"], batch["label"]), sharding) for batch in batches)
-    return (
-        _augment(*arrays, np.uint32(seed), np.uint32(step), preprocessing=preprocessing, sharding=sharding)
-        for step, arrays in zip(itertools.count(start_step), transferred, strict=False)
-    )
+    train = functools.partial(_augment, preprocessing=Preprocessing.of(dataset, config.data), sharding=sharding)
+    steps = itertools.count(start_step)
+    return (train(arrays, np.uint32(config.seed), np.uint32(next(steps))) for arrays in transferred)
 
 
-def eval_batches(
-    source: Source,
-    preprocessing: Preprocessing,
-    *,
-    image_shape: tuple[int, int, int],
-    random_resized_crop: bool,
-    batch_size: int,
-    num_workers: int,
-    sharding: NamedSharding | None,
-) -> Iterator[Batch]:
-    """Yields a split in order, the last batch padded with weight 0, two ahead on the device."""
-    reader = _reader(source, image_shape, random_resized_crop, 0, batch_size)
-    chunks_per_batch = reader.rows // reader.chunk
-    steps = -(-len(source) // batch_size)
-    numbers = grain.MapDataset.range(steps * chunks_per_batch)
-    batches = _read_batches(numbers.map(reader.eval_chunk), chunks_per_batch, num_workers)
+def eval_batches(dataset: Dataset, config: Any, *, sharding: NamedSharding | None, batch_size: int) -> Iterator[Batch]:
+    """Iterate as `pipeline.eval_batches` does, two batches ahead on the device."""
+    chunks = eval_chunks(dataset, config, batch_size)
+    batches = _read_batches(chunks, len(_rows(batch_size)), _workers(config, dataset.validation_size))
     transferred = _ahead(_to_device((b["image"], b["label"], b["weight"]), sharding) for b in batches)
-    return (_normalize(*arrays, preprocessing=preprocessing, sharding=sharding) for arrays in transferred)
+    preprocessing = Preprocessing.of(dataset)
+    return (_normalize(arrays, preprocessing=preprocessing, sharding=sharding) for arrays in transferred)
 
 
-def _reader(
-    source: Source,
-    image_shape: tuple[int, int, int],
-    random_resized_crop: bool,
-    seed: int,
-    batch_size: int,
-) -> _Reader:
-    hosts = jax.process_count()
-    if batch_size % hosts:
-        raise UserError(f"batch_size={batch_size}: not divisible by the {hosts} hosts")
-    rows = batch_size // hosts
-    return _Reader(
-        source=source,
-        image_shape=image_shape,
-        random_resized_crop=random_resized_crop,
-        seed=seed,
-        batch_size=batch_size,
-        first_row=jax.process_index() * rows,
-        rows=rows,
-        chunk=max(d for d in range(1, _MAX_CHUNK + 1) if rows % d == 0),
-    )
+def _workers(config: Any, images: int) -> int:
+    """How many processes decode: by the cores, but none that takes longer to start than it works."""
+    if config.data.num_workers is not None:
+        return config.data.num_workers
+    return min(cpu_count(), images // jax.process_count() // _IMAGES_PER_WORKER)
 
 
 def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: int) -> Iterator[_Chunk]:
-    """Reads chunks in worker processes, or in threads of this one, and joins them to batches."""
+    """Read chunks in worker processes, or in threads of this one, and join them to batches."""
     if num_workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, also where the program has none
@@ -219,20 +170,29 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
             worker_init_fn=_end_with_parent,
         )
     else:
-        threads = os.cpu_count() or 1
+        threads = cpu_count()
         stream = chunks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     iterator = iter(stream)
     stop = atexit.register(functools.partial(_close, iterator))  # before multiprocessing's own end
     try:
         while batch := _join(itertools.islice(iterator, chunks_per_batch)):
             yield batch
+    except RuntimeError as error:  # Grain's
+        raise _explain(error) from error
     finally:
         atexit.unregister(stop)
         stop()
 
 
+def _explain(error: RuntimeError) -> Exception:
+    """Say why a worker process has gone, by the signal that ended it; of any other error, nothing more is known."""
+    number = re.search(r"exit code -(\d+)", str(error))
+    reason = _SIGNALS.get(int(number[1]) if number else 0)
+    return TrainingError(f"a process that decodes images was ended by {reason}") if reason else error
+
+
 def _close(iterator: grain.DatasetIterator) -> None:
-    """Ends the workers and frees their shared memory."""
+    """End the workers and free their shared memory."""
     iterator.close()
     gc.collect()  # Grain's end of iteration is an exception, in a cycle with the frames that hold the last chunks
 
@@ -240,30 +200,30 @@ def _close(iterator: grain.DatasetIterator) -> None:
 def _end_with_parent(worker: int, workers: int) -> None:
     """Called in a worker process, which would outlive a run that is killed and keep its shared memory."""
     del worker, workers
+    parent: Any = multiprocessing.parent_process()
 
     def wait() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-            os._exit(1)
+        parent.join()
+        os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def _join(chunks: Iterator[_Chunk]) -> _Chunk:
-    """Returns chunks as one, with none of the shared memory they came in; nothing if there are none."""
+    """Chunks as one, with none of the shared memory they came in; nothing if there are none."""
     parts = list(chunks)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def _to_device(arrays: tuple[np.ndarray, ...], sharding: NamedSharding | None) -> _Arrays:
-    """Starts the transfer of this host's part of a batch."""
+    """Start the transfer of this host's part of a batch."""
     if sharding is None:
         return jax.device_put(arrays)
     return tuple(jax.make_array_from_process_local_data(sharding, array) for array in arrays)
 
 
 def _ahead(batches: Iterator[_Arrays]) -> Iterator[_Arrays]:
-    """Yields the same batches, with the transfer of the next two begun before each is used."""
+    """The same batches, with the transfer of the next two begun before each is used."""
     queue = collections.deque(itertools.islice(batches, 1 + _BATCHES_AHEAD))
     while queue:
         yield queue.popleft()
@@ -272,25 +232,14 @@ def _ahead(batches: Iterator[_Arrays]) -> Iterator[_Arrays]:
 
 @functools.partial(jax.jit, static_argnames=("preprocessing", "sharding"))
 def _augment(
-    images: jax.Array,
-    labels: jax.Array,
-    seed: jax.Array,
-    step: jax.Array,
-    *,
-    preprocessing: Preprocessing,
-    sharding: NamedSharding | None,
+    arrays: _Arrays, seed: jax.Array, step: jax.Array, *, preprocessing: Preprocessing, sharding: NamedSharding | None
 ) -> Batch:
     key = jax.random.fold_in(jax.random.key(seed), step)
+    images, labels = arrays
     return constrain(augment.train_batch(key, images, labels, preprocessing), sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("preprocessing", "sharding"))
-def _normalize(
-    images: jax.Array,
-    labels: jax.Array,
-    weight: jax.Array,
-    *,
-    preprocessing: Preprocessing,
-    sharding: NamedSharding | None,
-) -> Batch:
+def _normalize(arrays: _Arrays, *, preprocessing: Preprocessing, sharding: NamedSharding | None) -> Batch:
+    images, labels, weight = arrays
     return constrain(augment.eval_batch(images, labels, weight, preprocessing), sharding)

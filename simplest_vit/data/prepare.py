@@ -5,22 +5,29 @@ A prepared data set is complete or absent, never half.
 
 import contextlib
 import errno
+import functools
 import hashlib
-import io
 import json
+import os
+import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from filelock import SoftFileLease, Timeout
 
-from simplest_vit.data.builders import BUILDERS
+from simplest_vit.data.builders import BUILDERS, Builder
+from simplest_vit.data.builders.base import Content, Shard
 from simplest_vit.errors import UserError
 
 _LEASE = 60  # seconds of silence after which a process that prepares counts as gone; it tells of itself every 20
+_TELL_EVERY = 5  # seconds
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another")
+_REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable or choose another")
 
 
 def prepare(
@@ -37,95 +44,96 @@ def prepare(
       skip_corrupt: Whether to leave damaged images out instead of failing.
 
     Returns:
-      The builder of the prepared data set.
+      TFDS's builder of the prepared data set.
 
     Raises:
       UserError: If the name is unknown, the originals are missing or damaged, or the disk cannot take it.
     """
     if name not in BUILDERS:
         raise UserError(f"data.name={name}: unknown; expected one of {', '.join(BUILDERS)}")
+    builder = BUILDERS[name]
     try:
         root = Path(data_dir or "~/tensorflow_datasets").expanduser()
-        originals = None if manual_dir is None else Path(manual_dir).expanduser()
+        originals = Path(manual_dir).expanduser() if manual_dir else root / "downloads"
     except RuntimeError as error:  # of an unknown user
         raise UserError(f"data.dir={data_dir}, data.manual_dir={manual_dir}: {error} Name another folder") from error
     try:
-        if originals is not None and not (originals.is_dir() and any(originals.iterdir())):
+        if manual_dir and not (originals.is_dir() and any(originals.iterdir())):
             problem = "an empty folder" if originals.is_dir() else "no such folder"
             raise UserError(f"data.manual_dir={manual_dir}: {problem}; give the one with the original files")
-        if name == "image_folder" and originals is None:
+        if name == "image_folder" and not manual_dir:
             raise UserError("data.manual_dir: not set; image_folder needs the folder with train/ and val/")
-        while True:
-            builder = _builder(name, root, originals, skip_corrupt)
-            exists = Path(builder.data_path).exists()  # asked first, for another process may finish in between
-            if builder.is_prepared():
-                return builder
-            if exists:
-                raise damaged(Path(builder.data_path), FileNotFoundError("dataset_info.json is missing"))
-            lease = SoftFileLease(Path(builder.data_path).with_name(".preparing"), lease_duration=_LEASE)
+        path = root / builder.name / (builder.config(originals) if builder.config else "") / builder.version
+        while not path.exists():
+            lease = SoftFileLease(path.with_name(".preparing"), lease_duration=_LEASE)
             try:
                 with _held(lease):
-                    builder = _builder(name, root, originals, skip_corrupt)
-                    if not builder.is_prepared():  # or another process has been faster
-                        _prepare(builder, root, originals)
+                    if not path.exists():  # or another process has been faster
+                        print(f"preparing {name} in {path}", file=sys.stderr, flush=True)
+                        if builder.archive and not manual_dir:
+                            builder.archive.download(originals)
+                        _prepare(builder, originals, path, skip_corrupt)
             except Exception:
                 if not lease.compromise:  # else this process stood still, and another has taken over
                     raise
+    except OSError as error:
+        problem = error.strerror or str(error)
+        if manual_dir and error.filename and Path(str(error.filename)).is_relative_to(originals):
+            raise UserError(f"{error.filename}: cannot be read ({problem}); repair or remove it") from error
+        remedy = _REMEDIES.get(error.errno or 0, "choose another")
+        raise UserError(f"data.dir={root}: cannot prepare {name} there ({problem}); {remedy}") from error
+    try:
+        return tfds.builder_from_directory(path)
     except Exception as error:
-        cause = _cause(error)
-        if isinstance(cause, UserError):
-            raise cause from None
-        if not isinstance(cause, OSError):
-            raise
-        problem = cause.strerror or str(cause)
-        if originals and cause.filename and Path(str(cause.filename)).is_relative_to(originals):
-            raise UserError(f"{cause.filename}: cannot be read ({problem}); repair or remove it") from error
-        remedy = {errno.ENOSPC: "free some space or ", errno.EDQUOT: "free some space or "}.get(cause.errno or 0, "")
-        if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = "make it writable or "
-        raise UserError(f"data.dir={root}: cannot prepare {name} there ({problem}); {remedy}choose another") from error
+        raise damaged(path, error) from error
 
 
 def damaged(folder: Path, error: Exception) -> UserError:
-    """What to raise where TFDS stumbles over the metadata of a prepared data set.
-
-    Args:
-      folder: The data set's, or one above it.
-      error: What TFDS raised.
-
-    Returns:
-      The error, which names the file if it is one that is no JSON.
-    """
+    """What to raise where TFDS stumbles over the metadata of a prepared data set; it names a file that is no JSON."""
     place = folder
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         try:
             if not json.loads(path.read_bytes()):
                 raise ValueError("it is empty")
         except (OSError, ValueError) as problem:
-            place, folder, error = path, path.parent, problem
+            place, error = path, problem
             break
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return UserError(f"{place}: damaged ({reason}); remove {folder} to prepare it anew")
 
 
-def _builder(name: str, root: Path, originals: Path | None, skip_corrupt: bool) -> tfds.core.DatasetBuilder:
-    options: dict[str, Any] = {"skip_corrupt": True} if skip_corrupt else {}
-    if name == "image_folder":
-        options["folder"] = originals
-    try:
-        return BUILDERS[name](data_dir=root, **options)
-    except (UserError, OSError):
-        raise
-    except Exception as error:  # of what is prepared there already
-        raise damaged(root / BUILDERS[name].name, error) from error
+class Progress:
+    """Count images, and tell every few seconds how many, how fast and how long it will take.
+
+    Args:
+      what: What is done.
+      total: All there is to do, in any unit.
+      tell: Takes each line; by default standard error does.
+    """
+
+    def __init__(self, what: str, total: float, tell: Callable[[str], None] | None = None):
+        self._what, self._total = what, total
+        self._tell = tell or functools.partial(print, file=sys.stderr, flush=True)
+        self._images, self._done = 0, 0.0
+        self._start = self._told = time.monotonic()
+
+    def add(self, images: int, amount: float) -> None:
+        """Count images, and how much of the total they were."""
+        self._images += images
+        self._done += amount
+        now = time.monotonic()
+        if now - self._told > _TELL_EVERY:
+            self._told, seconds = now, now - self._start
+            left = (self._total - self._done) / self._done * seconds if self._done else 0.0
+            self._tell(
+                f"{self._what}: {self._images:,} images, {self._done / (self._total or 1):.0%}, "
+                f"{self._images / seconds:,.0f} images/s, {left:.0f} s to go"
+            )
 
 
 @contextlib.contextmanager
 def _held(lease: SoftFileLease) -> Iterator[None]:
-    """Hold a lease: a file with host, process and heartbeat, since file systems of several hosts may not know flock.
-
-    Then what a process that was killed has left is removed.
-    """
+    """Hold a lease: a file with host, process and heartbeat, since file systems of several hosts may not know flock."""
     folder = Path(lease.lock_file).parent
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -135,32 +143,108 @@ def _held(lease: SoftFileLease) -> Iterator[None]:
             print(f"waiting for process {owner.pid} of {owner.hostname} to prepare {folder}", file=sys.stderr)
         lease.acquire(poll_interval=0.5)
     try:
-        for unfinished in folder.glob("incomplete.*"):  # TFDS's name for a folder it is writing
-            shutil.rmtree(unfinished)
         yield
     finally:
         lease.release()
 
 
-def _prepare(builder: tfds.core.DatasetBuilder, root: Path, originals: Path | None) -> None:
-    """Download the originals unless they are given, and write the data set."""
-    if originals is None:
-        originals = root / "downloads"
-        if hasattr(builder, "ARCHIVE"):
-            builder.ARCHIVE.download(originals)
-    tfds.disable_progress_bar()
-    print(f"preparing {builder.name} in {builder.data_path}", file=sys.stderr, flush=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS says the same in other words, where results belong
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=originals), file_format="array_record"
+def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) -> None:
+    """Write the shards, then the metadata, then give the folder its final name."""
+    content = builder.read(originals)
+    token = "" if builder.resumable else secrets.token_hex(4)
+    folder = path.with_name(f"{path.name}.unfinished{token}")
+    for left in set(path.parent.glob(f"{path.name}.unfinished*")) - {folder}:
+        shutil.rmtree(left, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    try:
+        _write(builder, content, folder, path, skip_corrupt)
+        folder.rename(path)
+    except BaseException:
+        if not builder.resumable:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_corrupt: bool) -> None:
+    """Write what is not there yet of the data set that will be `path`."""
+    features = tfds.features.FeaturesDict(content.features)
+    files: dict[str, dict[Path, Shard]] = {}
+    for split, shards in content.splits.items():
+        stem = folder / f"{builder.name}-{split}.array_record"
+        files[split] = {Path(f"{stem}-{i:05d}-of-{len(shards):05d}"): shard for i, shard in enumerate(shards)}
+    for left in set(folder.iterdir()).difference(*files.values()):
+        left.unlink()
+    corrupt = sum(_write_shards(split, shards, features, skip_corrupt) for split, shards in files.items())
+    if corrupt and not skip_corrupt:
+        raise UserError(
+            f"{corrupt} corrupt images, listed above; repair or delete them, or prepare with --skip_corrupt"
         )
+    template = tfds.core.ShardedFileTemplate(folder, dataset_name=builder.name, filetype_suffix="array_record")
+    splits = []
+    for split, written in files.items():
+        lengths = [ArrayRecordReader(str(file)).num_records() for file in written]
+        if not any(lengths):
+            raise UserError(f"{split}: all images are corrupt, listed above; repair some")
+        num_bytes = sum(file.stat().st_size for file in written)
+        splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, template.replace(split=split)))
+    if corrupt:
+        print(f"skipped {corrupt} corrupt images, listed above", file=sys.stderr, flush=True)
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(
+            name=builder.name,
+            version=tfds.core.Version(builder.version),
+            data_dir=str(folder),
+            module_name="",
+            config_name=path.parent.name if builder.config else None,
+        ),
+        description=builder.description,
+        features=features,
+        supervised_keys=("image", "label"),
+        disable_shuffling=True,
+    )
+    info.set_file_format("array_record")
+    info.set_splits(tfds.core.splits.SplitDict(splits))
+    info.write_to_directory(folder)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What TFDS wrapped: while writing, it replaces an exception by one with a longer message."""
-    while error.__cause__ is not None and not isinstance(error, UserError):
-        error = error.__cause__
-    return error
+def _write_shards(
+    split: str, shards: dict[Path, Shard], features: tfds.features.FeaturesDict, skip_corrupt: bool
+) -> int:
+    """Write the shards that are not there yet, and tell the number of corrupt images, which are named."""
+    missing = {path: shard for path, shard in shards.items() if not path.exists()}
+    progress = Progress(f"preparing {split}", sum(shard.size for shard in missing.values()))
+    corrupt = 0
+    for path, shard in missing.items():
+        partial = path.with_name(f"partial-{secrets.token_hex(4)}")
+        try:
+            damaged_ones = _write_shard(partial, shard, features, progress)
+        except RuntimeError as error:  # array_record's, of a full disk
+            number = next((number for number in errno.errorcode if os.strerror(number) in str(error)), None)
+            if number is None:
+                raise
+            raise OSError(number, os.strerror(number)) from error
+        if not damaged_ones or skip_corrupt:  # else this shard is read again, and its images reported again
+            os.replace(partial, path)
+        corrupt += damaged_ones
+    return corrupt
+
+
+def _write_shard(path: Path, shard: Shard, features: tfds.features.FeaturesDict, progress: Progress) -> int:
+    """Write a shard, and tell the number of corrupt images, which are named."""
+    corrupt = 0
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # JPEG and PNG compress no further
+    for example in shard.examples():
+        try:
+            image = example.image()
+        except Exception as error:  # also of a zip, a directory, a link to nowhere
+            reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+            print(f"corrupt image {example.name}: {reason}", file=sys.stderr, flush=True)
+            corrupt += 1
+        else:
+            writer.write(features.serialize_example(features.encode_example({"image": image, **example.features})))
+        progress.add(1, example.size)
+    writer.close()
+    return corrupt
 
 
 def describe(builder: tfds.core.DatasetBuilder) -> str:

@@ -11,15 +11,9 @@ _MIN_CELL = 96  # small images are magnified to about this size
 
 
 def image_grid(dataset: Dataset, batch: Batch, *, rows: int = 4, columns: int = 8) -> np.ndarray:
-    """Draws the first images of a batch, as the model sees them but for the normalization, with their labels.
+    """Draw the first images of a batch, as the model sees them but for the normalization, with their labels.
 
-    Where there are several processes, all must call it.
-
-    Args:
-      dataset: where the batch is from.
-      batch: a training batch.
-      rows: rows of the grid; fewer if the batch is small.
-      columns: columns of the grid.
+    Where there are several processes, all must call it. If the batch is small, the rows are fewer.
 
     Returns:
       The picture, uint8 [height, width, 3].
@@ -42,7 +36,7 @@ def image_grid(dataset: Dataset, batch: Batch, *, rows: int = 4, columns: int = 
 
 
 def _captions(dataset: Dataset, label: np.ndarray) -> list[str]:
-    """Returns the one or two classes of a label, the heavier first, with their weights if there are two."""
+    """The one or two classes of a label, the heavier first, with their weights if there are two."""
     classes = [k for k in np.argsort(-label)[:2] if label[k] > 0.005]
     if len(classes) == 1:
         return [dataset.class_names[classes[0]]]

@@ -48,15 +48,15 @@ _TABLE = 4
 
 
 def rand_augment(key: jax.Array, images: jax.Array, num_ops: int, magnitude: int) -> jax.Array:
-    """Applies `num_ops` random operations to each image, one after the other.
+    """Apply `num_ops` random operations to each image, one after the other.
 
     Each is drawn uniformly from the 14; where it has a direction, both are equally likely.
 
     Args:
-      key: random key.
+      key: Random key.
       images: uint8 [B, H, W, C], C = 1 or 3.
-      num_ops: operations for each image.
-      magnitude: their strength, 0..30.
+      num_ops: Operations for each image.
+      magnitude: Their strength, 0..30.
 
     Returns:
       Images like `images`.
@@ -67,24 +67,18 @@ def rand_augment(key: jax.Array, images: jax.Array, num_ops: int, magnitude: int
     negative = jax.random.bernoulli(sign_key, 0.5, shape)
     # A loop, not unrolled: compiled once, and what one round made is stored before the next reads it.
     return jax.lax.fori_loop(
-        0,
-        num_ops,
-        lambda i, x: apply_operations(x, operations[i], negative[i], magnitude),
-        images,
+        0, num_ops, lambda i, x: apply_operations(x, operations[i], negative[i], magnitude), images
     )
 
 
 def apply_operations(images: jax.Array, operation: jax.Array, negative: jax.Array, magnitude: int) -> jax.Array:
-    """Applies to each image the operation given for it.
+    """Apply to each image the operation given for it.
 
     Args:
       images: uint8 [B, H, W, C], C = 1 or 3.
       operation: int32 [B], values of `Operation`.
       negative: bool [B]; whether to shear, translate, rotate or enhance the other way.
       magnitude: 0..30.
-
-    Returns:
-      Images like `images`.
     """
     batch = (images, operation, negative.astype(jnp.int32))
 
@@ -97,7 +91,7 @@ def apply_operations(images: jax.Array, operation: jax.Array, negative: jax.Arra
 
 
 def _apply_operation(image: jax.Array, operation: jax.Array, negative: jax.Array, magnitude: int) -> jax.Array:
-    """Applies one operation to an image [H, W, C]; `negative` is 0 or 1."""
+    """Apply one operation to an image [H, W, C]; `negative` is 0 or 1."""
     return jax.lax.switch(
         jnp.asarray(_KINDS)[operation],
         [
@@ -110,9 +104,6 @@ def _apply_operation(image: jax.Array, operation: jax.Array, negative: jax.Array
     )
 
 
-# Geometric operations.
-
-
 def _affine_coefficients(height: int, width: int, magnitude: int) -> np.ndarray:
     """PIL's fixed-point coefficients of each operation and sign, int32 [14, 2, 6].
 
@@ -123,24 +114,16 @@ def _affine_coefficients(height: int, width: int, magnitude: int) -> np.ndarray:
     shear, angle = 0.3 * strength, math.radians(30 * strength)
     shift_x, shift_y = int(150 / 331 * width * strength), int(150 / 331 * height * strength)
 
-    def matrix(operation: Operation, sign: int) -> tuple[float, ...]:
-        match operation:
-            case Operation.SHEAR_X:
-                return 1, sign * shear, 0, 0, 1, 0
-            case Operation.SHEAR_Y:
-                return 1, 0, 0, sign * shear, 1, 0
-            case Operation.TRANSLATE_X:
-                return 1, 0, -sign * shift_x, 0, 1, 0
-            case Operation.TRANSLATE_Y:
-                return 1, 0, 0, 0, 1, -sign * shift_y
-            case Operation.ROTATE:
-                cos, sin = math.cos(angle), sign * math.sin(angle)
-                x, y = width / 2, height / 2  # the centre stays where it is
-                return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
-            case _:
-                return 1, 0, 0, 0, 1, 0
-
-    matrices = np.array([[matrix(op, sign) for sign in (1, -1)] for op in Operation], np.float64)
+    cos, sin = math.cos(angle), math.sin(angle)
+    x, y = width / 2, height / 2  # the centre stays where it is
+    matrices = np.tile(np.array([1, 0, 0, 0, 1, 0], np.float64), (len(Operation), 2, 1))
+    for i, sign in enumerate((1, -1)):
+        matrices[Operation.SHEAR_X, i, 1] = sign * shear
+        matrices[Operation.SHEAR_Y, i, 3] = sign * shear
+        matrices[Operation.TRANSLATE_X, i, 2] = -sign * shift_x
+        matrices[Operation.TRANSLATE_Y, i, 5] = -sign * shift_y
+        turned = cos, -sign * sin, x - cos * x + sign * sin * y, sign * sin, cos, y - sign * sin * x - cos * y
+        matrices[Operation.ROTATE, i] = turned
     # Pixel centres lie at half-integers.
     matrices[..., 2] += (matrices[..., 0] + matrices[..., 1]) / 2
     matrices[..., 5] += (matrices[..., 3] + matrices[..., 4]) / 2
@@ -148,7 +131,7 @@ def _affine_coefficients(height: int, width: int, magnitude: int) -> np.ndarray:
 
 
 def _warp(image: jax.Array, operation: jax.Array, negative: jax.Array, magnitude: int) -> jax.Array:
-    """Applies a geometric operation to an image [H, W, C]."""
+    """Apply a geometric operation to an image [H, W, C]."""
     height, width, _ = image.shape
     coefficients = jnp.asarray(_affine_coefficients(height, width, magnitude))
     a, b, c, d, e, f = coefficients[operation, negative]
@@ -157,9 +140,6 @@ def _warp(image: jax.Array, operation: jax.Array, negative: jax.Array, magnitude
     source_y = (d * x + e * y + f) >> 16
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
     return jnp.where(inside[..., None], image[source_y, source_x], jnp.zeros((), image.dtype))
-
-
-# Blends.
 
 
 def _factor(negative: jax.Array, magnitude: int) -> jax.Array:
@@ -182,7 +162,7 @@ def _grey(image: jax.Array) -> jax.Array:
 
 
 def _sharpen(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Blends an image with PIL's SMOOTH filter of it: 3 x 3 ones with a centre of 5. The border is kept."""
+    """Blend an image with PIL's SMOOTH filter of it: 3 x 3 ones with a centre of 5. The border is kept."""
     height, width, c = image.shape
     flat = image.reshape(height, width * c)  # rows without gaps, which a CPU takes several pixels at a time
     x = flat.astype(jnp.float32)
@@ -193,7 +173,7 @@ def _sharpen(image: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def _blend(degenerate: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Computes clip(degenerate + factor * (image - degenerate)), rounded down, as PIL does in float32.
+    """Compute clip(degenerate + factor * (image - degenerate)), rounded down, as PIL does in float32.
 
     The factor is split in two parts whose products are exact, so that a compiler that fuses multiplication and
     addition gets the same bits as one that does not. `degenerate` holds integers and may be broadcast.
@@ -206,11 +186,8 @@ def _blend(degenerate: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Ar
     return jnp.clip(degenerate + change, 0, 255).astype(jnp.int32).astype(image.dtype)
 
 
-# Tables.
-
-
 def _look_up(image: jax.Array, operation: jax.Array, negative: jax.Array, magnitude: int) -> jax.Array:
-    """Replaces each value of an image [H, W, C] by its entry in the operation's table."""
+    """Replace each value of an image [H, W, C] by its entry in the operation's table."""
     channels = image.shape[2]
     values = np.arange(256)
     bits = 8 - round(magnitude / ((_BINS - 1) / 4))
@@ -272,7 +249,7 @@ def _auto_contrast_table(low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns floor(a / b) of integers a >= 0 and b > 0, exactly for a < 2**22; faster than integer division."""
+    """Floor of a / b of integers a >= 0 and b > 0, exactly for a < 2**22; faster than integer division."""
     return jnp.floor((a + 0.5) / b).astype(jnp.int32)
 
 
@@ -280,8 +257,7 @@ def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
 def _auto_contrast_shortfall() -> np.ndarray:
     """Where PIL's float64 arithmetic falls just short of an integer and truncates it to one less.
 
-    Returns:
-      A bit for each lowest, highest and pixel value, packed along the last: uint8 [256, 256, 32].
+    A bit for each lowest, highest and pixel value, packed along the last: uint8 [256, 256, 32].
     """
     values = np.arange(256)
     bits = np.zeros((256, 256, 32), np.uint8)

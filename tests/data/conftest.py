@@ -1,7 +1,6 @@
 """Small data sets in the original formats, and configs for them."""
 
 import io
-import os
 import tarfile
 import zipfile
 
@@ -10,12 +9,7 @@ import pytest
 from PIL import Image
 
 from simplest_vit.config import default
-from simplest_vit.data.builders import Cifar10, Cifar100
-
-
-@pytest.fixture(autouse=True)
-def _no_progress_on_tqdm_threads(monkeypatch):
-    monkeypatch.setitem(os.environ, "TQDM_DISABLE", "1")
+from simplest_vit.data.builders import BUILDERS, cifar
 
 
 @pytest.fixture
@@ -44,22 +38,23 @@ def smooth_image(seed, height=48, width=64):
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def write_cifar(folder, monkeypatch, builder=Cifar10, *, train=40, test=16):
+def write_cifar(folder, monkeypatch, name="cifar10", *, train=40, test=16):
     """Writes the original files of CIFAR with few examples; returns {split: (images, labels...)}."""
-    monkeypatch.setattr(builder, "EXAMPLES_PER_FILE", {"train": train // len(builder.FILES["train"]), "test": test})
-    folder = folder / builder.ARCHIVE.folder
+    monkeypatch.setattr(cifar, "EXAMPLES", {"train": train, "test": test})
+    labels_of, files, archive = BUILDERS[name].read.args
+    folder = folder / archive.folder
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for label, file in builder.LABELS.items():
-        (folder / file).write_text("\n".join(f"{label}{i}" for i in range(builder.NUM_CLASSES[label])) + "\n\n")
+    for label, (file, count) in labels_of.items():
+        (folder / file).write_text("\n".join(f"{label}{i}" for i in range(count)) + "\n\n")
     content = {}
     for split, size in (("train", train), ("test", test)):
         images = rng.integers(0, 256, (size, 32, 32, 3)).astype(np.uint8)
-        labels = {label: rng.integers(0, n, size).astype(np.uint8) for label, n in builder.NUM_CLASSES.items()}
+        labels = {label: rng.integers(0, n, size).astype(np.uint8) for label, (_, n) in labels_of.items()}
         records = np.concatenate(
             [*(values[:, None] for values in labels.values()), images.transpose(0, 3, 1, 2).reshape(size, -1)], 1
         )
-        for file, part in zip(builder.FILES[split], np.split(records, len(builder.FILES[split])), strict=True):
+        for file, part in zip(files[split], np.split(records, len(files[split])), strict=True):
             part.tofile(folder / file)
         content[split] = images, labels
     return content
@@ -74,7 +69,7 @@ def cifar10(tmp_path, monkeypatch):
 @pytest.fixture
 def cifar100(tmp_path, monkeypatch):
     """A folder with a small CIFAR-100, and its content."""
-    return tmp_path / "original", write_cifar(tmp_path / "original", monkeypatch, Cifar100)
+    return tmp_path / "original", write_cifar(tmp_path / "original", monkeypatch, "cifar100")
 
 
 def write_zip(path, members):

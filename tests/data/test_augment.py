@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from scipy import stats
 
-from simplest_vit.data import mix
+from simplest_vit.data import augment
 from simplest_vit.data.augment import Preprocessing, normalize, random_crop_and_flip, train_batch
 
 RNG = np.random.default_rng(0)
@@ -15,11 +15,11 @@ RNG = np.random.default_rng(0)
 
 # Compiled as a whole, and on NumPy arrays: less to compile than operation by operation.
 def mixup(*arguments):
-    return jax.tree.map(np.asarray, jax.jit(mix.mixup, static_argnums=(3, 4))(*arguments))
+    return jax.tree.map(np.asarray, jax.jit(augment.mixup, static_argnums=(3, 4))(*arguments))
 
 
 def cutmix(*arguments):
-    return jax.tree.map(np.asarray, jax.jit(mix.cutmix, static_argnums=(3, 4))(*arguments))
+    return jax.tree.map(np.asarray, jax.jit(augment.cutmix, static_argnums=(3, 4))(*arguments))
 
 
 def crop_and_flip(*arguments):
@@ -106,19 +106,18 @@ def test_cutmix_pastes_a_box_and_weighs_the_labels_by_its_area(per_example):
 def test_with_mixup_and_cutmix_batches_draw_one_of_them():
     images = RNG.integers(1, 256, (8, 8, 8, 1)).astype(np.uint8)
     preprocessing = Preprocessing((0.0,), (1.0,), 8, mixup_alpha=1.0, cutmix_alpha=1.0)
-    augment = jax.jit(lambda key: train_batch(key, images, jnp.arange(8), preprocessing)["image"])
+    augmented = jax.jit(lambda key: train_batch(key, images, jnp.arange(8), preprocessing)["image"])
     kinds = set()
     for seed in range(12):
-        copied = np.isclose(augment(jax.random.key(seed)) * 255, images, atol=1e-3) | np.isclose(
-            augment(jax.random.key(seed)) * 255, images[::-1], atol=1e-3
-        )
+        pixels = np.asarray(augmented(jax.random.key(seed))) * 255
+        copied = np.isclose(pixels, images, atol=1e-3) | np.isclose(pixels, images[::-1], atol=1e-3)
         kinds.add("cutmix" if np.all(copied) else "mixup")
     assert kinds == {"mixup", "cutmix"}
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_symmetric_beta_is_that_of_scipy(alpha):
-    samples = mix.symmetric_beta(jax.random.key(5), alpha, (20_000,))
+    samples = augment.symmetric_beta(jax.random.key(5), alpha, (20_000,))
     assert samples.dtype == np.float32
     # Where float32 tells values apart: 3 % of Beta(0.2, 0.2) are nearer to 0 or 1 than 3e-8.
     position = np.linspace(1e-6, 1 - 1e-6, 1000)

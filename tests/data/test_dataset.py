@@ -70,7 +70,7 @@ def test_a_missing_field_is_named(field):
         DatasetInfo.from_json(INFO.to_json() | {"colour": 1}, FILE)
 
 
-def test_the_fingerprint_is_of_the_content_not_of_the_place(make_config, tmp_path):
+def test_the_fingerprint_is_of_the_content_not_of_the_place_and_needs_no_tensorflow(make_config, tmp_path):
     first = input_pipeline.load(make_config("digits", dir=tmp_path / "a").data)
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
     (tmp_path / "copy/digits/1.0.0/.DS_Store").touch()
@@ -81,12 +81,13 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place(make_config, tmp_pat
     assert type(first.info) is DatasetInfo
     assert len(first.info.fingerprint) == 64
     program = (
-        "import input_pipeline as ip; from configs.digits import get_config\n"
-        f"data = get_config().data; data.dir = {str(tmp_path / 'prepared anew')!r}; print(ip.load(data).fingerprint)"
+        "import sys, input_pipeline as ip; from configs.digits import get_config\n"
+        f"data = get_config().data; data.dir = {str(tmp_path / 'prepared anew')!r}\n"
+        "print(ip.load(data).fingerprint, 'tensorflow' in sys.modules)"
     )
     root = pathlib.Path(__file__).parents[2]
     anew = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, cwd=root)
-    assert anew.stdout.splitlines()[-1] == first.fingerprint
+    assert anew.stdout.splitlines()[-1] == f"{first.fingerprint} False", anew.stderr
 
     prepared = tmp_path / "copy/digits/1.0.0"
     for file, old, new in (("dataset_info.json", '"360"', '"359"'), ("features.json", '"10"', '"11"')):

@@ -1,6 +1,15 @@
 """The pipeline for what does not fit the device: the same through one process or several, on one host or two."""
 
 import io
+import itertools
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
 
 import jax
 import numpy as np
@@ -10,8 +19,11 @@ from PIL import Image
 
 import input_pipeline
 from simplest_vit.data import host
+from simplest_vit.data.dataset import cpu_count
 from simplest_vit.data.preview import image_grid
-from simplest_vit.errors import UserError
+from simplest_vit.errors import TrainingError, UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +57,107 @@ def take(dataset, config, count, start_step=0):
     return [jax.tree.map(np.asarray, next(batches)) for _ in range(count)]
 
 
-def test_batches_depend_on_seed_and_step_not_on_workers(config):
+def grain_workers():
+    return [process for process in multiprocessing.active_children() if process.name.startswith("grain")]
+
+
+def test_batches_depend_on_seed_and_step_not_on_workers_and_a_lost_worker_is_told(config):
     dataset = input_pipeline.load(config.data)
     assert isinstance(dataset.train, input_pipeline.Source)
     in_process = take(dataset, config, 4)
     assert in_process[0]["image"].shape == (8, 32, 32, 3)
     jax.tree.map(np.testing.assert_array_equal, take(dataset, config, 2, start_step=2), in_process[2:])
-    config.data.num_workers = 2
-    jax.tree.map(np.testing.assert_array_equal, take(dataset, config, 4), in_process)
     config.seed = 1
-    config.data.num_workers = 0
     assert not np.array_equal(take(dataset, config, 1)[0]["image"], in_process[0]["image"])
+    config.seed, config.data.num_workers = 0, 2
+    batches = input_pipeline.train_batches(dataset, config, start_step=0, sharding=None)
+    for expected in in_process:
+        jax.tree.map(np.testing.assert_array_equal, next(batches), expected)
+    first, second = grain_workers()
+    os.kill(first.pid, signal.SIGKILL)
+    with pytest.raises(TrainingError, match=r"SIGKILL, .* memory runs out; lower config.data.num_workers") as error:
+        list(itertools.islice(batches, 100))
+    assert "\n" not in str(error.value)
+    second.join(10)
+    assert grain_workers() == []
+
+
+def test_a_full_dev_shm_is_told():
+    """Its pages are missing only when they are written: SIGBUS. (Tried with a mount of 8 MB.)"""
+    message = str(host._explain(RuntimeError("Worker process was terminated unexpectedly with exit code -7. Search")))
+    assert "/dev/shm is full; enlarge it (docker run --shm-size=1g) or set config.data.num_workers=0" in message
+    other = RuntimeError("Worker process was terminated unexpectedly with exit code 1. Search")
+    assert host._explain(other) is other
+
+
+def test_what_still_reads_when_the_program_ends_is_closed_before_multiprocessing_ends(config, monkeypatch):
+    closers = []
+
+    def register(close):
+        closers.append(close)
+        return close
+
+    monkeypatch.setattr(host, "atexit", types.SimpleNamespace(register=register, unregister=closers.remove))
+    batches = input_pipeline.train_batches(input_pipeline.load(config.data), config, start_step=0, sharding=None)
+    next(batches)
+    (close,) = closers
+    close()
+    with pytest.raises(ValueError, match="closed"):
+        list(itertools.islice(batches, 100))
+    assert closers == []
+
+
+def test_workers_do_not_outlive_a_run_that_is_killed(config):
+    """Nor does their shared memory."""
+    program = (
+        "import multiprocessing, sys, time, input_pipeline\n"
+        "from simplest_vit.config import default\n"
+        "if __name__ == '__main__':\n"
+        "    config = default()\n"
+        f"    config.batch_size = 8; config.data.update({config.data.to_dict() | {'num_workers': 1}!r})\n"
+        "    dataset = input_pipeline.load(config.data)\n"
+        "    batches = input_pipeline.train_batches(dataset, config, start_step=0, sharding=None)\n"
+        "    next(batches)\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+        worker = pathlib.Path("/proc") / run.stdout.readline().strip()
+        assert worker.is_dir()
+        run.kill()
+    deadline = time.monotonic() + 20
+    while worker.is_dir() and "zombie" not in (worker / "status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "expected"),
+    [(8, "max 100000", 8), (8, "250000 100000", 2), (8, "50000 100000", 1), (2, "800000 100000", 2), (3, None, 3)],
+)
+def test_cores_are_those_of_affinity_and_cgroup(monkeypatch, affinity, quota, expected):
+    def read_text(path):
+        assert str(path) == "/sys/fs/cgroup/cpu.max"
+        if quota is None:
+            raise FileNotFoundError
+        return quota + "\n"
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
+    monkeypatch.setattr(pathlib.Path, "read_text", read_text)
+    assert cpu_count() == expected
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "cores", "images", "expected"),
+    [(None, 8, 10**6, 8), (None, 8, 9000, 4), (None, 8, 1999, 0), (None, 1, 10**6, 1), (3, 8, 10, 3), (0, 8, 10**6, 0)],
+)
+def test_workers_are_as_many_as_cores_but_none_without_work(config, monkeypatch, num_workers, cores, images, expected):
+    monkeypatch.setattr(host, "cpu_count", lambda: cores)
+    config.data.update({"num_workers": num_workers})
+    assert host._workers(config, images) == expected
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert host._workers(config, 2 * images) == expected
 
 
 def test_an_epoch_is_the_permutation_that_the_device_would_draw(config):
@@ -69,9 +171,9 @@ def test_an_epoch_is_the_permutation_that_the_device_would_draw(config):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), take(dataset, config, 7), on_device)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_covers_each_example_once(config, photos, num_workers):
-    config.data.num_workers = num_workers
+@pytest.mark.parametrize(("budget", "num_workers"), [(10**9, 0), (0, 0), (0, 1)])
+def test_evaluation_covers_each_example_once(config, photos, budget, num_workers):
+    config.data.device_budget_bytes, config.data.num_workers = budget, num_workers
     dataset = input_pipeline.load(config.data)
     batches = list(input_pipeline.eval_batches(dataset, config, sharding=None, batch_size=8))
     assert np.concatenate([b["weight"] for b in batches]).tolist() == [1.0] * 12 + [0.0] * 4
@@ -83,23 +185,28 @@ def test_evaluation_covers_each_example_once(config, photos, num_workers):
     expected = np.asarray(resized.crop((left, top, left + 32, top + 32)), np.float64)
     pixels = (np.asarray(batches[0]["image"][1]) * dataset.std + dataset.mean) * 255
     assert np.abs(pixels - expected).max() < 4  # two JPEG decoders, and the crop is taken before the resizing
+    deadline = time.monotonic() + 10
+    while "psm_" in pathlib.Path("/proc/self/maps").read_text():  # the workers' shared memory, freed by a thread
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_two_hosts_read_the_two_halves_of_the_batch_of_one(config, monkeypatch):
     dataset = input_pipeline.load(config.data)
-    whole = host._reader(dataset.train, (32, 32, 3), True, 0, 8)
+    whole = host.train_chunks(dataset, config)
     parts = []
     for process in range(2):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts.append(host._reader(dataset.train, (32, 32, 3), True, 0, 8))
-        assert parts[-1].rows == 4
+        parts.append(host.train_chunks(dataset, config))
     for step in range(6):
-        halves = [part.train_chunk(step) for part in parts]
+        halves = [part[step] for part in parts]
+        assert len(halves[0]["label"]) == 4
         both = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
-        jax.tree.map(np.testing.assert_array_equal, both, whole.train_chunk(step))
+        jax.tree.map(np.testing.assert_array_equal, both, whole[step])
+    config.batch_size = 9
     with pytest.raises(UserError, match="batch_size=9: not divisible by the 2 hosts"):
-        host._reader(dataset.train, (32, 32, 3), True, 0, 9)
+        host.train_chunks(dataset, config)
 
 
 def test_random_boxes_are_torchvisions():

@@ -1,9 +1,9 @@
 """Preparing by several processes at once, on file systems where flock does not exclude; and what the killed leave."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -14,35 +14,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
+from slow_prepare import start
 
 import input_pipeline
 from simplest_vit.data import dataset, prepare
 from simplest_vit.data.builders import BUILDERS
+from simplest_vit.data.builders.base import Content, Shard
 from simplest_vit.errors import UserError
-
-ROOT = pathlib.Path(__file__).parents[2]
-# Prepares digits, without flock as over NFS, and slowly: a file appears when it has begun.
-PROGRAM = """
-import fcntl, os, pathlib, sys, time
-def flock(*_):
-    raise OSError(37, "No locks available")
-fcntl.flock = fcntl.lockf = flock
-from simplest_vit.data import prepare
-from simplest_vit.data.builders import BUILDERS
-folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
-generate = BUILDERS["digits"]._generate_examples
-def slowly(self, images, labels):
-    (folder / f"begun.{os.getpid()}").touch()
-    time.sleep(seconds)
-    yield from generate(self, images, labels)
-BUILDERS["digits"]._generate_examples = slowly
-prepare.prepare("digits", folder / "tfds")
-"""
-
-
-def start(folder, seconds):
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(seconds)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def begun(folder):
@@ -51,8 +29,10 @@ def begun(folder):
 
 def test_one_of_several_processes_prepares_and_the_others_wait(tmp_path):
     processes = [start(tmp_path, 1.0) for _ in range(3)]
-    said = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 3, said
+    for process in processes:
+        process.join(60)
+    said = [(tmp_path / f"said.{process.pid}").read_text() for process in processes]
+    assert [process.exitcode for process in processes] == [0] * 3, said
     (first,) = begun(tmp_path)
     for process, text in zip(processes, said, strict=True):
         assert ("preparing digits" in text) == (process.pid == first)
@@ -66,11 +46,10 @@ def test_what_a_killed_process_held_is_taken_over_at_once(tmp_path):
     process = start(tmp_path, 60)
     while not begun(tmp_path):
         time.sleep(0.05)
-        assert process.poll() is None
-    time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert list((tmp_path / "tfds/digits").glob("incomplete.*"))
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    assert list((tmp_path / "tfds/digits").glob("1.0.0.unfinished*"))
     start_time = time.monotonic()
     assert prepare.prepare("digits", tmp_path / "tfds").info.splits["train"].num_examples == 1437
     assert time.monotonic() - start_time < 30
@@ -78,12 +57,12 @@ def test_what_a_killed_process_held_is_taken_over_at_once(tmp_path):
 
 
 def test_a_process_of_another_host_is_waited_for_until_it_is_silent(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(prepare, "_LEASE", 1.5)
+    monkeypatch.setattr(prepare, "_LEASE", 1.0)
     (tmp_path / "digits").mkdir()
     program = (
         "import filelock._marker, filelock, sys, time\n"
         "filelock._marker.host_name = lambda: 'elsewhere'\n"
-        "lease = filelock.SoftFileLease(sys.argv[1], lease_duration=1.5)\n"
+        "lease = filelock.SoftFileLease(sys.argv[1], lease_duration=1.0)\n"
         "lease.acquire(); print(flush=True); time.sleep(100)"
     )
     with subprocess.Popen(
@@ -92,7 +71,7 @@ def test_a_process_of_another_host_is_waited_for_until_it_is_silent(tmp_path, mo
         other.stdout.readline()
         waiting = threading.Thread(target=prepare.prepare, args=("digits", tmp_path))
         waiting.start()
-        time.sleep(4)
+        time.sleep(2.5)
         assert not (tmp_path / "digits/1.0.0").exists()
         other.kill()
     waiting.join(60)
@@ -103,26 +82,31 @@ def test_a_process_of_another_host_is_waited_for_until_it_is_silent(tmp_path, mo
 def test_a_process_that_stood_still_takes_what_another_has_prepared(tmp_path, monkeypatch):
     """Its lease is lost and its unfinished folder removed; it ends well all the same."""
     monkeypatch.setattr(prepare, "_LEASE", 0.6)
-    generate = BUILDERS["digits"]._generate_examples
-    calls = []
+    digits, calls = BUILDERS["digits"], []
 
-    def overtaken(self, images, labels):
-        calls.append(len(images))
+    def overtaken(shard):
+        calls.append(shard)
         if len(calls) == 1:
             (tmp_path / "digits/.preparing").unlink()  # as one that takes over would
             other = start(tmp_path / "other", 0)
-            other.communicate(timeout=60)
-            assert other.returncode == 0
-            for unfinished in (tmp_path / "digits").glob("incomplete.*"):
-                unfinished.rename(tmp_path / "removed")
+            other.join(60)
+            assert other.exitcode == 0
+            (unfinished,) = (tmp_path / "digits").glob("*.unfinished*")
+            unfinished.rename(tmp_path / "removed")
             (tmp_path / "other/tfds/digits/1.0.0").rename(tmp_path / "digits/1.0.0")
             time.sleep(1)
-        yield from generate(self, images, labels)
+        yield from shard.examples()
+
+    def read(originals):
+        features, splits = digits.read(originals)
+        (shard,) = splits["train"]
+        return Content(features, splits | {"train": [Shard(shard.size, lambda: overtaken(shard))]})
 
     (tmp_path / "other").mkdir()
-    monkeypatch.setattr(BUILDERS["digits"], "_generate_examples", overtaken)
+    monkeypatch.setitem(BUILDERS, "digits", dataclasses.replace(digits, read=read))
     assert prepare.prepare("digits", tmp_path).info.splits["train"].num_examples == 1437
     assert (tmp_path / "removed").is_dir()
+    assert os.listdir(tmp_path / "digits") == ["1.0.0"]
 
 
 class Store:
@@ -240,8 +224,8 @@ def test_a_damaged_data_set_is_told_in_one_line_that_names_the_file(
 
 
 def test_decoding_for_the_device_tells_how_far_it_is_and_uses_all_cores(digits, make_config, monkeypatch, caplog):
-    monkeypatch.setattr("simplest_vit.data.progress._INTERVAL", -1)
-    monkeypatch.setattr(dataset, "cores", lambda: 3)
+    monkeypatch.setattr("simplest_vit.data.prepare._TELL_EVERY", -1)
+    monkeypatch.setattr(dataset, "cpu_count", lambda: 3)
     caplog.set_level("INFO", "simplest_vit")
     threads = set()
     original = dataset.eval_image

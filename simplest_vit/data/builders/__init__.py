@@ -1,18 +1,13 @@
-"""TFDS builders that prepare array_record data sets without TensorFlow."""
+"""The data sets, from their original files to examples, without TensorFlow."""
 
-from typing import Any
+from simplest_vit.data.builders import cifar, digits, image_folder, imagenet, tiny_imagenet
+from simplest_vit.data.builders.base import Builder
 
-from simplest_vit.data.builders.cifar import Cifar10, Cifar100
-from simplest_vit.data.builders.digits import Digits
-from simplest_vit.data.builders.image_folder import ImageFolder
-from simplest_vit.data.builders.imagenet import Imagenet2012
-from simplest_vit.data.builders.tiny_imagenet import TinyImagenet
-
-BUILDERS: dict[str, Any] = {
-    "digits": Digits,
-    "cifar10": Cifar10,
-    "cifar100": Cifar100,
-    "tiny_imagenet": TinyImagenet,
-    "imagenet": Imagenet2012,
-    "image_folder": ImageFolder,
+BUILDERS: dict[str, Builder] = {
+    "digits": digits.DIGITS,
+    "cifar10": cifar.CIFAR10,
+    "cifar100": cifar.CIFAR100,
+    "tiny_imagenet": tiny_imagenet.TINY_IMAGENET,
+    "imagenet": imagenet.IMAGENET,
+    "image_folder": image_folder.IMAGE_FOLDER,
 }

@@ -1,80 +1,45 @@
 """A folder of one's own images: a folder for each split, in it a folder for each class."""
 
 import hashlib
+import itertools
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import tensorflow_datasets as tfds
 
-from simplest_vit.data.builders.image_files import ImageFile, ImageFilesBuilder
+from simplest_vit.data.builders.base import Builder, Content, Example, group
+from simplest_vit.data.builders.imagenet import IMAGENET
+from simplest_vit.data.decode import standardize
 from simplest_vit.errors import UserError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
 
 
-class ImageFolder(ImageFilesBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Images in train/CLASS/ and val/CLASS/ (or validation/, valid/, test/); the folders name the classes.
+def _read(folder: Path) -> Content:
+    """Keep RGB JPEG files as they are, to be turned by their EXIF orientation when decoded; others become RGB PNG."""
+    files = _list_files(folder)
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "image/filename": tfds.features.Text(),
+        "label": tfds.features.ClassLabel(names=sorted({path.parent.name for path in files["train"]})),
+    }
 
-    RGB JPEG files are kept as they are, and turned by their EXIF orientation when they are decoded; all others become
-    upright RGB PNG. Each folder has a prepared data set of its own, and a new one when a file is added, removed or
-    changed in size.
+    def example(path: Path) -> Example:
+        features = {"image/filename": os.fsencode(path.name), "label": path.parent.name}
+        return Example(str(path), _size(path), lambda: standardize(path.read_bytes()), features)
 
-    Args:
-      folder: The folder.
-      **kwargs: Of the base class.
+    return Content(features, group({split: [example(path) for path in paths] for split, paths in files.items()}))
 
-    Raises:
-      UserError: If the folder has not the expected layout.
-    """
 
-    name = "image_folder"
-    VERSION = tfds.core.Version("1.1.0")  # 1.0.0 held 16-bit images as white ones
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "A folder with train/CLASS/ and val/CLASS/."
-
-    def __init__(self, *, folder: Path, **kwargs: Any):
-        self._files = _list_files(folder)
-        fingerprint = hashlib.sha256(os.fsencode(folder.resolve()))
-        for files in self._files.values():
-            for path in files:
-                fingerprint.update(b"%s %d\n" % (os.fsencode(path.relative_to(folder)), _size(path)))
-        name = re.sub(r"[^\w.-]+", "_", folder.resolve().name)  # TFDS allows no more
-        super().__init__(config=tfds.core.BuilderConfig(name=f"{name}-{fingerprint.hexdigest()[:12]}"), **kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "image/filename": tfds.features.Text(),
-                    "label": tfds.features.ClassLabel(names=_class_names(self._files["train"])),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        del dl_manager
-        return {
-            split: self._generate_examples(
-                split,
-                [
-                    ImageFile(
-                        str(path),
-                        _size(path),
-                        path.read_bytes,
-                        {"image/filename": os.fsencode(path.name), "label": path.parent.name},
-                    )
-                    for path in files
-                ],
-            )
-            for split, files in self._files.items()
-        }
+def _config(folder: Path) -> str:
+    """Each folder is a data set of its own, and a new one when a file is added, removed or changed in size."""
+    fingerprint = hashlib.sha256(os.fsencode(folder.resolve()))
+    for path in itertools.chain(*_list_files(folder).values()):
+        fingerprint.update(b"%s %d\n" % (os.fsencode(path.relative_to(folder)), _size(path)))
+    name = re.sub(r"[^\w.-]+", "_", folder.resolve().name)  # TFDS allows no more
+    return f"{name}-{fingerprint.hexdigest()[:12]}"
 
 
 def _size(path: Path) -> int:
@@ -97,21 +62,26 @@ def _list_files(folder: Path) -> dict[str, list[Path]]:
                     f"{str(path)!r}: a class name that TFDS cannot keep (blanks around it, a line break or no UTF-8); "
                     "rename the folder"
                 )
-            images = sorted(
-                file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
-            )
+            images = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in _SUFFIXES)
             if not images:
                 raise UserError(
                     f"{path}: a class folder without images; add some ({', '.join(_SUFFIXES)}) or delete it"
                 )
             files[split] += images
-    unknown = set(_class_names(files["validation"])) - set(_class_names(files["train"]))
-    if unknown:
-        raise UserError(
-            f"{folder / validation}: class {sorted(unknown)[0]} is not in {folder / 'train'}; add it there or delete it"
-        )
+    known = {path.parent.name for path in files["train"]}
+    for path in files["validation"]:
+        if path.parent.name not in known:
+            raise UserError(f"{path.parent}: no such class in {folder / 'train'}; add it there or delete it")
     return files
 
 
-def _class_names(files: list[Path]) -> list[str]:
-    return sorted({path.parent.name for path in files})
+IMAGE_FOLDER = Builder(
+    name="image_folder",
+    version="1.1.0",  # 1.0.0 held 16-bit images as white ones
+    description="Images in train/CLASS/ and val/CLASS/ (or validation/, valid/, test/); the folders name the classes.",
+    image_shape=IMAGENET.image_shape,
+    mean=IMAGENET.mean,
+    std=IMAGENET.std,
+    read=_read,
+    config=_config,
+)

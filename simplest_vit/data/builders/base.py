@@ -1,0 +1,148 @@
+"""What a data set is made of: a description, and how to read the files that its authors published."""
+
+import dataclasses
+import hashlib
+import itertools
+import tarfile
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simplest_vit.errors import UserError
+
+_SHARD_BYTES = 2**28
+
+
+class Example(NamedTuple):
+    """An example of which the image is not read yet."""
+
+    name: str  # in messages
+    size: int  # of the original in bytes
+    image: Callable[[], bytes]  # gives a JPEG or PNG, or raises anything
+    features: dict[str, Any]  # besides `image`
+
+
+class Shard(NamedTuple):
+    """A file to write: how many bytes of the originals it takes, and its examples when they are asked for."""
+
+    size: int
+    examples: Callable[[], Iterator[Example]]
+
+
+class Content(NamedTuple):
+    """What the original files hold: TFDS's features, and the shards of each split."""
+
+    features: dict[str, Any]
+    splits: dict[str, list[Shard]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """A published archive, and the folder it unpacks to."""
+
+    url: str
+    size: int
+    sha256: str
+    folder: str
+
+    @property
+    def file_name(self) -> str:
+        """The archive's own name."""
+        return self.url.rsplit("/", 1)[-1]
+
+    def check(self, path: Path) -> None:
+        """Raise a UserError unless a file is the published archive."""
+        size = path.stat().st_size
+        if size != self.size:
+            raise UserError(f"{path}: {size:,} bytes, expected {self.size:,}; delete it and download {self.url} again")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.sha256:
+            raise UserError(f"{path}: SHA-256 {found}, expected {self.sha256}; delete it and download {self.url} again")
+
+    def download(self, folder: Path) -> None:
+        """Download the archive into a folder unless it is there; a UserError if that fails or it is another."""
+        path = folder / self.file_name
+        if path.exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        print(f"downloading {self.url} ({self.size / 1e6:.0f} MB) to {path}", flush=True)
+        try:
+            urllib.request.urlretrieve(self.url, partial)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot download {self.url} ({error}); download it by other means and set "
+                f"data.manual_dir to the folder that holds {self.file_name}"
+            ) from error
+        self.check(partial)
+        partial.rename(path)
+
+    def read(self, folder: Path, members: Sequence[str]) -> dict[str, tuple[str, bytes]]:
+        """Read members of the archive, packed or unpacked.
+
+        Args:
+          folder: Holds the archive itself, the folder it unpacks to, or is that folder.
+          members: Names in the archive's folder; the first one tells that folder.
+
+        Returns:
+          For each member where it is, for messages, and its content.
+
+        Raises:
+          UserError: If the archive and its files are missing, or damaged.
+        """
+        unpacked = next((f for f in (folder / self.folder, folder) if (f / members[0]).is_file()), None)
+        if unpacked:
+            for path in (unpacked / member for member in members):
+                if not path.is_file():
+                    raise UserError(f"{path}: missing; unpack {self.url} again")
+            return {member: (str(unpacked / member), (unpacked / member).read_bytes()) for member in members}
+        path = folder / self.file_name
+        if not path.is_file():
+            raise UserError(
+                f"data.manual_dir={folder}: neither {self.file_name} nor {self.folder}/{members[0]} in it; "
+                f"download {self.url} into it"
+            )
+        self.check(path)
+        with tarfile.open(path) as tar:
+            files = {member: tar.extractfile(f"{self.folder}/{member}") for member in members}
+            return {member: (f"{path}:{member}", file.read()) for member, file in files.items() if file}
+
+
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """A data set that can be prepared.
+
+    Attributes:
+      name: TFDS's name; the version is TFDS's, too.
+      image_shape: (H, W, C) of the images; where they have no common size, what they are resized to.
+      mean: Per channel, of pixels in [0, 1], as the field uses it; so is `std`.
+      read: From the folder with the original files to what they hold.
+      config: From that folder to the name of a variant, where there are several.
+      archive: What to download where no folder is given.
+      resumable: Whether what an interrupted process has written is kept.
+    """
+
+    name: str
+    version: str
+    description: str
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    read: Callable[[Path], Content]
+    config: Callable[[Path], str] | None = None
+    archive: Archive | None = None
+    resumable: bool = False
+
+
+def group(splits: dict[str, list[Example]]) -> dict[str, list[Shard]]:
+    """Divide the examples of each split into shards of about 256 MB."""
+    shards: dict[str, list[Shard]] = {}
+    for split, examples in splits.items():
+        ends = itertools.accumulate(example.size for example in examples)
+        numbered = zip((end // _SHARD_BYTES for end in ends), examples, strict=True)
+        parts = [[example for _, example in part] for _, part in itertools.groupby(numbered, lambda pair: pair[0])]
+        shards[split] = [Shard(sum(example.size for example in part), part.__iter__) for part in parts]
+    return shards
