@@ -74,7 +74,8 @@ _FLAG = Values(lambda value: isinstance(value, bool), "True or False")
 _TEXT = Values(lambda value: isinstance(value, str), "a name")
 _FOLDER = _optional(Values(_folder, "the path of a folder"))
 
-# Names and ranges that depend on other fields are checked by what they are for: `model_arguments`, `check_settings`.
+# Names, and ranges that depend on other fields, are checked by what they are for: `model_arguments`, `check_settings`,
+# `image_shape`.
 FIELDS = {
     "seed": Field(3407, _integer(0, 2**32 - 1), "of initialization, order of the examples, augmentation and dropout"),
     "epochs": Field(90, _positive(1e6), "passes over the training split"),
@@ -129,11 +130,7 @@ FIELDS = {
     "model.init": Field(
         "paper", _TEXT, "or reference: the reference's scale of orthogonal kernels; isometric: all orthogonal"
     ),
-    "data.name": Field(
-        "digits",
-        _one_of("digits", "cifar10", "cifar100", "tiny_imagenet", "imagenet", "image_folder"),
-        "the data set",
-    ),
+    "data.name": Field("digits", _TEXT, "or cifar10, cifar100, tiny_imagenet, imagenet, image_folder"),
     "data.dir": Field(None, _FOLDER, "of prepared data sets; None: ~/tensorflow_datasets"),
     "data.manual_dir": Field(None, _FOLDER, "of the original files, where they are not downloaded"),
     "data.label": Field("fine", _one_of("fine", "coarse"), "coarse: the 20 superclasses of CIFAR-100"),

@@ -179,6 +179,8 @@ class Dataset(DatasetInfo):
 
 def image_shape(data: Any) -> tuple[int, int, int]:
     """(H, W, C) of a preprocessed image, by `config.data`, which is known before the data set is there."""
+    if data.name not in BUILDERS:
+        raise UserError(f"config.data.name={data.name!r} is unknown; expected one of {', '.join(BUILDERS)}")
     height, width, channels = BUILDERS[data.name].image_shape
     return (data.image_size or height, data.image_size or width, channels)
 
