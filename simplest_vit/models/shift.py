@@ -16,7 +16,7 @@ import numpy as np
 
 
 def head_offsets(num_heads: int, grid: tuple[int, int]) -> np.ndarray:
-    """Offsets of the heads: the nearest first, each beside its opposite; an odd number of heads begins with no offset.
+    """Offsets of the heads: no offset, then the nearest first, each beside its opposite.
 
     Args:
       num_heads: H, at most T = rows * columns.
@@ -34,8 +34,7 @@ def head_offsets(num_heads: int, grid: tuple[int, int]) -> np.ndarray:
     rows, columns = (np.arange(n) - (n - 1) // 2 for n in grid)  # one representative of each offset on the torus
     offsets = [(int(y), int(x)) for y in rows for x in columns]
     offsets.sort(key=lambda o: (o[0] ** 2 + o[1] ** 2, max(o, (-o[0], -o[1])), o))
-    first = 0 if num_heads % 2 or num_heads == num_tokens else 1
-    return np.asarray(offsets[first : first + num_heads])
+    return np.asarray(offsets[:num_heads])
 
 
 def attention_matrices(num_heads: int, grid: tuple[int, int], eps: float) -> np.ndarray:
