@@ -1,8 +1,7 @@
 """Batches of a data set that stays on disk: Grain reads, decodes and crops; the device does the rest.
 
-Work comes in chunks of a few dozen examples. Chunk k of the run holds fixed positions of fixed batches and depends
-on (seed, k) alone, so neither the number of workers nor, for a given global batch, the number of hosts changes which
-examples form a batch. Each host reads only its own chunks, and a resume starts at the chunk reached.
+Work comes in chunks of a few dozen examples. Chunk k of the run depends on (seed, k) alone, so neither the number of
+workers nor of hosts changes a batch. Each host reads only its own chunks; a resume starts at the chunk reached.
 """
 
 import atexit
