@@ -237,20 +237,20 @@ def benchmark_host(arguments: argparse.Namespace) -> None:
     config = config_of(arguments, flip=True, random_resized_crop=True, image_size=224)
     dataset = input_pipeline.load(config.data)
     cores = os.cpu_count() or 1
-    reader = host._reader(dataset.train, dataset.image_shape, True, 224, 0, 200)
+    config.batch_size = 200
+    chunks = host.train_chunks(dataset, config)
     contents = [content for content, _, _ in dataset.train.read(list(range(200)))]
     options = {"size": 224, "augment": False, "mean": dataset.mean, "std": dataset.std}
     stages = {
         "bare JPEG decoding, one core": lambda: [decode_image(content, 3) for content in contents],
-        "read, decode, random resized crop, one core": lambda: [
-            reader.train_chunk(k) for k in range(200 // reader.chunk)
-        ],
+        "read, decode, random resized crop, one core": lambda: [chunks[k] for k in range(len(host._rows(200)))],
         "peer: PIL and NumPy, one core": lambda: pil_batch(contents, 0, **options),
     }
     bare, ours, peer = rates = alternate(list(stages.values()), 200, arguments.seconds)
     extras = ("", f"{median(ours / bare)} of bare decoding", f"ours is {median(ours / peer)} times as fast")
     for name, rounds, extra in zip(stages, rates, extras, strict=True):
         report(name, float(np.median(rounds)), extra)
+    config.batch_size = arguments.batch_size
     batches = input_pipeline.train_batches(dataset, config, start_step=0, sharding=None)
     whole = rate(batches, arguments.batch_size, arguments.seconds)
     report(f"whole pipeline, {arguments.num_workers} workers, {cores} cores", whole, f"{memory_mib():,.0f} MiB in all")

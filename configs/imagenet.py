@@ -22,7 +22,6 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.data.image_size = 224
     config.data.random_resized_crop = True
     config.data.crop_padding = 0
-    config.data.num_workers = 8
     config.model.patch_size = 16
     config.eval_every = config.checkpoint_every = 1251
     config.log_every = 100

@@ -128,17 +128,18 @@ def test_files_and_folders_may_be_mixed(tmp_path):
 
 
 def test_many_images_are_read_a_batch_at_a_time(run, tmp_path, monkeypatch):
-    """10,000 take the memory of 64, and the first are told while the last are not read yet."""
+    """All take the memory of a few, and the first are told while the last are not read yet."""
     read, decoded = [], predict_module.eval_image
     monkeypatch.setattr(predict_module, "eval_image", lambda *a: [read.append(a), decoded(*a)][1])
     (tmp_path / "images").mkdir()
-    for i in range(130):
+    monkeypatch.setattr(predict_module, "_BATCH", 4)
+    for i in range(10):
         shutil.copy(run.images / f"{i % 8}.png", tmp_path / "images" / f"{i:03d}.png")
     predictions = predict(run.workdir, [str(tmp_path / "images")], str(tmp_path / "rollout"))
     first = next(predictions)
-    assert len(read) == 64
+    assert len(read) == 4
     rest = [first, *predictions]
-    assert len(rest) == len(read) == len(list((tmp_path / "rollout").glob("*.png"))) == 130
+    assert len(rest) == len(read) == len(list((tmp_path / "rollout").glob("*.png"))) == 10
     for i, prediction in enumerate(rest):
         for best, expected in zip(prediction["top"], rest[i % 8]["top"], strict=True):
             np.testing.assert_allclose(best["probability"], expected["probability"], rtol=1e-4)
