@@ -38,12 +38,12 @@ REFERENCE = {
 def test_losses_are_those_of_plain_pytorch(tmp_path, optimizer, settings):
     if not os.environ.get("SIMPLEST_VIT_REQUIRE_TORCH"):
         pytest.importorskip("torch")
-    from tests.torch_training import losses_of_both
+    from tests.torch_training import losses_side_by_side
 
     config = tiny_config(
         f"optimizer={optimizer}", steps=40, warmup_steps=5, data__dir=str(tmp_path), **REFERENCE, **settings
     )
     dataset = pipeline.load(config.data)
-    ours, theirs = losses_of_both(build(config, dataset.info), dataset, 16)
+    ours, theirs, _ = losses_side_by_side(build(config, dataset.info), dataset, 16)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     assert ours[-1] < 0.97 * ours[0], "nothing was learned, so nothing was compared"
