@@ -1,5 +1,7 @@
 """Shampoo and SOAP within optax's wrappers, past the first refresh, against plain loops without them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,9 +42,19 @@ def loop(update, params, state, steps=STEPS, gradient=gradient):
     return params, state
 
 
-def train(tx, **given):
-    params = parameters()
-    return loop(jax.jit(tx.update), params, tx.init(params), **given)[0]
+def train(tx, params=None, **given):
+    params = parameters() if params is None else params
+    return loop(compiled(tx), params, tx.init(params), **given)[0]
+
+
+@functools.cache
+def compiled(tx):
+    return jax.jit(tx.update)
+
+
+@functools.cache
+def alone(method):
+    return method(0.1, **SETTINGS)
 
 
 def assert_close(a, b, rtol=2e-4, atol=2e-5):
@@ -52,7 +64,7 @@ def assert_close(a, b, rtol=2e-4, atol=2e-5):
 
 @every_method
 def test_what_is_tested_here_is_preconditioned(method):
-    trained, diagonal = train(method(0.1, **SETTINGS)), train(method(0.1, start_preconditioning_step=99, **SETTINGS))
+    trained, diagonal = train(alone(method)), train(method(0.1, start_preconditioning_step=99, **SETTINGS))
     assert np.linalg.norm(trained["a"] - diagonal["a"]) > 1e-2
     assert_close(trained["b"]["d"], diagonal["b"]["d"])
 
@@ -86,9 +98,9 @@ def test_scheduled_numbers_are_those_of_each_step(method):
 @every_method
 def test_masked_and_multi_transform_are_the_methods_alone(method):
     """What others do to other parameters changes nothing."""
-    tx = method(0.1, **SETTINGS)
+    tx = alone(method)
     params = parameters()
-    alone, _ = loop(jax.jit(tx.update), params["b"], tx.init(params["b"]), gradient=lambda p, t: gradients(p, t)["b"])
+    expected = train(tx, params["b"], gradient=lambda p, t: gradients(p, t)["b"])
     labels = {"a": "sgd", "b": {"c": "ours", "d": "ours"}}
     multi = optax.multi_transform({"ours": tx, "sgd": optax.sgd(0.01)}, labels)
     masked = optax.chain(
@@ -99,7 +111,7 @@ def test_masked_and_multi_transform_are_the_methods_alone(method):
         by_sgd = by_sgd - 0.01 * gradient(params | {"a": by_sgd}, t)["a"]
     for wrapped in (multi, masked):
         trained = train(wrapped)
-        assert_close(trained["b"], alone)
+        assert_close(trained["b"], expected)
         assert_close(trained["a"], by_sgd)
 
 
@@ -110,7 +122,7 @@ def gradients(b, t):
 
 @every_method
 def test_multi_steps_take_steps_with_means(method):
-    tx, k = method(0.1, **SETTINGS), 2
+    tx, k = alone(method), 2
     wrapped = optax.MultiSteps(tx, k)
     mean = lambda p, t: jax.tree.map(lambda *g: sum(g) / k, *(gradient(p, k * t + i) for i in range(k)))  # noqa: E731
     assert_close(train(wrapped, steps=k * STEPS), train(tx, gradient=mean))
@@ -118,7 +130,7 @@ def test_multi_steps_take_steps_with_means(method):
 
 @every_method
 def test_apply_if_finite_skips_bad_steps_alone(method):
-    tx = method(0.1, **SETTINGS)
+    tx = alone(method)
     bad = {3, 5}
     good = [t for t in range(STEPS + len(bad)) if t not in bad]
     spoil = lambda p, t: jax.tree.map(lambda g: g * (jnp.nan if t in bad else 1), gradient(p, t))  # noqa: E731
@@ -135,7 +147,7 @@ def test_schedule_free_is_its_formula(method):
     y, state = loop(jax.jit(wrapped.update), params, wrapped.init(params))
     evaluated = optax.contrib.schedule_free_eval_params(state, y)
 
-    inner, update, x, z = tx.init(params), jax.jit(tx.update), params, params
+    inner, update, x, z = tx.init(params), compiled(tx), params, params
     mix = lambda c, a, b: jax.tree.map(lambda a, b: (1 - c) * a + c * b, a, b)  # noqa: E731
     expected = params
     for t in range(STEPS):
@@ -148,25 +160,18 @@ def test_schedule_free_is_its_formula(method):
 
 @every_method
 def test_seeds_can_be_mapped_over(method):
-    tx = method(0.1, **SETTINGS)
+    tx = alone(method)
 
-    def run(seed):
-        def step(carry, t):
-            params, state = carry
-            updates, state = tx.update(gradient(params, t), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        params = jax.tree.map(lambda x: x * (1 + seed), parameters())
-        return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(STEPS))[0][0]
-
-    seeds = jnp.arange(3.0)
-    apart = jax.tree.map(lambda *x: jnp.stack(x), *(jax.jit(run)(seed) for seed in seeds))
-    assert_close(jax.jit(jax.vmap(run))(seeds), apart)
+    apart = [jax.tree.map(lambda x, seed=seed: (1 + seed) * x, parameters()) for seed in range(3)]
+    params = jax.tree.map(lambda *x: jnp.stack(x), *apart)
+    state = jax.vmap(tx.init)(params)
+    together, _ = loop(jax.jit(jax.vmap(tx.update)), params, state, gradient=jax.vmap(gradient, (0, None)))
+    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *(train(tx, params) for params in apart)))
 
 
 @every_method
 def test_state_and_parameters_can_be_donated(method):
-    tx = method(0.1, **SETTINGS)
+    tx = alone(method)
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
@@ -185,9 +190,9 @@ def test_state_and_parameters_can_be_donated(method):
 @pytest.mark.parametrize("map_params", [optax.tree_utils.tree_map_params, optax.tree.map_params])
 def test_parameters_in_the_state_can_be_mapped(method, map_params):
     """Momentum and second moment of what is not preconditioned have the parameters' tree, the stacks have none."""
-    tx = method(0.1, **SETTINGS)
+    tx = alone(method)
     params = parameters()
-    _, state = loop(jax.jit(tx.update), params, tx.init(params))
+    _, state = loop(compiled(tx), params, tx.init(params))
     doubled = map_params(tx, lambda x: 2 * x, state)
     for moment in ("mu", "nu"):
         before, after = (getattr(s[0], moment)["b"]["d"] for s in (state, doubled))
