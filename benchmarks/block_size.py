@@ -4,8 +4,9 @@
 
 For twelve layers of one kernel (width, width): GFLOP a step of the plan (statistics, preconditioning, and the matrix
 products of the roots that are due: 36 of size n for each), as a part of the kernels' gradient at 4,096 tokens (two
-products), MiB of statistics and preconditioners, and, for widths up to `--most`, milliseconds of an update, the median
-of five, as a part of that gradient's.
+products); that part for all six kernels of a transformer (four square ones and an MLP of 4 x width); MiB of statistics
+and preconditioners, and, for widths up to `--most`, milliseconds of an update, the median of five, as a part of the
+gradient's.
 """
 
 import time
@@ -36,9 +37,19 @@ def milliseconds(function, *arguments) -> float:
     return 1e3 * float(np.median(times[1:]))
 
 
+def flops(shapes: list[tuple[int, int]], block: int) -> int:
+    """Count a step's operations for kernels (LAYERS, m, n): the plan's, and the roots that are due."""
+    params = [jax.ShapeDtypeStruct((LAYERS, *shape), jnp.float32) for shape in shapes]
+    plan = shampoo_plan(params, max_preconditioner_dim=block, stack_axes=1)
+    return plan.step_flops + 2 * ROOT_PRODUCTS * plan.turn_cubes
+
+
 def main(_: list[str]) -> None:
     """Print a line for each width and block size."""
-    print("| width | blocks | GFLOP a step | of the gradient's | MiB | ms | of the gradient's |\n|" + "---|" * 7)
+    print(
+        "| width | blocks | GFLOP a step | of the gradient's | of a transformer's | MiB | ms | of the gradient's |\n|"
+        + "---|" * 8
+    )
     for width in WIDTHS:
         params = {"kernel": jax.ShapeDtypeStruct((LAYERS, width, width), jnp.float32)}
         gradient_flops = 4 * TOKENS * LAYERS * width**2
@@ -50,9 +61,11 @@ def main(_: list[str]) -> None:
             if block > width and (width in BLOCKS or block > min(b for b in BLOCKS if b > width)):
                 continue
             plan = shampoo_plan(params, max_preconditioner_dim=block, stack_axes=1)
-            flops = plan.step_flops + 2 * ROOT_PRODUCTS * plan.turn_cubes
-            line = f"| {width} | {min(block, width)} | {flops / 1e9:.3g} | {flops / gradient_flops:.1%} "
-            line += f"| {plan.stack_bytes / 2**20:.1f} "
+            count = flops([(width, width)], block)
+            mlp = [(width, 4 * width), (4 * width, width)]
+            transformer = flops([(width, width)] * 4 + mlp, block) / (12 * gradient_flops)
+            line = f"| {width} | {min(block, width)} | {count / 1e9:.3g} | {count / gradient_flops:.1%} "
+            line += f"| {transformer:.1%} | {plan.stack_bytes / 2**20:.1f} "
             if width <= _MOST.value:
                 tx = shampoo(1e-3, max_preconditioner_dim=block, stack_axes=1)
                 ms = milliseconds(jax.jit(tx.update), grads, tx.init(grads))

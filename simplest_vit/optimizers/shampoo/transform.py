@@ -87,7 +87,7 @@ def precondition(
 
     def step(plan: Plan, updates: Any, state: PreconditionedState, params: Any) -> tuple[Any, PreconditionedState]:
         count = optax.safe_increment(state.count)
-        gradients = sharding.alike(gradient_leaves(plan, updates), params, auto_mesh)
+        gradients = sharding.alike(gradient_leaves(plan, updates), params, auto_mesh, count)
         constrain = sharding.constrain_blocks(auto_mesh)
         blocks = to_blocks(plan, gradients, constrain)
         run = sharding.spread(functools.partial(step_stacks, plan=plan), plan, auto_mesh)
@@ -104,7 +104,7 @@ def precondition(
             jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(new))
             for tree, new in ((state.mu, mus), (state.nu, nus))
         )
-        leaves = sharding.alike(leaves, params, auto_mesh)
+        leaves = sharding.alike(leaves, params, auto_mesh, count)
         stacks = sharding.place(tuple(stacks), auto_mesh) if plan.stacks else state.stacks
         return as_updates(plan, leaves, updates), PreconditionedState(count, state.version, mu, nu, stacks)
 
