@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from .options import SoapOptions
-from .roots import normalize
+from .roots import eigh, normalize, one_by_one
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+qr = one_by_one(lambda matrices: jnp.linalg.qr(matrices)[0])
 _PANEL = 32  # columns that are orthogonalized one by one
 
 
@@ -34,7 +35,7 @@ def refresh_basis(statistics: jax.Array, basis: jax.Array, options: SoapOptions)
     identity = jnp.eye(n, dtype=statistics.dtype)[None]
     unit, norm = normalize(statistics)
     if options.basis == "eigh":
-        new = jnp.where(norm == 0, basis, jnp.linalg.eigh(unit)[1][..., ::-1])  # largest first
+        new = jnp.where(norm == 0, basis, eigh(unit)[1][..., ::-1])  # largest first
     else:
         # Of directions without any gradient the product would be rounding errors: they stay as they are.
         moved = _matmul(unit, basis) + jnp.finfo(unit.dtype).eps * basis
@@ -44,19 +45,6 @@ def refresh_basis(statistics: jax.Array, basis: jax.Array, options: SoapOptions)
             new = {"qr": qr, "gram_schmidt": gram_schmidt}[options.basis](moved)
     error = _matmul(new.mT, new) - identity
     return new, (jnp.linalg.norm(error, axis=(-2, -1)) / n**0.5).astype(jnp.float32)
-
-
-def qr(matrices: jax.Array) -> jax.Array:
-    """Compute the Q (N, n, n) of the QR decompositions of a stack.
-
-    On a CPU one matrix after the other: two batched QRs at once, of two classes or two devices, wait for each other for
-    ever on two cores (jaxlib 0.10.2: a batched QR blocks a thread of the pool that its parts need).
-    """
-
-    def batched(matrices: jax.Array) -> jax.Array:
-        return jnp.linalg.qr(matrices)[0]
-
-    return jax.lax.platform_dependent(matrices, cpu=lambda matrices: jax.lax.map(batched, matrices), default=batched)
 
 
 def gram_schmidt(matrices: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ latency.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def inverse_pth_root(statistics: jax.Array, p: int, options: ShampooOptions) -> 
 
     def by_eigh(damped: jax.Array) -> jax.Array:
         # Damped before, not after: rounding then does not reach the eigenvalues that damping makes.
-        eigenvalues, vectors = jnp.linalg.eigh(damped)
+        eigenvalues, vectors = eigh(damped)
         return _spectral_power(jnp.maximum(eigenvalues, epsilon / 2), vectors, -1 / p)
 
     def by_newton(damped: jax.Array) -> jax.Array:
@@ -64,6 +65,25 @@ def inverse_pth_root(statistics: jax.Array, p: int, options: ShampooOptions) -> 
         root = {"eigh": by_eigh, "newton": by_newton}[options.root](damped)
     scale = jnp.where(norm == 0, 1 / (1 + epsilon), norm) ** (-1 / p)
     return scale * root, residual(root, damped, p)
+
+
+def one_by_one(decompose: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """Make a decomposition of stacks that on a CPU takes one matrix after the other.
+
+    A batched one of jaxlib blocks a thread of XLA's pool until other threads have done its parts: several at once, of
+    two sizes, devices or programs in flight, wait for each other for ever on few cores (QR, jaxlib 0.10.2).
+
+    Args:
+      decompose: From matrices (..., n, n).
+
+    Returns:
+      From a stack (N, n, n), also within `jax.vmap`.
+    """
+    single = jax.vmap(jax.custom_batching.sequential_vmap(decompose))
+    return lambda matrices: jax.lax.platform_dependent(matrices, cpu=single, default=decompose)
+
+
+eigh = one_by_one(lambda matrices: tuple(jnp.linalg.eigh(matrices)))
 
 
 def normalize(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,7 +124,7 @@ def residual(root: jax.Array, matrix: jax.Array, p: int) -> jax.Array:
 def _shifted_eigh_root(matrix: jax.Array, p: int, epsilon: Number) -> tuple[jax.Array, jax.Array]:
     """Compute the root of the shifted and damped matrix, and that matrix."""
     n = matrix.shape[-1]
-    eigenvalues, vectors = jnp.linalg.eigh(matrix)
+    eigenvalues, vectors = eigh(matrix)
     shift = epsilon - jnp.minimum(eigenvalues[:, :1], 0)
     root = _spectral_power(eigenvalues + shift, vectors, -1 / p)
     return root, matrix + shift[:, :, None] * jnp.eye(n, dtype=matrix.dtype)[None]

@@ -18,7 +18,7 @@ from .plan import Plan
 
 try:
     from jax.experimental.shard_alike import shard_alike
-except ImportError:  # JAX 0.11 has it no more: there the compiler chooses the layout
+except ImportError:  # JAX 0.11
     shard_alike = None  # type: ignore[assignment]
 
 
@@ -63,11 +63,18 @@ def in_auto_axes(function: Callable[..., Any], updates: Any, state: Any, params:
     return with_layouts(updates, state, params)
 
 
-def alike(leaves: Sequence[jax.Array], params: Any, mesh: Mesh | None) -> list[jax.Array]:
-    """Lay out leaves as the parameters, so that the exchange of blocks does not reach into the model's own program."""
-    if mesh is None or params is None or shard_alike is None:
+def alike(leaves: Sequence[jax.Array], params: Any, mesh: Mesh | None, count: jax.Array) -> list[jax.Array]:
+    """Lay out leaves as the parameters, so that the exchange of blocks does not reach into the model's own program.
+
+    JAX 0.11 has no `shard_alike`. There an elementwise choice, by a count of steps that is never negative, brings the
+    layout of split parameters; that of whole ones does not hold against the split blocks that updates come from.
+    """
+    if mesh is None or params is None:
         return list(leaves)
-    return [shard_alike(x, param)[0] for x, param in zip(leaves, jax.tree.leaves(params), strict=True)]
+    both = zip(leaves, jax.tree.leaves(params), strict=True)
+    if shard_alike is not None:
+        return [shard_alike(x, param)[0] for x, param in both]
+    return [jnp.where(count < 0, param.astype(x.dtype), x) for x, param in both]
 
 
 def constrain_blocks(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array]:

@@ -87,25 +87,24 @@ def precondition(
 
     def step(plan: Plan, updates: Any, state: PreconditionedState, params: Any) -> tuple[Any, PreconditionedState]:
         count = optax.safe_increment(state.count)
-        gradients = sharding.alike(gradient_leaves(plan, updates), params, auto_mesh)
+        gradients = sharding.alike(gradient_leaves(plan, updates), params, auto_mesh, count)
         constrain = sharding.constrain_blocks(auto_mesh)
         blocks = to_blocks(plan, gradients, constrain)
         run = sharding.spread(functools.partial(step_stacks, plan=plan), plan, auto_mesh)
         stacks, directions = run(count, list(state.stacks) if plan.stacks else [], blocks)
         leaves = from_blocks(plan, directions, constrain)
-        is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
-        moments = [jax.tree.leaves(tree, is_leaf=is_masked) for tree in (state.mu, state.nu)]
-        for index, (leaf, gradient) in enumerate(zip(plan.leaves, gradients, strict=True)):
-            if not leaf.pieces:
-                gradient = gradient.astype(options.dtype)
-                mu, momentum = filter_gradient(count, moments[0][index], gradient, options)
-                nu, leaves[index] = diagonal_step(count, moments[1][index], gradient, momentum, options, False)
-                moments[0][index], moments[1][index] = mu, nu
+        whole = [index for index, leaf in enumerate(plan.leaves) if not leaf.pieces]
+        mus = jax.tree.leaves(state.mu)
+        nus: list[Any] = jax.tree.leaves(state.nu) or [optax.MaskedNode()] * len(whole)
+        for place, index in enumerate(whole):
+            gradient = gradients[index].astype(options.dtype)
+            mus[place], momentum = filter_gradient(count, mus[place], gradient, options)
+            nus[place], leaves[index] = diagonal_step(count, nus[place], gradient, momentum, options, False)
         mu, nu = (
-            jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_masked), new)
-            for tree, new in zip((state.mu, state.nu), moments, strict=True)
+            jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(new))
+            for tree, new in ((state.mu, mus), (state.nu, nus))
         )
-        leaves = sharding.alike(leaves, params, auto_mesh)
+        leaves = sharding.alike(leaves, params, auto_mesh, count)
         stacks = sharding.place(tuple(stacks), auto_mesh) if plan.stacks else state.stacks
         return as_updates(plan, leaves, updates), PreconditionedState(count, state.version, mu, nu, stacks)
 

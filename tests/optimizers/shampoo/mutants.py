@@ -1,8 +1,10 @@
 """Mistakes that the tests must catch, each with the test that does.
 
-    python -m tests.optimizers.shampoo.mutants
+    python -m tests.optimizers.shampoo.mutants            # all of them
+    python -m tests.optimizers.shampoo.mutants phase root # those with one of these words in their name
 
-Copies the package, makes one mistake in it at a time and runs its test, which must fail; takes minutes.
+Copies the package, checks that the tests pass, makes one mistake at a time and runs its test, which must fail. Takes
+minutes.
 """
 
 import os
@@ -11,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 FOLDER = "simplest_vit/optimizers/shampoo/"
 REFERENCE = "test_reference.py::test_the_reference_preset_follows_the_oracle[none-float64]"
@@ -48,24 +51,37 @@ MUTANTS = [
 ]
 
 
-def main() -> None:
+def _test(folder: pathlib.Path, *tests: str) -> int:
+    """Run tests in a copy of the project; return pytest's exit code."""
+    paths = [f"tests/optimizers/shampoo/{test}" for test in tests]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", *paths]
+    cache = {"SIMPLEST_VIT_TEST_CACHE": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, capture_output=True, env=os.environ | cache).returncode
+
+
+def main(words: list[str]) -> None:
     """Print the mutants with their tests; exit with 1 if one lives."""
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant[0] for word in words)]
     root, alive = pathlib.Path(__file__).parents[3], 0
-    for name, file, old, new, test in MUTANTS:
-        with tempfile.TemporaryDirectory() as folder:
-            for part in ("simplest_vit", "tests", "configs", "pyproject.toml"):
-                copy = shutil.copytree if (root / part).is_dir() else shutil.copy
-                copy(root / part, pathlib.Path(folder) / part)
-            path = pathlib.Path(folder) / FOLDER / file
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for part in ("simplest_vit", "tests"):
+            shutil.copytree(root / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(root / "pyproject.toml", folder)
+        if _test(folder, *{mutant[-1] for mutant in chosen}):
+            sys.exit("The tests must pass before a mistake is made.")
+        for name, file, old, new, test in chosen:
+            path = folder / FOLDER / file
             source = path.read_text()
-            assert old in source, (file, old)
+            assert source.count(old) == 1, (file, old)
             path.write_text(source.replace(old, new))
-            command = [sys.executable, "-m", "pytest", "-n", "0", "-x", f"tests/optimizers/shampoo/{test}"]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=dict(os.environ))
-        alive += done.returncode != 1
-        print("killed" if done.returncode == 1 else f"ALIVE ({done.returncode})", "|", name, "|", test, flush=True)
+            start, code = time.monotonic(), _test(folder, test)
+            path.write_text(source)
+            alive += code != 1
+            told = "killed" if code == 1 else f"ALIVE ({code})"
+            print(f"{told} in {time.monotonic() - start:.0f} s | {name} | {test}", flush=True)
     sys.exit(alive > 0)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

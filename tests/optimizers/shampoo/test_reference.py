@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from simplest_vit.optimizers.shampoo import shampoo, soap
-from tests.optimizers.shampoo import oracle
+from tests.optimizers.shampoo import make_trajectory, oracle
 
 SQUARE = {"square": (8, 8)}
 MATRICES = {"tall": (16, 6), "wide": (6, 9)}
@@ -217,3 +217,33 @@ def test_soap_without_a_refresh_is_adam():
     adam = run(optax.adam(0.01, 0.9, 0.99))
     for k in params:
         np.testing.assert_allclose(ours[k], adam[k], rtol=2e-6)
+
+
+def test_the_reference_preset_follows_the_original_in_pytorch():
+    """To 1e-5 of what was moved: the original's bias correction is float32."""
+    start, noise = make_trajectory.initial_and_noise()
+    original = np.load(make_trajectory.FIXTURE)
+    with precision("float64"):
+        tx = shampoo(
+            1e-2,
+            preset="reference",
+            b1=0.9,
+            b2=0.999,
+            merge_dims=False,
+            precondition_frequency=5,
+            start_preconditioning_step=10,
+            max_preconditioner_dim=8192,
+            preconditioner_dtype="float64",
+        )
+        params = {name: jnp.asarray(value) for name, value in start.items()}
+        state, update, told = tx.init(params), jax.jit(tx.update), []
+        for t, step in enumerate(noise, 1):
+            updates, state = update({name: 0.1 * params[name] + step[name] for name in params}, state)
+            params = optax.apply_updates(params, updates)
+            if t in make_trajectory.TOLD:
+                told.append({name: np.asarray(value) for name, value in params.items()})
+    for name, expected in original.items():
+        for ours, theirs in zip(told, expected, strict=True):
+            difference, moved = ours[name] - theirs, theirs - start[name]
+            assert np.linalg.norm(difference) < 1e-5 * np.linalg.norm(moved)
+        assert np.abs(difference).max() < 2.4e-6

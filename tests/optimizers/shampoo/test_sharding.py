@@ -16,6 +16,7 @@ from simplest_vit.optimizers.shampoo import (
     scale_by_shampoo,
     scale_by_soap,
     shampoo_metrics,
+    sharding,
 )
 
 # 21 blocks of (8, 8) and 16 of (8, 4): of these only the latter divide over eight devices.
@@ -81,6 +82,8 @@ def test_any_devices_take_the_same_steps(name, kind, specs):
     assert_close((updates, state), expected)
     # Updates are laid out as the parameters are; of every matrix each device has an eighth.
     for leaf, spec in specs.items():
+        if kind is AxisType.Auto and spec == P() and sharding.shard_alike is None:
+            continue  # left to the compiler
         assert updates[leaf].sharding.is_equivalent_to(NamedSharding(mesh, spec), len(PARAMS[leaf]))
     for stack in state.stacks:
         for matrices in (stack.factors[0].statistics, stack.factors[0].preconditioner, stack.mu):

@@ -1,0 +1,215 @@
+"""Shampoo and SOAP within optax's wrappers, past the first refresh, against plain loops without them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+from simplest_vit.optimizers.shampoo import shampoo, soap
+
+SETTINGS = {"precondition_frequency": 2, "max_preconditioner_dim": 4}
+METHODS = {"shampoo": shampoo, "soap": soap}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+STEPS = 6  # steps 3 to 6 are preconditioned
+
+
+def parameters():
+    """Three blocks of one shape in two kernels, and a vector, which is not preconditioned."""
+    a, b, c = jax.random.split(jax.random.key(0), 3)
+    return {
+        "a": jax.random.normal(a, (6, 4)),
+        "b": {"c": jax.random.normal(b, (3, 4)), "d": jax.random.normal(c, (4,))},
+    }
+
+
+@jax.jit
+def gradient(params, t):
+    """Of an ill-conditioned quadratic, with noise of this step."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), t), 3)
+    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    scale = lambda x: (1 + jnp.arange(x.size, dtype=x.dtype) % 5).reshape(x.shape)  # noqa: E731
+    return jax.tree.map(lambda x, key: scale(x) * (x + jax.random.normal(key, x.shape)), params, keys)
+
+
+def loop(update, params, state, steps=STEPS, gradient=gradient):
+    for t in steps if isinstance(steps, range) else range(steps):
+        updates, state = update(gradient(params, t), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def train(tx, params=None, **given):
+    params = parameters() if params is None else params
+    return loop(compiled(tx), params, tx.init(params), **given)[0]
+
+
+@functools.cache
+def compiled(tx):
+    return jax.jit(tx.update)
+
+
+@functools.cache
+def alone(method):
+    return method(0.1, **SETTINGS)
+
+
+def assert_close(a, b, rtol=2e-4, atol=2e-5):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+@every_method
+def test_what_is_tested_here_is_preconditioned(method):
+    trained, diagonal = train(alone(method)), train(method(0.1, start_preconditioning_step=99, **SETTINGS))
+    assert np.linalg.norm(trained["a"] - diagonal["a"]) > 1e-2
+    assert_close(trained["b"]["d"], diagonal["b"]["d"])
+
+
+NUMBERS = {
+    "learning_rate": 0.1,
+    "b1": 0.8,
+    "b2": 0.9,
+    "epsilon": 1e-3,
+    "weight_decay": 0.2,
+    "coupled_weight_decay": 0.3,
+}
+
+
+@every_method
+def test_scheduled_numbers_are_those_of_each_step(method):
+    """A plain loop makes the transformation with the numbers of the first steps, and anew with those of the others."""
+    half, static = STEPS - 2, tuple(SETTINGS)
+    schedules = {name: lambda t, value=value: jnp.where(t < half, value, value / 2) for name, value in NUMBERS.items()}
+    tx = optax.inject_hyperparams(method, static_args=static)(**schedules, **SETTINGS)
+    params = parameters()
+    ours, state = loop(jax.jit(tx.update), params, tx.init(params))
+    first, second = (method(**{k: v / n for k, v in NUMBERS.items()}, **SETTINGS) for n in (1, 2))
+    plain, inner = loop(jax.jit(first.update), params, first.init(params), steps=half)
+    plain, _ = loop(jax.jit(second.update), plain, inner, steps=range(half, STEPS))
+    assert_close(ours, plain)
+    for name, value in NUMBERS.items():
+        np.testing.assert_allclose(state.hyperparams[name], value / 2, rtol=1e-6)
+
+
+@every_method
+def test_masked_and_multi_transform_are_the_methods_alone(method):
+    """What others do to other parameters changes nothing."""
+    tx = alone(method)
+    params = parameters()
+    expected = train(tx, params["b"], gradient=lambda p, t: gradients(p, t)["b"])
+    labels = {"a": "sgd", "b": {"c": "ours", "d": "ours"}}
+    multi = optax.multi_transform({"ours": tx, "sgd": optax.sgd(0.01)}, labels)
+    masked = optax.chain(
+        optax.masked(tx, {"a": False, "b": True}), optax.masked(optax.scale(-0.01), {"a": True, "b": False})
+    )
+    by_sgd = params["a"]
+    for t in range(STEPS):
+        by_sgd = by_sgd - 0.01 * gradient(params | {"a": by_sgd}, t)["a"]
+    for wrapped in (multi, masked):
+        trained = train(wrapped)
+        assert_close(trained["b"], expected)
+        assert_close(trained["a"], by_sgd)
+
+
+def gradients(b, t):
+    """Of the whole tree, given its part b: that of b does not depend on the rest."""
+    return gradient(parameters() | {"b": b}, t)
+
+
+@every_method
+def test_multi_steps_take_steps_with_means(method):
+    tx, k = alone(method), 2
+    wrapped = optax.MultiSteps(tx, k)
+    mean = lambda p, t: jax.tree.map(lambda *g: sum(g) / k, *(gradient(p, k * t + i) for i in range(k)))  # noqa: E731
+    assert_close(train(wrapped, steps=k * STEPS), train(tx, gradient=mean))
+
+
+@every_method
+def test_apply_if_finite_skips_bad_steps_alone(method):
+    tx = alone(method)
+    bad = {3, 5}
+    good = [t for t in range(STEPS + len(bad)) if t not in bad]
+    spoil = lambda p, t: jax.tree.map(lambda g: g * (jnp.nan if t in bad else 1), gradient(p, t))  # noqa: E731
+    trained = train(optax.apply_if_finite(tx, 3), steps=STEPS + len(bad), gradient=spoil)
+    assert_close(trained, train(tx, gradient=lambda p, t: gradient(p, good[t])))
+
+
+@every_method
+def test_schedule_free_is_its_formula(method):
+    """z <- z + step(gradient at y), x <- the mean of all z so far, y <- 0.9 x + 0.1 z, at a constant rate."""
+    tx = method(0.1, b1=0.0, **SETTINGS)
+    wrapped = optax.contrib.schedule_free(tx, 0.1, b1=0.9)
+    params = parameters()
+    y, state = loop(jax.jit(wrapped.update), params, wrapped.init(params))
+    evaluated = optax.contrib.schedule_free_eval_params(state, y)
+
+    inner, update, x, z = tx.init(params), compiled(tx), params, params
+    mix = lambda c, a, b: jax.tree.map(lambda a, b: (1 - c) * a + c * b, a, b)  # noqa: E731
+    expected = params
+    for t in range(STEPS):
+        updates, inner = update(gradient(expected, t), inner, expected)
+        z = optax.apply_updates(z, updates)
+        x = mix(1 / (t + 1), x, z)
+        expected = mix(0.1, x, z)
+    assert_close((y, evaluated), (expected, x), rtol=1e-3, atol=1e-4)
+
+
+@every_method
+def test_seeds_can_be_mapped_over(method):
+    tx = alone(method)
+
+    apart = [jax.tree.map(lambda x, seed=seed: (1 + seed) * x, parameters()) for seed in range(3)]
+    params = jax.tree.map(lambda *x: jnp.stack(x), *apart)
+    state = jax.vmap(tx.init)(params)
+    together, _ = loop(jax.jit(jax.vmap(tx.update)), params, state, gradient=jax.vmap(gradient, (0, None)))
+    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *(train(tx, params) for params in apart)))
+
+
+@every_method
+def test_state_and_parameters_can_be_donated(method):
+    tx = alone(method)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    donating, params = jax.jit(step, donate_argnums=(0, 1)), parameters()
+    state = jax.jit(tx.init)(params)
+    for t in range(STEPS):
+        old = jax.tree.leaves((params, state))
+        params, state = donating(params, state, gradient(params, t))
+        assert all(leaf.is_deleted() for leaf in old if leaf.size > 2)  # but for the layout's version
+    assert_close(params, train(tx))
+
+
+@every_method
+@pytest.mark.parametrize("map_params", [optax.tree_utils.tree_map_params, optax.tree.map_params])
+def test_parameters_in_the_state_can_be_mapped(method, map_params):
+    """Momentum and second moment of what is not preconditioned have the parameters' tree, the stacks have none."""
+    tx = alone(method)
+    params = parameters()
+    _, state = loop(compiled(tx), params, tx.init(params))
+    doubled = map_params(tx, lambda x: 2 * x, state)
+    for moment in ("mu", "nu"):
+        before, after = (getattr(s[0], moment)["b"]["d"] for s in (state, doubled))
+        np.testing.assert_array_equal(after, 2 * before)
+    assert_close(doubled[0].stacks, state[0].stacks, 0, 0)
+
+
+@every_method
+def test_the_users_precision_is_respected_unless_one_is_given(method):
+    """Of the products that make and apply preconditioners; 'highest' is that of roots and bases."""
+
+    def precisions(**given):
+        tx, params = method(0.1, **SETTINGS, **given), parameters()
+        with jax.default_matmul_precision("high"):
+            text = str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+        return {kind for kind in ("HIGHEST", "HIGH", "DEFAULT") if f"Precision.{kind}," in text}
+
+    assert precisions() == {"HIGHEST", "HIGH"}
+    assert precisions(precision="default") == {"HIGHEST", "DEFAULT"}
+    assert precisions(precision="highest") == {"HIGHEST"}
