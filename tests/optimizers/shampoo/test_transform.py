@@ -1,6 +1,5 @@
 """What holds whatever the numbers: turns, robustness, layouts and bad input."""
 
-import gc
 import re
 
 import jax
@@ -248,7 +247,6 @@ def test_a_state_of_other_shapes_is_refused(method, made_with):
         scale(method).update(params, state)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves readers behind
 def test_a_state_of_another_method_or_version_is_refused(tmp_path):
     params = {"kernel": jnp.zeros((8, 8))}
     tx = scale("shampoo")
@@ -258,11 +256,11 @@ def test_a_state_of_another_method_or_version_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^state.version: its shape is \(1,\): it must be \(2,\)"):
         jax.jit(tx.update)(params, old)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", old)
+        # The version alone: of a whole state Orbax leaves its other readers behind, which are found at any time later.
+        checkpointer.save(tmp_path / "state", {"version": old.version})
         checkpointer.wait_until_finished()
         with pytest.raises(ValueError, match=r"Requested shape: \(2,\)"):
-            checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
-    gc.collect()
+            checkpointer.restore(tmp_path / "state", {"version": jax.eval_shape(tx.init, params).version})
 
 
 @every_method
