@@ -11,6 +11,7 @@ It needs the CUDA plugin of the version of jaxlib, in a virtual environment of i
 """
 
 import collections
+import functools
 import importlib.metadata
 import json
 import os
@@ -47,6 +48,7 @@ DATA_SHEET = 989e12  # bfloat16 FLOP/s, dense
 _HERE = pathlib.Path(__file__).parent
 
 
+@functools.cache  # what is compiled together must be for the same device
 def target() -> jax.Device:
     """The chip to compile for.
 
