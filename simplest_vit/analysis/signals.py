@@ -55,9 +55,10 @@ def initial_models(config: Any, data: DatasetInfo, seeds: int) -> Iterable[measu
     config = config.copy_and_resolve_references()
     config.compute_dtype = "float32"
     run = build(config, data)
-    initialize = jax.jit(lambda seed: run.initialize(seed=seed))
+    # Without the optimizer's state, which nothing here reads.
+    initialize = jax.jit(lambda seed: dataclasses.replace(run.initialize(seed=seed), opt_state=None))
     for seed in range(config.seed, config.seed + seeds):
-        yield run.model(initialize(seed))
+        yield run.model(initialize(np.uint32(seed)))
 
 
 def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.Array, label: jax.Array) -> Signals:

@@ -14,6 +14,7 @@ from simplest_vit.analysis import kernel_theory, measure, signals
 from simplest_vit.models import espa, tat
 from simplest_vit.models.simple_vit import Attention as SimpleAttention
 from simplest_vit.models.simplest_vit import ShapedAttention, UnshapedAttention, ValueSkipInit
+from simplest_vit.training.run import build
 from tests.models import tiny
 from tests.tiny import DIGITS, tiny_config
 
@@ -112,6 +113,13 @@ def wide_config(**overrides):
         }
         | overrides
     )
+
+
+def test_any_seed_of_a_run_gives_the_models_of_that_run():
+    config = tiny_config(seed=2**32 - 1)
+    (model,) = signals.initial_models(config, DIGITS, 1)
+    expected = build(config, DIGITS).create_state().params["head"]["kernel"]
+    np.testing.assert_array_equal(model.head.kernel[...], expected)
 
 
 def wide_models(config, seeds):
