@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks.scaling import PRODUCTS_PER_ROOT
 from simplest_vit.optimizers.shampoo import shampoo, shampoo_plan
 
 _MOST = flags.DEFINE_integer("most", 384, "The greatest width that is timed.")
@@ -24,7 +25,6 @@ LAYERS = 12
 WIDTHS = (192, 384, 768, 1024, 2048, 4096)
 BLOCKS = (128, 256, 384, 512, 1024, 2048)
 TOKENS = 4096
-ROOT_PRODUCTS = 36  # of Newton's iteration for p = 4
 
 
 def milliseconds(function, *arguments) -> float:
@@ -41,7 +41,7 @@ def flops(shapes: list[tuple[int, int]], block: int) -> int:
     """Count a step's operations for kernels (LAYERS, m, n): the plan's, and the roots that are due."""
     params = [jax.ShapeDtypeStruct((LAYERS, *shape), jnp.float32) for shape in shapes]
     plan = shampoo_plan(params, max_preconditioner_dim=block, stack_axes=1)
-    return plan.step_flops + 2 * ROOT_PRODUCTS * plan.turn_cubes
+    return plan.step_flops + 2 * PRODUCTS_PER_ROOT * plan.turn_cubes
 
 
 def main(_: list[str]) -> None:

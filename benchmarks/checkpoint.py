@@ -20,6 +20,7 @@ from benchmarks import noise
 from simplest_vit import cli
 from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
 from simplest_vit.training.run import build
+from simplest_vit.training.sharding import create_mesh
 
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the images.")
 _CHANNELS = flags.DEFINE_integer("channels", 3, "Channels of the images.")
@@ -30,7 +31,8 @@ _SAVES = flags.DEFINE_integer("saves", 5, "Timed saves.", lower_bound=2)
 def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
-    run = build(config, noise.info((_IMAGE_SIZE.value, _IMAGE_SIZE.value, _CHANNELS.value), num_classes=10))
+    image_shape = (_IMAGE_SIZE.value, _IMAGE_SIZE.value, _CHANNELS.value)
+    run = build(config, noise.info(image_shape, num_classes=10), create_mesh())
     batch = noise.batch(run.data, config.batch_size)
 
     start = time.perf_counter()

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.data.pipeline import Batch
@@ -25,14 +24,14 @@ def info(image_shape: tuple[int, int, int], num_classes: int) -> DatasetInfo:
 
 def batch(data: DatasetInfo, size: int) -> Batch:
     """A batch on the device: Gaussian images and labels of one class each."""
-    rng = np.random.default_rng(0)
+    image_key, label_key = jax.random.split(jax.random.key(0))
     return {
-        "image": jnp.asarray(rng.normal(size=(size, *data.image_shape)), jnp.float32),
-        "label": jax.nn.one_hot(jnp.asarray(rng.integers(data.num_classes, size=size)), data.num_classes),
+        "image": jax.random.normal(image_key, (size, *data.image_shape)),
+        "label": jax.nn.one_hot(jax.random.randint(label_key, (size,), 0, data.num_classes), data.num_classes),
         "weight": jnp.ones(size),
     }
 
 
 def abstract_batch(data: DatasetInfo, size: int) -> Batch:
-    """The shapes of a batch."""
+    """The shapes of a batch, which is not made."""
     return jax.eval_shape(lambda: batch(data, size))

@@ -29,7 +29,7 @@ SCHEMES = ("data", "fsdp", "shampoo")
 IMAGE_SHAPE, NUM_CLASSES = (224, 224, 3), 1000
 _FLOAT32 = 4
 # Products of a root by the matmul-only iteration (docs/shampoo.md), in float32.
-_PRODUCTS_PER_ROOT = 36
+PRODUCTS_PER_ROOT = 36
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
             size = math.prod(stack.block_shape)
             statistics_flops += sum(4 * local * size * n for n in stack.sizes)
             turns = math.ceil(local / plan.options.precondition_frequency)
-            root_flops += 2 * _PRODUCTS_PER_ROOT * turns * sum(n**3 for n in stack.sizes)
+            root_flops += 2 * PRODUCTS_PER_ROOT * turns * sum(n**3 for n in stack.sizes)
             if devices > 1:
                 gathered = collective_bytes(_FLOAT32 * stack.count * size, devices, node)
                 sent = [a + b for a, b in zip(sent, gathered, strict=True)]

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorflow_datasets as tfds
 
-from simplest_vit.data.builders import BUILDERS
+from simplest_vit.data.builders import builder_of
 from simplest_vit.data.decode import eval_image
 from simplest_vit.data.prepare import Progress, damaged, prepare
 from simplest_vit.errors import UserError
@@ -179,9 +179,7 @@ class Dataset(DatasetInfo):
 
 def image_shape(data: Any) -> tuple[int, int, int]:
     """(H, W, C) of a preprocessed image, by `config.data`, which is known before the data set is there."""
-    if data.name not in BUILDERS:
-        raise UserError(f"config.data.name={data.name!r} is unknown; expected one of {', '.join(BUILDERS)}")
-    height, width, channels = BUILDERS[data.name].image_shape
+    height, width, channels = builder_of(data.name).image_shape
     return (data.image_size or height, data.image_size or width, channels)
 
 
@@ -215,8 +213,8 @@ def load(data: Any) -> Dataset:
         validation_size=len(validation),
         class_names=class_names,
         image_shape=image_shape(data),
-        mean=BUILDERS[data.name].mean,
-        std=BUILDERS[data.name].std,
+        mean=builder_of(data.name).mean,
+        std=builder_of(data.name).std,
         fingerprint=_fingerprint(builder),
     )
     return Dataset(

@@ -20,8 +20,8 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from filelock import SoftFileLease, Timeout
 
-from simplest_vit.data.builders import BUILDERS, Builder
-from simplest_vit.data.builders.base import Content, Shard
+from simplest_vit.data.builders import builder_of
+from simplest_vit.data.builders.base import Builder, Content, Shard
 from simplest_vit.errors import UserError
 
 _LEASE = 60  # seconds of silence after which a process that prepares counts as gone; it tells of itself every 20
@@ -49,9 +49,7 @@ def prepare(
     Raises:
       UserError: If the name is unknown, the originals are missing or damaged, or the disk cannot take it.
     """
-    if name not in BUILDERS:
-        raise UserError(f"data.name={name}: unknown; expected one of {', '.join(BUILDERS)}")
-    builder = BUILDERS[name]
+    builder = builder_of(name)
     try:
         root = Path(data_dir or "~/tensorflow_datasets").expanduser()
         originals = Path(manual_dir).expanduser() if manual_dir else root / "downloads"

@@ -2,6 +2,7 @@
 
 from simplest_vit.data.builders import cifar, digits, image_folder, imagenet, tiny_imagenet
 from simplest_vit.data.builders.base import Builder
+from simplest_vit.errors import UserError
 
 BUILDERS: dict[str, Builder] = {
     "digits": digits.DIGITS,
@@ -11,3 +12,14 @@ BUILDERS: dict[str, Builder] = {
     "imagenet": imagenet.IMAGENET,
     "image_folder": image_folder.IMAGE_FOLDER,
 }
+
+
+def builder_of(name: str) -> Builder:
+    """Look up a data set.
+
+    Raises:
+      UserError: If there is none of that name.
+    """
+    if name not in BUILDERS:
+        raise UserError(f"data.name={name}: unknown; expected one of {', '.join(BUILDERS)}")
+    return BUILDERS[name]
