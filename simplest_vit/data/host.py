@@ -177,18 +177,17 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
         while batch := _join(itertools.islice(iterator, chunks_per_batch)):
             yield batch
     except RuntimeError as error:  # Grain's
-        if reason := _ended_by(error):
-            raise TrainingError(f"a process that decodes images was ended by {reason}") from error
-        raise
+        raise _explain(error) from error
     finally:
         atexit.unregister(stop)
         stop()
 
 
-def _ended_by(error: RuntimeError) -> str | None:
-    """What ended a worker process, if it was a signal that is known."""
+def _explain(error: RuntimeError) -> Exception:
+    """Say why a worker process has gone, by the signal that ended it; of any other error, nothing more is known."""
     number = re.search(r"exit code -(\d+)", str(error))
-    return _SIGNALS.get(int(number[1]) if number else 0)
+    reason = _SIGNALS.get(int(number[1]) if number else 0)
+    return TrainingError(f"a process that decodes images was ended by {reason}") if reason else error
 
 
 def _close(iterator: grain.DatasetIterator) -> None:
