@@ -29,6 +29,7 @@ _IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the im
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", 10, "Number of classes.")
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed steps of each program.", lower_bound=1)
 _TORCH = flags.DEFINE_bool("torch", True, "Time PyTorch too.")
+_KERNELS = flags.DEFINE_list("kernels", [], "Attention kernels to time, e.g. xla,fused; else the one of the config.")
 
 
 class Program(NamedTuple):
@@ -47,7 +48,7 @@ class Program(NamedTuple):
     memory: Callable[[], int | None]
 
 
-def ours(run: Run, batch: Batch) -> Program:
+def ours(name: str, run: Run, batch: Batch) -> Program:
     """The train step of `main.py`, compiled."""
     state = run.create_state()
     start = time.perf_counter()
@@ -63,7 +64,7 @@ def ours(run: Run, batch: Batch) -> Program:
     memory = (
         plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
     )
-    return Program("this project", step, compile_s, lambda: memory)
+    return Program(name, step, compile_s, lambda: memory)
 
 
 def pytorch(config: Any, image: np.ndarray, label: np.ndarray, compiled: bool) -> Program:
@@ -125,11 +126,15 @@ def model_flops(config: Any, image_shape: tuple[int, int, int], num_classes: int
 def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
-    run = build(config, noise.info((_IMAGE_SIZE.value, _IMAGE_SIZE.value, 3), _NUM_CLASSES.value))
-    batch = noise.batch(run.data, config.batch_size)
+    data = noise.info((_IMAGE_SIZE.value, _IMAGE_SIZE.value, 3), _NUM_CLASSES.value)
+    batch = noise.batch(data, config.batch_size)
     image, label = np.asarray(batch["image"]), np.asarray(batch["label"])
 
-    programs = [ours(run, batch)]
+    programs = []
+    for kernel in _KERNELS.value or [config.model.attention_kernel]:
+        config.model.attention_kernel = kernel
+        programs.append(ours(f"this, {kernel}", build(config, data), batch))
+    own = len(programs)
     for compiled in (False, True) if _TORCH.value else ():
         try:
             programs.append(pytorch(config, image, label, compiled))
@@ -146,7 +151,7 @@ def _main(arguments: list[str]) -> None:
 
     device = jax.devices()[0]
     print(f"{config.model.name}, batch {config.batch_size}, {config.compute_dtype}, {device.device_kind}")
-    flops = model_flops(config, run.data.image_shape, _NUM_CLASSES.value) * config.batch_size
+    flops = model_flops(config, data.image_shape, _NUM_CLASSES.value) * config.batch_size
     print(f"{'':14} compile s   step s (quartiles)         images/s  model GFLOP/s  peak GB")
     for program, times in zip(programs, seconds.T, strict=True):
         low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
@@ -156,11 +161,13 @@ def _main(arguments: list[str]) -> None:
             f"{config.batch_size / median:11.1f} {flops / median / 1e9:14.1f}"
             f"  {'' if memory is None else f'{memory / 1e9:7.2f}'}"
         )
-    if len(programs) > 1:
-        fastest = 1 + int(np.argmin(np.median(seconds[:, 1:], axis=0)))
-        low, median, high = np.quantile(seconds[:, 0] / seconds[:, fastest], (0.25, 0.5, 0.75))
+    if len(programs) > own:
+        medians = np.median(seconds, axis=0)
+        best, fastest = int(np.argmin(medians[:own])), own + int(np.argmin(medians[own:]))
+        low, median, high = np.quantile(seconds[:, best] / seconds[:, fastest], (0.25, 0.5, 0.75))
         print(
-            f"ratio to {programs[fastest].name}: {median:.3f} ({low:.3f} to {high:.3f}), the faster one, round by round"
+            f"ratio of {programs[best].name} to {programs[fastest].name}: {median:.3f} ({low:.3f} to {high:.3f}), "
+            "the fastest of each, round by round"
         )
 
 

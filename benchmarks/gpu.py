@@ -1,0 +1,132 @@
+"""Everything that only a GPU can tell, the most valuable first, within a budget of minutes.
+
+python -m benchmarks.gpu --workdir results --data_dir ~/tensorflow_datasets --minutes 30
+
+1. The fused attention kernel: exact, and faster than XLA's form? The parts below use the faster one.
+2. The train step of S/4 at batch 2048 beside PyTorch's, eager and compiled.
+3. CIFAR-10 for 90 epochs by the reference's recipe: `CELLS`, in this order, several at once with --at_once.
+4. What Shampoo and SOAP add to a step.
+
+Each part prints its lines as they come and leaves them in WORKDIR/NAME.log. What is under way when the time is over is told
+to stop, and goes on with the same command; `python -m simplest_vit report WORKDIR/cifar10` makes the tables.
+"""
+
+import argparse
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+CONFIG = "configs/cifar10.py"
+
+# Name -> arguments of the config file, and what differs from the recipe. Refreshes by turns would pay the latency of a
+# whole one in every step.
+CELLS: dict[str, tuple[str, list[str]]] = {
+    "isometric-soap": (
+        "model=simplest_vit,method=isometric,optimizer=soap",
+        ["optimizer.learning_rate=1e-3", "optimizer.stagger=False"],
+    ),
+    "simple_vit-soap": (
+        "model=simple_vit,optimizer=soap",
+        ["optimizer.learning_rate=1e-3", "optimizer.stagger=False"],
+    ),
+    "espa_tat-shampoo": ("model=simplest_vit,optimizer=shampoo", []),
+    "simple_vit-adam": ("model=simple_vit,optimizer=adam", []),
+    "espa_tat-adam": ("model=simplest_vit,optimizer=adam", []),
+}
+# A run that only shows that all of it works, on any machine.
+TOY = ["model.depth=7", "model.width=64", "model.num_heads=2", "model.mlp_dim=128", "batch_size=32"]
+TOY_STEPS = ["steps=4", "warmup_steps=1", "log_every=2", "eval_every=2", "checkpoint_every=2"]
+
+
+class Part:
+    """A program under way, whose lines go to a file and, when it ends, to the terminal."""
+
+    def __init__(self, name: str, command: list[str], folder: pathlib.Path) -> None:
+        print(f"== {name}: {shlex.join(command)}", flush=True)
+        self.name, self.log, self.begin = name, folder / f"{name}.log", time.monotonic()
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+
+    def end(self, lines: int) -> bool:
+        """Print how it ended and its last lines; whether it ended well."""
+        code = self.process.wait()
+        print(f"== {self.name}: exit code {code} after {time.monotonic() - self.begin:.0f} s")
+        print("\n".join(self.log.read_text().splitlines()[-lines:]), flush=True)
+        return code == 0
+
+
+def run(waiting: list[tuple[str, list[str]]], folder: pathlib.Path, end: float, at_once: int = 1, lines: int = 15) -> bool:
+    """Run programs until the time is over; whether all ended well."""
+    running: list[Part] = []
+    good = True
+    while running or (waiting and time.monotonic() < end):
+        while waiting and len(running) < at_once and time.monotonic() < end:
+            running.append(Part(*waiting.pop(0), folder))
+        for part in list(running):
+            if part.process.poll() is not None:
+                running.remove(part)
+                good &= part.end(lines)
+            elif time.monotonic() > end:
+                part.process.send_signal(signal.SIGTERM)  # a run saves its step
+                try:
+                    part.process.wait(30)
+                except subprocess.TimeoutExpired:
+                    part.process.kill()
+        time.sleep(0.2)
+    return good and not waiting
+
+
+def main() -> None:
+    """Run as a program."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the results")
+    parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="prepared CIFAR-10")
+    parser.add_argument("--minutes", type=float, default=60, help="time for all of it")
+    parser.add_argument("--at_once", type=int, default=1, help="runs of part 3 at the same time on the GPU")
+    parser.add_argument("--parts", default="1,2,3,4", help="some of them")
+    parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=CELLS, help="some of those of part 3")
+    parser.add_argument("--kernel", help="xla or fused, where part 1 is left out", default="xla")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to try it on any machine")
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    folder = options.workdir
+    (folder / "cifar10").mkdir(parents=True, exist_ok=True)
+    # Programs that share a GPU share its memory; what one has compiled or tuned, the next need not.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(0.9 / options.at_once))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path("~/.cache/simplest_vit").expanduser()))
+
+    toy = [f"--config.{field}" for field in TOY] if options.toy else []
+    kernel = options.kernel
+
+    def program(module: str, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", module, *arguments]
+
+    if "1" in options.parts:
+        arguments = ["--interpret", "--batch_size=2"] if options.toy else []
+        good = run([("attention_kernel", program("benchmarks.attention_kernel", *arguments))], folder, end)
+        kernel = "fused" if good else "xla"
+    if "2" in options.parts:
+        kernels = "xla" if options.toy or kernel == "xla" else "xla,fused"
+        step = program("benchmarks.train_step", f"--config={CONFIG}", f"--kernels={kernels}", *toy)
+        run([("train_step", step)], folder, end)
+    if "3" in options.parts:
+        cells = []
+        for name in options.cells:
+            arguments, fields = CELLS[name]
+            fields = [*fields, f"model.attention_kernel={kernel}", f"data.dir={options.data_dir}"]
+            fields += ["eval_every=720", "checkpoint_every=720", *(TOY_STEPS if options.toy else [])]
+            command = program("simplest_vit", "train", f"--config={CONFIG}:setup=tat,{arguments}")
+            command += [f"--workdir={folder / 'cifar10' / name}", *(f"--config.{field}" for field in fields), *toy]
+            cells.append((name, command))
+        run(cells, folder, end, options.at_once)
+    if "4" in options.parts:
+        direct = program("benchmarks.optimizers", "--direct", f"--config={CONFIG}", *toy)
+        run([("optimizers", [*direct, f"--config.model.attention_kernel={kernel}"])], folder, end)
+
+
+if __name__ == "__main__":
+    main()
