@@ -59,7 +59,9 @@ class Part:
         return code == 0
 
 
-def run(waiting: list[tuple[str, list[str]]], folder: pathlib.Path, end: float, at_once: int = 1, lines: int = 15) -> bool:
+def run(
+    waiting: list[tuple[str, list[str]]], folder: pathlib.Path, end: float, at_once: int = 1, lines: int = 15
+) -> bool:
     """Run programs until the time is over; whether all ended well."""
     running: list[Part] = []
     good = True
