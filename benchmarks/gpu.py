@@ -2,20 +2,19 @@
 
 python -m benchmarks.gpu --workdir results --data_dir ~/tensorflow_datasets --minutes 30
 
-1. The fused attention kernel: exact, and faster than XLA's form? The parts below use the faster one.
+1. The fused attention kernel: exact, and faster than XLA's form?
 2. The train step of S/4 at batch 2048 beside PyTorch's, eager and compiled.
 3. CIFAR-10 for 90 epochs by the reference's recipe: `CELLS`, in this order, several at once with --at_once.
 4. What Shampoo and SOAP add to a step.
 
-Each part prints its lines as they come and leaves them in WORKDIR/NAME.log. What is under way when the time is over is told
-to stop, and goes on with the same command; `python -m simplest_vit report WORKDIR/cifar10` makes the tables.
+Each part leaves its lines in WORKDIR/NAME.log and prints the last ones. What is under way when the time is over is told
+to stop; a run of part 3 goes on with the same command. `python -m simplest_vit report WORKDIR/cifar10` makes tables.
 """
 
 import argparse
 import os
 import pathlib
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -48,38 +47,35 @@ class Part:
     def __init__(self, name: str, command: list[str], folder: pathlib.Path) -> None:
         print(f"== {name}: {shlex.join(command)}", flush=True)
         self.name, self.log, self.begin = name, folder / f"{name}.log", time.monotonic()
-        with self.log.open("w") as file:
+        with self.log.open("a") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
-    def end(self, lines: int) -> bool:
-        """Print how it ended and its last lines; whether it ended well."""
+    def end(self) -> None:
+        """Print how it ended and its last lines."""
         code = self.process.wait()
         print(f"== {self.name}: exit code {code} after {time.monotonic() - self.begin:.0f} s")
-        print("\n".join(self.log.read_text().splitlines()[-lines:]), flush=True)
-        return code == 0
+        print("\n".join(self.log.read_text().splitlines()[-15:]), flush=True)
 
 
-def run(
-    waiting: list[tuple[str, list[str]]], folder: pathlib.Path, end: float, at_once: int = 1, lines: int = 15
-) -> bool:
-    """Run programs until the time is over; whether all ended well."""
+def run(waiting: list[tuple[str, list[str]]], folder: pathlib.Path, end: float, at_once: int = 1) -> None:
+    """Run programs until the time is over."""
     running: list[Part] = []
-    good = True
     while running or (waiting and time.monotonic() < end):
         while waiting and len(running) < at_once and time.monotonic() < end:
             running.append(Part(*waiting.pop(0), folder))
         for part in list(running):
             if part.process.poll() is not None:
                 running.remove(part)
-                good &= part.end(lines)
-            elif time.monotonic() > end:
-                part.process.send_signal(signal.SIGTERM)  # a run saves its step
+                part.end()
+        if time.monotonic() > end:
+            for part in running:
+                part.process.terminate()  # a run saves its step
+            for part in running:
                 try:
                     part.process.wait(30)
                 except subprocess.TimeoutExpired:
                     part.process.kill()
         time.sleep(0.2)
-    return good and not waiting
 
 
 def main() -> None:
@@ -91,7 +87,6 @@ def main() -> None:
     parser.add_argument("--at_once", type=int, default=1, help="runs of part 3 at the same time on the GPU")
     parser.add_argument("--parts", default="1,2,3,4", help="some of them")
     parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=CELLS, help="some of those of part 3")
-    parser.add_argument("--kernel", help="xla or fused, where part 1 is left out", default="xla")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to try it on any machine")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
@@ -102,24 +97,22 @@ def main() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path("~/.cache/simplest_vit").expanduser()))
 
     toy = [f"--config.{field}" for field in TOY] if options.toy else []
-    kernel = options.kernel
 
     def program(module: str, *arguments: str) -> list[str]:
         return [sys.executable, "-m", module, *arguments]
 
     if "1" in options.parts:
         arguments = ["--interpret", "--batch_size=2"] if options.toy else []
-        good = run([("attention_kernel", program("benchmarks.attention_kernel", *arguments))], folder, end)
-        kernel = "fused" if good else "xla"
+        run([("attention_kernel", program("benchmarks.attention_kernel", *arguments))], folder, end)
     if "2" in options.parts:
-        kernels = "xla" if options.toy or kernel == "xla" else "xla,fused"
+        kernels = "xla" if options.toy else "xla,fused"
         step = program("benchmarks.train_step", f"--config={CONFIG}", f"--kernels={kernels}", *toy)
         run([("train_step", step)], folder, end)
     if "3" in options.parts:
         cells = []
         for name in options.cells:
             arguments, fields = CELLS[name]
-            fields = [*fields, f"model.attention_kernel={kernel}", f"data.dir={options.data_dir}"]
+            fields = [*fields, f"data.dir={options.data_dir}"]
             fields += ["eval_every=720", "checkpoint_every=720", *(TOY_STEPS if options.toy else [])]
             command = program("simplest_vit", "train", f"--config={CONFIG}:setup=tat,{arguments}")
             command += [f"--workdir={folder / 'cifar10' / name}", *(f"--config.{field}" for field in fields), *toy]
@@ -127,7 +120,7 @@ def main() -> None:
         run(cells, folder, end, options.at_once)
     if "4" in options.parts:
         direct = program("benchmarks.optimizers", "--direct", f"--config={CONFIG}", *toy)
-        run([("optimizers", [*direct, f"--config.model.attention_kernel={kernel}"])], folder, end)
+        run([("optimizers", direct)], folder, end)
 
 
 if __name__ == "__main__":

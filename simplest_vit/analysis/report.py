@@ -122,7 +122,7 @@ def tables(groups: list[Group], reference: dict[str, Any]) -> list[tuple[str, li
 
 def _method_title(method: str) -> str:
     model, optimizer = method.split("/")
-    name = optimizer.capitalize()
+    name = "SOAP" if optimizer == "soap" else optimizer.capitalize()
     if optimizer.startswith("shampoo"):
         name = f"Shampoo@{optimizer.removeprefix('shampoo')}"
     return f"{name}, {_MODELS.get(model, model)}"

@@ -20,6 +20,7 @@ from simplest_vit.errors import UserError
 
 TOKENS = (16, 256)
 HEAD_WIDTHS = (16, 128)
+FASTER_TOKENS = 64  # up to so many it was seen to be faster than XLA's form (RESULTS.md); with 196 it was slower
 _TILE = 8192  # logits at a time: 64 KB of registers for the two float32 tiles of the backward pass
 _ACCUMULATED = 16384  # entries of the gradient of the keys, and as many of the values: 128 KB of registers
 
@@ -54,17 +55,36 @@ def check_devices(devices: Sequence[jax.Device]) -> None:
             "or one GPU: CUDA_VISIBLE_DEVICES=0"
         )
     (device,) = devices
-    capability = getattr(device, "compute_capability", None)
-    if device.platform != "gpu" or not _is_recent(str(capability)):
+    if not _is_recent(device):
+        capability = getattr(device, "compute_capability", None)
         raise UserError(
             f"config.model.attention_kernel='fused' needs an NVIDIA GPU of compute capability 8.0 (Ampere) or more, "
             f"not {device.device_kind}{f' with {capability}' if capability else ''}; choose xla"
         )
 
 
-def _is_recent(capability: str) -> bool:
-    """Whether an NVIDIA GPU is an Ampere or later; AMD's have names such as gfx942."""
-    return capability.replace(".", "").isdigit() and float(capability) >= 8
+def choose(kernel: str, devices: Sequence[jax.Device], tokens: int, head_width: int) -> str:
+    """The kernel that a run takes.
+
+    Args:
+      kernel: `xla`, `fused`, or `auto` for the faster one.
+      devices: Of the run.
+      tokens: T.
+      head_width: D / H.
+
+    Returns:
+      `xla` or `fused`.
+    """
+    if kernel != "auto":
+        return kernel
+    fits = TOKENS[0] <= tokens <= FASTER_TOKENS and HEAD_WIDTHS[0] <= head_width <= HEAD_WIDTHS[1]
+    return "fused" if fits and len(devices) == 1 and _is_recent(devices[0]) else "xla"
+
+
+def _is_recent(device: jax.Device) -> bool:
+    """Whether it is an NVIDIA GPU from Ampere on; AMD's have names such as gfx942 for a capability."""
+    capability = str(getattr(device, "compute_capability", "")).replace(".", "", 1)
+    return device.platform == "gpu" and capability.isdigit() and int(capability) >= 80
 
 
 @dataclasses.dataclass(frozen=True)

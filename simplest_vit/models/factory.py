@@ -75,7 +75,7 @@ def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str,
     if not 0.0 <= config.dropout < 1.0:
         raise UserError(f"config.model.dropout={config.dropout} must lie in [0, 1)")
     arguments = {**sizes, "patch_size": config.patch_size, "dropout": config.dropout, "remat": config.remat}
-    # `auto` stays with XLA until RESULTS.md has a run on a GPU in which the kernel is equal and faster.
+    # `auto` is XLA's form here; `training.run.build` knows the devices, and may have chosen the kernel.
     arguments["attention_kernel"] = "fused" if config.attention_kernel == "fused" else "xla"
     if arguments["attention_kernel"] == "fused":
         attention.check_sizes(height * width_pixels // config.patch_size**2, width // sizes["num_heads"])

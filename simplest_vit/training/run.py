@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.data.pipeline import steps_per_epoch
+from simplest_vit.models import attention
+from simplest_vit.models.factory import model_arguments
 from simplest_vit.models.simple_vit import SimpleViT
 from simplest_vit.models.simplest_vit import SimplestViT
 from simplest_vit.optimizers.factory import create_optimizer
@@ -101,7 +103,17 @@ def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
     total_steps = config.steps or max(round(config.epochs * steps_per_epoch(data, config)), 1)
     learning_rate = warmup_cosine(config.optimizer.learning_rate, config.warmup_steps, total_steps)
     tx = create_optimizer(config, learning_rate, mesh)
-    graphdef, initialize = state_initializer(config, image_shape=data.image_shape, num_classes=data.num_classes, tx=tx)
+    settings = config.copy_and_resolve_references()
+    sizes = model_arguments(config.model, data.image_shape)
+    settings.model.attention_kernel = attention.choose(
+        config.model.attention_kernel,
+        mesh.devices.flatten().tolist(),
+        tokens=data.image_shape[0] * data.image_shape[1] // sizes["patch_size"] ** 2,
+        head_width=sizes["width"] // sizes["num_heads"],
+    )
+    graphdef, initialize = state_initializer(
+        settings, image_shape=data.image_shape, num_classes=data.num_classes, tx=tx
+    )
     return Run(
         config=config,
         data=data,

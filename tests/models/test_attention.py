@@ -136,20 +136,41 @@ def test_a_cpu_cannot_run_it():
         attention.check_devices(jax.devices()[:1])
 
 
+class Gpu:
+    platform = "gpu"
+
+    def __init__(self, kind, capability):
+        self.device_kind, self.compute_capability = kind, capability
+
+
+HOPPER, VOLTA, RADEON = Gpu("NVIDIA H100", "9.0"), Gpu("Tesla V100", "7.0"), Gpu("AMD Instinct", "gfx942")
+
+
+def test_a_gpu_must_be_recent():
+    attention.check_devices([HOPPER])
+    with pytest.raises(UserError, match=r"with 7\.0"):
+        attention.check_devices([VOLTA])
+    with pytest.raises(UserError, match="one device, not 2"):
+        attention.check_devices([HOPPER, HOPPER])
+
+
 @pytest.mark.parametrize(
-    ("kind", "capability", "allowed"), [("NVIDIA H200", "9.0", True), ("Tesla V100", "7.0", False)]
+    ("devices", "tokens", "head_width", "chosen"),
+    [
+        ([HOPPER], 64, 64, "fused"),
+        ([HOPPER], 16, 128, "fused"),
+        ([Gpu("NVIDIA B200", "10.0")], 64, 64, "fused"),
+        ([HOPPER], 65, 64, "xla"),
+        ([HOPPER], 15, 64, "xla"),
+        ([HOPPER], 64, 129, "xla"),
+        ([HOPPER], 64, 8, "xla"),
+        ([HOPPER, HOPPER], 64, 64, "xla"),
+        ([VOLTA], 64, 64, "xla"),
+        ([RADEON], 64, 64, "xla"),
+        (jax.devices()[:1], 64, 64, "xla"),
+    ],
 )
-def test_a_gpu_must_be_recent(kind, capability, allowed):
-    class Device:
-        platform, device_kind, compute_capability = "gpu", kind, capability
-
-    if allowed:
-        attention.check_devices([Device])
-    else:
-        with pytest.raises(UserError, match=r"with 7\.0"):
-            attention.check_devices([Device])
-
-
-def test_several_devices_are_refused():
-    with pytest.raises(UserError, match="on one device, not 8; choose xla"):
-        attention.check_devices(jax.devices())
+def test_auto_is_fused_where_it_was_faster(devices, tokens, head_width, chosen):
+    assert attention.choose("auto", devices, tokens, head_width) == chosen
+    for kernel in ("xla", "fused"):
+        assert attention.choose(kernel, devices, tokens, head_width) == kernel

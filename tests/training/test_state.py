@@ -4,10 +4,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from simplest_vit.models import attention
+from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.state import abstract_state, create_state, state_initializer
-from tests.tiny import tiny_config
+from tests.tiny import DIGITS, tiny_config
 
 SHAPES = {"image_shape": (8, 8, 1), "num_classes": 10}
 
@@ -39,3 +42,19 @@ def test_no_orthogonal_kernel_is_drawn_by_a_batched_qr(initialize):
     results = re.findall(r"lapack_sgeqrf_ffi.*?-> \(tensor<([0-9x]+)xf32>", lowered)
     assert results
     assert all(len(shape.split("x")) == 2 for shape in results), results
+
+
+@pytest.mark.parametrize("kernel", ["xla", "fused"])
+def test_a_run_takes_the_attention_kernel_that_suits_its_devices(monkeypatch, kernel):
+    asked = []
+
+    def choose(*arguments, **sizes):
+        asked.append((*arguments, sizes))
+        return kernel
+
+    monkeypatch.setattr(attention, "choose", choose)
+    config = tiny_config(model__width=64)
+    run = build(config, DIGITS, create_mesh(devices=jax.devices()[:2]))
+    assert asked == [("auto", jax.devices()[:2], {"tokens": 16, "head_width": 32})]
+    assert nnx.merge(run.graphdef, run.abstract.params, run.abstract.constants).blocks.attention.kernel == kernel
+    assert run.config.model.attention_kernel == config.model.attention_kernel == "auto"  # the same on other devices
