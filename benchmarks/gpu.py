@@ -6,6 +6,7 @@ python -m benchmarks.gpu --workdir results --data_dir ~/tensorflow_datasets --mi
 2. The train step of S/4 at batch 2048 beside PyTorch's, eager and compiled.
 3. CIFAR-10 for 90 epochs by the reference's recipe: `CELLS`, in this order, several at once with --at_once.
 4. What Shampoo and SOAP add to a step.
+5. The small runs of `benchmarks.vanilla`, whose steps leave most of the GPU idle: eight at once.
 
 Each part leaves its lines in WORKDIR/NAME.log and prints the last ones. What is under way when the time is over is told
 to stop; a run of part 3 goes on with the same command. `python -m simplest_vit report WORKDIR/cifar10` makes tables.
@@ -36,6 +37,7 @@ CELLS: dict[str, tuple[str, list[str]]] = {
     "simple_vit-adam": ("model=simple_vit,optimizer=adam", []),
     "espa_tat-adam": ("model=simplest_vit,optimizer=adam", []),
 }
+ROWS = ("isometric", "SimpleViT", "E-SPA + TAT", "E-SPA + TAT, reference")
 # A run that only shows that all of it works, on any machine.
 TOY = ["model.depth=7", "model.width=64", "model.num_heads=2", "model.mlp_dim=128", "batch_size=32"]
 TOY_STEPS = ["steps=4", "warmup_steps=1", "log_every=2", "eval_every=2", "checkpoint_every=2"]
@@ -85,7 +87,7 @@ def main() -> None:
     parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="prepared CIFAR-10")
     parser.add_argument("--minutes", type=float, default=60, help="time for all of it")
     parser.add_argument("--at_once", type=int, default=1, help="runs of part 3 at the same time on the GPU")
-    parser.add_argument("--parts", default="1,2,3,4", help="some of them")
+    parser.add_argument("--parts", default="1,2,3,4,5", help="some of them")
     parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=CELLS, help="some of those of part 3")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to try it on any machine")
     options = parser.parse_args()
@@ -121,6 +123,14 @@ def main() -> None:
     if "4" in options.parts:
         direct = program("benchmarks.optimizers", "--direct", f"--config={CONFIG}", *toy)
         run([("optimizers", direct)], folder, end)
+    if "5" in options.parts:
+        small = program("benchmarks.vanilla", f"--workdir={folder / 'vanilla'}", f"--data_dir={options.data_dir}")
+        small += ["--rows", *ROWS, "--at_once=8", *(["--steps=2"] if options.toy else [])]
+        rates = {"soap": "1e-3,2e-3,4e-3,8e-3", "adam": "3e-4,1e-3,3e-3", "muon": "3e-3,1e-2,3e-2"}
+        for name, values in rates.items():
+            seeds = "1" if options.toy else "1,2,3"
+            command = [*small, f"--optimizers={name}", f"--learning_rates={values}", f"--seeds={seeds}"]
+            run([(f"vanilla-{name}", command)], folder, end)
 
 
 if __name__ == "__main__":

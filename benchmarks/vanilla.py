@@ -12,14 +12,17 @@ validation accuracy at 500, 1,000 and 1,500 steps; and draws the curves of the b
 import argparse
 import itertools
 import pathlib
+import signal
 import statistics
 import sys
 from typing import Any
 
+from simplest_vit import signals
 from simplest_vit.analysis import figures
 from simplest_vit.analysis.curve_figure import draw_curves
 from simplest_vit.analysis.report import table
 from simplest_vit.analysis.runs import Run, find_runs, read_curves
+from simplest_vit.errors import Interrupted, tell
 from simplest_vit.programs.sweep import Point, execute
 
 PROTOCOL = {
@@ -136,6 +139,10 @@ def summary(runs: list[Run]) -> tuple[str, dict[str, Any]]:
     return table(header, body), {label: curves for _, label, curves in best.values()}
 
 
+def _interrupt(number: int, frame: Any) -> None:
+    raise Interrupted(f"{signal.Signals(number).name}; the same command goes on")
+
+
 def main() -> None:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -150,7 +157,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of 1,500, for a try")
     parser.add_argument("--at_once", type=int, default=1, help="runs at the same time")
     options = parser.parse_args()
-    failed = execute(points(options), [_ENVIRONMENT] * options.at_once)
+    environment = _ENVIRONMENT | {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(0.9 / options.at_once)}  # where there is a GPU
+    signals.watch((signal.SIGTERM, signal.SIGINT), handler=_interrupt)
+    try:
+        failed = execute(points(options), [environment] * options.at_once)
+    except Interrupted as error:
+        sys.exit(tell(error))
     runs, _ = find_runs([options.workdir])
     text, curves = summary(runs)
     print(text)

@@ -116,7 +116,7 @@ FIELDS = {
     "model.attention_kernel": Field(
         "auto",
         _one_of("auto", "xla", "fused"),
-        "fused: attention as one kernel, for an NVIDIA GPU from Ampere on; auto: where it is faster (docs/gpu.md)",
+        "fused: attention as one kernel, for NVIDIA GPUs from Ampere on; auto: where it is faster (docs/gpu.md)",
     ),
     "model.attention": Field(
         "espa", _TEXT, "or espa_causal, espa_2d, espa_reference, uspa, shift, value_skipinit, unshaped"

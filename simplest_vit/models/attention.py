@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.sharding import PartitionSpec
 
 from simplest_vit.errors import UserError
 
@@ -49,18 +50,13 @@ def check_devices(devices: Sequence[jax.Device]) -> None:
     Raises:
       UserError: If not.
     """
-    if len(devices) > 1:
-        raise UserError(
-            f"config.model.attention_kernel='fused' runs on one device, not {len(devices)}; choose xla, "
-            "or one GPU: CUDA_VISIBLE_DEVICES=0"
-        )
-    (device,) = devices
-    if not _is_recent(device):
-        capability = getattr(device, "compute_capability", None)
-        raise UserError(
-            f"config.model.attention_kernel='fused' needs an NVIDIA GPU of compute capability 8.0 (Ampere) or more, "
-            f"not {device.device_kind}{f' with {capability}' if capability else ''}; choose xla"
-        )
+    for device in devices:
+        if not _is_recent(device):
+            capability = getattr(device, "compute_capability", None)
+            raise UserError(
+                f"config.model.attention_kernel='fused' needs NVIDIA GPUs of compute capability 8.0 (Ampere) or more, "
+                f"not {device.device_kind}{f' with {capability}' if capability else ''}; choose xla"
+            )
 
 
 def choose(kernel: str, devices: Sequence[jax.Device], tokens: int, head_width: int) -> str:
@@ -78,7 +74,7 @@ def choose(kernel: str, devices: Sequence[jax.Device], tokens: int, head_width: 
     if kernel != "auto":
         return kernel
     fits = TOKENS[0] <= tokens <= FASTER_TOKENS and HEAD_WIDTHS[0] <= head_width <= HEAD_WIDTHS[1]
-    return "fused" if fits and len(devices) == 1 and _is_recent(devices[0]) else "xla"
+    return "fused" if fits and all(map(_is_recent, devices)) else "xla"
 
 
 def _is_recent(device: jax.Device) -> bool:
@@ -135,7 +131,8 @@ def fused(
 ) -> jax.Array:
     """Multi-head attention row_scale * softmax(q k^T / sqrt(d_head) + attention_bias) v in one kernel each way.
 
-    Products are in the dtype of `qkv`, true float32 included, sums and softmax in float32.
+    Products are in the dtype of `qkv`, true float32 included, sums and softmax in float32. Each device of the mesh in
+    context has its share of the images, which XLA could not tell of a kernel.
 
     Args:
       qkv: Queries, keys and values before their biases, bfloat16 or float32 [B, T, 3 D]; T as `TOKENS` says.
@@ -148,7 +145,13 @@ def fused(
     Returns:
       [B, T, D] in the dtype of `qkv`.
     """
-    return _fused(qkv, qkv_bias, attention_bias, row_scale, num_heads, interpret)
+    compute = functools.partial(_fused, num_heads=num_heads, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        images, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+        # Not checked, for a kernel does not say along which axes its output varies.
+        compute = jax.shard_map(compute, in_specs=(images, whole, whole, whole), out_specs=images, check_vma=False)
+    return compute(qkv, qkv_bias, attention_bias, row_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
