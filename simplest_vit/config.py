@@ -101,6 +101,9 @@ FIELDS = {
     "sam.every": Field(1, _integer(1), "steps between two that are sharpness-aware"),
     "ema.decay": Field(0.0, _DECAY, "of an average of the parameters; 0: off, 0.99 is the reference's"),
     "ema.every": Field(5, _integer(1), "steps between two updates of the average"),
+    "compilation_cache": Field(
+        True, _FLAG, "keep programs for accelerators in ~/.cache/simplest_vit, or in JAX_COMPILATION_CACHE_DIR"
+    ),
     "profile.first_step": Field(0, _integer(0), "where a profile begins; 0: off"),
     "profile.num_steps": Field(5, _integer(1), "steps of a profile"),
     "init_from": Field(None, _FOLDER, "fine-tuning: the folder of a run, whose best weights are the first of this one"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
       Interrupted: By SIGTERM or SIGINT; the step reached is saved.
     """
     start = time.monotonic()
+    _keep_compiled(config)
     mesh = create_mesh(config.fsdp)
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
     if config.model.attention_kernel == "fused":
@@ -200,6 +202,14 @@ def validate(
         jax.block_until_ready(sums[-2:-1])  # one batch waits while one is computed, not all of them
     mean = mean_metrics(jax.device_get(sums))
     return {"validation_loss": mean["loss"], "validation_accuracy": mean["accuracy"]}
+
+
+def _keep_compiled(config: Any) -> None:
+    """Keep what is compiled for accelerators for the next start, with the kernels that XLA chose by timing them."""
+    if config.compilation_cache and jax.default_backend() != "cpu":
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/simplest_vit"))
+        log.info("compiled programs are kept in %s", jax.config.jax_compilation_cache_dir)
 
 
 def _report(run: Run, meter: Meter, step: int) -> dict[str, float]:

@@ -30,6 +30,7 @@ VERSION = "0.2"
 _MAY_CHANGE = (
     "checkpoint_every",
     "checkpoint_minutes",
+    "compilation_cache",
     "data.device_budget_bytes",
     "data.dir",
     "data.manual_dir",

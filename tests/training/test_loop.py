@@ -344,3 +344,40 @@ def test_a_checkpoint_is_saved_when_it_is_time(data_dir, tmp_path, monkeypatch):
     with Checkpoints(tmp_path, create=False) as checkpoints:
         assert checkpoints.best() in (3, 6), "what is saved out of turn is not evaluated"
     assert outcome["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("backend", "wanted", "named", "used"),
+    [
+        ("gpu", True, None, "{home}/.cache/simplest_vit"),
+        ("gpu", True, "{home}/mine", "{home}/mine"),
+        ("gpu", False, None, None),
+        ("cpu", True, None, None),
+    ],
+)
+def test_what_is_compiled_for_an_accelerator_is_kept(
+    monkeypatch, caplog, data_dir, tmp_path, backend, wanted, named, used
+):
+    def place(path):
+        return path and path.replace("{home}", str(tmp_path))
+
+    class Reached(Exception):
+        pass
+
+    def stop(_):
+        raise Reached
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(loop.pipeline, "load", stop)
+    monkeypatch.setattr(loop.log, "propagate", True)
+    caplog.set_level("INFO")
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", place(named))
+    try:
+        with pytest.raises(Reached):
+            loop.train_and_evaluate(tiny_config(compilation_cache=wanted), str(tmp_path / "run"))
+        assert jax.config.jax_compilation_cache_dir == place(used)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert ("compiled programs are kept in" in caplog.text) == (used is not None)
