@@ -145,7 +145,7 @@ def at_commit(commit: str) -> dict[str, Any]:
         try:
             for name in ("compiled.py", "roofline.py", "h200.txtpb"):
                 shutil.copy(_HERE / name, tree / "benchmarks" / name)
-            arguments = [a for a in sys.argv[1:] if not re.match(r"--?(commit|against|attention_kernel)\b", a)]
+            arguments = _without(sys.argv[1:], "commit", "against")
             command = [sys.executable, "-m", "benchmarks.compiled", *arguments, "--json"]
             result = subprocess.run(command, cwd=tree, capture_output=True, text=True)
         finally:
@@ -153,6 +153,19 @@ def at_commit(commit: str) -> dict[str, Any]:
         if result.returncode:
             raise UserError(f"--commit={commit}: {(result.stderr.strip().splitlines() or ['it failed'])[-1]}")
         return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def _without(arguments: list[str], *names: str) -> list[str]:
+    """Command-line arguments less some flags, `--name=value` or `--name value`."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if word.startswith("-") and name in names:
+            if not equals:
+                next(words, None)
+        else:
+            kept.append(word)
+    return kept
 
 
 def _main(_: list[str]) -> None:

@@ -41,12 +41,9 @@ def run(
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(_help(program.__module__))
         return
-    # The libraries tell what goes wrong, this project also what goes on.
-    absl_logging.set_verbosity(absl_logging.ERROR)
     # Orbax logs whatever it raises as well, with a traceback for each of its threads, and TensorStore prints another
     # (needed by tests/faults/test_disk.py).
     absl_logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-    sys.unraisablehook = _print_unraisable
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     log = logging.getLogger("simplest_vit")
@@ -61,12 +58,6 @@ def run(
         )
     except (UserError, TrainingError, Interrupted) as error:
         sys.exit(tell(error))
-
-
-def _print_unraisable(unraisable: Any) -> None:
-    """Leave out what comes of TensorStore's calling back when the write it belongs to has failed already."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
 
 
 def _interrupt(number: int, frame: Any) -> None:
