@@ -41,6 +41,8 @@ def run(
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(_help(program.__module__))
         return
+    # The libraries tell what goes wrong, this project also what goes on.
+    absl_logging.set_verbosity(absl_logging.ERROR)
     # Orbax logs whatever it raises as well, with a traceback for each of its threads, and TensorStore prints another
     # (needed by tests/faults/test_disk.py).
     absl_logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)

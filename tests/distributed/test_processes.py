@@ -84,6 +84,14 @@ def text(workdir, index, stream="err"):
     return pathlib.Path(f"{workdir}.{index}.{stream}").read_text()
 
 
+def wait_for(workdir, line):
+    """Wait until the first process has said something."""
+    deadline = time.monotonic() + TIMEOUT
+    while line not in text(workdir, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert line in text(workdir, 0)
+
+
 def finish(workdir, running):
     """Wait for the end of all processes; none may fail."""
     try:
@@ -140,6 +148,17 @@ def test_two_processes_evaluate(tmp_path):
     assert json.loads(evaluated[evaluated.index("{") :])["latest"]["validation_loss"] == results["validation_loss"]
     assert "validation_loss" not in text(two, 1, "out")
 
+    running = start(two, [*SHORT, "--mode=evaluate"], 2, 2)
+    wait_for(two, "validation: 360 images")
+    running[0].send_signal(signal.SIGTERM)  # which JAX would take, to stop both behind a step that never comes
+    try:
+        assert running[0].wait(TIMEOUT) == os.EX_TEMPFAIL, text(two, 0)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert "interrupted: SIGTERM" in text(two, 0)
+
 
 @pytest.mark.parametrize(
     ("optimizer", "arguments"),
@@ -164,10 +183,7 @@ def whole(tmp_path_factory):
 
 def start_and_wait_for(workdir, line):
     running = start(workdir, LONG, 2, 2)
-    deadline = time.monotonic() + TIMEOUT
-    while line not in text(workdir, 0) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert line in text(workdir, 0)
+    wait_for(workdir, line)
     assert not (workdir / "results.json").exists()
     return running
 
