@@ -207,9 +207,9 @@ def validate(
 def _keep_compiled(config: Any) -> None:
     """Keep what is compiled for accelerators for the next start, with the kernels that XLA chose by timing them."""
     if config.compilation_cache and jax.default_backend() != "cpu":
-        if not jax.config.jax_compilation_cache_dir:
+        if not jax.config.values["jax_compilation_cache_dir"]:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/simplest_vit"))
-        log.info("compiled programs are kept in %s", jax.config.jax_compilation_cache_dir)
+        log.info("compiled programs are kept in %s", jax.config.values["jax_compilation_cache_dir"])
 
 
 def _report(run: Run, meter: Meter, step: int) -> dict[str, float]:
