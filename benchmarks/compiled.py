@@ -7,7 +7,7 @@ python -m benchmarks.compiled --config configs/cifar10.py --against configs/cifa
 A row tells the lower bound of a step's time (`roofline.py`), model FLOPs over what the chip's data sheet promises in
 that time, launches, bytes moved, temporaries, waits for the host and custom calls. Then come the costliest kernels.
 
-It needs the CUDA plugin of the version of jaxlib, in a virtual environment of its own (docs/gpu.md), and no GPU.
+It needs the CUDA plugin of the version of jaxlib, in a folder of its own (docs/gpu.md), and no GPU.
 """
 
 import collections
@@ -60,8 +60,8 @@ def target() -> jax.Device:
     except importlib.metadata.PackageNotFoundError as error:
         version = importlib.metadata.version("jaxlib")
         raise UserError(
-            "compiling for a GPU needs JAX's CUDA plugin; install it in an environment of its own: "
-            f"pip install --no-deps jax-cuda13-pjrt=={version} jax-cuda13-plugin=={version}"
+            "compiling for a GPU needs JAX's CUDA plugin; install it in a folder of its own, which PYTHONPATH names: "
+            f"pip install --no-deps --target .venv/gpu jax-cuda13-pjrt=={version} jax-cuda13-plugin=={version}"
         ) from error
     description = (_HERE / "h200.txtpb").read_text()
     return topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x1").devices[0]
@@ -160,7 +160,7 @@ def _without(arguments: list[str], *names: str) -> list[str]:
     kept, words = [], iter(arguments)
     for word in words:
         name, equals, _ = word.lstrip("-").partition("=")
-        if word.startswith("-") and name in names:
+        if word.startswith("-") and name.split(".")[0] in names:
             if not equals:
                 next(words, None)
         else:

@@ -52,23 +52,25 @@ class Part:
         with self.log.open("a") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
-    def end(self) -> None:
-        """Print how it ended and its last lines."""
+    def end(self) -> bool:
+        """Print how it ended and its last lines; whether it ended well."""
         code = self.process.wait()
         print(f"== {self.name}: exit code {code} after {time.monotonic() - self.begin:.0f} s")
         print("\n".join(self.log.read_text().splitlines()[-15:]), flush=True)
+        return code == 0
 
 
-def run(waiting: list[tuple[str, list[str]]], folder: pathlib.Path, end: float, at_once: int = 1) -> None:
-    """Run programs until the time is over."""
+def run(waiting: list[tuple[str, list[str]]], folder: pathlib.Path, end: float, at_once: int = 1) -> bool:
+    """Run programs until the time is over; whether all ended well."""
     running: list[Part] = []
+    good = True
     while running or (waiting and time.monotonic() < end):
         while waiting and len(running) < at_once and time.monotonic() < end:
             running.append(Part(*waiting.pop(0), folder))
         for part in list(running):
             if part.process.poll() is not None:
                 running.remove(part)
-                part.end()
+                good &= part.end()
         if time.monotonic() > end:
             for part in running:
                 part.process.terminate()  # a run saves its step
@@ -78,6 +80,9 @@ def run(waiting: list[tuple[str, list[str]]], folder: pathlib.Path, end: float, 
                 except subprocess.TimeoutExpired:
                     part.process.kill()
         time.sleep(0.2)
+    for name, _ in waiting:
+        print(f"== {name}: not begun, the time is over")
+    return good and not waiting
 
 
 def main() -> None:
@@ -87,30 +92,31 @@ def main() -> None:
     parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="prepared CIFAR-10")
     parser.add_argument("--minutes", type=float, default=60, help="time for all of it")
     parser.add_argument("--at_once", type=int, default=1, help="runs of part 3 at the same time on the GPU")
-    parser.add_argument("--parts", default="1,2,3,4,5", help="some of them")
+    parser.add_argument(
+        "--parts", nargs="*", type=int, default=[1, 2, 3, 4, 5], choices=range(1, 6), help="some of them"
+    )
     parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=CELLS, help="some of those of part 3")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to try it on any machine")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     folder = options.workdir
     (folder / "cifar10").mkdir(parents=True, exist_ok=True)
-    # Programs that share a GPU share its memory; what one has compiled or tuned, the next need not.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(0.9 / options.at_once))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path("~/.cache/simplest_vit").expanduser()))
 
+    good = True
     toy = [f"--config.{field}" for field in TOY] if options.toy else []
 
     def program(module: str, *arguments: str) -> list[str]:
         return [sys.executable, "-m", module, *arguments]
 
-    if "1" in options.parts:
+    if 1 in options.parts:
         arguments = ["--interpret", "--batch_size=2"] if options.toy else []
-        run([("attention_kernel", program("benchmarks.attention_kernel", *arguments))], folder, end)
-    if "2" in options.parts:
-        kernels = "xla" if options.toy else "xla,fused"
-        step = program("benchmarks.train_step", f"--config={CONFIG}", f"--kernels={kernels}", *toy)
-        run([("train_step", step)], folder, end)
-    if "3" in options.parts:
+        good &= run([("attention_kernel", program("benchmarks.attention_kernel", *arguments))], folder, end)
+    if 2 in options.parts:
+        kernels = ["--kernel=xla", *([] if options.toy else ["--kernel=fused"])]
+        step = program("benchmarks.train_step", f"--config={CONFIG}", *kernels, *toy)
+        good &= run([("train_step", step)], folder, end)
+    if 3 in options.parts:
         cells = []
         for name in options.cells:
             arguments, fields = CELLS[name]
@@ -119,18 +125,19 @@ def main() -> None:
             command = program("simplest_vit", "train", f"--config={CONFIG}:setup=tat,{arguments}")
             command += [f"--workdir={folder / 'cifar10' / name}", *(f"--config.{field}" for field in fields), *toy]
             cells.append((name, command))
-        run(cells, folder, end, options.at_once)
-    if "4" in options.parts:
+        good &= run(cells, folder, end, options.at_once)
+    if 4 in options.parts:
         direct = program("benchmarks.optimizers", "--direct", f"--config={CONFIG}", *toy)
-        run([("optimizers", direct)], folder, end)
-    if "5" in options.parts:
+        good &= run([("optimizers", direct)], folder, end)
+    if 5 in options.parts:
         small = program("benchmarks.vanilla", f"--workdir={folder / 'vanilla'}", f"--data_dir={options.data_dir}")
         small += ["--rows", *ROWS, "--at_once=8", *(["--steps=2"] if options.toy else [])]
         rates = {"soap": "1e-3,2e-3,4e-3,8e-3", "adam": "3e-4,1e-3,3e-3", "muon": "3e-3,1e-2,3e-2"}
         for name, values in rates.items():
             seeds = "1" if options.toy else "1,2,3"
             command = [*small, f"--optimizers={name}", f"--learning_rates={values}", f"--seeds={seeds}"]
-            run([(f"vanilla-{name}", command)], folder, end)
+            good &= run([(f"vanilla-{name}", command)], folder, end)
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from absl import flags
 from benchmarks import noise
 from simplest_vit import cli
 from simplest_vit.data.pipeline import Batch
+from simplest_vit.models import attention
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.training.run import Run, build
 
@@ -29,7 +30,9 @@ _IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the im
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", 10, "Number of classes.")
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed steps of each program.", lower_bound=1)
 _TORCH = flags.DEFINE_bool("torch", True, "Time PyTorch too.")
-_KERNELS = flags.DEFINE_list("kernels", [], "Attention kernels to time, e.g. xla,fused; else the one of the config.")
+_KERNELS = flags.DEFINE_multi_enum(
+    "kernel", [], ["xla", "fused"], "Attention kernel to time, once for each; else that of the config."
+)
 
 
 class Program(NamedTuple):
@@ -133,6 +136,8 @@ def _main(arguments: list[str]) -> None:
     programs = []
     for kernel in _KERNELS.value or [config.model.attention_kernel]:
         config.model.attention_kernel = kernel
+        if kernel == "fused":
+            attention.check_devices(jax.devices())
         programs.append(ours(f"this, {kernel}", build(config, data), batch))
     own = len(programs)
     for compiled in (False, True) if _TORCH.value else ():

@@ -161,16 +161,15 @@ def main() -> None:
     signals.watch((signal.SIGTERM, signal.SIGINT), handler=_interrupt)
     try:
         failed = execute(points(options), [environment] * options.at_once)
+        runs, _ = find_runs([options.workdir])
+        text, curves = summary(runs)
+        print(text)
+        if curves:
+            with figures.style():
+                figure = draw_curves(curves, "CIFAR-10, protocol M, best learning rate")
+                figures.save(figure, pathlib.Path(options.workdir, "curves"))
     except Interrupted as error:
         sys.exit(tell(error))
-    runs, _ = find_runs([options.workdir])
-    text, curves = summary(runs)
-    print(text)
-    if curves:
-        with figures.style():
-            figures.save(
-                draw_curves(curves, "CIFAR-10, protocol M, best learning rate"), pathlib.Path(options.workdir, "curves")
-            )
     sys.exit(3 if failed else 0)
 
 

@@ -5,6 +5,7 @@ import importlib.resources
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from simplest_vit.analysis import figures
@@ -158,7 +159,7 @@ def _all_runs(groups: list[Group], reference: dict[str, Any]) -> str:
                 str(first["steps"]),
                 f"{sum(times) / len(times):.0f} s",
                 str(first.get("device", "-")),
-                str(first.get("commit") or "-")[:10],
+                re.sub(r"(?<=^\w{10})\w*", "", str(first.get("commit") or "-")),  # a "+" behind it: and changes
                 ", ".join(deviations(group.config, reference)) or "-",
             ]
         )

@@ -40,6 +40,7 @@ _MAY_CHANGE = (
     "fsdp",
     "log_every",
     "max_skipped_steps",
+    "model.attention_kernel",
     "profile",
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -11,7 +11,7 @@ from flax import nnx
 from scipy.special import softmax
 
 from simplest_vit.analysis import kernel_theory, measure, signals
-from simplest_vit.models import espa, tat
+from simplest_vit.models import attention, espa, tat
 from simplest_vit.models.simple_vit import Attention as SimpleAttention
 from simplest_vit.models.simplest_vit import ShapedAttention, UnshapedAttention, ValueSkipInit
 from simplest_vit.training.run import build
@@ -120,6 +120,12 @@ def test_any_seed_of_a_run_gives_the_models_of_that_run():
     (model,) = signals.initial_models(config, DIGITS, 1)
     expected = build(config, DIGITS).create_state().params["head"]["kernel"]
     np.testing.assert_array_equal(model.head.kernel[...], expected)
+
+
+def test_models_to_analyse_have_no_kernel_of_their_own(monkeypatch):
+    monkeypatch.setattr(attention, "choose", lambda kernel, *_, **__: "fused" if kernel == "auto" else kernel)
+    (model,) = signals.initial_models(tiny_config(), DIGITS, 1)
+    assert model.blocks.attention.kernel == "xla"
 
 
 def wide_models(config, seeds):

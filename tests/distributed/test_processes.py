@@ -149,9 +149,9 @@ def test_two_processes_evaluate(tmp_path):
     assert "validation_loss" not in text(two, 1, "out")
 
     running = start(two, [*SHORT, "--mode=evaluate"], 2, 2)
-    wait_for(two, "validation: 360 images")
-    running[0].send_signal(signal.SIGTERM)  # which JAX would take, to stop both behind a step that never comes
     try:
+        wait_for(two, "validation: 360 images")
+        running[0].send_signal(signal.SIGTERM)  # which JAX would take, to stop both behind a step that never comes
         assert running[0].wait(TIMEOUT) == os.EX_TEMPFAIL, text(two, 0)
     finally:
         for process in running:
