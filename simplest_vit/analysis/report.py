@@ -5,7 +5,6 @@ import importlib.resources
 import json
 import os
 import pathlib
-import re
 from typing import Any
 
 from simplest_vit.analysis import figures
@@ -149,7 +148,7 @@ def _all_runs(groups: list[Group], reference: dict[str, Any]) -> str:
     body, commands = [], []
     for number, group in enumerate(groups, start=1):
         first = group.runs[0].results
-        data = group.config.get("data.name")
+        data, commit = group.config.get("data.name"), str(first.get("commit") or "-")
         times = [run.results.get("wall_time_s", float("nan")) for run in group.runs]
         body.append(
             [
@@ -159,7 +158,7 @@ def _all_runs(groups: list[Group], reference: dict[str, Any]) -> str:
                 str(first["steps"]),
                 f"{sum(times) / len(times):.0f} s",
                 str(first.get("device", "-")),
-                re.sub(r"(?<=^\w{10})\w*", "", str(first.get("commit") or "-")),  # a "+" behind it: and changes
+                commit[:10] + "+" * commit.endswith("+"),  # which stands for changes beside the commit
                 ", ".join(deviations(group.config, reference)) or "-",
             ]
         )

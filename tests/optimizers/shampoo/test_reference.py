@@ -141,7 +141,7 @@ def follow(factory, method, frequency, shapes=MIXED, layered=LAYERED, steps=STEP
 FAST = {"epsilon": 1e-5, "relative": True, "initial": 1.0, "stagger": True}
 
 
-@pytest.mark.parametrize(("frequency", "start"), [(1, 1), (3, 3), (3, 8), (5, 2)])
+@pytest.mark.parametrize(("frequency", "start"), [(1, 1), (3, 3), (3, 8), (5, 2), (11, 11)])
 def test_the_default_preset_follows_the_oracle(frequency, start):
     distance = follow(
         shampoo,
@@ -173,11 +173,9 @@ def test_settings_of_the_default_preset_follow_the_oracle(ours, theirs):
     assert distance < 1e-8
 
 
-@pytest.mark.parametrize(
-    ("frequency", "start", "basis"),
-    [(4, 5, "qr"), (4, 5, "gram_schmidt"), (4, 5, "eigh"), (4, 5, None), (1, 4, "qr"), (11, 11, "gram_schmidt")],
-)
-def test_soap_follows_the_oracle(frequency, start, basis):
+@pytest.mark.parametrize("basis", ["qr", "gram_schmidt", "eigh", None])
+@pytest.mark.parametrize(("frequency", "start"), [(1, 4), (4, 5), (11, 11)])
+def test_soap_follows_the_oracle(basis, frequency, start):
     distance = follow(
         soap,
         oracle.Soap,
