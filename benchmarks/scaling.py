@@ -17,6 +17,7 @@ import jax
 from benchmarks import noise
 from simplest_vit.config import default
 from simplest_vit.models.factory import VARIANTS
+from simplest_vit.models.layers import token_grid
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.factory import options_of
 from simplest_vit.optimizers.shampoo import shampoo_plan
@@ -159,7 +160,7 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
     params = jax.tree.leaves(state.params)
     gradient = _FLOAT32 * sum(x.size for x in params)
     split = _FLOAT32 * sum(x.size for x in params if not x.sharding.is_fully_replicated)
-    tokens = math.prod(side // config.model.patch_size for side in IMAGE_SHAPE[:2])
+    tokens = math.prod(token_grid(IMAGE_SHAPE, config.model.patch_size))
     examples = config.batch_size / devices
     passes = 4 if scheme == "fsdp" else 3  # forward, twice that backward, and forward again where it is recomputed
     layers = VARIANTS[variant]["depth"] + 1

@@ -8,6 +8,7 @@ model, gradient clipping and weight decay, and always PyTorch's fused Adam: a co
 with that.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from simplest_vit import cli
 from simplest_vit.data.pipeline import Batch
 from simplest_vit.models import attention
 from simplest_vit.models.factory import model_arguments
+from simplest_vit.models.layers import token_grid
 from simplest_vit.training.run import Run, build
 
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the images; they have 3 channels.")
@@ -119,7 +121,7 @@ def pytorch(config: Any, image: np.ndarray, label: np.ndarray, compiled: bool) -
 def model_flops(config: Any, image_shape: tuple[int, int, int], num_classes: int) -> int:
     """FLOPs of the matrix products for one image, forward and backward (three times forward)."""
     sizes = model_arguments(config.model, image_shape)
-    width, tokens = sizes["width"], image_shape[0] * image_shape[1] // sizes["patch_size"] ** 2
+    width, tokens = sizes["width"], math.prod(token_grid(image_shape, sizes["patch_size"]))
     projections = 3 if config.model.name == "simplest_vit" else 4
     block = projections * width**2 + 2 * width * sizes["mlp_dim"] + 2 * tokens * width
     patches = sizes["patch_size"] ** 2 * image_shape[2] * width

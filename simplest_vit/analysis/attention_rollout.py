@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from simplest_vit.analysis import measure
+from simplest_vit.models.layers import token_grid
 from simplest_vit.models.simple_vit import SimpleViT
 
 
@@ -27,8 +28,8 @@ def attention_rollout(model: measure.Model, image: jax.Array) -> np.ndarray:
       float32 [B, rows, columns]; each sums to 1.
     """
     graphdef, state = nnx.split(model)
-    rows = image.shape[1] // model.patch_size
-    return np.asarray(_rollout(graphdef, nnx.to_pure_dict(state), image)).reshape(len(image), rows, -1)
+    grid = token_grid(image.shape[1:], model.patch_size)
+    return np.asarray(_rollout(graphdef, nnx.to_pure_dict(state), image)).reshape(len(image), *grid)
 
 
 @functools.partial(jax.jit, static_argnums=0)

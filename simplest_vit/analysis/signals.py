@@ -12,7 +12,7 @@ from simplest_vit.analysis import kernel_theory, measure
 from simplest_vit.analysis.jacobian import jacobian_spectrum
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.models import espa, shift, tat
-from simplest_vit.models.layers import patchify
+from simplest_vit.models.layers import patchify, token_grid
 from simplest_vit.models.simplest_vit import ShapedAttention, SimplestViT, ValueSkipInit
 from simplest_vit.training.run import build
 
@@ -78,7 +78,7 @@ def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.
     """
     measurements, alone = [], []
     for model in models:
-        grid = image.shape[1] // model.patch_size, image.shape[2] // model.patch_size
+        grid = token_grid(image.shape[1:], model.patch_size)
         depth = jax.tree.leaves(nnx.state(model.blocks))[0].shape[0]
         form = config.attention if config.attention in espa.FORMS else "espa"
         shaping = config.gamma_max_depth, form, config.rho_max_depth

@@ -8,7 +8,7 @@ from flax import traverse_util
 from simplest_vit.errors import UserError
 from simplest_vit.interop.torch_file import Checkpoint
 from simplest_vit.models import reference_layout
-from simplest_vit.models.layers import sincos_position_embedding
+from simplest_vit.models.layers import sincos_position_embedding, token_grid
 from simplest_vit.training.state import TrainState
 
 
@@ -82,8 +82,8 @@ def from_reference(
             raise _mismatch(checkpoint, f"has {name} {list(found)}, expected {list(shape)}")
         for part, array in zip(parts, tensor.here(checkpoint[name]), strict=True):
             part[...] = array
-    height, width = (n // config.patch_size for n in image_shape[:2])
-    arrays["position_embedding"] = sincos_position_embedding((height, width), shapes["position_embedding"].shape[1])
+    grid = token_grid(image_shape, config.patch_size)
+    arrays["position_embedding"] = sincos_position_embedding(grid, shapes["position_embedding"].shape[1])
     return tuple(
         traverse_util.unflatten_dict({path: arrays[path] for path in traverse_util.flatten_dict(tree, sep="/")}, "/")
         for tree in (abstract.params, abstract.constants)

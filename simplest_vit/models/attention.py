@@ -36,12 +36,17 @@ def check_sizes(tokens: int, head_width: int) -> None:
     Raises:
       UserError: If not.
     """
-    for name, size, (low, high) in (("tokens", tokens, TOKENS), ("head width", head_width, HEAD_WIDTHS)):
-        if not low <= size <= high:
-            raise UserError(
-                f"config.model.attention_kernel='fused' does {name} of {low} to {high}, not {size}; "
-                "choose xla or another model"
-            )
+    for name, size, (low, high) in _misfits(tokens, head_width):
+        raise UserError(
+            f"config.model.attention_kernel='fused' does {name} of {low} to {high}, not {size}; "
+            "choose xla or another model"
+        )
+
+
+def _misfits(tokens: int, head_width: int) -> list[tuple[str, int, tuple[int, int]]]:
+    """Names, sizes and ranges of what the kernel cannot do."""
+    sizes = ("tokens", tokens, TOKENS), ("head width", head_width, HEAD_WIDTHS)
+    return [(name, size, (low, high)) for name, size, (low, high) in sizes if not low <= size <= high]
 
 
 def check_devices(devices: Sequence[jax.Device]) -> None:
@@ -73,7 +78,7 @@ def choose(kernel: str, devices: Sequence[jax.Device], tokens: int, head_width: 
     """
     if kernel != "auto":
         return kernel
-    fits = TOKENS[0] <= tokens <= FASTER_TOKENS and HEAD_WIDTHS[0] <= head_width <= HEAD_WIDTHS[1]
+    fits = tokens <= FASTER_TOKENS and not _misfits(tokens, head_width)
     return "fused" if fits and all(map(_is_recent, devices)) else "xla"
 
 

@@ -1,5 +1,6 @@
 """From `config.model` to a model."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ from flax import nnx
 
 from simplest_vit.errors import UserError
 from simplest_vit.models import attention, simplest_vit
+from simplest_vit.models.layers import token_grid
 from simplest_vit.models.simple_vit import SimpleViT
 from simplest_vit.models.simplest_vit import SimplestViT
 
@@ -62,6 +64,7 @@ def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str,
             f"config.model.patch_size={config.patch_size} does not divide the image size {height} x {width_pixels}; "
             "choose a divisor or change config.data.image_size"
         )
+    num_tokens = math.prod(token_grid(image_shape, config.patch_size))
     width = sizes["width"]
     if width % sizes["num_heads"]:
         raise UserError(
@@ -78,13 +81,12 @@ def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str,
     # `auto` is XLA's form here; `training.run.build` knows the devices, and may have chosen the kernel.
     arguments["attention_kernel"] = "fused" if config.attention_kernel == "fused" else "xla"
     if arguments["attention_kernel"] == "fused":
-        attention.check_sizes(height * width_pixels // config.patch_size**2, width // sizes["num_heads"])
+        attention.check_sizes(num_tokens, width // sizes["num_heads"])
     if config.name == "simplest_vit":
         _one_of("model.attention", config.attention, simplest_vit.ATTENTIONS)
         _one_of("model.mlp", config.mlp, simplest_vit.MLPS)
         _one_of("model.activation", config.activation, simplest_vit.MLPS[config.mlp])
         _one_of("model.init", config.init, simplest_vit.INITS)
-        num_tokens = height * width_pixels // config.patch_size**2
         if config.attention == "shift" and sizes["num_heads"] > num_tokens:
             raise UserError(
                 f"config.model.num_heads={sizes['num_heads']} must be at most the {num_tokens} tokens, for shift "

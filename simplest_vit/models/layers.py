@@ -1,6 +1,6 @@
 """What both models are made of: patches, positions, attention, and depth as a scan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,10 +36,15 @@ def sincos_position_embedding(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
 
 
+def token_grid(image_shape: Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of the patches of an image [H, W, C]; T = rows * columns."""
+    return image_shape[0] // patch_size, image_shape[1] // patch_size
+
+
 def patchify(image: jax.Array, patch_size: int) -> jax.Array:
     """Cut images [B, H, W, C] into flat patches [B, T, P * P * C], patches and pixels in raster order."""
-    b, h, w, c = image.shape
-    rows, columns = h // patch_size, w // patch_size
+    b, _, _, c = image.shape
+    rows, columns = token_grid(image.shape[1:], patch_size)
     x = image.reshape(b, rows, patch_size, columns, patch_size, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, patch_size * patch_size * c)
 

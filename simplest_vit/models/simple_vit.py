@@ -85,7 +85,7 @@ class SimpleViT(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """Initialize parameters (float32); arguments as in `SimplestViT`."""
-        grid = image_shape[0] // patch_size, image_shape[1] // patch_size
+        grid = layers.token_grid(image_shape, patch_size)
         self.patch_embedding = _dense(patch_size**2 * image_shape[2], width, dtype=dtype, rngs=rngs)
         self.position_embedding = layers.Constant(jnp.asarray(layers.sincos_position_embedding(grid, width)))
         block = functools.partial(Block, width, num_heads, mlp_dim, kernel=attention_kernel, dtype=dtype)

@@ -227,7 +227,7 @@ class SimplestViT(nnx.Module):
         Raises:
           ValueError: If TAT has no solution for the depth, or a name is unknown.
         """
-        grid = image_shape[0] // patch_size, image_shape[1] // patch_size
+        grid = layers.token_grid(image_shape, patch_size)
         orthogonal = (
             initializers.reference_orthogonal if init == "reference" else initializers.scaled_uniform_orthogonal
         )

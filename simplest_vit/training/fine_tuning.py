@@ -5,6 +5,7 @@ from typing import Any
 
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import model_arguments
+from simplest_vit.models.layers import token_grid
 from simplest_vit.training.run import Run, restore_best
 
 log = logging.getLogger("simplest_vit")
@@ -65,5 +66,4 @@ def _function(run: Run) -> dict[str, Any]:
 
 
 def _grid(run: Run) -> str:
-    height, width, _ = run.data.image_shape
-    return f"{height // run.config.model.patch_size}x{width // run.config.model.patch_size}"
+    return "{}x{}".format(*token_grid(run.data.image_shape, run.config.model.patch_size))

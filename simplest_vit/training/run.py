@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.data.pipeline import steps_per_epoch
 from simplest_vit.models import attention
 from simplest_vit.models.factory import model_arguments
+from simplest_vit.models.layers import token_grid
 from simplest_vit.models.simple_vit import SimpleViT
 from simplest_vit.models.simplest_vit import SimplestViT
 from simplest_vit.optimizers.factory import create_optimizer
@@ -108,7 +110,7 @@ def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
     settings.model.attention_kernel = attention.choose(
         config.model.attention_kernel,
         mesh.devices.flatten().tolist(),
-        tokens=data.image_shape[0] * data.image_shape[1] // sizes["patch_size"] ** 2,
+        tokens=math.prod(token_grid(data.image_shape, sizes["patch_size"])),
         head_width=sizes["width"] // sizes["num_heads"],
     )
     graphdef, initialize = state_initializer(

@@ -117,7 +117,8 @@ def residual(root: jax.Array, matrix: jax.Array, p: int) -> jax.Array:
         matrix = _matmul(half, _matmul(half, matrix))
     if p % 2:
         matrix = _matmul(root, matrix)
-    error = matrix - jnp.eye(n, dtype=matrix.dtype)[None]
+    # Transposed, or XLA for CPUs (jaxlib 0.10) takes the products into the norm, where it computes them over and over.
+    error = matrix.mT - jnp.eye(n, dtype=matrix.dtype)[None]
     return (jnp.linalg.norm(error, axis=(-2, -1)) / n**0.5).astype(jnp.float32)
 
 
