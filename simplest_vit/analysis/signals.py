@@ -83,8 +83,7 @@ def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.
         form = config.attention if config.attention in espa.FORMS else "espa"
         shaping = config.gamma_max_depth, form, config.rho_max_depth
         if isinstance(model, SimplestViT) and config.attention == "shift":
-            heads = shift.attention_matrices(model.blocks.attention.num_heads, grid, config.shift_eps)
-            target = np.broadcast_to(heads, (depth, *heads.shape))
+            target = shift.attention_matrices(model.blocks.attention.num_heads, grid, config.shift_eps, depth)
         else:
             target = espa.attention_matrices(grid, depth, *shaping)[:, None]
         measurements.append(measure.measure(model, image, label, target))

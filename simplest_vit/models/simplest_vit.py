@@ -235,8 +235,7 @@ class SimplestViT(nnx.Module):
         shaping: tuple[np.ndarray, ...] = ()  # constants of each block, [L, ...]
         attention_class: Callable = ShapedAttention
         if attention == "shift":
-            bias = shift.attention_bias(num_heads, grid, shift_eps)
-            shaping = (np.broadcast_to(bias, (depth, *bias.shape)),)
+            shaping = (shift.attention_bias(num_heads, grid, shift_eps, depth),)
         elif attention in espa.FORMS:
             row_scale, bias = espa.shaped_attention(grid, depth, gamma_max_depth, attention, rho_max_depth)
             shaping = bias, row_scale

@@ -15,39 +15,49 @@ from tests.models import tiny
 GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
-@given(grid=GRIDS, data=st.data())
-def test_offsets_are_different_near_and_balanced(grid, data):
+@given(grid=GRIDS, depth=st.integers(1, 30), data=st.data())
+def test_half_of_the_heads_stay_and_the_others_look_at_the_nearest_tokens(grid, depth, data):
     rows, columns = grid
     num_heads = data.draw(st.integers(1, rows * columns))
-    offsets = shift.head_offsets(num_heads, grid)
-    assert offsets.shape == (num_heads, 2)
-    assert len({(y % rows, x % columns) for y, x in offsets}) == num_heads
+    moving = num_heads // 2
+    offsets = shift.head_offsets(num_heads, grid, depth)
+    assert offsets.shape == (depth, num_heads, 2)
+    assert not offsets[:, : num_heads - moving].any()
     torus = sorted(min(y, rows - y) ** 2 + min(x, columns - x) ** 2 for y in range(rows) for x in range(columns))
-    distances = (offsets**2).sum(axis=1)
-    np.testing.assert_array_equal(distances, torus[:num_heads])
-    if rows % 2 and columns % 2 and num_heads % 2:  # no offset is its own opposite, so that pairs are whole
-        assert not offsets.sum(axis=0).any()
+    for block in offsets[:, num_heads - moving :]:
+        assert len({(y % rows, x % columns) for y, x in block} - {(0, 0)}) == moving
+        distances = np.sort((block**2).sum(axis=1))
+        assert not moving or distances[-1] <= torus[moving]  # as near as so many can be, or in turn with those
+    if moving:
+        counts = np.unique(offsets[:, num_heads - moving :].reshape(-1, 2), axis=0, return_counts=True)[1]
+        equally_far = torus.index(torus[moving]) + torus.count(torus[moving]) - 1
+        assert len(counts) == min(equally_far, depth * moving)
+        assert counts.max() - counts.min() <= 1  # in turn
 
 
-def test_the_offsets_of_nine_heads_are_none_and_the_neighbours():
-    offsets = [tuple(offset) for offset in shift.head_offsets(9, (14, 14)).tolist()]
-    assert offsets[0] == (0, 0)
-    assert set(offsets) == {(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+def test_the_offsets_of_few_heads():
+    four = {(0, -1), (0, 1), (-1, 0), (1, 0)}
+    one, two, three, eight = (shift.head_offsets(2 * n, (8, 8), 4)[:, n:].tolist() for n in (1, 2, 3, 4))
+    assert {tuple(offset) for (offset,) in one} == four
+    assert all(np.sum(block, axis=0).tolist() == [0, 0] for block in two)  # opposite ones
+    assert np.sum(three, axis=(0, 1)).tolist() == [0, 0]
+    assert all({tuple(offset) for offset in block} == four for block in eight)
     with pytest.raises(ValueError, match="num_heads=7 must be at most the number of tokens, 2 x 3"):
-        shift.head_offsets(7, (2, 3))
+        shift.head_offsets(7, (2, 3), 1)
 
 
 @given(grid=GRIDS, eps=st.floats(0.001, 0.9), data=st.data())
 def test_every_head_looks_its_offset_away(grid, eps, data):
     rows, columns = grid
     num_heads = data.draw(st.integers(1, min(rows * columns, 9)))
-    matrices = shift.attention_matrices(num_heads, grid, eps)
-    np.testing.assert_allclose(softmax(shift.attention_bias(num_heads, grid, eps), axis=-1), matrices, atol=1e-14)
+    matrices = shift.attention_matrices(num_heads, grid, eps, 3)
+    np.testing.assert_allclose(softmax(shift.attention_bias(num_heads, grid, eps, 3), axis=-1), matrices, atol=1e-14)
     x = np.random.default_rng(0).normal(size=(rows, columns))
-    for matrix, (dy, dx) in zip(matrices, shift.head_offsets(num_heads, grid), strict=True):
-        moved = [[x[(i + dy) % rows, (j + dx) % columns] for j in range(columns)] for i in range(rows)]
-        expected = (1 - eps) * np.asarray(moved) + eps * x.mean()
-        np.testing.assert_allclose((matrix @ x.ravel()).reshape(grid), expected, atol=1e-12)
+    for block, offsets in zip(matrices, shift.head_offsets(num_heads, grid, 3), strict=True):
+        for matrix, (dy, dx) in zip(block, offsets, strict=True):
+            moved = [[x[(i + dy) % rows, (j + dx) % columns] for j in range(columns)] for i in range(rows)]
+            expected = (1 - eps) * np.asarray(moved) + eps * x.mean()
+            np.testing.assert_allclose((matrix @ x.ravel()).reshape(grid), expected, atol=1e-12)
 
 
 def jacobian(depth, eps, activation):
