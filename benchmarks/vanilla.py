@@ -50,6 +50,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     # One step away from the isometric network.
     "isometric, 2 heads": (_ISOMETRIC, {}),
     "isometric, 4 heads": (_ISOMETRIC, {"model.num_heads": 4}),
+    "isometric, 1 in place": (_ISOMETRIC, {"model.num_heads": 8, "model.shift_in_place": 0.125}),
+    "isometric, 6 in place": (_ISOMETRIC, {"model.num_heads": 8, "model.shift_in_place": 0.75}),
+    "isometric, all in place": (_ISOMETRIC, {"model.num_heads": 8, "model.shift_in_place": 1.0}),
     "isometric, eps 0.05": (_ISOMETRIC, {"model.num_heads": 8, "model.shift_eps": 0.05}),
     "isometric, eps 0.002": (_ISOMETRIC, {"model.num_heads": 8, "model.shift_eps": 0.002}),
     "isometric, ReLU": (_ISOMETRIC, {"model.num_heads": 8, "model.activation": "relu"}),

@@ -11,7 +11,7 @@ from flax import nnx
 from simplest_vit.analysis import kernel_theory, measure
 from simplest_vit.analysis.jacobian import jacobian_spectrum
 from simplest_vit.data.dataset import DatasetInfo
-from simplest_vit.models import espa, shift, tat
+from simplest_vit.models import espa, tat
 from simplest_vit.models.layers import patchify, token_grid
 from simplest_vit.models.simplest_vit import ShapedAttention, SimplestViT, ValueSkipInit
 from simplest_vit.training.run import build
@@ -83,7 +83,7 @@ def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.
         form = config.attention if config.attention in espa.FORMS else "espa"
         shaping = config.gamma_max_depth, form, config.rho_max_depth
         if isinstance(model, SimplestViT) and config.attention == "shift":
-            target = shift.attention_matrices(model.blocks.attention.num_heads, grid, config.shift_eps, depth)
+            target = _shaped_attention(model.blocks.attention)
         else:
             target = espa.attention_matrices(grid, depth, *shaping)[:, None]
         measurements.append(measure.measure(model, image, label, target))
@@ -150,16 +150,21 @@ def initial_attention(model: measure.Model) -> np.ndarray | None:
     """What attention multiplies values with at initialization, by its constants: float64 [L, H or 1, T, T], or None."""
     attention = model.blocks.attention
     if isinstance(attention, ShapedAttention):
-        bias = np.asarray(attention.attention_bias[...], np.float64)
-        bias = bias.reshape(len(bias), -1, *bias.shape[-2:])
-        weights = np.exp(bias - bias.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        if attention.row_scale is not None:
-            weights *= np.asarray(attention.row_scale[...], np.float64)[:, None, :, None]
-        return weights
+        return _shaped_attention(attention)
     if isinstance(attention, ValueSkipInit):
         return np.tile(np.eye(len(model.position_embedding[...])), (len(attention.alpha[...]), 1, 1, 1))
     return None
+
+
+def _shaped_attention(attention: ShapedAttention) -> np.ndarray:
+    """`initial_attention` of shaped attention, whose queries start at zero."""
+    bias = np.asarray(attention.attention_bias[...], np.float64)
+    bias = bias.reshape(len(bias), -1, *bias.shape[-2:])
+    weights = np.exp(bias - bias.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    if attention.row_scale is not None:
+        weights *= np.asarray(attention.row_scale[...], np.float64)[:, None, :, None]
+    return weights
 
 
 def _rows(kernel: np.ndarray, token: int) -> np.ndarray:

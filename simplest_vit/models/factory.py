@@ -27,6 +27,7 @@ _SHAPING = (
     "gamma_max_depth",
     "rho_max_depth",
     "shift_eps",
+    "shift_in_place",
     "mlp",
     "activation",
     "c_val_0_target",
@@ -103,6 +104,8 @@ def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str,
             raise UserError(f"config.model.rho_max_depth={config.rho_max_depth} must lie in (0, 1)")
         if not 0.0 < config.shift_eps < 1.0:  # at 0 no query could ever reach another token
             raise UserError(f"config.model.shift_eps={config.shift_eps} must lie in (0, 1)")
+        if not 0.0 < config.shift_in_place <= 1.0:
+            raise UserError(f"config.model.shift_in_place={config.shift_in_place} must lie in (0, 1]")
         arguments |= {name: config[name] for name in _SHAPING}
         if config.activation == "tailored_relu":
             try:

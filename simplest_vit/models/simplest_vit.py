@@ -189,6 +189,7 @@ class SimplestViT(nnx.Module):
         gamma_max_depth: float = 0.005,
         rho_max_depth: float = 0.8,
         shift_eps: float = 0.01,
+        shift_in_place: float = 0.5,
         mlp: str = "shaped",
         activation: str = "tailored_relu",
         c_val_0_target: float = 0.9,
@@ -213,6 +214,7 @@ class SimplestViT(nnx.Module):
           gamma_max_depth: E-SPA's decay rate at the last block.
           rho_max_depth: U-SPA's correlation at the last block.
           shift_eps: Share of uniform attention in shift attention, in [0, 1).
+          shift_in_place: Share of the heads that start in place in shift attention, in (0, 1].
           mlp: One of `MLPS`, `shaped` or `mirrored`.
           activation: One of those of `MLPS`: `tailored_relu`, or `relu` (slope 0) as a contrast, for the shaped MLP.
           c_val_0_target: TAT's eta.
@@ -235,7 +237,8 @@ class SimplestViT(nnx.Module):
         shaping: tuple[np.ndarray, ...] = ()  # constants of each block, [L, ...]
         attention_class: Callable = ShapedAttention
         if attention == "shift":
-            shaping = (shift.attention_bias(num_heads, grid, shift_eps, depth),)
+            offsets = shift.head_offsets(num_heads, grid, depth, shift_in_place)
+            shaping = (shift.attention_bias(offsets, grid, shift_eps),)
         elif attention in espa.FORMS:
             row_scale, bias = espa.shaped_attention(grid, depth, gamma_max_depth, attention, rho_max_depth)
             shaping = bias, row_scale

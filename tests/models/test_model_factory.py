@@ -20,6 +20,7 @@ DEFAULTS = {
     "gamma_max_depth": 0.005,
     "rho_max_depth": 0.8,
     "shift_eps": 0.01,
+    "shift_in_place": 0.5,
     "mlp": "shaped",
     "activation": "tailored_relu",
     "c_val_0_target": 0.9,
@@ -56,6 +57,25 @@ def test_baseline_takes_no_shaping():
         ({"init": "torch"}, "config.model.init='torch' is unknown; expected one of paper, reference"),
         ({"gamma_max_depth": 0.0}, "config.model.gamma_max_depth=0.0 must lie in (0, 10]"),
         ({"gamma_max_depth": 50.0}, "config.model.gamma_max_depth=50.0 must lie in (0, 10]"),
+        ({"shift_eps": 0.0}, "config.model.shift_eps=0.0 must lie in (0, 1)"),
+        ({"shift_eps": 1.0}, "config.model.shift_eps=1.0 must lie in (0, 1)"),
+        ({"shift_in_place": 0.0}, "config.model.shift_in_place=0.0 must lie in (0, 1]"),
+        (
+            {"attention": "shift", "num_heads": 128},
+            "config.model.num_heads=128 must be at most the 96 tokens, for shift attention has an offset for each head",
+        ),
+        (
+            {"mlp": "mirrored", "activation": "gelu", "mlp_dim": 769},
+            "config.model.mlp_dim=769 must be even and at least 768, twice the width, for a mirrored MLP",
+        ),
+        (
+            {"mlp": "mirrored", "activation": "gelu", "mlp_dim": 766},
+            "config.model.mlp_dim=766 must be even and at least 768, twice the width, for a mirrored MLP",
+        ),
+        (
+            {"mlp": "mirrored"},
+            "config.model.activation='tailored_relu' is unknown; expected one of gelu, silu, relu",
+        ),
         ({"rho_max_depth": 1.0}, "config.model.rho_max_depth=1.0 must lie in (0, 1)"),
         ({"depth": 6}, "config.model.c_val_0_target=0.9 is out of reach for depth 6 (12 activations)"),
         ({"c_val_0_target": 1.5}, "config.model.c_val_0_target=1.5 must lie in (0, 1)"),

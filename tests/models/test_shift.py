@@ -15,33 +15,35 @@ from tests.models import tiny
 GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
-@given(grid=GRIDS, depth=st.integers(1, 30), data=st.data())
-def test_half_of_the_heads_stay_and_the_others_look_at_the_nearest_tokens(grid, depth, data):
+@given(grid=GRIDS, depth=st.integers(1, 30), in_place=st.sampled_from([0.01, 0.25, 0.5, 0.8, 1.0]), data=st.data())
+def test_some_heads_stay_and_the_others_look_at_the_nearest_tokens(grid, depth, in_place, data):
     rows, columns = grid
     num_heads = data.draw(st.integers(1, rows * columns))
-    moving = num_heads // 2
-    offsets = shift.head_offsets(num_heads, grid, depth)
+    moving = int((1 - in_place) * num_heads + 1e-9)
+    offsets = shift.head_offsets(num_heads, grid, depth, in_place)
     assert offsets.shape == (depth, num_heads, 2)
     assert not offsets[:, : num_heads - moving].any()
+    if not moving:
+        return
     torus = sorted(min(y, rows - y) ** 2 + min(x, columns - x) ** 2 for y in range(rows) for x in range(columns))
     for block in offsets[:, num_heads - moving :]:
         assert len({(y % rows, x % columns) for y, x in block} - {(0, 0)}) == moving
-        distances = np.sort((block**2).sum(axis=1))
-        assert not moving or distances[-1] <= torus[moving]  # as near as so many can be, or in turn with those
-    if moving:
-        counts = np.unique(offsets[:, num_heads - moving :].reshape(-1, 2), axis=0, return_counts=True)[1]
-        equally_far = torus.index(torus[moving]) + torus.count(torus[moving]) - 1
-        assert len(counts) == min(equally_far, depth * moving)
-        assert counts.max() - counts.min() <= 1  # in turn
+        assert np.square(block).sum(axis=1).max() <= torus[moving]
+    counts = np.unique(offsets[:, num_heads - moving :].reshape(-1, 2), axis=0, return_counts=True)[1]
+    as_near = sum(distance <= torus[moving] for distance in torus) - 1
+    assert len(counts) == min(as_near, depth * moving)
+    assert counts.max() - counts.min() <= 1  # in turn
 
 
 def test_the_offsets_of_few_heads():
-    four = {(0, -1), (0, 1), (-1, 0), (1, 0)}
-    one, two, three, eight = (shift.head_offsets(2 * n, (8, 8), 4)[:, n:].tolist() for n in (1, 2, 3, 4))
-    assert {tuple(offset) for (offset,) in one} == four
-    assert all(np.sum(block, axis=0).tolist() == [0, 0] for block in two)  # opposite ones
-    assert np.sum(three, axis=(0, 1)).tolist() == [0, 0]
-    assert all({tuple(offset) for offset in block} == four for block in eight)
+    left, right, up, down = (0, -1), (0, 1), (-1, 0), (1, 0)
+    four = [left, right, up, down]
+    one, two, three = (shift.head_offsets(2 * n, (8, 8), 4)[:, n:].tolist() for n in (1, 2, 3))
+    assert [tuple(offset) for (offset,) in one] == four
+    assert [[tuple(offset) for offset in block] for block in two[:2]] == [four[:2], four[2:]]
+    assert [[tuple(offset) for offset in block] for block in three[:2]] == [[left, right, up], [down, left, right]]
+    for num_heads in (8, 12, 16):  # opposite ones are in the same block
+        assert not shift.head_offsets(num_heads, (8, 8), 4).sum(axis=1).any()
     with pytest.raises(ValueError, match="num_heads=7 must be at most the number of tokens, 2 x 3"):
         shift.head_offsets(7, (2, 3), 1)
 
@@ -50,14 +52,28 @@ def test_the_offsets_of_few_heads():
 def test_every_head_looks_its_offset_away(grid, eps, data):
     rows, columns = grid
     num_heads = data.draw(st.integers(1, min(rows * columns, 9)))
-    matrices = shift.attention_matrices(num_heads, grid, eps, 3)
-    np.testing.assert_allclose(softmax(shift.attention_bias(num_heads, grid, eps, 3), axis=-1), matrices, atol=1e-14)
+    offsets = shift.head_offsets(num_heads, grid, 3)
+    matrices = shift.attention_matrices(offsets, grid, eps)
+    np.testing.assert_allclose(softmax(shift.attention_bias(offsets, grid, eps), axis=-1), matrices, atol=1e-14)
     x = np.random.default_rng(0).normal(size=(rows, columns))
-    for block, offsets in zip(matrices, shift.head_offsets(num_heads, grid, 3), strict=True):
-        for matrix, (dy, dx) in zip(block, offsets, strict=True):
+    for block, block_offsets in zip(matrices, offsets, strict=True):
+        for matrix, (dy, dx) in zip(block, block_offsets, strict=True):
             moved = [[x[(i + dy) % rows, (j + dx) % columns] for j in range(columns)] for i in range(rows)]
             expected = (1 - eps) * np.asarray(moved) + eps * x.mean()
             np.testing.assert_allclose((matrix @ x.ravel()).reshape(grid), expected, atol=1e-12)
+
+
+def test_each_block_of_the_model_has_its_own_offsets():
+    """Two heads, one of which moves: right in the second block, down in the third."""
+    model = tiny.simplest_vit(
+        attention="shift", shift_eps=0.2, mlp="mirrored", activation="gelu", init="isometric", mlp_dim=32, depth=4
+    )
+    bias = np.asarray(model.blocks.attention.attention_bias[...])
+    assert bias.shape == (4, 2, 6, 6)
+    looked_at = bias.argmax(axis=-1)  # tokens 0 1 2 / 3 4 5
+    np.testing.assert_array_equal(looked_at[:, 0], np.tile(np.arange(6), (4, 1)))
+    np.testing.assert_array_equal(looked_at[1, 1], [1, 2, 0, 4, 5, 3])
+    np.testing.assert_array_equal(looked_at[2, 1], [3, 4, 5, 0, 1, 2])
 
 
 def jacobian(depth, eps, activation):
