@@ -158,6 +158,27 @@ def test_the_network_follows_the_recursion_at_width_1024():
     np.testing.assert_allclose(result.token_rows, result.theory_rows, atol=0.1)
 
 
+def test_the_isometric_network_follows_its_recursion():
+    """One seed at width 256; images of which neighbouring pixels are alike, so that shifts and the mean show."""
+    config = wide_config(
+        model__width=256,
+        model__mlp_dim=512,
+        model__attention="shift",
+        model__shift_eps=0.1,
+        model__mlp="mirrored",
+        model__activation="gelu",
+        model__init="isometric",
+    )
+    image = jnp.cumsum(jax.random.normal(jax.random.key(3), (4, 8, 8, 1)), axis=2)
+    label = jax.nn.one_hot(jnp.arange(4), 10)
+    result = signals.analyse("isometric", wide_models(config, 1), config.model, image, label)
+    np.testing.assert_allclose(result.measured["attention_distance"][1:], 0, atol=1e-6)
+    np.testing.assert_allclose(result.measured["mean_square"], result.theory["mean_square"], rtol=0.01)
+    assert np.ptp(result.theory["image_cosine"]) > 0.1
+    for quantity in ("token_cosine", "image_cosine"):
+        np.testing.assert_allclose(result.measured[quantity], result.theory[quantity], atol=0.01)
+
+
 def shaped_mlp(slope):
     return functools.partial(kernel_theory.shaped_mlp, negative_slope=slope)
 
