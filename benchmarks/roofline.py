@@ -21,6 +21,8 @@ BYTES_PER_S = 4.3e12
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "add-dependency"}
+_SLICES = ("dynamic-slice", "slice", "gather")
+_UPDATES = ("dynamic-update-slice", "scatter")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%([\w.\-]+)")
 
 
@@ -182,36 +184,48 @@ def _product(i: Instruction, computation: dict[str, Instruction]) -> dict[str, f
 
 
 def _traffic(i: Instruction, computation: dict[str, Instruction], computations: Any) -> float:
-    """Bytes read and written; of a parameter that is only sliced the slices, of an update in place the update."""
+    """Bytes read and written; of what is only sliced or gathered the slices, of an update in place the update."""
     written = float(i.bytes)
-    read = [float(computation[o].bytes) if o in computation else 0.0 for o in i.operands]
-    if i.op in ("dynamic-slice", "slice"):
+    if i.op in _SLICES:
         return 2 * written
-    if i.op == "dynamic-update-slice":
-        return 2.0 * computation[i.operands[1]].bytes
+    if i.op in _UPDATES:
+        return 2.0 * computation[_update(i)].bytes
     if i.op != "fusion":
-        return sum(read) + written
+        return sum(computation[o].bytes for o in i.operands if o in computation) + written
     body = computations[i.called[0]]
-    users = collections.defaultdict(list)
+    needed = _needed(body)
+    read = sum(j.bytes * needed[j.name] for j in body.values() if j.op == "parameter")
     for j in body.values():
-        for operand in j.operands:
-            users[operand].append(j)
+        if j.op in _UPDATES and j.bytes <= written:
+            written -= j.bytes - body[_update(j)].bytes
+    return read + written
 
-    def uses(name: str) -> list[tuple[Instruction, str]]:
-        direct = [(user, name) for user in users[name]]
-        return [use for user, n in direct for use in (uses(user.name) if user.op == "bitcast" else [(user, n)])]
 
-    for j in body.values():
-        number = re.search(r"parameter\((\d+)\)", j.line) if j.op == "parameter" else None
-        used = uses(j.name) if number else []
-        if number and used and all(u.operands[0] == by for u, by in used):
-            if all(u.op in ("dynamic-slice", "slice", "gather") for u, _ in used):
-                read[int(number[1])] = min(read[int(number[1])], sum(u.bytes for u, _ in used))
-            elif all(u.op == "dynamic-update-slice" for u, _ in used):
-                read[int(number[1])] = 0.0
-        if j.op == "dynamic-update-slice" and j.bytes <= written:
-            written -= j.bytes - body[j.operands[1]].bytes
-    return sum(read) + written
+def _update(i: Instruction) -> str:
+    """The operand with what is written."""
+    return i.operands[1] if i.op == "dynamic-update-slice" else i.operands[-1]
+
+
+def _needed(body: dict[str, Instruction]) -> dict[str, float]:
+    """The part of each instruction of a fusion, in [0, 1], that its results are computed from, by name.
+
+    What a slice leaves out of an elementwise chain is neither computed nor read.
+    """
+    numbers: collections.defaultdict[str, float] = collections.defaultdict(float)
+    parts = {}
+    for j in reversed(body.values()):
+        size = max(sum(math.prod(shape) for _, shape in j.shapes), 1)
+        part = 1.0 if "ROOT %" in j.line else min(numbers[j.name] / size, 1.0)
+        parts[j.name] = part
+        for k, operand in enumerate(j.operands):
+            whole = sum(math.prod(shape) for _, shape in body[operand].shapes)
+            if k == 0 and j.op in _UPDATES:
+                continue  # in place
+            if (k == 0 and j.op in _SLICES) or whole == size:
+                numbers[operand] += part * size
+            elif part:
+                numbers[operand] += whole
+    return parts
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:

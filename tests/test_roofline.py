@@ -37,3 +37,48 @@ def test_launches_bytes_flops_and_waits_are_counted():
     assert product.bytes == 2 * (16 * 32 + 32 * 64 + 16 * 64)
     assert product.seconds == product.bytes / roofline.BYTES_PER_S
     assert known.seconds == 5 * 64 / roofline.BYTES_PER_S
+
+
+SLICES = """HloModule m
+
+%gathers (x: f32[100,8], y: f32[100,8], z: f32[100,8], rows: s32[5]) -> (f32[5,8], f32[8]) {
+  %x = f32[100,8] parameter(0)
+  %y = f32[100,8] parameter(1)
+  %z = f32[100,8] parameter(2)
+  %rows = s32[5] parameter(3)
+  %sum = f32[100,8] add(%x, %y)
+  %some = f32[5,8] gather(%sum, %rows), slice_sizes={1,8}
+  %product = f32[100,8] multiply(%y, %z)
+  %slice = f32[10,8] slice(%z), slice={[0:10], [0:8]}
+  %zero = f32[] constant(0)
+  %all = f32[8] reduce(%slice, %zero), dimensions={0}
+  ROOT %t = (f32[5,8], f32[8]) tuple(%some, %all)
+}
+
+%scatters (x: f32[100,8], rows: s32[5], updates: f32[5,8]) -> f32[100,8] {
+  %x.1 = f32[100,8] parameter(0)
+  %rows.1 = s32[5] parameter(1)
+  %updates = f32[5,8] parameter(2)
+  %double = f32[5,8] add(%updates, %updates)
+  ROOT %scatter = f32[100,8] scatter(%x.1, %rows.1, %double)
+}
+
+ENTRY %main (a: f32[100,8], b: f32[100,8], c: f32[100,8], r: s32[5], u: f32[5,8]) -> f32[100,8] {
+  %a = f32[100,8] parameter(0)
+  %b = f32[100,8] parameter(1)
+  %c = f32[100,8] parameter(2)
+  %r = s32[5] parameter(3)
+  %u = f32[5,8] parameter(4)
+  %f = (f32[5,8], f32[8]) fusion(%a, %b, %c, %r), kind=kLoop, calls=%gathers
+  %g = f32[100,8] fusion(%a, %r, %u), kind=kLoop, calls=%scatters
+  ROOT %h = f32[100,8] scatter(%g, %r, %u)
+}
+"""
+
+
+def test_of_what_is_gathered_or_updated_only_the_rows_are_read():
+    gathers, fused, alone = roofline.read(SLICES).kernels
+    # Five rows of a and b behind the sum, ten of c, the indices, and both results. The product is of no use.
+    assert gathers.bytes == 4 * (5 * 8 + 5 * 8 + 10 * 8 + 5 + 5 * 8 + 8)
+    assert fused.bytes == 4 * (5 + 5 * 8 + 5 * 8)
+    assert alone.bytes == 4 * 2 * 5 * 8
