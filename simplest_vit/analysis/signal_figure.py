@@ -70,10 +70,12 @@ def draw(results: list[Signals], title: str) -> Figure:
 
 
 def draw_overview(results: list[Signals], title: str) -> Figure:
-    """Draw only how tokens and images lose their differences: the picture of the README."""
+    """Draw how tokens and images lose their differences, and the Jacobian: the picture of the README."""
     figure = figures.create(height=4.0)
-    for axis, quantity in zip(figure.subplots(1, 2), ("token_cosine", "image_cosine"), strict=True):
+    *cosines, jacobian = figure.subplots(1, 3)
+    for axis, quantity in zip(cosines, ("token_cosine", "image_cosine"), strict=True):
         draw_quantity(axis, quantity, results)
+    draw_jacobian(jacobian, results)
     _add_legend(figure, results, title)
     return figure
 
