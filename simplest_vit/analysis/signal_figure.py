@@ -76,6 +76,8 @@ def draw_overview(results: list[Signals], title: str) -> Figure:
     for axis, quantity in zip(cosines, ("token_cosine", "image_cosine"), strict=True):
         draw_quantity(axis, quantity, results)
     draw_jacobian(jacobian, results)
+    for axis, name in zip((*cosines, jacobian), ("Tokens of an image", "Images", "Jacobian"), strict=True):
+        axis.set_title(name)
     _add_legend(figure, results, title)
     return figure
 
