@@ -41,6 +41,11 @@ class Instruction(NamedTuple):
         return sum(_BYTES.get(dtype, 0) * math.prod(shape) for dtype, shape in self.shapes)
 
     @property
+    def size(self) -> int:
+        """Numbers in the results."""
+        return sum(math.prod(shape) for _, shape in self.shapes)
+
+    @property
     def called(self) -> list[str]:
         """Computations that it runs."""
         branches = re.search(r"branch_computations=\{([^}]*)\}", self.line)
@@ -214,15 +219,14 @@ def _needed(body: dict[str, Instruction]) -> dict[str, float]:
     numbers: collections.defaultdict[str, float] = collections.defaultdict(float)
     parts = {}
     for j in reversed(body.values()):
-        size = max(sum(math.prod(shape) for _, shape in j.shapes), 1)
-        part = 1.0 if "ROOT %" in j.line else min(numbers[j.name] / size, 1.0)
+        part = 1.0 if "ROOT %" in j.line else min(numbers[j.name] / max(j.size, 1), 1.0)
         parts[j.name] = part
         for k, operand in enumerate(j.operands):
-            whole = sum(math.prod(shape) for _, shape in body[operand].shapes)
+            whole = body[operand].size
             if k == 0 and j.op in _UPDATES:
                 continue  # in place
-            if (k == 0 and j.op in _SLICES) or whole == size:
-                numbers[operand] += part * size
+            if (k == 0 and j.op in _SLICES) or whole == j.size:
+                numbers[operand] += part * j.size
             elif part:
                 numbers[operand] += whole
     return parts
