@@ -127,7 +127,7 @@ FIELDS = {
     "model.gamma_max_depth": Field(0.005, _number(0, 10), "E-SPA: decay at the last block"),
     "model.rho_max_depth": Field(0.8, _number(0, 1), "U-SPA: correlation at the last block"),
     "model.shift_eps": Field(0.01, _number(0, 1), "shift attention: share of uniform attention"),
-    "model.shift_in_place": Field(0.5, _number(0, 1), "shift attention: share of the heads that start in place"),
+    "model.shift_in_place": Field(0.75, _number(0, 1), "shift attention: share of the heads that start in place"),
     "model.mlp": Field("shaped", _TEXT, "or mirrored: an orthogonal map at initialization"),
     "model.activation": Field("tailored_relu", _TEXT, "or relu; gelu, silu or relu where the MLP is mirrored"),
     "model.c_val_0_target": Field(0.9, _number(0, 1), "TAT: eta"),

@@ -9,29 +9,28 @@ whatever the input is, sum_h |P_h X W_h|^2 = |X W|^2 = |X|^2 for orthogonal valu
 1, so that no row scale is needed. `eps` keeps every token in reach of learning: log(eps / T) is what a query has to
 overcome.
 
-Half of the heads stay in place and the others move by a token: what a channel holds is then some sqrt(L / 2) tokens
-from where it was behind L blocks, and would be anywhere on a small grid if all heads moved.
+Most heads stay in place and the others move by a token, three of four by default: what a channel holds is then some
+sqrt(L / 4) tokens from where it was behind L blocks, and would be anywhere on a small grid if all heads moved.
 
 Impulse initialization (arXiv 2505.19985) starts heads alike, in networks with skip connections and normalization.
 """
 
-import math
-
 import numpy as np
 
 
-def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, in_place: float = 0.5) -> np.ndarray:
-    """Offsets of the heads of each block: none for the first ones, near ones for the others.
+def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, in_place: float = 0.75) -> np.ndarray:
+    """Offsets of the heads of each block: none for those that stay in place, near ones for the others.
 
-    Of the m heads of a block that move: the m nearest offsets, and all that are as near as the last of these, are taken
-    in turn by the heads of one block after the other. Opposite ones follow each other. One head that moves looks left,
-    right, up and down in four blocks, two of them left and right, then up and down, and four always all ways.
+    The heads of all blocks that move are spread evenly over the blocks; so a share that is not a whole number of heads
+    is kept over some blocks. The m nearest offsets, for the m heads of the block where most move, and all that are as
+    near as the last of these, are taken in turn by one head after the other, through all blocks. Opposite ones follow
+    each other: one head that moves looks left, right, up and down in four blocks, two left and right, then up and down.
 
     Args:
       num_heads: H, at most T = rows * columns.
       grid: Rows and columns of tokens.
       depth: L.
-      in_place: Share of the heads that stay, in (0, 1]; rounded up to whole heads.
+      in_place: Share of the heads that stay, in (0, 1].
 
     Returns:
       int [L, H, 2], rows and columns to look away; those of the heads that move are different within a block.
@@ -43,14 +42,15 @@ def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, in_place: fl
     if num_heads > num_tokens:
         raise ValueError(f"num_heads={num_heads} must be at most the number of tokens, {grid[0]} x {grid[1]}")
     result = np.zeros((depth, num_heads, 2), int)
-    staying = math.ceil(in_place * num_heads)
-    if staying < num_heads:
+    share = min((1.0 - in_place) * num_heads, num_tokens - 1)
+    moving = np.diff(np.floor(share * np.arange(depth + 1) + 1e-6)).astype(int)
+    if moving.any():
         rows, columns = (np.arange(n) - (n - 1) // 2 for n in grid)  # one representative of each offset on the torus
         offsets = [(int(y), int(x)) for y in rows for x in columns if (y, x) != (0, 0)]
         offsets.sort(key=lambda o: (o[0] ** 2 + o[1] ** 2, max(o, (-o[0], -o[1]))))
         lengths = np.square(offsets).sum(axis=1)
-        near = np.asarray(offsets)[lengths <= lengths[num_heads - staying - 1]]
-        result[:, staying:] = np.resize(near, (depth, num_heads - staying, 2))
+        near = np.asarray(offsets)[lengths <= lengths[moving.max() - 1]]
+        result[np.arange(num_heads) >= num_heads - moving[:, None]] = np.resize(near, (moving.sum(), 2))
     return result
 
 

@@ -189,7 +189,7 @@ class SimplestViT(nnx.Module):
         gamma_max_depth: float = 0.005,
         rho_max_depth: float = 0.8,
         shift_eps: float = 0.01,
-        shift_in_place: float = 0.5,
+        shift_in_place: float = 0.75,
         mlp: str = "shaped",
         activation: str = "tailored_relu",
         c_val_0_target: float = 0.9,

@@ -20,7 +20,7 @@ DEFAULTS = {
     "gamma_max_depth": 0.005,
     "rho_max_depth": 0.8,
     "shift_eps": 0.01,
-    "shift_in_place": 0.5,
+    "shift_in_place": 0.75,
     "mlp": "shaped",
     "activation": "tailored_relu",
     "c_val_0_target": 0.9,

@@ -15,34 +15,40 @@ from tests.models import tiny
 GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
-@given(grid=GRIDS, depth=st.integers(1, 30), in_place=st.sampled_from([0.01, 0.25, 0.5, 0.8, 1.0]), data=st.data())
+@given(grid=GRIDS, depth=st.integers(1, 30), in_place=st.sampled_from([0.01, 0.25, 0.5, 0.8, 0.9, 1.0]), data=st.data())
 def test_some_heads_stay_and_the_others_look_at_the_nearest_tokens(grid, depth, in_place, data):
     rows, columns = grid
     num_heads = data.draw(st.integers(1, rows * columns))
-    moving = int((1 - in_place) * num_heads + 1e-9)
+    share = min((1 - in_place) * num_heads, rows * columns - 1)
     offsets = shift.head_offsets(num_heads, grid, depth, in_place)
     assert offsets.shape == (depth, num_heads, 2)
-    assert not offsets[:, : num_heads - moving].any()
-    if not moving:
+    moves = offsets.any(axis=-1)
+    assert (np.diff(moves.astype(int), axis=1) >= 0).all()  # the last heads of a block
+    moving = moves.sum(axis=1)
+    assert (abs(np.cumsum(moving) - share * np.arange(1, depth + 1)) < 1).all()  # evenly over the blocks
+    assert moving.max() - moving.min() <= 1
+    if not moving.any():
         return
     torus = sorted(min(y, rows - y) ** 2 + min(x, columns - x) ** 2 for y in range(rows) for x in range(columns))
-    for block in offsets[:, num_heads - moving :]:
-        assert len({(y % rows, x % columns) for y, x in block} - {(0, 0)}) == moving
-        assert np.square(block).sum(axis=1).max() <= torus[moving]
-    counts = np.unique(offsets[:, num_heads - moving :].reshape(-1, 2), axis=0, return_counts=True)[1]
-    as_near = sum(distance <= torus[moving] for distance in torus) - 1
-    assert len(counts) == min(as_near, depth * moving)
+    farthest = torus[moving.max()]
+    for block, number in zip(offsets, moving, strict=True):
+        assert len({(y % rows, x % columns) for y, x in block} - {(0, 0)}) == number
+        assert np.square(block).sum(axis=1).max() <= farthest
+    counts = np.unique(offsets[moves], axis=0, return_counts=True)[1]
+    as_near = sum(distance <= farthest for distance in torus) - 1
+    assert len(counts) == min(as_near, moving.sum())
     assert counts.max() - counts.min() <= 1  # in turn
 
 
 def test_the_offsets_of_few_heads():
     left, right, up, down = (0, -1), (0, 1), (-1, 0), (1, 0)
     four = [left, right, up, down]
-    one, two, three = (shift.head_offsets(2 * n, (8, 8), 4)[:, n:].tolist() for n in (1, 2, 3))
+    one, two, three = (shift.head_offsets(4 * n, (8, 8), 4)[:, 3 * n :].tolist() for n in (1, 2, 3))
     assert [tuple(offset) for (offset,) in one] == four
     assert [[tuple(offset) for offset in block] for block in two[:2]] == [four[:2], four[2:]]
     assert [[tuple(offset) for offset in block] for block in three[:2]] == [[left, right, up], [down, left, right]]
-    for num_heads in (8, 12, 16):  # opposite ones are in the same block
+    assert shift.head_offsets(3, (8, 8), 5)[:, 2].tolist() == [[0, 0], [0, -1], [0, 1], [-1, 0], [0, 0]]
+    for num_heads in (8, 16, 24):  # opposite ones are in the same block
         assert not shift.head_offsets(num_heads, (8, 8), 4).sum(axis=1).any()
     with pytest.raises(ValueError, match="num_heads=7 must be at most the number of tokens, 2 x 3"):
         shift.head_offsets(7, (2, 3), 1)
@@ -64,16 +70,16 @@ def test_every_head_looks_its_offset_away(grid, eps, data):
 
 
 def test_each_block_of_the_model_has_its_own_offsets():
-    """Two heads, one of which moves: right in the second block, down in the third."""
+    """Two heads, one of which moves in every second block: right in the fourth, up in the sixth."""
     model = tiny.simplest_vit(
-        attention="shift", shift_eps=0.2, mlp="mirrored", activation="gelu", init="isometric", mlp_dim=32, depth=4
+        attention="shift", shift_eps=0.2, mlp="mirrored", activation="gelu", init="isometric", mlp_dim=32, depth=6
     )
     bias = np.asarray(model.blocks.attention.attention_bias[...])
-    assert bias.shape == (4, 2, 6, 6)
+    assert bias.shape == (6, 2, 6, 6)
     looked_at = bias.argmax(axis=-1)  # tokens 0 1 2 / 3 4 5
-    np.testing.assert_array_equal(looked_at[:, 0], np.tile(np.arange(6), (4, 1)))
-    np.testing.assert_array_equal(looked_at[1, 1], [1, 2, 0, 4, 5, 3])
-    np.testing.assert_array_equal(looked_at[2, 1], [3, 4, 5, 0, 1, 2])
+    np.testing.assert_array_equal(looked_at[:, 0], np.tile(np.arange(6), (6, 1)))
+    np.testing.assert_array_equal(looked_at[3, 1], [1, 2, 0, 4, 5, 3])
+    np.testing.assert_array_equal(looked_at[5, 1], [3, 4, 5, 0, 1, 2])
 
 
 def jacobian(depth, eps, activation):
