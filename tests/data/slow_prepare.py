@@ -1,4 +1,4 @@
-"""Prepares digits in a process of its own, forked from one that has imported what it takes."""
+"""Prepares digits in a process of its own, forked from one that has imported what it takes, and waits within."""
 
 import dataclasses
 import errno
@@ -15,22 +15,23 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__, "sklearn.datasets"])
 
 
-def start(folder, seconds):
-    """Start such a process; it writes to said.PID what it says."""
-    process = _CONTEXT.Process(target=_run, args=(folder, seconds))
+def start(folder):
+    """Start such a process; it writes to said.PID what it says, and ends when there is a file `go`."""
+    process = _CONTEXT.Process(target=_run, args=(folder,), daemon=True)
     process.start()
     return process
 
 
-def _run(folder, seconds):
-    """Prepare without flock, as over NFS, and slowly: the file begun.PID appears when it has begun."""
+def _run(folder):
+    """Prepare without flock, as over NFS; the file begun.PID appears when it has begun."""
     os.dup2(os.open(folder / f"said.{os.getpid()}", os.O_WRONLY | os.O_CREAT), 2)
     fcntl.flock = fcntl.lockf = _no_flock
     digits = BUILDERS["digits"]
 
     def slowly(shard):
         (folder / f"begun.{os.getpid()}").touch()
-        time.sleep(seconds)
+        while not (folder / "go").exists():
+            time.sleep(0.05)
         yield from shard.examples()
 
     def read(originals):
