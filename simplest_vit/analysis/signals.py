@@ -54,7 +54,6 @@ def initial_models(config: Any, data: DatasetInfo, seeds: int) -> Iterable[measu
     """
     config = config.copy_and_resolve_references()
     config.compute_dtype = "float32"
-    config.model.attention_kernel = "xla"  # the Jacobian is transposed twice, which a kernel is not
     run = build(config, data)
     # Without the optimizer's state, which nothing here reads.
     initialize = jax.jit(lambda seed: dataclasses.replace(run.initialize(seed=seed), opt_state=None))

@@ -21,18 +21,15 @@ def _dense(fan_in: int, fan_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, use_b
 class Attention(nnx.Module):
     """Pre-LayerNorm softmax attention with output projection; no biases."""
 
-    def __init__(self, width: int, num_heads: int, *, kernel: str = "xla", dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         dense = functools.partial(_dense, width, width, use_bias=False, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.query, self.key, self.value, self.out = dense(), dense(), dense(), dense()
         self.num_heads = num_heads
-        self.kernel = kernel
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map tokens [B, T, D] to tokens [B, T, D]."""
-        mixed = layers.project_and_attend(
-            self.norm(x), self.query, self.key, self.value, self.num_heads, kernel=self.kernel
-        )
+    def __call__(self, x: jax.Array, joined: layers.Joined | None = None) -> jax.Array:
+        """Map tokens [B, T, D] to tokens [B, T, D]; `joined` as in `layers.project_and_attend`."""
+        mixed = layers.project_and_attend(self.norm(x), self.query, self.key, self.value, joined, self.num_heads)
         return layers.project(mixed, self.out)[0]
 
 
@@ -46,22 +43,20 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens [B, T, D] to tokens [B, T, D]."""
-        tokens = jax.nn.gelu(self.dense1(self.norm(layers.rows(x))), approximate=False)
-        return self.dense2(tokens).reshape(x.shape)
+        gelu = functools.partial(jax.nn.gelu, approximate=False)
+        return self.dense2(layers.activate(self.norm(layers.rows(x)), self.dense1, gelu)).reshape(x.shape)
 
 
 class Block(nnx.Module):
     """Attention and MLP, each on a skip connection."""
 
-    def __init__(
-        self, width: int, num_heads: int, mlp_dim: int, *, kernel: str = "xla", dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        self.attention = Attention(width, num_heads, kernel=kernel, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, num_heads: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention = Attention(width, num_heads, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, mlp_dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map tokens [B, T, D] to tokens [B, T, D]."""
-        x = x + self.attention(x)
+    def __call__(self, x: jax.Array, joined: layers.Joined | None = None) -> jax.Array:
+        """Map tokens [B, T, D] to tokens [B, T, D]; `joined` as in `layers.project_and_attend`."""
+        x = x + self.attention(x, joined)
         return x + self.mlp(x)
 
 
@@ -88,19 +83,21 @@ class SimpleViT(nnx.Module):
         grid = layers.token_grid(image_shape, patch_size)
         self.patch_embedding = _dense(patch_size**2 * image_shape[2], width, dtype=dtype, rngs=rngs)
         self.position_embedding = layers.Constant(jnp.asarray(layers.sincos_position_embedding(grid, width)))
-        block = functools.partial(Block, width, num_heads, mlp_dim, kernel=attention_kernel, dtype=dtype)
+        block = functools.partial(Block, width, num_heads, mlp_dim, dtype=dtype)
         self.blocks = layers.stack(lambda rngs: block(rngs=rngs), depth, rngs)
         self.dropout = nnx.Dropout(dropout)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.head = _dense(width, num_classes, dtype=jnp.float32, rngs=rngs)
         self.patch_size = patch_size
         self.remat = remat
+        self.attention_kernel = attention_kernel
         self.dtype = dtype
 
     def __call__(self, image: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Classify images [B, H, W, C]; `dropout_key` turns dropout on. Returns logits, float32 [B, num_classes]."""
+        joined = layers.join_projections(self.blocks.attention) if self.attention_kernel == "fused" else None
         x = self.patch_embedding(layers.patchify(image, self.patch_size))
         x = x + self.position_embedding[...].astype(self.dtype)[None]
-        x = layers.scan(self.blocks, x, remat=self.remat)
+        x = layers.scan(self.blocks, x, joined, remat=self.remat)
         x = self.dropout(x, deterministic=dropout_key is None, rngs=dropout_key)
         return self.head(self.norm(x.astype(jnp.float32).mean(axis=1)))

@@ -43,7 +43,6 @@ class ShapedAttention(nnx.Module):
         row_scale: jax.Array | None = None,
         *,
         value_init: Callable = initializers.gaussian_fan_in,
-        kernel: str = "xla",
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -54,19 +53,18 @@ class ShapedAttention(nnx.Module):
         self.attention_bias = layers.Constant(attention_bias)
         self.row_scale = None if row_scale is None else layers.Constant(row_scale)
         self.num_heads = num_heads
-        self.kernel = kernel
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map tokens [B, T, D] to tokens [B, T, D]."""
+    def __call__(self, x: jax.Array, joined: layers.Joined | None = None) -> jax.Array:
+        """Map tokens [B, T, D] to tokens [B, T, D]; `joined` as in `layers.project_and_attend`."""
         return layers.project_and_attend(
             x,
             self.query,
             self.key,
             self.value,
+            joined,
             self.num_heads,
             self.attention_bias[...],
             None if self.row_scale is None else self.row_scale[...],
-            kernel=self.kernel,
         )
 
 
@@ -79,7 +77,6 @@ class UnshapedAttention(nnx.Module):
         num_heads: int,
         *,
         value_init: Callable = initializers.gaussian_fan_in,
-        kernel: str = "xla",
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -87,11 +84,10 @@ class UnshapedAttention(nnx.Module):
         self.query, self.key = (dense(kernel_init=initializers.gaussian_fan_in) for _ in range(2))
         self.value = dense(kernel_init=value_init)
         self.num_heads = num_heads
-        self.kernel = kernel
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map tokens [B, T, D] to tokens [B, T, D]."""
-        return layers.project_and_attend(x, self.query, self.key, self.value, self.num_heads, kernel=self.kernel)
+    def __call__(self, x: jax.Array, joined: layers.Joined | None = None) -> jax.Array:
+        """Map tokens [B, T, D] to tokens [B, T, D]; `joined` as in `layers.project_and_attend`."""
+        return layers.project_and_attend(x, self.query, self.key, self.value, joined, self.num_heads)
 
 
 class ValueSkipInit(UnshapedAttention):
@@ -106,17 +102,16 @@ class ValueSkipInit(UnshapedAttention):
         num_heads: int,
         *,
         value_init: Callable = initializers.gaussian_fan_in,
-        kernel: str = "xla",
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        super().__init__(width, num_heads, value_init=value_init, kernel=kernel, dtype=dtype, rngs=rngs)
+        super().__init__(width, num_heads, value_init=value_init, dtype=dtype, rngs=rngs)
         self.alpha = nnx.Param(jnp.ones((), jnp.float32))
         self.beta = nnx.Param(jnp.zeros((), jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map tokens [B, T, D] to tokens [B, T, D]."""
-        mixed = super().__call__(x)
+    def __call__(self, x: jax.Array, joined: layers.Joined | None = None) -> jax.Array:
+        """Map tokens [B, T, D] to tokens [B, T, D]; `joined` as in `layers.project_and_attend`."""
+        mixed = super().__call__(x, joined)
         (value,) = layers.project(x, self.value)  # the same product as inside, where that is by XLA
         return self.alpha[...].astype(x.dtype) * value + self.beta[...].astype(x.dtype) * mixed
 
@@ -157,7 +152,7 @@ class MirroredMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens [B, T, D] to tokens [B, T, D]."""
-        return self.dense2(self.activation(self.dense1(layers.rows(x)))).reshape(x.shape)
+        return self.dense2(layers.activate(layers.rows(x), self.dense1, self.activation)).reshape(x.shape)
 
 
 class Block(nnx.Module):
@@ -167,9 +162,9 @@ class Block(nnx.Module):
         self.attention = attention
         self.mlp = mlp
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map tokens [B, T, D] to tokens [B, T, D]."""
-        return self.mlp(self.attention(x))
+    def __call__(self, x: jax.Array, joined: layers.Joined | None = None) -> jax.Array:
+        """Map tokens [B, T, D] to tokens [B, T, D]; `joined` as in `layers.project_and_attend`."""
+        return self.mlp(self.attention(x, joined))
 
 
 class SimplestViT(nnx.Module):
@@ -257,7 +252,6 @@ class SimplestViT(nnx.Module):
                     num_heads,
                     *shaping,
                     value_init=embedding_init,
-                    kernel=attention_kernel,
                     dtype=dtype,
                     rngs=rngs,
                 ),
@@ -273,6 +267,7 @@ class SimplestViT(nnx.Module):
         self.head = nnx.Linear(width, num_classes, kernel_init=orthogonal, rngs=rngs)
         self.patch_size = patch_size
         self.remat = remat
+        self.attention_kernel = attention_kernel
         self.dtype = dtype
 
     def __call__(self, image: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -285,8 +280,9 @@ class SimplestViT(nnx.Module):
         Returns:
           Logits, float32 [B, num_classes].
         """
+        joined = layers.join_projections(self.blocks.attention) if self.attention_kernel == "fused" else None
         x = self.patch_embedding(layers.patchify(image, self.patch_size))
         x = x + self.position_embedding[...].astype(self.dtype)[None]
-        x = layers.scan(self.blocks, x, remat=self.remat)
+        x = layers.scan(self.blocks, x, joined, remat=self.remat)
         x = self.dropout(x, deterministic=dropout_key is None, rngs=dropout_key)
         return self.head(x.astype(jnp.float32).mean(axis=1))

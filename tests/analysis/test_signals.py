@@ -11,7 +11,7 @@ from flax import nnx
 from scipy.special import softmax
 
 from simplest_vit.analysis import kernel_theory, measure, signals
-from simplest_vit.models import attention, espa, tat
+from simplest_vit.models import espa, tat
 from simplest_vit.models.simple_vit import Attention as SimpleAttention
 from simplest_vit.models.simplest_vit import ShapedAttention, UnshapedAttention, ValueSkipInit
 from simplest_vit.training.run import build
@@ -122,12 +122,6 @@ def test_any_seed_of_a_run_gives_the_models_of_that_run():
     np.testing.assert_array_equal(model.head.kernel[...], expected)
 
 
-def test_models_to_analyse_have_no_kernel_of_their_own(monkeypatch):
-    monkeypatch.setattr(attention, "choose", lambda kernel, *_, **__: "fused" if kernel == "auto" else kernel)
-    (model,) = signals.initial_models(tiny_config(), DIGITS, 1)
-    assert model.blocks.attention.kernel == "xla"
-
-
 def wide_models(config, seeds):
     return list(signals.initial_models(config, DIGITS, seeds))
 
@@ -159,7 +153,10 @@ def test_the_network_follows_the_recursion_at_width_1024():
 
 
 def test_the_isometric_network_follows_its_recursion():
-    """One seed at width 256; images of which neighbouring pixels are alike, so that shifts and the mean show."""
+    """One seed at width 256; images of which neighbouring pixels are alike, so that shifts and the mean show.
+
+    A config that names the GPU's kernel is analysed by XLA's form, on any device.
+    """
     config = wide_config(
         model__width=256,
         model__mlp_dim=512,
@@ -168,6 +165,7 @@ def test_the_isometric_network_follows_its_recursion():
         model__mlp="mirrored",
         model__activation="gelu",
         model__init="isometric",
+        model__attention_kernel="fused",
     )
     image = jnp.cumsum(jax.random.normal(jax.random.key(3), (4, 8, 8, 1)), axis=2)
     label = jax.nn.one_hot(jnp.arange(4), 10)

@@ -56,5 +56,5 @@ def test_a_run_takes_the_attention_kernel_that_suits_its_devices(monkeypatch, ke
     config = tiny_config(model__width=64)
     run = build(config, DIGITS, create_mesh(devices=jax.devices()[:2]))
     assert asked == [("auto", jax.devices()[:2], {"tokens": 16, "head_width": 32})]
-    assert nnx.merge(run.graphdef, run.abstract.params, run.abstract.constants).blocks.attention.kernel == kernel
+    assert nnx.merge(run.graphdef, run.abstract.params, run.abstract.constants).attention_kernel == kernel
     assert run.config.model.attention_kernel == config.model.attention_kernel == "auto"  # the same on other devices
