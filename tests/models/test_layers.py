@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.stats import norm
 
 from simplest_vit.models import layers
 from tests.models import attention_oracle as oracle
@@ -64,6 +65,22 @@ def test_masked_keys_get_no_weight_and_no_gradient():
     for gradient in jax.grad(first_token, argnums=(0, 1))(key, value):
         assert np.isfinite(gradient).all()
         assert (np.asarray(gradient)[0, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_activated_layer_keeps_its_product_alone(dtype):
+    dense = nnx.Linear(4, 7, bias_init=nnx.initializers.normal(), dtype=dtype, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (5, 4))
+    result, pullback = jax.vjp(lambda x: layers.activate(x, dense, lambda z: jax.nn.gelu(z, approximate=False)), x)
+    assert result.dtype == dtype
+    z = np.float64(x) @ np.float64(dense.kernel[...]) + np.float64(dense.bias[...])
+    np.testing.assert_allclose(np.float64(result), z * norm.cdf(z), atol=3e-6 if dtype == jnp.float32 else 0.02)
+    slope = norm.cdf(z) + z * norm.pdf(z)
+    gradient = np.float64(pullback(jnp.ones_like(result))[0])
+    np.testing.assert_allclose(
+        gradient, slope @ np.float64(dense.kernel[...]).T, atol=3e-6 if dtype == jnp.float32 else 0.05
+    )
+    assert [leaf.dtype for leaf in jax.tree.leaves(pullback) if leaf.shape == (5, 7)] == [dtype]
 
 
 @pytest.mark.parametrize("create", [tiny.simplest_vit, tiny.simple_vit])
