@@ -1,6 +1,6 @@
 """What checkpoints cost: the share of a run's time, and how long a resume takes to its first step.
 
-python -m benchmarks.checkpoint --config configs/digits.py --image_size 8 --channels 1
+python -m benchmarks.checkpoint --config configs/digits.py
 python -m benchmarks.checkpoint --config configs/cifar10.py --config.batch_size=16 --steps 1
 
 Steps run on noise. A save is timed as the loop waits for it (`blocking`) and to its end on the disk (`whole`), which
@@ -22,8 +22,6 @@ from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
 
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the images.")
-_CHANNELS = flags.DEFINE_integer("channels", 3, "Channels of the images.")
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=1)
 _SAVES = flags.DEFINE_integer("saves", 5, "Timed saves.", lower_bound=2)
 
@@ -31,8 +29,7 @@ _SAVES = flags.DEFINE_integer("saves", 5, "Timed saves.", lower_bound=2)
 def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
-    image_shape = (_IMAGE_SIZE.value, _IMAGE_SIZE.value, _CHANNELS.value)
-    run = build(config, noise.info(image_shape, num_classes=10), create_mesh())
+    run = build(config, noise.info_of(config), create_mesh())
     batch = noise.batch(run.data, config.batch_size)
 
     start = time.perf_counter()

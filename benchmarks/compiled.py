@@ -86,20 +86,21 @@ def compile_for(device: jax.Device, function: Any, *arguments: Any, options: dic
     return compiled, roofline.read(compiled.as_text(), roofline.pallas_flops(traced.jaxpr.jaxpr))
 
 
-def train_step(settings: Any, image_size: int, num_classes: int) -> tuple[Any, Any, dict[str, Any]]:
+def train_step(settings: Any) -> tuple[Any, Any, dict[str, Any]]:
     """The jitted step of `simplest-vit train`, and the shapes of its state and batch."""
     mesh = create_mesh(devices=[target()])
-    run = build(settings, noise.info((image_size, image_size, 3), num_classes), mesh)
+    run = build(settings, noise.info_of(settings), mesh)
     return run.train_step, run.abstract, noise.abstract_batch(run.data, settings.batch_size)
 
 
-def describe(settings: Any, image_size: int, num_classes: int, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+def describe(settings: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """One row of the table, and the kernels."""
-    step, state, batch = train_step(settings, image_size, num_classes)
+    step, state, batch = train_step(settings)
     start = time.perf_counter()
     compiled, program = compile_for(target(), step, state, batch, options=options)
     seconds = sum(kernel.seconds for kernel in program.kernels)
-    flops = model_flops(settings, (image_size, image_size, 3), num_classes) * settings.batch_size
+    data = noise.info_of(settings)
+    flops = model_flops(settings, data.image_shape, data.num_classes) * settings.batch_size
     calls = collections.Counter(k.kind for k in program.kernels if k.instruction.op == "custom-call")
     row = {
         "bound_ms": 1e3 * seconds,
@@ -143,7 +144,7 @@ def at_commit(commit: str) -> dict[str, Any]:
         if added.returncode:
             raise UserError(f"--commit={commit}: {added.stderr.strip().splitlines()[-1]}")
         try:
-            for name in ("compiled.py", "roofline.py", "h200.txtpb"):
+            for name in ("compiled.py", "roofline.py", "noise.py", "h200.txtpb"):
                 shutil.copy(_HERE / name, tree / "benchmarks" / name)
             arguments = _without(sys.argv[1:], "commit", "against")
             command = [sys.executable, "-m", "benchmarks.compiled", *arguments, "--json"]
@@ -170,10 +171,9 @@ def _without(arguments: list[str], *names: str) -> list[str]:
 
 def _main(_: list[str]) -> None:
     """Prints the table and the costliest kernels."""
-    image_size, num_classes = flags.FLAGS.image_size, flags.FLAGS.num_classes
     options = dict(_parse_option(text) for text in _OPTIONS.value)
     target()
-    row, kernels = describe(cli.CONFIG.value, image_size, num_classes, options)
+    row, kernels = describe(cli.CONFIG.value, options)
     if _JSON.value:
         print(json.dumps(row))
         return
@@ -182,7 +182,7 @@ def _main(_: list[str]) -> None:
         rows[_COMMIT.value] = at_commit(_COMMIT.value)
     if flags.FLAGS["against"].present:
         config.check(_AGAINST.value)
-        rows["against"] = describe(_AGAINST.value, image_size, num_classes, options)[0]
+        rows["against"] = describe(_AGAINST.value, options)[0]
     print(f"batch {cli.CONFIG.value.batch_size}, compiled for an H200, not run: lower bounds")
     print(f"{'':12} bound ms   MFU  launches      GB  temporaries GB  host waits  custom calls")
     for name, r in rows.items():

@@ -2,9 +2,27 @@
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.data.pipeline import Batch
+
+# Height and width, channels and classes; folders of images have those of ImageNet.
+_SHAPES = {
+    "digits": (8, 1, 10),
+    "cifar10": (32, 3, 10),
+    "cifar100": (32, 3, 100),
+    "tiny_imagenet": (64, 3, 200),
+    "imagenet": (224, 3, 1000),
+    "image_folder": (224, 3, 1000),
+}
+
+
+def info_of(config: ConfigDict) -> DatasetInfo:
+    """A data set of the shape of a config's."""
+    size, channels, num_classes = _SHAPES[config.data.name]
+    size = config.data.image_size or size
+    return info((size, size, channels), num_classes)
 
 
 def info(image_shape: tuple[int, int, int], num_classes: int) -> DatasetInfo:

@@ -1,7 +1,7 @@
 """What Shampoo and SOAP add to the time of a training step, as a ratio to Adam, in one run.
 
 python -m benchmarks.optimizers --config configs/cifar10.py --config.compute_dtype=float32
-python -m benchmarks.optimizers --image_size=224 --num_classes=1000 --config configs/imagenet.py
+python -m benchmarks.optimizers --config configs/imagenet.py
 
 On a device that is fast enough, `--direct` times whole steps at the batch size of the config. Elsewhere the step is put
 together from parts measured in this run: the gradient at `--measured_batch_size`, times the ratio of the batch sizes
@@ -28,8 +28,6 @@ from simplest_vit.training.metrics import classification_sums
 from simplest_vit.training.run import build
 from simplest_vit.training.state import apply_model
 
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the images; they have 3 channels.")
-_NUM_CLASSES = flags.DEFINE_integer("num_classes", 10, "Number of classes.")
 _MEASURED = flags.DEFINE_integer("measured_batch_size", 16, "Batch size of the measured gradient.", lower_bound=1)
 _DIRECT = flags.DEFINE_bool("direct", False, "Time whole steps at the batch size of the config.")
 
@@ -122,7 +120,7 @@ def make_runs(params: Any, gradient_of: Callable[..., Any]) -> dict[str, Run]:
 def _main(_: list[str]) -> None:
     """Prints a table and the plan."""
     config = cli.CONFIG.value
-    run = build(config, noise.info((_IMAGE_SIZE.value, _IMAGE_SIZE.value, 3), _NUM_CLASSES.value))
+    run = build(config, noise.info_of(config))
     state = run.create_state()
     size = config.batch_size if _DIRECT.value else _MEASURED.value
     batch = noise.batch(run.data, size)

@@ -28,8 +28,6 @@ from simplest_vit.models.factory import model_arguments
 from simplest_vit.models.layers import token_grid
 from simplest_vit.training.run import Run, build
 
-_IMAGE_SIZE = flags.DEFINE_integer("image_size", 32, "Height and width of the images; they have 3 channels.")
-_NUM_CLASSES = flags.DEFINE_integer("num_classes", 10, "Number of classes.")
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed steps of each program.", lower_bound=1)
 _TORCH = flags.DEFINE_bool("torch", True, "Time PyTorch too.")
 _KERNELS = flags.DEFINE_multi_enum(
@@ -131,7 +129,7 @@ def model_flops(config: Any, image_shape: tuple[int, int, int], num_classes: int
 def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
-    data = noise.info((_IMAGE_SIZE.value, _IMAGE_SIZE.value, 3), _NUM_CLASSES.value)
+    data = noise.info_of(config)
     batch = noise.batch(data, config.batch_size)
     image, label = np.asarray(batch["image"]), np.asarray(batch["label"])
 
@@ -158,7 +156,7 @@ def _main(arguments: list[str]) -> None:
 
     device = jax.devices()[0]
     print(f"{config.model.name}, batch {config.batch_size}, {config.compute_dtype}, {device.device_kind}")
-    flops = model_flops(config, data.image_shape, _NUM_CLASSES.value) * config.batch_size
+    flops = model_flops(config, data.image_shape, data.num_classes) * config.batch_size
     print(f"{'':14} compile s   step s (quartiles)         images/s  model GFLOP/s  peak GB")
     for program, times in zip(programs, seconds.T, strict=True):
         low, median, high = np.quantile(times, (0.25, 0.5, 0.75))

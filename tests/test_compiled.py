@@ -44,7 +44,7 @@ def small(arguments, **overrides):
     ids=["adam", "muon", "shampoo", "soap", "isometric", "simple_vit"],
 )
 def test_a_step_waits_for_nothing(config):
-    row, _ = compiled.describe(config, 32, 10, {})
+    row, _ = compiled.describe(config, {})
     assert row["host_waits"] == 0
     times = 7 * (2 if config.sam.rho else 1)
     assert row["custom_calls"] == {"attention_forward": times, "attention_backward": times}
