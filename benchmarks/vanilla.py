@@ -22,7 +22,7 @@ from simplest_vit.analysis import figures
 from simplest_vit.analysis.curve_figure import draw_curves
 from simplest_vit.analysis.report import table
 from simplest_vit.analysis.runs import Run, find_runs, read_curves
-from simplest_vit.errors import Interrupted, tell
+from simplest_vit.errors import Interrupted, UserError, tell
 from simplest_vit.programs.sweep import Point, execute
 
 PROTOCOL = {
@@ -172,7 +172,7 @@ def main() -> None:
             with figures.style():
                 figure = draw_curves(curves, "CIFAR-10, protocol M, best learning rate")
                 figures.save(figure, pathlib.Path(options.workdir, "curves"))
-    except Interrupted as error:
+    except (UserError, Interrupted) as error:
         sys.exit(tell(error))
     sys.exit(3 if failed else 0)
 

@@ -77,24 +77,23 @@ def test_the_table_has_mean_and_deviation_over_seeds_best_first(tmp_path):
     assert lines[5] == "| 1 | 9 | no run | no run | 0 of 2 |"
 
 
-def test_finished_runs_are_skipped_and_failures_counted(tmp_path):
+def test_failures_are_counted_and_the_sweep_goes_on_behind_them(tmp_path):
     fails = [sys.executable, "-c", "raise SystemExit(2)"]
     works = [sys.executable, "-c", f"open({str(tmp_path / 'made')!r}, 'w')"]
-    done = tmp_path / "done"
-    done.mkdir()
-    (done / "results.json").write_text("{}")
-    commands = [fails, fails, works]
-    folders = [done, tmp_path / "fails", tmp_path / "works"]
-    assert sweep.execute([sweep.Point({}, folders, commands)], [{}]) == 1
+    folders = [tmp_path / "fails", tmp_path / "works"]
+    assert sweep.execute([sweep.Point({}, folders, [fails, works])], [{}]) == 1
     assert (tmp_path / "made").exists()
 
 
-# Writes when it begins and ends, and on which device it is.
+# Writes when it begins and ends, and on which device it is; ends when so many have begun as there are devices.
 TELLS = """
-import os, sys, time
-print(time.monotonic(), file=open(sys.argv[1] + ".begin", "w"))
+import os, pathlib, sys, time
+begin, number = pathlib.Path(sys.argv[1] + ".begin"), int(sys.argv[2])
+print(time.monotonic(), file=begin.open("w"))
 print("on", os.environ.get("JAX_CUDA_VISIBLE_DEVICES"), file=sys.stderr)
-time.sleep(1)
+deadline = time.monotonic() + 30
+while len(list(begin.parent.glob("*.begin"))) < number and time.monotonic() < deadline:
+    time.sleep(0.05)
 print(time.monotonic(), file=open(sys.argv[1] + ".end", "w"))
 """
 
@@ -103,7 +102,7 @@ print(time.monotonic(), file=open(sys.argv[1] + ".end", "w"))
 def test_each_gpu_has_one_run_at_a_time(tmp_path, capfd, gpus):
     folders = [tmp_path / "point" / f"seed={seed}" for seed in range(4)]
     (tmp_path / "point").mkdir()
-    commands = [[sys.executable, "-c", TELLS, str(folder)] for folder in folders]
+    commands = [[sys.executable, "-c", TELLS, str(folder), str(gpus)] for folder in folders]
     environments = sweep.share_devices("gpu", list(range(gpus)), None)
     assert sweep.execute([sweep.Point({}, folders, commands)], environments) == 0
     on = {seed: int(device) for seed, device in re.findall(r"^point/seed=(\d): on (\d)$", capfd.readouterr().err, re.M)}
@@ -169,7 +168,11 @@ def test_a_small_sweep_from_any_directory_quick(tmp_path):
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("1 of 1") == 2
     assert second.stdout == first.stdout
-    assert second.stderr.count("finished before") == 2
+    assert second.stderr.count("has finished: its results.json is repeated here") == 2
+    line[line.index("--config.model.depth=2")] = "--config.model.depth=1"
+    other = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert other.returncode != 0
+    assert "holds another run: its config.model.depth is 2, now 1" in other.stderr
 
 
 @pytest.mark.slow
@@ -181,7 +184,7 @@ def test_a_sweep_that_is_stopped_has_its_runs_save_their_step(tmp_path, signals)
         line, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         said, seen = [], set()
-        while len(seen) < 2:
+        while len(seen) < 2 and process.poll() is None:
             said.append(process.stderr.readline())
             seen |= set(re.findall(r"^(config/seed=\d+): .*step \d+/", said[-1]))
         os.killpg(process.pid, signals)  # as a terminal does

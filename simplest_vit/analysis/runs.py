@@ -13,15 +13,12 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from simplest_vit.config import flatten
 from simplest_vit.errors import UserError
-from simplest_vit.training.workdir import CONFIG, RESULTS
+from simplest_vit.training.workdir import CONFIG, MAY_CHANGE, RESULTS
 
 # What a report needs of `results.json`; a run of a version that writes others is told, not guessed at.
 _NEEDED = ("validation_accuracy", "best_validation_accuracy", "steps", "seed", "config")
 # Fields in which runs of one group may differ.
-_NOT_COMPARED = (
-    *("seed", "checkpoint_every", "eval_every", "log_every", "compilation_cache"),
-    *("data.dir", "data.manual_dir", "profile."),
-)
+_NOT_COMPARED = ("seed", *MAY_CHANGE)
 
 Curve = tuple[np.ndarray, np.ndarray]
 

@@ -2,7 +2,7 @@
 
     python -m simplest_vit.analysis.signal_propagation --config configs/cifar10.py --workdir runs/cifar10
 
-Writes to WORKDIR/signal_propagation: signal_propagation (all panels) and overview (two of them), both as PNG and SVG;
+Writes to WORKDIR/signal_propagation: signal_propagation (all panels) and overview (three of them), both as PNG and SVG;
 signal_propagation.csv and jacobian.csv with all numbers; and a folder of TensorBoard scalars for each model, whose step
 is the block.
 """

@@ -137,8 +137,9 @@ def _held(lease: SoftFileLease) -> Iterator[None]:
     try:
         lease.acquire(blocking=False)
     except Timeout:
-        if owner := lease.owner:
-            print(f"waiting for process {owner.pid} of {owner.hostname} to prepare {folder}", file=sys.stderr)
+        owner = lease.owner  # None while it writes its name
+        who = f"process {owner.pid} of {owner.hostname}" if owner else "another process"
+        print(f"waiting for {who} to prepare {folder}", file=sys.stderr)
         lease.acquire(poll_interval=0.5)
     try:
         yield

@@ -49,14 +49,14 @@ def _misfits(tokens: int, head_width: int) -> list[tuple[str, int, tuple[int, in
     return [(name, size, (low, high)) for name, size, (low, high) in sizes if not low <= size <= high]
 
 
-def check_devices(devices: Sequence[jax.Device]) -> None:
-    """Check that the kernel can run on the devices of a run.
+def check_devices(kernel: str, devices: Sequence[jax.Device]) -> None:
+    """Check that a kernel as in `choose` can run on the devices of a run.
 
     Raises:
       UserError: If not.
     """
     for device in devices:
-        if not _is_recent(device):
+        if kernel == "fused" and not _is_recent(device):
             capability = getattr(device, "compute_capability", None)
             raise UserError(
                 f"config.model.attention_kernel='fused' needs NVIDIA GPUs of compute capability 8.0 (Ampere) or more, "

@@ -30,7 +30,7 @@ def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, in_place: fl
       num_heads: H, at most T = rows * columns.
       grid: Rows and columns of tokens.
       depth: L.
-      in_place: Share of the heads that stay, in (0, 1].
+      in_place: Share of the heads of all blocks that stay, in (0, 1]; rounded up to whole ones.
 
     Returns:
       int [L, H, 2], rows and columns to look away; those of the heads that move are different within a block.

@@ -222,7 +222,8 @@ class SimplestViT(nnx.Module):
           rngs: Streams for the initialization.
 
         Raises:
-          ValueError: If TAT has no solution for the depth, or a name is unknown.
+          ValueError: If TAT has no solution for the depth, or shift attention has more heads than tokens. Names are
+            checked by `factory.model_arguments`.
         """
         grid = layers.token_grid(image_shape, patch_size)
         orthogonal = (

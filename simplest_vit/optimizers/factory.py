@@ -37,6 +37,10 @@ def _shampoo(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> o
     options = options_of(config.optimizer)
     if config.optimizer.preset != "reference":
         return shampoo(learning_rate, stack_axes=paths.stack_axes, mesh=mesh, **options)
+    if (config.model.name, config.model.attention) == ("simplest_vit", "value_skipinit"):
+        raise ValueError(
+            "preset='reference' has no layout for model.attention='value_skipinit'; choose another of them"
+        )
     # Which dimensions the reference merges depends on its layout: q, k and v fused, layers apart, [out, in].
     model, patch_size = config.model.name, config.model.patch_size
     tx = shampoo(learning_rate, mesh=mesh, **options)

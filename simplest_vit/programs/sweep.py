@@ -4,8 +4,8 @@ r"""Runs a grid of configs over seeds, and ends with one table.
         --grid config.optimizer.learning_rate=5e-4,3e-4 --grid config.weight_decay=0,5e-5
 
 Each run is a process in its own folder of --workdir, one on each GPU of the machine at the same time; with --at_once=N
-they are N, on an equal share of the GPUs each. The same command again skips what is finished and goes on with what is
-not. With --print_commands the commands are printed instead, for a cluster to run.
+they are N, on an equal share of the GPUs each. The same command again goes on with what is not finished. With
+--print_commands the commands are printed instead, for a cluster to run.
 """
 
 import dataclasses
@@ -137,7 +137,9 @@ def share_devices(platform: str, devices: list[int], at_once: int | None) -> lis
 
 
 def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
-    """Run what is not finished, several at once; told to stop, have those that are under way save their step.
+    """Run all, several at once; told to stop, have those that are under way save their step.
+
+    A run that was finished before ends at once, or refuses if its config was another.
 
     Args:
       points: The runs.
@@ -149,12 +151,7 @@ def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
     Raises:
       Interrupted: If a signal came.
     """
-    waiting = []
-    for folder, line in itertools.chain.from_iterable(zip(p.workdirs, p.commands, strict=True) for p in points):
-        if (folder / RESULTS).exists():
-            log.info("finished before: %s", folder)
-        else:
-            waiting.append((folder, line))
+    waiting = [run for point in points for run in zip(point.workdirs, point.commands, strict=True)]
     failed = 0
     running: dict[int, _Process] = {}
     try:

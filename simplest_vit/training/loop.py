@@ -68,8 +68,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     _keep_compiled(config)
     mesh = create_mesh(config.fsdp)
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
-    if config.model.attention_kernel == "fused":
-        attention.check_devices(jax.devices())
+    attention.check_devices(config.model.attention_kernel, jax.devices())
     path = check_workdir(workdir, config.to_dict())
     if distributed.from_primary((path / RESULTS).exists):  # whatever has become of the data since
         log.info("%s has finished: its %s is repeated here", path, RESULTS)
@@ -178,6 +177,7 @@ def evaluate(config: Any, workdir: str) -> dict[str, dict[str, float]]:
     path, _, data = read_run(workdir, config)
     dataset = pipeline.load(config.data)
     check_data(path, dataset.info)
+    attention.check_devices(config.model.attention_kernel, jax.devices())
     run = build(config, data, create_mesh(config.fsdp))
     outcome = {}
     with Checkpoints(path, create=False) as checkpoints:

@@ -27,7 +27,7 @@ RESULTS = "results.json"
 VERSION = "0.2"
 
 # Fields that do not change what is computed, and may differ when a run goes on.
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "checkpoint_every",
     "checkpoint_minutes",
     "compilation_cache",
@@ -254,7 +254,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 def _check_same(path: pathlib.Path, config: dict[str, Any]) -> None:
     old, new = _read_config(path), flatten(config)
     for name in sorted(old.keys() | new.keys()):
-        if name.startswith(_MAY_CHANGE) or old.get(name) == new.get(name):
+        if name.startswith(MAY_CHANGE) or old.get(name) == new.get(name):
             continue
         raise UserError(
             f"--workdir={path} holds another run: its config.{name} is {old.get(name)!r}, now {new.get(name)!r}; "

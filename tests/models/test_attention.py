@@ -111,12 +111,20 @@ def test_with_queries_of_zero_it_is_the_matrix_of_e_spa(form):
     assert oracle.relative_error(result, matrix @ np.float64(value)) < 1e-6
 
 
-@pytest.mark.parametrize("create", [tiny.simplest_vit, tiny.simple_vit])
-@pytest.mark.parametrize("overrides", [{}, {"attention": "value_skipinit"}])
+@pytest.mark.parametrize(
+    ("create", "overrides"),
+    [
+        (tiny.simple_vit, {}),
+        (tiny.simplest_vit, {}),
+        (tiny.simplest_vit, {"attention": "value_skipinit"}),
+        (tiny.simplest_vit, {"attention": "shift", "shift_in_place": 0.5}),
+        (tiny.simplest_vit, {"remat": True}),
+    ],
+)
 def test_a_model_computes_the_same_by_the_kernel(monkeypatch, create, overrides):
-    if create is tiny.simple_vit and overrides:
-        pytest.skip("the baseline has one attention")
     monkeypatch.setattr(attention, "fused", functools.partial(attention.fused, interpret=True))
+    if overrides.get("remat"):
+        monkeypatch.setattr(layers, "_MAX_UNROLLED", 0)  # a loop
     image = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     sizes = {"image_shape": (16, 16, 3), "width": 32, **overrides}
     results = [tiny_gradient(create(attention_kernel=kernel, **sizes), image) for kernel in ("xla", "fused")]
@@ -162,7 +170,8 @@ def test_each_device_computes_its_own_images(shape):
 
 def test_a_cpu_cannot_run_it():
     with pytest.raises(UserError, match=r"attention_kernel='fused' needs NVIDIA GPUs .* not cpu; choose xla"):
-        attention.check_devices(jax.devices()[:1])
+        attention.check_devices("fused", jax.devices()[:1])
+    attention.check_devices("auto", jax.devices()[:1])
 
 
 class Gpu:
@@ -176,9 +185,9 @@ HOPPER, VOLTA, RADEON = Gpu("NVIDIA H100", "9.0"), Gpu("Tesla V100", "7.0"), Gpu
 
 
 def test_a_gpu_must_be_recent():
-    attention.check_devices([HOPPER, HOPPER])
+    attention.check_devices("fused", [HOPPER, HOPPER])
     with pytest.raises(UserError, match=r"with 7\.0"):
-        attention.check_devices([HOPPER, VOLTA])
+        attention.check_devices("fused", [HOPPER, VOLTA])
 
 
 @pytest.mark.parametrize(

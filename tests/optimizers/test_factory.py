@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from simplest_vit.errors import UserError
 from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.factory import create_optimizer
@@ -95,6 +96,13 @@ def test_reference_shampoo_sees_the_parameters_as_pytorch_lays_them_out(model):
         updates, ours_state = jax.jit(ours.update)(gradient, ours_state, params)
         expected, theirs_state = jax.jit(theirs.update)(view(gradient), theirs_state, viewed)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), view(updates), expected)
+
+
+def test_reference_shampoo_has_no_layout_for_value_skipinit():
+    config = tiny_config("optimizer=shampoo", model__attention="value_skipinit")
+    config.optimizer.preset = "reference"
+    with pytest.raises(UserError, match=r"^config.optimizer.preset='reference' has no layout for .*'value_skipinit'; "):
+        create_optimizer(config, lambda step: 0.1)
 
 
 def test_schedule_warms_up_linearly_and_ends_at_zero():

@@ -93,6 +93,12 @@ def test_evaluation_repeats_what_training_found(finished, data_dir, monkeypatch)
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}, "evaluation wrote to the workdir"
 
 
+def test_evaluation_needs_the_devices_of_the_attention_kernel(finished, data_dir):
+    config = tiny_config(data__dir=data_dir, ema__decay=0.9, model__attention_kernel="fused")
+    with pytest.raises(UserError, match=r"'fused' needs NVIDIA GPUs .* not cpu; choose xla"):
+        loop.evaluate(config, str(finished[0]))
+
+
 def test_evaluation_takes_devices_that_do_not_divide_the_batch(finished, data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "create_mesh", lambda fsdp: create_mesh(fsdp, jax.devices()[:3]))
     evaluated = loop.evaluate(tiny_config(data__dir=data_dir, ema__decay=0.9), str(finished[0]))
