@@ -323,7 +323,7 @@ from configs import digits
 
 def get_config(arguments):
     optimizer, _, assignment = arguments.partition(";")
-    config = section = digits.get_config(f"optimizer={optimizer}")
+    config = section = digits.get_config(f"method=espa_tat,optimizer={optimizer}")
     path, _, value = assignment.partition("=")
     *sections, last = path.split(".")
     for name in sections:

@@ -27,7 +27,7 @@ def get_config(name, arguments=None):
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_choice_of_every_config_describes_a_run(name):
     setups = [None] if name == "digits" else ["tat", "simple_vit"]
-    models = ["simplest_vit", "simplest_vit,method=isometric", "simple_vit"]
+    models = ["simplest_vit,method=espa_tat", "simplest_vit,method=isometric", "simple_vit"]
     for setup, model, optimizer in itertools.product(setups, models, OPTIMIZERS):
         arguments = f"model={model},optimizer={optimizer}" + (f",setup={setup}" if setup else "")
         config = get_config(name, arguments)

@@ -21,9 +21,9 @@ DIGITS = DatasetInfo(
 )
 
 
-def tiny_config(arguments: str | None = "optimizer=adam", **overrides: Any) -> ConfigDict:
-    """The digits config with a tiny model and six steps; `overrides` by dotted name, with "__" for the dot."""
-    config = digits.get_config(arguments)
+def tiny_config(arguments: str = "optimizer=adam", **overrides: Any) -> ConfigDict:
+    """Digits, E-SPA and TAT, with a tiny model and six steps; `overrides` by dotted name, with "__" for the dot."""
+    config = digits.get_config(f"method=espa_tat,{arguments}")
     tiny = {
         "steps": 6,
         "batch_size": 64,
