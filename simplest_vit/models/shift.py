@@ -42,8 +42,8 @@ def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, in_place: fl
     if num_heads > num_tokens:
         raise ValueError(f"num_heads={num_heads} must be at most the number of tokens, {grid[0]} x {grid[1]}")
     result = np.zeros((depth, num_heads, 2), int)
-    share = min((1.0 - in_place) * num_heads, num_tokens - 1)
-    moving = np.diff(np.floor(share * np.arange(depth + 1) + 1e-6)).astype(int)
+    per_block = min((1.0 - in_place) * num_heads, num_tokens - 1)
+    moving = np.diff(np.floor(per_block * np.arange(depth + 1) + 1e-6)).astype(int)
     if moving.any():
         rows, columns = (np.arange(n) - (n - 1) // 2 for n in grid)  # one representative of each offset on the torus
         offsets = [(int(y), int(x)) for y in rows for x in columns if (y, x) != (0, 0)]
