@@ -69,12 +69,12 @@ def test_what_a_killed_process_held_is_taken_over_at_once(tmp_path):
 
 
 def test_a_process_of_another_host_is_waited_for_until_it_is_silent(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(prepare, "_LEASE", 1.0)
+    monkeypatch.setattr(prepare, "_LEASE", 3.0)
     (tmp_path / "digits").mkdir()
     program = (
         "import filelock._marker, filelock, sys, time\n"
         "filelock._marker.host_name = lambda: 'elsewhere'\n"
-        "lease = filelock.SoftFileLease(sys.argv[1], lease_duration=1.0)\n"
+        "lease = filelock.SoftFileLease(sys.argv[1], lease_duration=3.0)\n"
         "lease.acquire(); print(flush=True); time.sleep(100)"
     )
     with subprocess.Popen(
@@ -83,7 +83,7 @@ def test_a_process_of_another_host_is_waited_for_until_it_is_silent(tmp_path, mo
         other.stdout.readline()
         waiting = threading.Thread(target=prepare.prepare, args=("digits", tmp_path))
         waiting.start()
-        time.sleep(2.5)
+        time.sleep(4)
         assert not (tmp_path / "digits/1.0.0").exists()
         other.kill()
     waiting.join(60)
