@@ -86,21 +86,14 @@ def compile_for(device: jax.Device, function: Any, *arguments: Any, options: dic
     return compiled, roofline.read(compiled.as_text(), roofline.pallas_flops(traced.jaxpr.jaxpr))
 
 
-def train_step(settings: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """The jitted step of `simplest-vit train`, and the shapes of its state and batch."""
-    mesh = create_mesh(devices=[target()])
-    run = build(settings, noise.info_of(settings), mesh)
-    return run.train_step, run.abstract, noise.abstract_batch(run.data, settings.batch_size)
-
-
 def describe(settings: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """One row of the table, and the kernels."""
-    step, state, batch = train_step(settings)
+    """One row of the table, and the kernels, of the step of `simplest-vit train`."""
+    run = build(settings, noise.info_of(settings), create_mesh(devices=[target()]))
+    batch = noise.abstract_batch(run.data, settings.batch_size)
     start = time.perf_counter()
-    compiled, program = compile_for(target(), step, state, batch, options=options)
+    compiled, program = compile_for(target(), run.train_step, run.abstract, batch, options=options)
     seconds = sum(kernel.seconds for kernel in program.kernels)
-    data = noise.info_of(settings)
-    flops = model_flops(settings, data.image_shape, data.num_classes) * settings.batch_size
+    flops = model_flops(settings, run.data.image_shape, run.data.num_classes) * settings.batch_size
     calls = collections.Counter(k.kind for k in program.kernels if k.instruction.op == "custom-call")
     row = {
         "bound_ms": 1e3 * seconds,

@@ -9,7 +9,6 @@ command goes on where it was. Writes depth_study.png (and SVG) and depth_study.c
 import csv
 import logging
 import pathlib
-from itertools import cycle
 from typing import Any
 
 from absl import flags
@@ -140,7 +139,7 @@ def draw(curves: Curves, title: str) -> Figure:
       A figure with the axes of `PANELS`, in that order.
     """
     depths = sorted({depth for _, depth in curves})
-    style = dict(zip(depths, cycle(zip(figures.COLORS, figures.MARKERS, strict=True)), strict=False))
+    style = {depth: (color, marker) for depth, color, marker in figures.styled(depths)}
     figure = figures.create(height=6.4)
     for axis, (tag, (panel, unit)) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for (method, depth), tags in curves.items():

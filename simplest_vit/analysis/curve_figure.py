@@ -21,22 +21,14 @@ def draw_curves(curves: dict[str, dict[str, Curve]], title: str) -> Figure:
     """
     figure = figures.create(height=3.6 + 0.2 * (len(curves) // 2))
     for axis, (panel, (train, validation)) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
-        for i, tags in enumerate(curves.values()):
-            color = figures.COLORS[i % len(figures.COLORS)]
+        for tags, color, marker in figures.styled(curves.values()):
             if train in tags:
                 axis.plot(*tags[train], color=color, linestyle="--", linewidth=1, alpha=0.8)
             if validation in tags:
-                axis.plot(*tags[validation], color=color, marker=figures.MARKERS[i % len(figures.MARKERS)])
+                axis.plot(*tags[validation], color=color, marker=marker)
         axis.set(title=panel, xlabel="step", ylabel=panel.lower() + (" (nats)" if panel == "Loss" else " (top-1)"))
     handles = [
-        Line2D(
-            [],
-            [],
-            color=figures.COLORS[i % len(figures.COLORS)],
-            marker=figures.MARKERS[i % len(figures.MARKERS)],
-            label=label,
-        )
-        for i, label in enumerate(curves)
+        Line2D([], [], color=color, marker=marker, label=label) for label, color, marker in figures.styled(curves)
     ]
     handles.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="training, dashed"))
     figure.legend(handles=handles, loc="outside upper center", ncols=2, title=title, title_fontproperties={"size": 11})

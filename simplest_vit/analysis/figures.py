@@ -1,11 +1,15 @@
 """How figures look, and how they are written: one style, colours that colour-blind readers tell apart."""
 
 import contextlib
+import itertools
 import pathlib
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import matplotlib
 from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 # Okabe and Ito, "Color Universal Design" (2008), black first, without the yellow that vanishes on white.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#7F7F7F")
@@ -30,6 +34,11 @@ _STYLE: dict[Any, Any] = {
     "lines.markersize": 3.5,
     "svg.hashsalt": "simplest-vit",  # the same figure gives the same file
 }
+
+
+def styled(items: Iterable[T]) -> Iterator[tuple[T, str, str]]:
+    """Each item with its color and marker, which begin anew where there are more items."""
+    return zip(items, itertools.cycle(COLORS), itertools.cycle(MARKERS), strict=False)
 
 
 def create(height: float) -> Figure:

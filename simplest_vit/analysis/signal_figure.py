@@ -1,7 +1,6 @@
 """The picture of signal propagation: one panel for each quantity, one colour for each model, theory dashed."""
 
 import math
-from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -87,7 +86,7 @@ def _add_legend(figure: Figure, results: list[Signals], title: str) -> None:
     """One legend for all panels, above them, under the title."""
     handles = [
         Line2D([], [], color=color, marker=marker, label=result.name)
-        for result, color, marker in zip(results, cycle(figures.COLORS), cycle(figures.MARKERS), strict=False)
+        for result, color, marker in figures.styled(results)
     ]
     handles.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="theory, infinite width"))
     handles.append(Line2D([], [], color="black", linestyle=":", linewidth=1.2, label="C-map alone, no attention"))
@@ -98,7 +97,7 @@ def draw_quantity(axis: Axes, quantity: str, results: list[Signals]) -> None:
     """Draw one quantity over the blocks: measured with markers, theory dashed, the C-map alone dotted."""
     title, label, logarithmic = PANELS[quantity]
     # The first model is drawn last, over the others.
-    for result, color, marker in [*zip(results, cycle(figures.COLORS), cycle(figures.MARKERS), strict=False)][::-1]:
+    for result, color, marker in [*figures.styled(results)][::-1]:
         if quantity not in result.measured:
             continue
         y = shown(quantity, result.measured[quantity])
@@ -118,7 +117,7 @@ def draw_quantity(axis: Axes, quantity: str, results: list[Signals]) -> None:
 
 def draw_jacobian(axis: Axes, results: list[Signals]) -> None:
     """Draw singular values of the Jacobian over the share of directions that have at most so much."""
-    for result, color in [*zip(results, cycle(figures.COLORS), strict=False)][::-1]:
+    for result, color, _ in [*figures.styled(results)][::-1]:
         values, weights = result.jacobian
         axis.step([0, *np.cumsum(weights)], np.maximum([values[0], *values], values[-1] * _JACOBIAN_FLOOR), color=color)
     axis.set(

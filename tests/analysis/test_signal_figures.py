@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from simplest_vit.analysis import contrasts, signal_figure, signal_propagation
+from simplest_vit.analysis import contrasts, figures, signal_figure, signal_propagation
 from simplest_vit.analysis.runs import read_curves
 from simplest_vit.errors import UserError
 from simplest_vit.interop.import_reference import import_reference
@@ -131,3 +131,10 @@ def test_a_folder_without_checkpoint_is_told_and_left_alone(tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="--seeds=0"):
         signal_propagation.signal_propagation(config, str(tmp_path / "run"), seeds=0)
+
+
+def test_the_ninth_item_has_the_style_of_the_first():
+    items, colors, markers = zip(*figures.styled(range(9)), strict=True)
+    assert items == tuple(range(9))
+    assert len(set(zip(colors[:8], markers[:8], strict=True))) == 8
+    assert (colors[8], markers[8]) == (colors[0], markers[0])
