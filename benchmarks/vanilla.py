@@ -79,6 +79,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Value-SkipInit + mirrored": (_ISOMETRIC, {"model.num_heads": 8, "model.attention": "value_skipinit"}),
 }
+ROWS |= {
+    f"{row}, depth {depth}": (ROWS[row][0], ROWS[row][1] | {"model.depth": depth})
+    for row in ("SimpleViT", "E-SPA + TAT", "isometric")
+    for depth in (24, 64)
+}
 
 # Huge pages, kept by the allocator: a step's arrays are touched for the first time in every step, and half of it was
 # page faults. No effect where the C library is another; a run is the same with and without.
