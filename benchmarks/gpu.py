@@ -113,8 +113,9 @@ def main() -> None:
         arguments = ["--interpret", "--batch_size=2"] if options.toy else []
         good &= run([("attention_kernel", program("benchmarks.attention_kernel", *arguments))], folder, end)
     if 2 in options.parts:
-        kernels = ["--kernel=xla", *([] if options.toy else ["--kernel=fused"])]
-        step = program("benchmarks.train_step", f"--config={CONFIG}", *kernels, *toy)
+        kernel = ".model.attention_kernel="
+        fused = [] if options.toy else [f"--config{kernel}fused", f"--against={CONFIG}", f"--against{kernel}xla"]
+        step = program("benchmarks.train_step", f"--config={CONFIG}", *fused, *toy)
         good &= run([("train_step", step)], folder, end)
     if 3 in options.parts:
         cells = []

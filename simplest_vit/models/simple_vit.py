@@ -43,8 +43,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map tokens [B, T, D] to tokens [B, T, D]."""
-        gelu = functools.partial(jax.nn.gelu, approximate=False)
-        return self.dense2(layers.activate(self.norm(layers.rows(x)), self.dense1, gelu)).reshape(x.shape)
+        return self.dense2(layers.activate(self.norm(layers.rows(x)), self.dense1, layers.gelu)).reshape(x.shape)
 
 
 class Block(nnx.Module):

@@ -20,11 +20,7 @@ from simplest_vit.models import espa, initializers, layers, shift, tat
 # Ways to shape attention: the forms of E-SPA, shifts, Value-SkipInit, and the contrast that collapses.
 ATTENTIONS = (*espa.FORMS, "shift", "value_skipinit", "unshaped")
 # Activations of each MLP; those of the mirrored one have phi(z) - phi(-z) = z.
-_MIRRORED: dict[str, Callable] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-}
+_MIRRORED: dict[str, Callable] = {"gelu": layers.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
 MLPS = {"shaped": ("tailored_relu", "relu"), "mirrored": tuple(_MIRRORED)}
 INITS = ("paper", "reference", "isometric")
 
