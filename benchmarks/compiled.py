@@ -29,16 +29,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # the plugin finds no GPU
 import jax
 from absl import flags
 from jax.experimental import topologies
-from ml_collections import config_flags
 
 from benchmarks import noise, roofline
 from benchmarks.train_step import model_flops
-from simplest_vit import cli, config
+from simplest_vit import cli
 from simplest_vit.errors import UserError
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
 
-_AGAINST = config_flags.DEFINE_config_file("against", None, "Another config, to compare with.")
+_AGAINST = cli.define_config("against", "Another config, to compare with.")
 _COMMIT = flags.DEFINE_string("commit", None, "An earlier commit, to compare with.")
 _OPTIONS = flags.DEFINE_multi_string("xla", [], "Flags for XLA, e.g. xla_gpu_enable_triton_gemm=false.")
 _TOP = flags.DEFINE_integer("top", 10, "Kernels to list, those of the same shape together.", lower_bound=0)
@@ -174,7 +173,6 @@ def _main(_: list[str]) -> None:
     if _COMMIT.value:
         rows[_COMMIT.value] = at_commit(_COMMIT.value)
     if flags.FLAGS["against"].present:
-        config.check(_AGAINST.value)
         rows["against"] = describe(_AGAINST.value, options)[0]
     print(f"batch {cli.CONFIG.value.batch_size}, compiled for an H200, not run: lower bounds")
     print(f"{'':12} bound ms   MFU  launches      GB  temporaries GB  host waits  custom calls")

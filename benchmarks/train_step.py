@@ -20,10 +20,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorc
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from benchmarks import noise
-from simplest_vit import cli, config
+from simplest_vit import cli
 from simplest_vit.models import attention
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.models.layers import token_grid
@@ -31,7 +30,7 @@ from simplest_vit.training.run import build
 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed steps of each program.", lower_bound=1)
 _TORCH = flags.DEFINE_bool("torch", True, "Time PyTorch too.")
-_AGAINST = config_flags.DEFINE_config_file("against", None, "Another config, to compare with.")
+_AGAINST = cli.define_config("against", "Another config, to compare with.")
 
 
 class Program(NamedTuple):
@@ -148,7 +147,6 @@ def _main(_: list[str]) -> None:
     options = cli.CONFIG.value
     programs = [ours("this", options)]
     if flags.FLAGS["against"].present:
-        config.check(_AGAINST.value)
         programs.append(ours("against", _AGAINST.value))
     own = len(programs)
     for compiled in (False, True) if _TORCH.value else ():

@@ -15,9 +15,16 @@ from ml_collections import ConfigDict, config_flags
 from simplest_vit import signals
 from simplest_vit.errors import Interrupted, TrainingError, UserError, not_installed, tell
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with its arguments behind a colon: configs/cifar10.py:model=simple_vit"
-)
+_CONFIGS: list[flags.FlagHolder] = []
+
+
+def define_config(name: str, description: str) -> flags.FlagHolder:
+    """Define a flag `--NAME=FILE`, with `--NAME.FIELD=VALUE`; `run` loads and checks its config where it is given."""
+    _CONFIGS.append(config_flags.DEFINE_config_file(name, None, description))
+    return _CONFIGS[-1]
+
+
+CONFIG = define_config("config", "Config file, with its arguments behind a colon: configs/cifar10.py:model=simple_vit")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, TensorBoard files, results.json.")
 
 
@@ -70,10 +77,11 @@ def _interrupt(number: int, frame: Any) -> None:
 def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Check the config and run; what the machine lacks is the user's to mend as well."""
     try:
-        if flags.FLAGS[CONFIG.name].present:
+        if configs := _given():
             from simplest_vit.config import check  # imported here, so that a mistyped flag is answered at once
 
-            check(CONFIG.value)
+            for config in configs:
+                check(config.value)
         program(arguments)
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
@@ -91,6 +99,11 @@ def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> 
         ) from error
 
 
+def _given() -> list[flags.FlagHolder]:
+    """The flags of config files that the command line has."""
+    return [config for config in _CONFIGS if flags.FLAGS[config.name].present]
+
+
 def _raised_in(error: BaseException) -> str:
     """The module that raised an exception."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -99,17 +112,19 @@ def _raised_in(error: BaseException) -> str:
 
 def _parse(argv: list[str], usage: str, required: tuple[str, ...], positional: bool) -> list[str]:
     """Parse flags; a config that cannot be made of them is the user's mistake."""
+    name = CONFIG.name
     try:
         remaining = flags.FLAGS(argv)
-        for name in required:
-            if flags.FLAGS[name].value in (None, "") and not (name == CONFIG.name and flags.FLAGS[name].present):
-                raise UserError(f"--{name} is missing; usage: {usage}")
-        if flags.FLAGS[CONFIG.name].present:
-            getattr(CONFIG.value, "to_dict", None)  # a file that cannot be read is told only at the first use
-            if not isinstance(CONFIG.value, ConfigDict):
-                raise UserError("--config: get_config of the file returns no ConfigDict; see configs/digits.py")
+        for needed in required:
+            if flags.FLAGS[needed].value in (None, "") and not (needed == CONFIG.name and flags.FLAGS[needed].present):
+                raise UserError(f"--{needed} is missing; usage: {usage}")
+        for config in _given():
+            name = config.name
+            getattr(config.value, "to_dict", None)  # a file that cannot be read is told only at the first use
+            if not isinstance(config.value, ConfigDict):
+                raise UserError(f"--{name}: get_config of the file returns no ConfigDict; see configs/digits.py")
     except Exception as error:  # a config file is a program: it may raise anything
-        raise UserError(_explain(error)) from error
+        raise UserError(_explain(error, name)) from error
     if len(remaining) > 1 and not positional:
         raise UserError(f"unexpected argument {remaining[1]!r}; every option is a --flag")
     return remaining
@@ -121,8 +136,8 @@ def _help(module: str) -> str:
     return "\n\n".join([sys.modules[module].__doc__ or "", *own])
 
 
-def _explain(error: BaseException) -> str:
-    """Say in one line what is behind a chain of exceptions from parsing the flags."""
+def _explain(error: BaseException, flag: str) -> str:
+    """Say in one line what is behind a chain of exceptions from parsing the flags, of which one may be a config's."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -134,6 +149,6 @@ def _explain(error: BaseException) -> str:
         return str(innermost)
     message = (str(innermost).splitlines() or [""])[-1].strip()
     if not isinstance(error, flags.Error) or isinstance(innermost, SyntaxError | ImportError | OSError):
-        return f"--config cannot be loaded: {type(innermost).__name__}: {message}"
+        return f"--{flag} cannot be loaded: {type(innermost).__name__}: {message}"
     first = str(error).splitlines()[0]
     return first if message in first else f"{first} {message}"

@@ -283,6 +283,8 @@ COMMANDS = [
     (DEPTH_STUDY.replace("{new}/run", "{old}/text.jpg"), "text.jpg is a file"),
     ("benchmarks.checkpoint --config configs/digits.py --config.batch_size=0", "config.batch_size=0 must be"),
     ("benchmarks.train_step --config configs/digits.py --config.model.depth=0", "config.model.depth=0 must be"),
+    ("benchmarks.train_step --config configs/digits.py --against {new}/x.py", "--against cannot be loaded"),
+    ("benchmarks.train_step --config configs/digits.py --against configs/digits.py --against.seed=-1", "seed=-1 must"),
     ("benchmarks.optimizers --config configs/digits.py --measured_batch_size=0", "--measured_batch_size=0"),
     ("benchmarks.input_pipeline mnist", "data.name=mnist: unknown"),
 ]
