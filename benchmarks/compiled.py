@@ -31,7 +31,7 @@ from absl import flags
 from jax.experimental import topologies
 
 from benchmarks import noise, roofline
-from benchmarks.train_step import model_flops
+from benchmarks.flops import step_flops
 from simplest_vit import cli
 from simplest_vit.errors import UserError
 from simplest_vit.training.run import build
@@ -92,11 +92,10 @@ def describe(settings: Any, options: dict[str, Any]) -> tuple[dict[str, Any], An
     start = time.perf_counter()
     compiled, program = compile_for(target(), run.train_step, run.abstract, batch, options=options)
     seconds = sum(kernel.seconds for kernel in program.kernels)
-    flops = model_flops(settings, run.data.image_shape, run.data.num_classes) * settings.batch_size
     calls = collections.Counter(k.kind for k in program.kernels if k.instruction.op == "custom-call")
     row = {
         "bound_ms": 1e3 * seconds,
-        "mfu": flops / seconds / DATA_SHEET,
+        "mfu": step_flops(run) / seconds / DATA_SHEET,
         "launches": sum(kernel.times for kernel in program.kernels),
         "gigabytes": sum(kernel.times * kernel.bytes for kernel in program.kernels) / 1e9,
         "temporary_gigabytes": compiled.memory_analysis().temp_size_in_bytes / 1e9,
@@ -136,7 +135,7 @@ def at_commit(commit: str) -> dict[str, Any]:
         if added.returncode:
             raise UserError(f"--commit={commit}: {added.stderr.strip().splitlines()[-1]}")
         try:
-            for name in ("compiled.py", "roofline.py", "noise.py", "h200.txtpb"):
+            for name in ("compiled.py", "roofline.py", "noise.py", "flops.py", "h200.txtpb"):
                 shutil.copy(_HERE / name, tree / "benchmarks" / name)
             arguments = _without(sys.argv[1:], "commit", "against")
             command = [sys.executable, "-m", "benchmarks.compiled", *arguments, "--json"]

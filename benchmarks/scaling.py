@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from benchmarks import noise
+from benchmarks.flops import forward_flops
 from simplest_vit.config import default
 from simplest_vit.models.factory import VARIANTS
 from simplest_vit.models.layers import token_grid
@@ -110,26 +111,6 @@ def abstract_mesh(devices: int, fsdp: int) -> jax.sharding.AbstractMesh:
 def describe(config: Any, mesh: Any) -> Any:
     """Shapes and shardings of the state of a run on a mesh."""
     return abstract_state(build(config, noise.info(IMAGE_SHAPE, NUM_CLASSES)).initialize, mesh)
-
-
-def forward_flops(params: Any, tokens: int) -> float:
-    """Floating-point operations for one image: products with kernels, and attention.
-
-    Args:
-      params: The model's parameters, or their shapes.
-      tokens: T; the head sees one, everything else all of them.
-
-    Returns:
-      Twice the multiplications.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    products = sum(
-        2 * x.size * (1 if paths.path_names(path)[0] == "head" else tokens)
-        for path, x in leaves
-        if paths.is_kernel(path)
-    )
-    depth, width, _ = params["blocks"]["attention"]["query"]["kernel"].shape
-    return products + depth * 4 * tokens**2 * width
 
 
 def collective_bytes(size: float, devices: int, node: int) -> tuple[float, float]:

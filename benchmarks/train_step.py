@@ -9,11 +9,10 @@ model, gradient clipping and weight decay, and always PyTorch's fused Adam: a co
 with that.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorch its part of a GPU's memory
 
@@ -22,11 +21,11 @@ import numpy as np
 from absl import flags
 
 from benchmarks import noise
+from benchmarks.flops import step_flops
 from simplest_vit import cli
 from simplest_vit.models import attention
 from simplest_vit.models.factory import model_arguments
-from simplest_vit.models.layers import token_grid
-from simplest_vit.training.run import build
+from simplest_vit.training.run import Run, build
 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed steps of each program.", lower_bound=1)
 _TORCH = flags.DEFINE_bool("torch", True, "Time PyTorch too.")
@@ -50,16 +49,12 @@ class Program(NamedTuple):
     compile_s: float
     memory: Callable[[], int | None]
     images: int
-    flops: int
+    flops: float
 
 
-def ours(name: str, options: Any) -> Program:
-    """The train step of `main.py` by a config, compiled."""
-    data = noise.info_of(options)
-    batch = noise.batch(data, options.batch_size)
-    if options.model.attention_kernel == "fused":
-        attention.check_devices(jax.devices())
-    run = build(options, data)
+def ours(name: str, run: Run) -> Program:
+    """The train step of `main.py`, compiled."""
+    batch = noise.batch(run.data, run.config.batch_size)
     state = run.create_state()
     start = time.perf_counter()
     compiled = run.train_step.lower(state, batch).compile()
@@ -74,16 +69,17 @@ def ours(name: str, options: Any) -> Program:
     memory = (
         plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes + plan.temp_size_in_bytes
     )
-    return Program(name, step, compile_s, lambda: memory, options.batch_size, step_flops(options))
+    return Program(name, step, compile_s, lambda: memory, run.config.batch_size, step_flops(run))
 
 
-def pytorch(options: Any, compiled: bool) -> Program:
+def pytorch(run: Run, compiled: bool) -> Program:
     """The plain PyTorch peer with Adam, eager or by `torch.compile`."""
     import torch
 
     from tests import torch_reference
 
-    batch = noise.batch(noise.info_of(options), options.batch_size)
+    options = run.config
+    batch = noise.batch(run.data, options.batch_size)
     image, label = np.asarray(batch["image"]), np.asarray(batch["label"])
     torch.set_float32_matmul_precision("high")  # on a GPU TF32, as JAX's default is
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
@@ -123,35 +119,22 @@ def pytorch(options: Any, compiled: bool) -> Program:
         compile_s,
         lambda: torch.cuda.max_memory_allocated() if device == "cuda" else None,
         options.batch_size,
-        step_flops(options),
+        step_flops(run),
     )
 
 
-def model_flops(options: Any, image_shape: tuple[int, int, int], num_classes: int) -> int:
-    """FLOPs of the matrix products for one image, forward and backward (three times forward)."""
-    sizes = model_arguments(options.model, image_shape)
-    width, tokens = sizes["width"], math.prod(token_grid(image_shape, sizes["patch_size"]))
-    projections = 3 if options.model.name == "simplest_vit" else 4
-    block = projections * width**2 + 2 * width * sizes["mlp_dim"] + 2 * tokens * width
-    patches = sizes["patch_size"] ** 2 * image_shape[2] * width
-    return 3 * 2 * (tokens * (sizes["depth"] * block + patches) + width * num_classes)
-
-
-def step_flops(options: Any) -> int:
-    """The same for a step by a config."""
-    data = noise.info_of(options)
-    return model_flops(options, data.image_shape, data.num_classes) * options.batch_size
-
-
 def _main(_: list[str]) -> None:
-    options = cli.CONFIG.value
-    programs = [ours("this", options)]
-    if flags.FLAGS["against"].present:
-        programs.append(ours("against", _AGAINST.value))
+    configs = {"this": cli.CONFIG.value}
+    if flags.FLAGS[_AGAINST.name].present:
+        configs["against"] = _AGAINST.value
+    for options in configs.values():
+        attention.check_devices(options.model.attention_kernel, jax.devices())
+    runs = {name: build(options, noise.info_of(options)) for name, options in configs.items()}
+    programs = [ours(*item) for item in runs.items()]
     own = len(programs)
     for compiled in (False, True) if _TORCH.value else ():
         try:
-            programs.append(pytorch(options, compiled))
+            programs.append(pytorch(runs["this"], compiled))
         except (ImportError, RuntimeError) as error:
             print(f"without {'torch.compile' if compiled else 'PyTorch'}: {str(error).splitlines()[0]}")
     for program in programs:
@@ -164,6 +147,7 @@ def _main(_: list[str]) -> None:
             row[column] = time.perf_counter() - start
 
     device = jax.devices()[0]
+    options = configs["this"]
     print(f"{options.model.name}, batch {options.batch_size}, {options.compute_dtype}, {device.device_kind}")
     print(f"{'':14} compile s   step s (quartiles)         images/s  model GFLOP/s  peak GB")
     for program, times in zip(programs, seconds.T, strict=True):
