@@ -31,4 +31,4 @@ def _main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main, _USAGE, required=("workdir",), positional=True)
+    cli.run(_main, _USAGE, required=("workdir",), optional=("config",), positional=True)

@@ -23,7 +23,7 @@ from simplest_vit.analysis.curve_figure import draw_curves
 from simplest_vit.analysis.report import table
 from simplest_vit.analysis.runs import Run, find_runs, read_curves
 from simplest_vit.errors import Interrupted, UserError, tell
-from simplest_vit.programs.sweep import Point, execute
+from simplest_vit.programs.sweep import Point, execute, find_devices, share_devices
 
 PROTOCOL = {
     "batch_size": 64,
@@ -166,10 +166,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of 1,500, for a try")
     parser.add_argument("--at_once", type=int, default=1, help="runs at the same time")
     options = parser.parse_args()
-    environment = _ENVIRONMENT | {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(0.9 / options.at_once)}  # where there is a GPU
     signals.watch((signal.SIGTERM, signal.SIGINT), handler=_interrupt)
     try:
-        failed = execute(points(options), [environment] * options.at_once)
+        shares = share_devices(*find_devices(), options.at_once)
+        failed = execute(points(options), [_ENVIRONMENT | share for share in shares])
         runs, _ = find_runs([options.workdir])
         text, curves = summary(runs)
         print(text)

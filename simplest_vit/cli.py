@@ -33,6 +33,7 @@ def run(
     usage: str,
     *,
     required: tuple[str, ...] = ("config", "workdir"),
+    optional: tuple[str, ...] = (),
     positional: bool = False,
 ) -> None:
     """Parse the flags, run, and turn a user's mistake into one line on standard error.
@@ -43,6 +44,7 @@ def run(
       program: Gets the positional arguments.
       usage: An example of the command, told where a flag is missing.
       required: Names of flags that must be given.
+      optional: Which of --config and --workdir may be given, besides.
       positional: Whether arguments without a flag are allowed.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -63,7 +65,7 @@ def run(
     try:
         app.run(
             lambda arguments: _run_program(program, arguments[1:]),
-            flags_parser=lambda argv: _parse(argv, usage, required, positional),
+            flags_parser=lambda argv: _parse(argv, usage, required, optional, positional),
         )
     except (UserError, TrainingError, Interrupted) as error:
         sys.exit(tell(error))
@@ -110,7 +112,9 @@ def _raised_in(error: BaseException) -> str:
     return frames[-1].f_globals["__name__"] if frames else ""
 
 
-def _parse(argv: list[str], usage: str, required: tuple[str, ...], positional: bool) -> list[str]:
+def _parse(
+    argv: list[str], usage: str, required: tuple[str, ...], optional: tuple[str, ...], positional: bool
+) -> list[str]:
     """Parse flags; a config that cannot be made of them is the user's mistake."""
     name = CONFIG.name
     try:
@@ -118,6 +122,9 @@ def _parse(argv: list[str], usage: str, required: tuple[str, ...], positional: b
         for needed in required:
             if flags.FLAGS[needed].value in (None, "") and not (needed == CONFIG.name and flags.FLAGS[needed].present):
                 raise UserError(f"--{needed} is missing; usage: {usage}")
+        for shared in {CONFIG.name, WORKDIR.name}.difference(required, optional):
+            if flags.FLAGS[shared].present:
+                raise UserError(f"--{shared} is no flag of this program; usage: {usage}")
         for config in _given():
             name = config.name
             getattr(config.value, "to_dict", None)  # a file that cannot be read is told only at the first use

@@ -79,10 +79,14 @@ FIELDS = [
     ("adam", "model.attention", "'softmax'", "is unknown; expected one of espa"),
     ("adam", "model.activation", "'gelu'", "is unknown; expected one of"),
     ("adam", "model.init", "'xavier'", "is unknown; expected one of paper, reference"),
-    ("adam", "model.gamma_max_depth", "0.0", "must lie in (0, 10]"),
-    ("adam", "model.gamma_max_depth", "50.0", "a number from 0 to 10"),
-    ("adam", "model.rho_max_depth", "1.0", "must lie in (0, 1)"),
-    ("adam", "model.c_val_0_target", "1.5", "a number from 0 to 1"),
+    ("adam", "model.gamma_max_depth", "0.0", "a number from 1e-09 to 10"),
+    ("adam", "model.gamma_max_depth", "50.0", "a number from 1e-09 to 10"),
+    ("adam", "model.rho_max_depth", "1.0", "a number from 1e-09 to 0.999999"),
+    ("adam", "model.c_val_0_target", "1.5", "a number from 1e-06 to 0.9999"),
+    ("adam", "model.c_val_0_target", "0.9999", "is out of reach for depth 12"),
+    ("adam", "model.shift_eps", "0.0", "a number in (0, 1)"),
+    ("adam", "model.shift_eps", "1.0", "a number in (0, 1)"),
+    ("adam", "model.shift_in_place", "0.0", "a number above 0, at most 1"),
     ("adam", "model.c_val_0_target", "0.99", "is out of reach for depth 12"),
     ("adam", "model", "3", "config.model is unknown"),
     ("adam", "data.name", "'mnist'", "one of digits, cifar10"),
@@ -158,6 +162,7 @@ INIT_FROM = DIGITS + " --config.data.dir={old}/data --config.init_from"
 OLD = "main.py --config {old}/tiny.py --workdir {old}"
 CIFAR = "main.py --config configs/cifar10.py --workdir {new}/run --config.data.dir={new}/data"
 PREPARE = "simplest_vit prepare"
+PREVIEW = "simplest_vit preview --config configs/digits.py --config.data.dir={old}/data"
 
 # (command, expected)
 COMMANDS = [
@@ -251,10 +256,11 @@ COMMANDS = [
     (PREPARE + " image_folder --data_dir={new}/data", "data.manual_dir: not set"),
     (PREPARE + " image_folder --data_dir={new}/data --manual_dir={old}/hollow", "a class folder without images"),
     ("simplest_vit preview", "--config is missing"),
-    (
-        "simplest_vit preview --config configs/digits.py --config.data.dir={old}/data --output={new}/no/x.png",
-        "x.png cannot be written; expected",
-    ),
+    (PREVIEW + " --output={new}/no/x.png", "x.png cannot be written; expected"),
+    (PREVIEW + " --output={new}.psd", ".psd cannot be written; expected"),
+    (PREVIEW + " --output={old}/folder.png", "(Is a directory)"),
+    (PREVIEW + " --workdir {new}/run", "--workdir is no flag of this program"),
+    (PREPARE + " digits --config configs/digits.py", "--config is no flag of this program"),
     (
         "simplest_vit preview --config configs/digits.py --config.data.crop_padding=-1",
         "config.data.crop_padding=-1",
@@ -283,6 +289,10 @@ COMMANDS = [
     (DEPTH_STUDY.replace("{new}/run", "{old}/text.jpg"), "text.jpg is a file"),
     ("benchmarks.checkpoint --config configs/digits.py --config.batch_size=0", "config.batch_size=0 must be"),
     ("benchmarks.train_step --config configs/digits.py --config.model.depth=0", "config.model.depth=0 must be"),
+    (
+        "benchmarks.train_step --config configs/digits.py --config.model.attention_kernel=fused",
+        "needs NVIDIA GPUs",
+    ),
     ("benchmarks.train_step --config configs/digits.py --against {new}/x.py", "--against cannot be loaded"),
     ("benchmarks.train_step --config configs/digits.py --against configs/digits.py --against.seed=-1", "seed=-1 must"),
     ("benchmarks.optimizers --config configs/digits.py --measured_batch_size=0", "--measured_batch_size=0"),
@@ -366,6 +376,7 @@ def old(tmp_path_factory, server):
     jpeg = buffer.getvalue()
     (old / "cut.jpg").write_bytes(jpeg[:-400])
     (old / "text.jpg").write_text("no image")
+    (old / "folder.png").mkdir()
     for name in ("empty", "orphan/checkpoints", "torn", "list", "cifar/cifar-10-batches-bin", "zips"):
         (old / name).mkdir(parents=True)
     (old / "torn/config.json").write_text('{"seed": 3')

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -48,11 +49,13 @@ def test_the_plan_is_the_product_of_the_grid_and_the_seeds(tmp_path):
         ("config.weight_decay", "expected config.FIELD="),
         ("config.weight_decay=1,,2", "expected config.FIELD="),
         ("config.seed=1,2", "no field 'seed' to vary"),
+        ("config.weight_decay=1,2,1", "was there before"),
+        ("config.epochs=5", "was there before"),
     ],
 )
 def test_a_wrong_grid_is_one_line(axis, message):
     with pytest.raises(UserError) as caught:
-        sweep.parse_grid([axis], tiny_config())
+        sweep.parse_grid(["config.epochs=3,4", axis], tiny_config())
     assert message in str(caught.value)
 
 
@@ -134,6 +137,19 @@ def test_each_gpu_has_one_run_at_a_time(tmp_path, capfd, gpus):
 def test_runs_share_the_gpus(platform, devices, at_once, expected):
     found = sweep.share_devices(platform, devices, at_once)
     assert [environment.get("JAX_CUDA_VISIBLE_DEVICES") for environment in found] == expected
+    for share in found:  # of a GPU's memory, for all that are on it together
+        together = sum(other == share for other in found) if platform == "gpu" else 1
+        assert float(share.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) * together < 1
+
+
+def test_each_run_gets_the_flags_of_the_config(tmp_path):
+    given = ["--config", "configs/digits.py", "--noconfig.data.flip", "--config.weight_decay", "1e-5"]
+    given += ["-config.epochs=3", "--config.data.flip"]
+    arguments = ["--seeds", "1", "--print_commands", "--workdir", str(tmp_path / "sweep"), "--grid", "config.sam.rho=0"]
+    command = [sys.executable, "-m", "simplest_vit", "sweep", *given, *arguments]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    words = shlex.split(printed)
+    assert words[words.index("train") + 1 : -1] == [*given, "--config.sam.rho=0", "--config.seed=3407"]
 
 
 def test_jax_tells_its_devices():

@@ -56,7 +56,7 @@ def main() -> None:
         print(output.value)
 
     usage = "python -m simplest_vit.interop.export_reference --workdir FOLDER --output FILE.pth"
-    cli.run(program, usage, required=("workdir", "output"))
+    cli.run(program, usage, required=("workdir", "output"), optional=("config",))
 
 
 if __name__ == "__main__":

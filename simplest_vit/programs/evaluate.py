@@ -5,8 +5,12 @@ simplest-vit evaluate --config my_config.py --workdir runs/mine
 
 import json
 
+from absl import flags
+
 from simplest_vit import cli
 from simplest_vit.programs import processes
+
+flags.adopt_module_key_flags(processes)
 
 
 def evaluate(arguments: list[str]) -> None:

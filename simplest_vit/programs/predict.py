@@ -23,4 +23,5 @@ def predict(arguments: list[str]) -> None:
 
 def main() -> None:
     """Run as a program."""
-    cli.run(predict, "simplest-vit predict --workdir FOLDER --images FILE...", required=("workdir",), positional=True)
+    usage = "simplest-vit predict --workdir FOLDER --images FILE..."
+    cli.run(predict, usage, required=("workdir",), optional=("config",), positional=True)

@@ -24,13 +24,17 @@ def main() -> None:
         from simplest_vit.data.preview import image_grid
 
         config, output = cli.CONFIG.value, pathlib.Path(picture.value)
-        if output.suffix not in Image.registered_extensions() or not os.access(output.parent, os.W_OK | os.X_OK):
+        written = Image.registered_extensions().get(output.suffix.lower()) in Image.SAVE
+        if not written or not os.access(output.parent, os.W_OK | os.X_OK):
             raise UserError(
                 f"--output={output} cannot be written; expected a picture in a folder of yours, such as a.png"
             )
         dataset = pipeline.load(config.data)
         batch = next(pipeline.train_batches(dataset, config, start_step=0, sharding=None))
-        Image.fromarray(image_grid(dataset, batch)).save(output)
+        try:
+            Image.fromarray(image_grid(dataset, batch)).save(output)
+        except OSError as error:
+            raise UserError(f"--output={output} cannot be written ({error.strerror}); choose another") from error
         print(f"wrote {output}")
 
     cli.run(preview, "simplest-vit preview --config FILE", required=("config",))

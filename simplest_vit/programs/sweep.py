@@ -11,6 +11,7 @@ they are N, on an equal share of the GPUs each. The same command again goes on w
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import pathlib
 import shlex
@@ -27,7 +28,7 @@ from simplest_vit import cli
 from simplest_vit.analysis.runs import Group, Run, find_runs
 from simplest_vit.config import flatten
 from simplest_vit.errors import Interrupted, UserError
-from simplest_vit.training.workdir import RESULTS, check_workdir
+from simplest_vit.training.workdir import CONFIG, RESULTS, check_workdir
 
 log = logging.getLogger("simplest_vit")
 
@@ -52,7 +53,7 @@ def parse_grid(axes: list[str], config: Any) -> dict[str, list[str]]:
       Values by field, without `config.`.
 
     Raises:
-      UserError: If a text is not of this form or the config has no such field.
+      UserError: If a text is not of this form, the config has no such field, or something is there twice.
     """
     fields = flatten(config.to_dict())
     grid: dict[str, list[str]] = {}
@@ -65,6 +66,8 @@ def parse_grid(axes: list[str], config: Any) -> dict[str, list[str]]:
             raise UserError(
                 f"--grid={axis}: the config has no field {field!r} to vary; its fields are in simplest_vit/config.py"
             )
+        if field in grid or len({*values.split(",")}) < len(values.split(",")):
+            raise UserError(f"--grid={axis}: a field, or a value of it, was there before; name each once")
         grid[field] = values.split(",")
     return grid
 
@@ -125,7 +128,8 @@ def share_devices(platform: str, devices: list[int], at_once: int | None) -> lis
         get one together with others.
 
     Returns:
-      For each of these runs the environment variables that name its devices.
+      For each of these runs the environment variables that name its devices, and its part of the memory of one that
+      it shares.
     """
     if platform != "gpu":
         return [{}] * (at_once or 1)
@@ -133,7 +137,10 @@ def share_devices(platform: str, devices: list[int], at_once: int | None) -> lis
     each = max(len(devices) // at_once, 1)
     shares = [[devices[(slot * each + i) % len(devices)] for i in range(each)] for slot in range(at_once)]
     names = ("JAX_CUDA_VISIBLE_DEVICES", "JAX_ROCM_VISIBLE_DEVICES")
-    return [dict.fromkeys(names, ",".join(map(str, share))) for share in shares]
+    # Left alone, each run would take three quarters of its GPU's memory at once.
+    together = math.ceil(at_once / len(devices))
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / together:.2f}"} if together > 1 else {}
+    return [dict.fromkeys(names, ",".join(map(str, share))) | memory for share in shares]
 
 
 def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
@@ -240,12 +247,13 @@ def sync_to_wandb(points: list[Point], project: str) -> None:
 
 def _config_arguments(argv: list[str]) -> list[str]:
     """The `--config...` flags of a command line, as each run takes them."""
-    arguments = []
-    for i, argument in enumerate(argv):
-        if argument.startswith(("--config", "-config")):
-            arguments.append(argument)
-            if "=" not in argument and i + 1 < len(argv):
-                arguments.append(argv[i + 1])
+    arguments, words = [], iter(argv)
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if word.startswith("-") and name.removeprefix("no").split(".")[0] == cli.CONFIG.name:
+            arguments.append(word)
+            if not equals and not flags.FLAGS[name.removeprefix("no")].boolean:
+                arguments.append(next(words))
     return arguments
 
 
@@ -266,6 +274,8 @@ def main() -> None:
         if project.value is not None and shutil.which("wandb") is None:
             raise UserError("--wandb needs Weights & Biases; install it: pip install wandb")
         config = cli.CONFIG.value
+        if (pathlib.Path(str(cli.WORKDIR.value)) / CONFIG).exists():
+            raise UserError(f"--workdir={cli.WORKDIR.value} is the folder of a run; a sweep needs one of its own")
         check_workdir(str(cli.WORKDIR.value), {})
         grid = parse_grid(axes.value, config)
         points = plan(grid, seeds.value, config.seed, str(cli.WORKDIR.value), _config_arguments(sys.argv[1:]))

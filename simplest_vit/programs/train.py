@@ -5,8 +5,12 @@ simplest-vit train --config my_config.py --workdir runs/mine
 
 import json
 
+from absl import flags
+
 from simplest_vit import cli
 from simplest_vit.programs import processes
+
+flags.adopt_module_key_flags(processes)
 
 
 def train(arguments: list[str]) -> None:
