@@ -20,7 +20,7 @@ from simplest_vit.analysis import figures
 from simplest_vit.analysis.contrasts import with_contrast
 from simplest_vit.analysis.runs import Curve, read_curves
 from simplest_vit.config import check
-from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.errors import DivergenceError, UserError
 from simplest_vit.models.factory import VARIANTS
 from simplest_vit.training import loop
 from simplest_vit.training.workdir import check_workdir
@@ -109,7 +109,7 @@ def depth_study(config: Any, workdir: str, depths: list[int], steps: int, expone
         log.info("depth study: %s, depth %d", *key)
         try:
             loop.train_and_evaluate(run, str(paths[key]))
-        except TrainingError as error:  # what a network without shaping may well do
+        except DivergenceError as error:  # what a network without shaping may well do
             log.warning("%s, depth %d: %s", *key, error)
         curves[key] = read_curves(paths[key])
     try:

@@ -56,6 +56,10 @@ def _positive(high: float) -> Values:
     return Values(lambda value: _is_number(value) and 0 < value <= high, f"a number above 0, at most {high:g}", float)
 
 
+def _inside(low: float, high: float) -> Values:
+    return Values(lambda value: _is_number(value) and low < value < high, f"a number in ({low:g}, {high:g})", float)
+
+
 def _one_of(*choices: str) -> Values:
     return Values(lambda value: value in choices, f"one of {', '.join(choices)}")
 
@@ -124,13 +128,14 @@ FIELDS = {
     "model.attention": Field(
         "espa", _TEXT, "or espa_causal, espa_2d, espa_reference, uspa, shift, value_skipinit, unshaped"
     ),
-    "model.gamma_max_depth": Field(0.005, _number(0, 10), "E-SPA: decay at the last block"),
-    "model.rho_max_depth": Field(0.8, _number(0, 1), "U-SPA: correlation at the last block"),
-    "model.shift_eps": Field(0.01, _number(0, 1), "shift attention: share of uniform attention"),
-    "model.shift_in_place": Field(0.75, _number(0, 1), "shift attention: share of the heads that start in place"),
+    # Beyond these, kernels of tokens are singular in float64 or the identity in float32.
+    "model.gamma_max_depth": Field(0.005, _number(1e-9, 10), "E-SPA: decay at the last block"),
+    "model.rho_max_depth": Field(0.8, _number(1e-9, 0.999999), "U-SPA: correlation at the last block"),
+    "model.shift_eps": Field(0.01, _inside(0, 1), "shift attention: share of uniform attention"),
+    "model.shift_in_place": Field(0.75, _positive(1), "shift attention: share of the heads that start in place"),
     "model.mlp": Field("shaped", _TEXT, "or mirrored: an orthogonal map at initialization"),
     "model.activation": Field("tailored_relu", _TEXT, "or relu; gelu, silu or relu where the MLP is mirrored"),
-    "model.c_val_0_target": Field(0.9, _number(0, 1), "TAT: eta"),
+    "model.c_val_0_target": Field(0.9, _number(1e-6, 0.9999), "TAT: eta"),
     "model.init": Field(
         "paper", _TEXT, "or reference: the reference's scale of orthogonal kernels; isometric: all orthogonal"
     ),

@@ -11,12 +11,14 @@ from simplest_vit.analysis import figures
 from simplest_vit.analysis.command import command
 from simplest_vit.analysis.curve_figure import draw_curves
 from simplest_vit.analysis.runs import Group, read_curves
+from simplest_vit.config import METHODS
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import VARIANTS
 
 BEGIN, END = "<!-- report: begin, made by simplest_vit.analysis.report -->", "<!-- report: end -->"
 _SETUPS = {"tat": "TAT setup", "simple_vit": "SimpleViT setup"}
 _DATA = {"cifar10": "CIFAR-10 (/4)", "cifar100": "CIFAR-100 (/4)", "tiny_imagenet": "TinyImageNet-200 (/8)"}
+_REFERENCE = {"attention": "espa_reference", "init": "reference"}  # what it has for E-SPA and SUO
 _MODELS = {"simple_vit": "SimpleViT-S", "simplest_vit": "SimplEsT-ViT-S", "isometric": "isometric ViT-S"}
 
 
@@ -34,7 +36,9 @@ def method_of(config: dict[str, Any]) -> str:
     """Model and optimizer, named as in `reference_results.json`: `simplest_vit/shampoo25`."""
     optimizer = config.get("optimizer.name")
     frequency = config.get("optimizer.precondition_frequency") if optimizer == "shampoo" else None
-    model = "isometric" if config.get("model.attention") == "shift" else config.get("model.name")
+    model = config.get("model.name")
+    if model == "simplest_vit" and config.get("model.attention") == "shift":
+        model = "isometric"
     return f"{model}/{optimizer}{frequency or ''}"
 
 
@@ -60,6 +64,11 @@ def deviations(config: dict[str, Any], reference: dict[str, Any]) -> list[str]:
         size = sizes.get(name) if size is None else size
         if size != value:
             found.append(f"model.{name}={size}")
+    if config.get("model.name") == "simplest_vit":
+        method = METHODS["isometric" if config.get("model.attention") == "shift" else "espa_tat"]
+        for name, value in method.items():
+            if config.get(f"model.{name}") not in (value, _REFERENCE.get(name)):
+                found.append(f"model.{name}={config.get(f'model.{name}')}")
     return found
 
 
@@ -144,7 +153,7 @@ def markdown(groups: list[Group], problems: list[str]) -> str:
 
 
 def _all_runs(groups: list[Group], reference: dict[str, Any]) -> str:
-    header = ["run", "accuracy", "best", "steps", "wall time", "device", "commit", "not as the reference"]
+    header = ["run", "accuracy", "best", "steps", "wall time", "device", "commit", "recipe differs in"]
     body, commands = [], []
     for number, group in enumerate(groups, start=1):
         first = group.runs[0].results
@@ -163,7 +172,8 @@ def _all_runs(groups: list[Group], reference: dict[str, Any]) -> str:
             ]
         )
         seeds = ", ".join(str(run.results["seed"]) for run in group.runs)
-        commands.append(f"{number}. seeds {seeds}: `{command(first['config'])}`")
+        line = command(first["config"])
+        commands.append(f"{number}. seeds {seeds}: `{line} --config.seed=SEED --workdir DIR`" if line else f"{number}. -")
     return table(header, body) + "\n\nCommands:\n\n" + "\n".join(commands)
 
 

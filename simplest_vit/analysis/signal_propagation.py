@@ -67,16 +67,20 @@ def signal_propagation(
         )
 
     own = name_of(config.model)
+    variants = {own: config} | {name: with_contrast(config, name) for name in CONTRASTS if name != own}
+    for name, variant in variants.items():
+        try:
+            sizes = model_arguments(variant.model, dataset.image_shape)
+        except UserError as error:
+            raise UserError(f"{name}, which it is compared with: {error}" if name != own else str(error)) from error
     results = []
     if trained:
         run, state = restore_best(workdir, config)
         results.append(analyse(f"{own}, trained", [run.model(state)], config.model, image, label))
-    for name in dict.fromkeys([own, *CONTRASTS]):
+    for name, variant in variants.items():
         log.info("signal propagation: %s", name)
-        variant = with_contrast(config, name) if name in CONTRASTS else config
         models = initial_models(variant, dataset.info, seeds)
         results.append(analyse(name, models, variant.model, image, label))
-    sizes = model_arguments(config.model, dataset.image_shape)
     data = f"images of {dataset.name}" if inputs == "images" else "Gaussian images"
     title = f"depth {sizes['depth']}, width {sizes['width']}, {NUM_IMAGES} {data}, initializations: {seeds}"
     write(results, path / "signal_propagation", title)

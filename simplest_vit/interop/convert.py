@@ -8,6 +8,7 @@ from flax import traverse_util
 from simplest_vit.errors import UserError
 from simplest_vit.interop.torch_file import Checkpoint
 from simplest_vit.models import reference_layout
+from simplest_vit.models.espa import FORMS
 from simplest_vit.models.layers import sincos_position_embedding, token_grid
 from simplest_vit.training.state import TrainState
 
@@ -18,11 +19,13 @@ def _flat(state: TrainState, params: Any) -> dict[str, Any]:
 
 
 def _tensors(config: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]:
-    if config.name == "simplest_vit" and "blocks/attention/row_scale" not in flat:
-        raise UserError(
-            f"config.model.attention={config.attention!r} is none of the PyTorch reference; "
-            "expected espa_reference, or another form of E-SPA"
-        )
+    if config.name == "simplest_vit":
+        for field, expected in (("attention", FORMS), ("mlp", ("shaped",)), ("activation", ("tailored_relu",))):
+            if config[field] not in expected:
+                raise UserError(
+                    f"config.model.{field}={config[field]!r} is none of the PyTorch reference; "
+                    f"expected {', '.join(expected)}"
+                )
     return list(reference_layout.tensors(config.name, flat["blocks/mlp/dense1/kernel"].shape[0], config.patch_size))
 
 

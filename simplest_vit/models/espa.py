@@ -161,7 +161,6 @@ def shaped_attention(
     gamma_max_depth: float = 0.005,
     form: str = "espa",
     rho_max_depth: float = 0.8,
-    floor: float = FLOOR,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The constants d_l and B_l with d_l * softmax(B_l) = A_l. Cached; the arrays are read-only.
 
@@ -171,17 +170,17 @@ def shaped_attention(
       gamma_max_depth: Decay rate at the last block.
       form: One of `FORMS`.
       rho_max_depth: Correlation at the last block, for `uspa`.
-      floor: Least entry of A_l before the logarithm. The masked entries of `espa_causal` are -inf instead.
 
     Returns:
-      `row_scale` d_l = row sums of A_l, float64 [L, T], and `attention_bias` B_l = log A_l, float64 [L, T, T].
+      `row_scale` d_l = row sums of A_l, float64 [L, T], and `attention_bias` B_l = log A_l, float64 [L, T, T], where
+      entries below `FLOOR` are raised to it and those that `espa_causal` masks are -inf.
 
     Raises:
       ValueError: If `form` is unknown.
     """
     matrices = attention_matrices(grid, depth, gamma_max_depth, form, rho_max_depth)
     row_scale = matrices.sum(axis=-1)
-    matrices = np.maximum(matrices, floor)
+    matrices = np.maximum(matrices, FLOOR)
     if form == "espa_reference":
         matrices = matrices / row_scale[:, None, :]  # the reference's axis; rows would be [:, :, None]
     attention_bias = np.log(matrices)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplest_vit.errors import UserError
-from simplest_vit.models import attention, simplest_vit
+from simplest_vit.models import attention, espa, simplest_vit
 from simplest_vit.models.layers import token_grid
 from simplest_vit.models.simple_vit import SimpleViT
 from simplest_vit.models.simplest_vit import SimplestViT
@@ -22,29 +22,32 @@ VARIANTS = {
     "L": {"depth": 24, "width": 1024, "num_heads": 16, "mlp_dim": 4096},
 }
 
-_SHAPING = (
-    "attention",
-    "gamma_max_depth",
-    "rho_max_depth",
-    "shift_eps",
-    "shift_in_place",
-    "mlp",
-    "activation",
-    "c_val_0_target",
-    "init",
-)
-
 
 def _one_of(field: str, value: Any, choices: Any) -> None:
     if value not in choices:
         raise UserError(f"config.{field}={value!r} is unknown; expected one of {', '.join(choices)}")
 
 
+def _shaping(config: Any) -> list[str]:
+    """The fields of `config.model` by which a SimplEsT-ViT is shaped, less those that its own choice does not read."""
+    names = ["attention", "mlp", "activation", "init"]
+    if config.attention == "uspa":
+        names.append("rho_max_depth")
+    elif config.attention in espa.FORMS:
+        names.append("gamma_max_depth")
+    elif config.attention == "shift":
+        names += ["shift_eps", "shift_in_place"]
+    if config.activation == "tailored_relu":
+        names.append("c_val_0_target")
+    return names
+
+
 def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """Resolve the variant and check every field of `config.model` that depends on another or on the image.
 
     Args:
-      config: `config.model`. Where `depth`, `width`, `num_heads` or `mlp_dim` is None, the variant decides.
+      config: `config.model`, whose values are in the ranges of `config.FIELDS`. Where `depth`, `width`, `num_heads` or
+        `mlp_dim` is None, the variant decides.
       image_shape: Height, width and channels.
 
     Returns:
@@ -56,9 +59,6 @@ def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str,
     _one_of("model.name", config.name, MODELS)
     _one_of("model.variant", config.variant, VARIANTS)
     sizes = {name: size if config[name] is None else config[name] for name, size in VARIANTS[config.variant].items()}
-    for name, size in (*sizes.items(), ("patch_size", config.patch_size)):
-        if size < 1:
-            raise UserError(f"config.model.{name}={size} must be at least 1")
     height, width_pixels, _ = image_shape
     if height % config.patch_size or width_pixels % config.patch_size:
         raise UserError(
@@ -76,8 +76,6 @@ def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str,
         raise UserError(
             f"config.model.width={width} must be a multiple of 4 and at least 8 (the position embedding has four parts)"
         )
-    if not 0.0 <= config.dropout < 1.0:
-        raise UserError(f"config.model.dropout={config.dropout} must lie in [0, 1)")
     arguments = {**sizes, "patch_size": config.patch_size, "dropout": config.dropout, "remat": config.remat}
     # `auto` is XLA's form here; `training.run.build` knows the devices, and may have chosen the kernel.
     arguments["attention_kernel"] = "fused" if config.attention_kernel == "fused" else "xla"
@@ -98,15 +96,7 @@ def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str,
                 f"config.model.mlp_dim={sizes['mlp_dim']} must be even and at least {2 * width}, twice the width, for "
                 "a mirrored MLP"
             )
-        if not 0.0 < config.gamma_max_depth <= 10.0:  # beyond, A_l = I to float32 accuracy
-            raise UserError(f"config.model.gamma_max_depth={config.gamma_max_depth} must lie in (0, 10]")
-        if not 0.0 < config.rho_max_depth < 1.0:
-            raise UserError(f"config.model.rho_max_depth={config.rho_max_depth} must lie in (0, 1)")
-        if not 0.0 < config.shift_eps < 1.0:  # at 0 no query could ever reach another token
-            raise UserError(f"config.model.shift_eps={config.shift_eps} must lie in (0, 1)")
-        if not 0.0 < config.shift_in_place <= 1.0:
-            raise UserError(f"config.model.shift_in_place={config.shift_in_place} must lie in (0, 1]")
-        arguments |= {name: config[name] for name in _SHAPING}
+        arguments |= {name: config[name] for name in _shaping(config)}
         if config.activation == "tailored_relu":
             try:
                 simplest_vit.tat.solve_negative_slope(2 * sizes["depth"], config.c_val_0_target)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
+_MOST_COMPOSITIONS = 2000  # of the deepest network that is suggested
+
 
 def c_map(c: np.ndarray | float, negative_slope: float) -> np.ndarray:
     """C-map of a leaky ReLU for inputs of equal norm (TAT, section 3; Cho and Saul 2009 for slope 0).
@@ -59,13 +61,14 @@ def solve_negative_slope(compositions: int, c_val_0_target: float = 0.9) -> floa
         raise ValueError(f"c_val_0_target={c_val_0_target} must lie in (0, 1)")
     highest = float(composed_c_map(0.0, 0.0, compositions))
     if highest <= c_val_0_target:
-        needed = compositions
-        while composed_c_map(0.0, 0.0, needed) <= c_val_0_target:
-            needed += 1
+        reached, needed = highest, compositions
+        while reached <= c_val_0_target and needed < _MOST_COMPOSITIONS:
+            reached, needed = float(c_map(reached, 0.0)), needed + 1
+        deeper = f" or use a depth of at least {math.ceil(needed / 2)}" if reached > c_val_0_target else ""
         raise ValueError(
             f"c_val_0_target={c_val_0_target} is out of reach for depth {compositions // 2} "
             f"({compositions} activations): even ReLU gives only {highest:.4f}; "
-            f"lower c_val_0_target below that or use a depth of at least {math.ceil(needed / 2)}"
+            f"lower c_val_0_target below that{deeper}"
         )
     return optimize.brentq(
         lambda slope: float(composed_c_map(0.0, slope, compositions)) - c_val_0_target,

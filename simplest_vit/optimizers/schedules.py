@@ -12,7 +12,8 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Sch
       total_steps: Steps of the run.
 
     Returns:
-      The schedule; step t (from 0) gets peak * (t + 1) / warmup_steps in the warm-up, so that no step is lost on 0.
+      The schedule; step t (from 0) gets peak * (t + 1) / warmup_steps in the warm-up, so that the first is not lost on
+      0, and the last of the run gets 0.
     """
     warmup_steps = min(warmup_steps, total_steps)
     warmup = optax.linear_schedule(0.0, peak, warmup_steps)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from simplest_vit.errors import TrainingError
+from simplest_vit.errors import DivergenceError
 
 # `loss` and `correct` are sums over examples, `count` the sum of their weights; all float32 [].
 Sums = dict[str, jax.Array]
@@ -75,11 +75,11 @@ def check_finite(values: dict[str, Any], step: int) -> None:
     """Stop a run whose validation loss is no longer a number.
 
     Raises:
-      TrainingError: Names the metric and the step.
+      DivergenceError: Names the metric and the step.
     """
     for name, value in values.items():
         if not math.isfinite(value):
-            raise TrainingError(
+            raise DivergenceError(
                 f"{name} is not finite at step {step}: the run stops, its last checkpoint is intact; "
                 "lower config.optimizer.learning_rate or set config.grad_clip, in a new --workdir"
             )
@@ -126,7 +126,7 @@ class Meter:
           `step_time` in seconds, `steps_per_second`, `images_per_second`.
 
         Raises:
-          TrainingError: If as many steps in a row were skipped as are allowed.
+          DivergenceError: If as many steps in a row were skipped as are allowed.
         """
         total = self.unreported()
         steps = [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(self._steps)]
@@ -137,7 +137,7 @@ class Meter:
         self._earlier, self._steps = [], []
         self.start()
         if total["skipped_in_a_row"] >= self._max_skipped_steps:
-            raise TrainingError(
+            raise DivergenceError(
                 f"{self._max_skipped_steps} steps in a row up to step {step} were skipped, for their loss or gradient "
                 "is not finite: the run stops, its last checkpoint is intact; lower config.optimizer.learning_rate or "
                 "set config.grad_clip, in a new --workdir"

@@ -80,6 +80,31 @@ def test_runs_that_deviate_from_the_recipe_are_not_in_the_tables():
     assert found == ["steps=100", "batch_size=64", "model.width=192"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "fields", "method", "expected"),
+    [
+        ("", {}, "simplest_vit/adam", []),
+        ("", {"attention": "espa_reference", "init": "reference"}, "simplest_vit/adam", []),
+        ("method=isometric", {"shift_eps": 0.1}, "isometric/adam", []),
+        ("method=isometric,model=simple_vit", {}, "simple_vit/adam", []),
+        ("", {"attention": "value_skipinit"}, "simplest_vit/adam", ["model.attention=value_skipinit"]),
+        ("method=isometric", {"init": "paper"}, "isometric/adam", ["model.init=paper"]),
+        (
+            "method=isometric",
+            {"attention": "espa"},
+            "simplest_vit/adam",
+            ["model.mlp=mirrored", "model.activation=gelu", "model.init=isometric"],
+        ),
+    ],
+)
+def test_networks_that_the_reference_has_not_do_not_pass_for_its_own(arguments, fields, method, expected):
+    config = cifar10.get_config(f"optimizer=adam,{arguments}".rstrip(","))
+    config.model.update(fields)
+    flat = runs.flatten(config.to_dict())
+    assert report.method_of(flat) == method
+    assert report.deviations(flat, report.reference_results()) == expected
+
+
 def test_an_empty_folder_gives_a_report_that_says_so(tmp_path):
     (tmp_path / "runs").mkdir()
     found, problems = runs.find_runs([str(tmp_path / "runs")])

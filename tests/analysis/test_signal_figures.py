@@ -110,6 +110,14 @@ def test_gaussian_inputs_are_noise_of_the_shape_of_the_images(tmp_path, monkeypa
     ]
 
 
+def test_contrasts_that_do_not_fit_are_told_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal_propagation, "analyse", lambda *_: pytest.fail("analysed"))
+    config = tiny_config("model=simple_vit", model__width=16, model__mlp_dim=16)
+    with pytest.raises(UserError, match=r"^isometric, which it is compared with: config\.model\.mlp_dim=16 must"):
+        signal_propagation.signal_propagation(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_shown_of_a_cosine_is_its_distance_from_one():
     shown = signal_figure.shown("token_cosine", np.array([0.75, 1.0, math.nan]))
     np.testing.assert_array_equal(shown[:2], [0.25, 1e-7])

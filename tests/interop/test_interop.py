@@ -160,6 +160,11 @@ def test_a_file_that_is_no_checkpoint_is_one_line_and_nothing_is_written(tmp_pat
         ({"model__depth": 3}, "lacks transformer.layers.4.d [1, 1, 16, 1]"),
         ({"model__name": "simple_vit"}, "which a simple_vit of this config has not"),
         ({"model__attention": "unshaped"}, "config.model.attention='unshaped' is none of the PyTorch reference"),
+        (
+            {"model__mlp": "mirrored", "model__activation": "gelu"},
+            "config.model.mlp='mirrored' is none of the PyTorch reference",
+        ),
+        ({"model__activation": "relu"}, "config.model.activation='relu' is none of the PyTorch reference"),
     ],
 )
 def test_another_shape_names_the_tensor_and_both_shapes(tmp_path, data_dir, overrides, message):

@@ -118,8 +118,8 @@ def test_the_reference_misses_the_attention_matrix_by_the_measured_amount(num_to
 
 
 def test_floor_bounds_the_bias():
-    _, attention_bias = espa.shaped_attention((16, 16), 4, floor=1e-6)
-    assert attention_bias.min() == pytest.approx(np.log(1e-6))
+    _, attention_bias = espa.shaped_attention((16, 16), 4)
+    assert attention_bias.min() == pytest.approx(np.log(1e-12))
 
 
 def test_result_is_cached_and_read_only():

@@ -52,6 +52,11 @@ def test_shallow_network_is_told_what_to_change():
         tat.solve_negative_slope(2 * (depth - 1), 0.9)
 
 
+def test_a_depth_beyond_all_is_not_suggested():
+    with pytest.raises(ValueError, match=r"out of reach for depth 12 .* lower c_val_0_target below that$"):
+        tat.solve_negative_slope(24, 1 - 1e-12)
+
+
 @pytest.mark.parametrize("target", [0.0, 1.0, -0.1, 2.0, float("nan")])
 def test_target_outside_the_unit_interval(target):
     with pytest.raises(ValueError, match=r"c_val_0_target=.* must lie in \(0, 1\)"):
