@@ -1,7 +1,7 @@
 """A vanilla ViT of depth 12 on scikit-learn's 8 x 8 digits: real images, bundled, no download.
 
-Isometric (98.9 to 99.4 % of the 360 validation images, by three seeds), or shaped by E-SPA and TAT (98.1 to 99.2 % in 60
-epochs). About two minutes on two CPU cores.
+Isometric (98.9 to 99.4 % of the 360 validation images, by three seeds), or shaped by E-SPA and TAT (98.1 to 99.2 % in
+60 epochs). About two minutes on two CPU cores.
 
     python main.py --config configs/digits.py --workdir runs/digits
 

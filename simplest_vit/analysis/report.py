@@ -173,7 +173,8 @@ def _all_runs(groups: list[Group], reference: dict[str, Any]) -> str:
         )
         seeds = ", ".join(str(run.results["seed"]) for run in group.runs)
         line = command(first["config"])
-        commands.append(f"{number}. seeds {seeds}: `{line} --config.seed=SEED --workdir DIR`" if line else f"{number}. -")
+        line = f"`{line} --config.seed=SEED --workdir DIR`" if line else "of a config of its own"
+        commands.append(f"{number}. seeds {seeds}: {line}")
     return table(header, body) + "\n\nCommands:\n\n" + "\n".join(commands)
 
 
