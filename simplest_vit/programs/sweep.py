@@ -139,7 +139,7 @@ def share_devices(platform: str, devices: list[int], at_once: int | None) -> lis
     names = ("JAX_CUDA_VISIBLE_DEVICES", "JAX_ROCM_VISIBLE_DEVICES")
     # Left alone, each run would take three quarters of its GPU's memory at once.
     together = math.ceil(at_once / len(devices))
-    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / together:.2f}"} if together > 1 else {}
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / together:.3f}"} if together > 1 else {}
     return [dict.fromkeys(names, ",".join(map(str, share))) | memory for share in shares]
 
 
