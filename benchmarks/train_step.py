@@ -80,7 +80,7 @@ def pytorch(run: Run, compiled: bool) -> Program:
 
     options = run.config
     batch = noise.batch(run.data, options.batch_size)
-    image, label = np.asarray(batch["image"]), np.asarray(batch["label"])
+    image, label = np.array(batch["image"]), np.array(batch["label"])  # copies: PyTorch wants to write
     torch.set_float32_matmul_precision("high")  # on a GPU TF32, as JAX's default is
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     arguments = model_arguments(options.model, image.shape[1:])
