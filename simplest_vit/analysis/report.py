@@ -66,8 +66,8 @@ def deviations(config: dict[str, Any], reference: dict[str, Any]) -> list[str]:
             found.append(f"model.{name}={size}")
     if config.get("model.name") == "simplest_vit":
         method = METHODS["isometric" if config.get("model.attention") == "shift" else "espa_tat"]
-        for name, value in method.items():
-            if config.get(f"model.{name}") not in (value, _REFERENCE.get(name)):
+        for name, part in method.items():
+            if config.get(f"model.{name}") not in (part, _REFERENCE.get(name)):
                 found.append(f"model.{name}={config.get(f'model.{name}')}")
     return found
 
