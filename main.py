@@ -22,7 +22,7 @@ flags.adopt_module_key_flags(processes)
 def _main(arguments: list[str]) -> None:
     if arguments and _MODE.value != "predict":
         raise UserError(f"unexpected argument {arguments[0]!r}; every option is a --flag")
-    if _MODE.value != "predict" and not flags.FLAGS[cli.CONFIG.name].present:
+    if _MODE.value != "predict" and not cli.CONFIG.present:
         raise UserError(f"--config is missing; usage: {_USAGE}")
     for flag in (processes.COORDINATOR_ADDRESS, processes.NUM_PROCESSES, processes.PROCESS_ID):
         if flag.present and _MODE.value == "predict":

@@ -171,7 +171,7 @@ def _main(_: list[str]) -> None:
     rows = {"this": row}
     if _COMMIT.value:
         rows[_COMMIT.value] = at_commit(_COMMIT.value)
-    if flags.FLAGS["against"].present:
+    if _AGAINST.present:
         rows["against"] = describe(_AGAINST.value, options)[0]
     print(f"batch {cli.CONFIG.value.batch_size}, compiled for an H200, not run: lower bounds")
     print(f"{'':12} bound ms   MFU  launches      GB  temporaries GB  host waits  custom calls")

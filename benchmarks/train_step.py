@@ -125,7 +125,7 @@ def pytorch(run: Run, compiled: bool) -> Program:
 
 def _main(_: list[str]) -> None:
     configs = {"this": cli.CONFIG.value}
-    if flags.FLAGS[_AGAINST.name].present:
+    if _AGAINST.present:
         configs["against"] = _AGAINST.value
     for options in configs.values():
         attention.check_devices(options.model.attention_kernel, jax.devices())

@@ -103,7 +103,7 @@ def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> 
 
 def _given() -> list[flags.FlagHolder]:
     """The flags of config files that the command line has."""
-    return [config for config in _CONFIGS if flags.FLAGS[config.name].present]
+    return [config for config in _CONFIGS if config.present]
 
 
 def _raised_in(error: BaseException) -> str:
@@ -120,11 +120,11 @@ def _parse(
     try:
         remaining = flags.FLAGS(argv)
         for needed in required:
-            if flags.FLAGS[needed].value in (None, "") and not (needed == CONFIG.name and flags.FLAGS[needed].present):
+            if flags.FLAGS[needed].value in (None, "") and not (needed == CONFIG.name and CONFIG.present):
                 raise UserError(f"--{needed} is missing; usage: {usage}")
-        for shared in {CONFIG.name, WORKDIR.name}.difference(required, optional):
-            if flags.FLAGS[shared].present:
-                raise UserError(f"--{shared} is no flag of this program; usage: {usage}")
+        for shared in (CONFIG, WORKDIR):
+            if shared.present and shared.name not in (*required, *optional):
+                raise UserError(f"--{shared.name} is no flag of this program; usage: {usage}")
         for config in _given():
             name = config.name
             getattr(config.value, "to_dict", None)  # a file that cannot be read is told only at the first use

@@ -131,6 +131,7 @@ FIELDS = {
     # Beyond these, kernels of tokens are singular in float64 or the identity in float32.
     "model.gamma_max_depth": Field(0.005, _number(1e-9, 10), "E-SPA: decay at the last block"),
     "model.rho_max_depth": Field(0.8, _number(1e-9, 0.999999), "U-SPA: correlation at the last block"),
+    # At 0 no query could ever reach another token.
     "model.shift_eps": Field(0.01, _inside(0, 1), "shift attention: share of uniform attention"),
     "model.shift_in_place": Field(0.75, _positive(1), "shift attention: share of the heads that start in place"),
     "model.mlp": Field("shaped", _TEXT, "or mirrored: an orthogonal map at initialization"),

@@ -270,6 +270,7 @@ COMMANDS = [
     (SWEEP + " --workdir {new}/run --seeds 0", "--seeds=0"),
     (SWEEP + " --workdir {new}/run --config.epochs=0", "config.epochs=0 must be"),
     (SWEEP + " --workdir {old}/text.jpg", "text.jpg is a file"),
+    (SWEEP + " --workdir {old}/run", "is the folder of a run; a sweep needs one of its own"),
     ("simplest_vit report", "no runs named; usage: "),
     ("simplest_vit report {new}/nowhere", "nowhere is no folder"),
     (DEPTH_STUDY + " --depths=8,x", "--depths=8,x"),

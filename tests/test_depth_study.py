@@ -1,5 +1,6 @@
 """The plan and the picture of the depth study, and a small one that is stopped and goes on."""
 
+import contextlib
 import csv
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import depth_study
-from simplest_vit.errors import UserError
+from simplest_vit.errors import CheckpointError, DivergenceError, UserError
 from tests.tiny import tiny_config
 
 
@@ -33,6 +34,23 @@ def test_too_shallow_for_eta_is_told_before_anything_is_trained(tmp_path):
     with pytest.raises(UserError, match="out of reach for depth 6"):
         depth_study.depth_study(config, str(tmp_path / "study"), [8, 6], 2)
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(("error", "begun"), [(DivergenceError, len(depth_study.METHODS)), (CheckpointError, 1)])
+def test_a_study_goes_on_behind_a_run_that_diverges_but_not_on_a_full_disk(tmp_path, monkeypatch, error, begun):
+    folders = []
+
+    def train(run, workdir):
+        folders.append(workdir)
+        raise error("line")
+
+    monkeypatch.setattr(depth_study.loop, "train_and_evaluate", train)
+    monkeypatch.setattr(depth_study, "read_curves", lambda _: dict.fromkeys(depth_study.PANELS, (np.arange(3),) * 2))
+    (tmp_path / "study").mkdir()
+    ends_with = contextlib.nullcontext() if error is DivergenceError else pytest.raises(error)
+    with ends_with:
+        depth_study.depth_study(tiny_config(), str(tmp_path / "study"), [4], 2)
+    assert len(folders) == begun
 
 
 def test_the_figure_shows_what_it_is_given():
