@@ -84,6 +84,12 @@ ROWS |= {
     for row in ("SimpleViT", "E-SPA + TAT", "isometric")
     for depth in (24, 64)
 }
+# Ten epochs of these: --steps 7812.
+_WIDER = {"model.width": 128, "model.mlp_dim": 512}
+ROWS |= {
+    "SimpleViT, width 128": (ROWS["SimpleViT"][0], _WIDER | {"model.num_heads": 4}),
+    "isometric, width 128": (_ISOMETRIC, _WIDER | {"model.num_heads": 8}),
+}
 
 # Huge pages, kept by the allocator: a step's arrays are touched for the first time in every step, and half of it was
 # page faults. No effect where the C library is another; a run is the same with and without.
