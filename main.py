@@ -22,11 +22,13 @@ flags.adopt_module_key_flags(processes)
 def _main(arguments: list[str]) -> None:
     if arguments and _MODE.value != "predict":
         raise UserError(f"unexpected argument {arguments[0]!r}; every option is a --flag")
-    if _MODE.value != "predict" and not cli.CONFIG.present:
+    if _MODE.value == "train" and not cli.CONFIG.present:
         raise UserError(f"--config is missing; usage: {_USAGE}")
-    for flag in (processes.COORDINATOR_ADDRESS, processes.NUM_PROCESSES, processes.PROCESS_ID):
-        if flag.present and _MODE.value == "predict":
-            raise UserError(f"--{flag.name} is not for --mode=predict, which is one process; leave it out")
+    of_predict = (predict.IMAGES, predict.JSON, predict.ROLLOUT)
+    of_others = (processes.COORDINATOR_ADDRESS, processes.NUM_PROCESSES, processes.PROCESS_ID)
+    for flag in of_others if _MODE.value == "predict" else of_predict:
+        if flag.present:
+            raise UserError(f"--{flag.name} is not for --mode={_MODE.value}; leave it out")
     MODES[_MODE.value](arguments)
 
 

@@ -28,6 +28,33 @@ CONFIG = define_config("config", "Config file, with its arguments behind a colon
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, TensorBoard files, results.json.")
 
 
+def load_config(arguments: list[str]) -> ConfigDict:
+    """Load and check the config of a `--config` flag and its overrides, as a program that is called with them does.
+
+    Raises:
+      UserError: If it cannot be loaded, or a value is not allowed.
+    """
+    values = flags.FlagValues()
+    argv = ["", *arguments]
+    config = config_flags.DEFINE_config_file(CONFIG.name, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        _require_config(config)
+    except Exception as error:
+        raise UserError(_explain(error, config.name, arguments)) from error
+    from simplest_vit.config import check
+
+    check(config.value)
+    return config.value
+
+
+def _require_config(config: flags.FlagHolder) -> None:
+    """Read a config file, which flags leave to its first use."""
+    getattr(config.value, "to_dict", None)
+    if not isinstance(config.value, ConfigDict):
+        raise UserError(f"--{config.name}: get_config of the file returns no ConfigDict; see configs/digits.py")
+
+
 def run(
     program: Callable[[list[str]], None],
     usage: str,
@@ -69,6 +96,9 @@ def run(
         )
     except (UserError, TrainingError, Interrupted) as error:
         sys.exit(tell(error))
+    except BrokenPipeError:  # of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -127,11 +157,9 @@ def _parse(
                 raise UserError(f"--{shared.name} is no flag of this program; usage: {usage}")
         for config in _given():
             name = config.name
-            getattr(config.value, "to_dict", None)  # a file that cannot be read is told only at the first use
-            if not isinstance(config.value, ConfigDict):
-                raise UserError(f"--{name}: get_config of the file returns no ConfigDict; see configs/digits.py")
+            _require_config(config)
     except Exception as error:  # a config file is a program: it may raise anything
-        raise UserError(_explain(error, name)) from error
+        raise UserError(_explain(error, name, argv[1:])) from error
     if len(remaining) > 1 and not positional:
         raise UserError(f"unexpected argument {remaining[1]!r}; every option is a --flag")
     return remaining
@@ -143,14 +171,14 @@ def _help(module: str) -> str:
     return "\n\n".join([sys.modules[module].__doc__ or "", *own])
 
 
-def _explain(error: BaseException, flag: str) -> str:
+def _explain(error: BaseException, flag: str, arguments: list[str]) -> str:
     """Say in one line what is behind a chain of exceptions from parsing the flags, of which one may be a config's."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     innermost = chain[-1]
-    if isinstance(innermost, KeyError):
-        name = str(innermost.args[0]).strip("\"'")
+    name = str(innermost.args[0] if innermost.args else "").strip("\"'")
+    if isinstance(innermost, KeyError) and any(f".{name}" in word.partition("=")[0] for word in arguments):
         return f"a --config.FIELD flag names {name!r}, which is no field; all are in simplest_vit/config.py"
     if isinstance(innermost, UserError):
         return str(innermost)

@@ -144,9 +144,11 @@ FIELDS = {
     "data.dir": Field(None, _FOLDER, "of prepared data sets; None: ~/tensorflow_datasets"),
     "data.manual_dir": Field(None, _FOLDER, "of the original files, where they are not downloaded"),
     "data.label": Field("fine", _one_of("fine", "coarse"), "coarse: the 20 superclasses of CIFAR-100"),
-    "data.image_size": Field(None, _optional(_integer(1, 2**14)), "pixels; None: the images' own"),
-    "data.random_resized_crop": Field(False, _FLAG, "ImageNet's augmentation; on the host"),
-    "data.crop_padding": Field(4, _integer(0, 2**14), "random crop from the image padded by so many pixels; 0: off"),
+    "data.image_size": Field(
+        None, _optional(_integer(1, 2**14)), "pixels; None: the images' own, or 224 where they differ"
+    ),
+    "data.random_resized_crop": Field(False, _FLAG, "ImageNet's augmentation, on the host; before crop_padding's"),
+    "data.crop_padding": Field(4, _integer(0, 2**14), "random crop from the image, padded by so many pixels; 0: off"),
     "data.flip": Field(True, _FLAG, "mirror half of the images"),
     "data.rand_augment.num_ops": Field(0, _integer(0, 100), "RandAugment: operations for each image; 0: off"),
     "data.rand_augment.magnitude": Field(10, _integer(0, 30), "RandAugment: their strength"),

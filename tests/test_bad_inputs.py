@@ -200,6 +200,8 @@ COMMANDS = [
         "config.data.image_size=-5 must be",
     ),
     (DIGITS + " --mode predict --process_id=0", "--process_id is not for --mode=predict"),
+    (DIGITS + " --mode evaluate --json", "--json is not for --mode=evaluate"),
+    (DIGITS + " --images a.jpg", "--images is not for --mode=train"),
     (DIGITS + " --coordinator_address=localhost:99999 --num_processes=2 --process_id=1", "must be HOST:PORT"),
     (
         DIGITS + " --coordinator_address=localhost:1 --num_processes=2 --process_id=1 --config.log_every=0",
@@ -207,6 +209,8 @@ COMMANDS = [
     ),
     (DIGITS + " --mode evaluate --config.data.dir={old}/data", "holds no checkpoint; train there first"),
     (DIGITS + " --config.batch_size=2048 --config.data.dir={old}/data", "more than the 1437 training examples"),
+    (DIGITS + " --config.batch_size=2048 --config.steps=5 --config.data.dir={old}/data", "more than the 1437 training"),
+    (DIGITS + " --config.profile.first_step=9 --config.steps=9 --config.data.dir={old}/data", "than the run's 9 steps"),
     # Folders and files.
     ("main.py --config configs/digits.py --workdir {old}/text.jpg", "text.jpg is a file; name a folder"),
     ("main.py --config configs/digits.py --workdir {old}/text.jpg/run", "text.jpg is a file; name a folder"),
@@ -268,6 +272,12 @@ COMMANDS = [
     (SWEEP + " --workdir {new}/run --grid config.depth=3", "no field 'depth' to vary"),
     (SWEEP + " --workdir {new}/run --grid seed", "expected config.FIELD=VALUE,VALUE"),
     (SWEEP + " --workdir {new}/run --seeds 0", "--seeds=0"),
+    (
+        SWEEP + " --workdir {new}/run --grid config.model.depth=12,-3",
+        "at config.model.depth=-3: config.model.depth=-3 m",
+    ),
+    (SWEEP + " --workdir {new}/run --grid config.epochs=3,x", "--grid: at config.epochs=x: flag --config.epochs=x"),
+    (SWEEP + " --workdir {new}/run --grid config.optimizer.name=muon,adam", "config.optimizer.name=adam: config.optim"),
     (SWEEP + " --workdir {new}/run --config.epochs=0", "config.epochs=0 must be"),
     (SWEEP + " --workdir {old}/text.jpg", "text.jpg is a file"),
     (SWEEP + " --workdir {old}/run", "is the folder of a run; a sweep needs one of its own"),

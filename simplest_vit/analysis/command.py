@@ -35,7 +35,7 @@ def command(config: dict[str, Any]) -> str:
             base = flatten(get_config(arguments).to_dict())
         except ValueError:  # not an argument of this file
             continue
-        changed = [name for name in flat if flat[name] != base.get(name) and not name.startswith(_NOT_TOLD)]
+        changed = [name for name in flat if flat[name] != base.get(name) and name not in _NOT_TOLD]
         overrides = [f"--config.{name}={flat[name]}" for name in changed]
         found.append(["python", "main.py", "--config", f"configs/{data}.py:{arguments}", *overrides])
     return min((shlex.join(words) for words in found), key=len, default="")

@@ -13,12 +13,10 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from simplest_vit.config import flatten
 from simplest_vit.errors import UserError
-from simplest_vit.training.workdir import CONFIG, MAY_CHANGE, RESULTS
+from simplest_vit.training.workdir import CONFIG, RESULTS, may_change
 
 # What a report needs of `results.json`; a run of a version that writes others is told, not guessed at.
 _NEEDED = ("validation_accuracy", "best_validation_accuracy", "steps", "seed", "config")
-# Fields in which runs of one group may differ.
-_NOT_COMPARED = ("seed", *MAY_CHANGE)
 
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -103,7 +101,7 @@ def group_by_config(runs: Iterable[Run]) -> list[Group]:
     """Put runs together that differ only in their seed, in the order in which they come."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        same = {name: value for name, value in run.config.items() if not name.startswith(_NOT_COMPARED)}
+        same = {name: value for name, value in run.config.items() if name != "seed" and not may_change(name)}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     return [Group(members) for members in groups.values()]
 

@@ -29,6 +29,9 @@ def export_reference(workdir: str, output: str, config: Any = None) -> None:
       UserError: If the config does not fit, the run has no checkpoint, the reference has no such model, PyTorch is
         missing, or the file cannot be written.
     """
+    path = pathlib.Path(output)
+    if path.is_dir():
+        raise UserError(f"--output={output} is a folder; name a file")
     run, state = restore_best(workdir, config)
     if importlib.util.find_spec("torch") is None:
         raise UserError("writing a .pth file needs PyTorch; install it: pip install 'simplest-vit[torch]'")
@@ -36,7 +39,6 @@ def export_reference(workdir: str, output: str, config: Any = None) -> None:
 
     arrays = to_reference(run.config.model, state)
     tensors = collections.OrderedDict((name, torch.from_numpy(array.copy())) for name, array in arrays.items())
-    path = pathlib.Path(output)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:

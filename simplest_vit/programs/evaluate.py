@@ -1,6 +1,8 @@
 """Evaluates the best and the newest checkpoint of a run.
 
-simplest-vit evaluate --config my_config.py --workdir runs/mine
+simplest-vit evaluate --workdir runs/mine
+
+With --config, which must be the run's, where its data have moved.
 """
 
 import json
@@ -24,11 +26,11 @@ def evaluate(arguments: list[str]) -> None:
     # JAX takes SIGTERM to have all processes stop behind the same step: here there is none.
     jax.config.update("jax_enable_preemption_service", False)
     with processes.connected(config):
-        outcome = loop.evaluate(config, str(cli.WORKDIR.value))
+        outcome = loop.evaluate(str(cli.WORKDIR.value), config)
     if distributed.is_primary():
         print(json.dumps(outcome, indent=2))
 
 
 def main() -> None:
     """Run as a program."""
-    cli.run(evaluate, "simplest-vit evaluate --config FILE --workdir FOLDER")
+    cli.run(evaluate, "simplest-vit evaluate --workdir FOLDER", required=("workdir",), optional=("config",))

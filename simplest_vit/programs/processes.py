@@ -15,11 +15,10 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "For several processes: wh
 
 @contextlib.contextmanager
 def connected(config: Any) -> Iterator[None]:
-    """Be one of the processes that flags or config name; where one of them fails, all stop."""
+    """Be one of the processes that flags or config, if there is one, name; where one of them fails, all stop."""
     from simplest_vit.training import distributed
 
-    distributed.initialize(
-        config.get("distributed") == "auto", COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value
-    )
+    by_cluster = config is not None and config.get("distributed") == "auto"
+    distributed.initialize(by_cluster, COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
     with distributed.stop_with_the_others():
         yield

@@ -102,6 +102,21 @@ def plan(grid: dict[str, list[str]], seeds: int, first_seed: int, workdir: str, 
     return points
 
 
+def check_points(points: list[Point]) -> None:
+    """Check the config of every point, so that none is refused when its turn comes.
+
+    Raises:
+      UserError: Names the point and what is wrong with it.
+    """
+    for point in points:
+        *_, (_, _, _, _, *arguments, _) = point.commands
+        try:
+            cli.load_config(arguments)
+        except UserError as error:
+            values = " ".join(f"config.{field}={value}" for field, value in point.values.items())
+            raise UserError(f"--grid: at {values}: {error}") from error
+
+
 def find_devices() -> tuple[str, list[int]]:
     """The platform that JAX chooses here, and its devices' numbers.
 
@@ -279,6 +294,7 @@ def main() -> None:
         check_workdir(str(cli.WORKDIR.value), {})
         grid = parse_grid(axes.value, config)
         points = plan(grid, seeds.value, config.seed, str(cli.WORKDIR.value), _config_arguments(sys.argv[1:]))
+        check_points(points)
         if printed.value:
             for point in points:
                 for folder, line in zip(point.workdirs, point.commands, strict=True):

@@ -14,7 +14,7 @@ import tempfile
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -29,6 +29,7 @@ log = logging.getLogger("simplest_vit")
 
 # Facts of the run that a resume goes on with, beside the arrays: plain JSON.
 Progress = dict[str, Any]
+_State = TypeVar("_State", TrainState, dict[str, Any])
 AT_THE_START: Progress = {
     "best_validation_accuracy": 0.0,  # of the checkpoints in turn, those that an interruption leaves not among them
     "evaluated_step": 0,
@@ -74,7 +75,7 @@ class Checkpoints:
             create=create,
         )
         with self._told("cannot be opened"):
-            handlers = {"state": ocp.StandardCheckpointHandler()}
+            handlers = {"state": ocp.PyTreeCheckpointHandler()}
             self._manager = _Manager(self._alias(), options=options, item_handlers=handlers)
 
     def _alias(self) -> pathlib.Path:
@@ -152,7 +153,7 @@ class Checkpoints:
                     write_json(self.directory / str(step) / _RECORD, {"progress": progress, "checksums": checksums})
                 return
             self._best.step = max([*self.steps(), step], key=self._rank)
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True)
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk.
@@ -163,15 +164,16 @@ class Checkpoints:
         with self._told("cannot be written"):
             self._manager.wait_until_finished()
 
-    def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, Progress]:
+    def restore(self, abstract: _State, step: int) -> tuple[_State, Progress]:
         """Load a checkpoint onto the devices that `abstract` names.
 
         Args:
-          abstract: From `abstract_state`: the structure, shapes, dtypes and shardings to restore.
+          abstract: From `abstract_state`: the structure, shapes, dtypes and shardings to restore; or a dict of some of
+            its fields, and nothing else is read.
           step: Which checkpoint.
 
         Returns:
-          The state and the progress.
+          The state, or those fields of it, and the progress.
 
         Raises:
           UserError: If the checkpoint is damaged or holds another state.
@@ -181,6 +183,8 @@ class Checkpoints:
         if reason is None:
             with self._told("cannot be read"):
                 found = self._manager.item_metadata(step)["state"].tree
+            if isinstance(abstract, dict):
+                found = {name: found.get(name) for name in abstract}
             reason = _difference(found, abstract)
         if reason is not None:
             raise UserError(
@@ -188,7 +192,12 @@ class Checkpoints:
                 "config; remove it to go on from an older one, or choose another --workdir"
             )
         with self._told("cannot be read"):
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+            arguments = ocp.args.PyTreeRestore(
+                abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=isinstance(abstract, dict),
+            )
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
         return restored["state"], distributed.from_primary(lambda: self.progress(step))
 
     def _write_record(self) -> None:

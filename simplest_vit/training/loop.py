@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints, has_chec
 from simplest_vit.training.fine_tuning import weights_to_start_from
 from simplest_vit.training.interrupt import Interruption
 from simplest_vit.training.metrics import Meter, Sums, check_finite, mean_metrics, train_line, validation_line
-from simplest_vit.training.run import Run, build
+from simplest_vit.training.run import Run, build, restore_weights
 from simplest_vit.training.sharding import batch_sharding, check_batch_size, create_mesh, memory_line
 from simplest_vit.training.state import TrainState
 from simplest_vit.training.workdir import (
@@ -35,7 +35,7 @@ from simplest_vit.training.workdir import (
     read_run,
     write_results,
 )
-from simplest_vit.training.writers import log, metric_writers, periodic_actions
+from simplest_vit.training.writers import log, metric_writers
 
 # What `results.json` takes over from the last evaluation.
 _RESULTS = (
@@ -96,7 +96,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         log.info("parameters\n%s", parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False))
         train_step = run.train_step
         batches = pipeline.train_batches(dataset, config, start_step=step, sharding=batch_sharding(mesh))
-        profile = _profile(config, path)
+        profile = stack.enter_context(_profile(config, path))
         meter = Meter(config.batch_size, config.max_skipped_steps, progress["unreported"])
         earlier_wall_time, saved_step, saved_time, stopped = progress["wall_time_s"], step, time.monotonic(), False
 
@@ -161,12 +161,12 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     return outcome
 
 
-def evaluate(config: Any, workdir: str) -> dict[str, dict[str, float]]:
+def evaluate(workdir: str, config: Any = None) -> dict[str, dict[str, float]]:
     """Evaluate the checkpoints of the run in `workdir` on the validation split.
 
     Args:
-      config: The run's config, checked.
       workdir: The run's folder; nothing is written to it.
+      config: None for the run's own; another is refused, but for where its data are and how it is computed.
 
     Returns:
       For `latest` and `best`: `step`, `validation_accuracy` and `validation_loss`.
@@ -174,7 +174,7 @@ def evaluate(config: Any, workdir: str) -> dict[str, dict[str, float]]:
     Raises:
       UserError: If the folder holds no checkpoint, or one of another config or other data.
     """
-    path, _, data = read_run(workdir, config)
+    path, config, data = read_run(workdir, config)
     dataset = pipeline.load(config.data)
     check_data(path, dataset.info)
     attention.check_devices(config.model.attention_kernel, jax.devices())
@@ -183,8 +183,7 @@ def evaluate(config: Any, workdir: str) -> dict[str, dict[str, float]]:
     with Checkpoints(path, create=False) as checkpoints:
         steps = {"latest": checkpoints.newest() or 0, "best": checkpoints.best() or 0}
         for step in set(steps.values()):
-            state, _ = checkpoints.restore(run.abstract, step)
-            outcome[step] = {"step": step, **(validate(run, dataset, state) or {})}
+            outcome[step] = {"step": step, **(validate(run, dataset, restore_weights(run, checkpoints, step)) or {})}
     return {name: outcome[step] for name, step in steps.items()}
 
 
@@ -192,7 +191,8 @@ def validate(
     run: Run, dataset: Dataset, state: TrainState, interruption: Interruption | None = None
 ) -> dict[str, float] | None:
     """Validation loss and accuracy, where every example counts once; None if it was interrupted."""
-    batch_size = math.ceil(run.config.batch_size / run.mesh.size) * run.mesh.size
+    part = run.config.batch_size / run.config.accumulation_steps  # what is in memory at once
+    batch_size = math.ceil(part / run.mesh.size) * run.mesh.size
     batches = pipeline.eval_batches(dataset, run.config, sharding=batch_sharding(run.mesh), batch_size=batch_size)
     sums: list[Sums] = []
     for batch in batches:
@@ -226,14 +226,23 @@ def _overdue(config: Any, saved_time: float) -> bool:
     return bool(minutes) and distributed.from_primary(lambda: time.monotonic() - saved_time > 60 * minutes)
 
 
-def _profile(config: Any, path: pathlib.Path) -> Callable[[int], Any]:
-    """Profile over the steps that the config names (clu); to be called after each step."""
-    if not config.profile.first_step:
-        return lambda step: None
-    return periodic_actions.Profile(
-        logdir=path,
-        first_profile=config.profile.first_step,
-        num_profile_steps=config.profile.num_steps,
-        profile_duration_ms=None,
-        every_secs=None,
-    )
+@contextlib.contextmanager
+def _profile(config: Any, path: pathlib.Path) -> Iterator[Callable[[int], None]]:
+    """Profile the steps that the config names, by a function to call behind each; what has begun is always written."""
+    first, number = config.profile.first_step, config.profile.num_steps
+    running = False
+
+    def behind(step: int) -> None:
+        nonlocal running
+        if running and step == first + number:
+            jax.profiler.stop_trace()
+            running = False
+        if step == first:
+            jax.profiler.start_trace(path)
+            running = True
+
+    try:
+        yield behind
+    finally:
+        if running:
+            jax.profiler.stop_trace()

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.data.pipeline import steps_per_epoch
+from simplest_vit.errors import UserError
 from simplest_vit.models import attention
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.models.layers import token_grid
@@ -102,7 +103,12 @@ def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
       UserError: If the config does not fit the data.
     """
     mesh = create_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
-    total_steps = config.steps or max(round(config.epochs * steps_per_epoch(data, config)), 1)
+    per_epoch = steps_per_epoch(data, config)
+    total_steps = config.steps or max(round(config.epochs * per_epoch), 1)
+    if config.profile.first_step >= total_steps:
+        raise UserError(
+            f"config.profile.first_step={config.profile.first_step} must be less than the run's {total_steps} steps"
+        )
     learning_rate = warmup_cosine(config.optimizer.learning_rate, config.warmup_steps, total_steps)
     tx = create_optimizer(config, learning_rate, mesh)
     settings = config.copy_and_resolve_references()
@@ -138,7 +144,7 @@ def restore_best(workdir: str, config: Any = None, mesh: Mesh | None = None) -> 
       mesh: The devices; None for one.
 
     Returns:
-      The run, whose model computes in float32, and the state.
+      The run, whose model computes in float32, and what `restore_weights` returns.
 
     Raises:
       UserError: If the folder holds no checkpoint, or one of another config.
@@ -148,5 +154,17 @@ def restore_best(workdir: str, config: Any = None, mesh: Mesh | None = None) -> 
     config.model.attention_kernel = "xla"  # on any device
     run = build(config, data, mesh)
     with Checkpoints(path, create=False) as checkpoints:
-        state, _ = checkpoints.restore(run.abstract, checkpoints.best() or 0)
-    return run, state
+        return run, restore_weights(run, checkpoints, checkpoints.best() or 0)
+
+
+def restore_weights(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
+    """Load what a model is made of; what an optimizer left, perhaps of another version, is not read.
+
+    Returns:
+      Of the state `step`, `constants`, and as `params` those to evaluate; the rest is None.
+    """
+    params = "params" if run.abstract.ema_params is None else "ema_params"
+    part = {name: getattr(run.abstract, name) for name in ("step", "constants", params)}
+    found, _ = checkpoints.restore(part, step)
+    nothing: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(TrainState))
+    return TrainState(**nothing | {"step": found["step"], "constants": found["constants"], "params": found[params]})

@@ -9,13 +9,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from simplest_vit.data.augment import Batch
 from simplest_vit.optimizers.sam import sam
 from simplest_vit.optimizers.shampoo import shampoo_metrics
 from simplest_vit.training.metrics import Sums, classification_sums
 from simplest_vit.training.sharding import replicated
 from simplest_vit.training.state import TrainState, apply_model
 
-Batch = dict[str, jax.Array]
+# Sets dropout's keys apart from those of augmentation, which are the seed's by the step: no step has this number.
+_DROPOUT = 2**32 - 1
 
 
 def make_train_step(
@@ -43,7 +45,7 @@ def make_train_step(
         return sums["loss"], sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        dropout_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _DROPOUT), state.step)
 
         def gradient(params: Any) -> tuple[Sums, Any]:
             """Sums over the batch and the gradient of the mean loss."""

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -14,13 +15,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from simplest_vit.config import default, flatten
+from simplest_vit.config import check, default, flatten
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.errors import TrainingError, UserError
+
+log = logging.getLogger("simplest_vit")
 
 CONFIG = "config.json"
 DATASET = "dataset.json"
 RESULTS = "results.json"
+_LOCK = ".lock"
 
 # The version of the project at which what a folder holds last changed, so that older folders are refused. A new field
 # of the config needs none where its default is what the code did before: folders without it are read with the default.
@@ -44,6 +48,11 @@ MAY_CHANGE = (
     "profile",
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def may_change(field: str) -> bool:
+    """Whether a field, by dotted name, is one of `MAY_CHANGE` or in a section that is."""
+    return any(f"{field}.".startswith(f"{name}.") for name in MAY_CHANGE)
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
@@ -129,6 +138,10 @@ def read_run(workdir: str, config: ConfigDict | None = None) -> tuple[pathlib.Pa
         config = default(str(flat["optimizer.name"]))
         with config.ignore_type():
             config.update_from_flattened_dict(flat)
+        try:
+            check(config)
+        except UserError as error:
+            raise UserError(f"{path / CONFIG} is damaged ({error}); choose another --workdir") from error
     else:
         _check_same(path, config.to_dict())
         config = config.copy_and_resolve_references()
@@ -145,16 +158,16 @@ def claim_workdir(path: pathlib.Path, config: dict[str, Any], data: DatasetInfo)
     with contextlib.ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, handle)
+            # Of a file that is open for writing, NFS keeps a lock between hosts as well.
+            file = stack.enter_context((path / _LOCK).open("w"))
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(
                     f"--workdir={path} is in use: another process trains there; wait for its end, or choose another"
                 ) from error
-            except OSError:
-                pass  # a file system without locks
+            except OSError as error:
+                log.warning("%s cannot be locked (%s): see to it that no other process trains there", path, error)
             if (path / CONFIG).exists():  # perhaps only since `check_workdir`, which was not alone
                 _check_same(path, config)
                 check_data(path, data)
@@ -217,8 +230,11 @@ def environment() -> dict[str, Any]:
 def _commit() -> str | None:
     root = pathlib.Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    # Of this project: an installed package may lie below the repository of another.
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=10)
+        return found.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -254,7 +270,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 def _check_same(path: pathlib.Path, config: dict[str, Any]) -> None:
     old, new = _read_config(path), flatten(config)
     for name in sorted(old.keys() | new.keys()):
-        if name.startswith(MAY_CHANGE) or old.get(name) == new.get(name):
+        if may_change(name) or old.get(name) == new.get(name):
             continue
         raise UserError(
             f"--workdir={path} holds another run: its config.{name} is {old.get(name)!r}, now {new.get(name)!r}; "

@@ -2,7 +2,7 @@
 
 `clu.metric_writers` imports TensorFlow for one class, its `SummaryWriter` (CommonLoopUtils issue 358). Where TensorFlow
 is not installed, a writer that needs only the `tensorboard` package takes that class's place before the first import,
-and the rest of clu works as it is. Import `metric_writers` and `periodic_actions` from here, never from clu.
+and the rest of clu works as it is. Import `metric_writers` from here, never from clu.
 """
 
 import contextlib
@@ -159,6 +159,6 @@ if importlib.util.find_spec("tensorflow") is None:
     _substitute.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
     sys.modules.setdefault(_substitute.__name__, _substitute)
 
-from clu import metric_writers, periodic_actions  # noqa: E402
+from clu import metric_writers  # noqa: E402
 
-__all__ = ["SummaryWriter", "metric_writers", "periodic_actions"]
+__all__ = ["SummaryWriter", "metric_writers"]

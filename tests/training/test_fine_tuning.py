@@ -14,6 +14,7 @@ from simplest_vit.training.fine_tuning import weights_to_start_from
 from simplest_vit.training.loop import train_and_evaluate
 from simplest_vit.training.run import build, restore_best
 from simplest_vit.training.sharding import create_mesh
+from simplest_vit.training.workdir import read_run
 from tests.tiny import DIGITS, tiny_config
 
 LARGER = dataclasses.replace(DIGITS, class_names=("even", "odd", "none"), image_shape=(12, 12, 1))
@@ -29,7 +30,10 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def best(pretrained):
-    return jax.device_get(restore_best(str(pretrained))[1])
+    """The whole state of its best checkpoint."""
+    _, config, data = read_run(str(pretrained))
+    with Checkpoints(pretrained, create=False) as checkpoints:
+        return jax.device_get(checkpoints.restore(build(config, data).abstract, checkpoints.best())[0])
 
 
 def first_state(data, **overrides):

@@ -7,10 +7,13 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from simplest_vit.data import pipeline
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError
 from simplest_vit.training import loop
 from simplest_vit.training import run as run_module
@@ -18,6 +21,7 @@ from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.interrupt import Interruption
 from simplest_vit.training.run import build, restore_best
 from simplest_vit.training.sharding import create_mesh
+from simplest_vit.training.state import apply_model
 from simplest_vit.training.workdir import read_run
 from tests.tiny import tiny_config
 
@@ -83,7 +87,7 @@ def test_evaluation_repeats_what_training_found(finished, data_dir, monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     monkeypatch.chdir(workdir.parent)
     monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
-    evaluated = loop.evaluate(tiny_config(data__dir=data_dir, ema__decay=0.9), workdir.name)
+    evaluated = loop.evaluate(workdir.name)
     assert evaluated["latest"] == {
         "step": 6,
         "validation_loss": pytest.approx(outcome["validation_loss"]),
@@ -93,15 +97,44 @@ def test_evaluation_repeats_what_training_found(finished, data_dir, monkeypatch)
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}, "evaluation wrote to the workdir"
 
 
+def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
+    """By hand: the parameters of the whole state, the images of the whole split at once."""
+    workdir, outcome = finished
+    state, _ = final_arrays(workdir)
+    _, config, data = read_run(str(workdir))
+    dataset = pipeline.load(config.data)
+    image = (np.asarray(dataset.validation.images) / 255 - data.mean) / data.std
+    graphdef = build(config, data).graphdef
+
+    def accuracy(params):
+        logits = apply_model(graphdef, params, state.constants, jnp.asarray(image, jnp.float32))
+        return np.mean(np.argmax(logits, axis=-1) == dataset.validation.labels)
+
+    assert accuracy(state.ema_params) == pytest.approx(outcome["validation_accuracy"])
+    assert accuracy(state.params) != pytest.approx(outcome["validation_accuracy"])
+    run, restored = restore_best(str(workdir))
+    assert restored.opt_state is None
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(run.model(restored), nnx.Param)), state.ema_params
+    )
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_a_profile_is_written_also_where_the_run_ends_within_it(data_dir, tmp_path, steps):
+    config = tiny_config(data__dir=data_dir, steps=steps, profile__first_step=1, profile__num_steps=3)
+    loop.train_and_evaluate(config, str(tmp_path))
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+
+
 def test_evaluation_needs_the_devices_of_the_attention_kernel(finished, data_dir):
     config = tiny_config(data__dir=data_dir, ema__decay=0.9, model__attention_kernel="fused")
     with pytest.raises(UserError, match=r"'fused' needs NVIDIA GPUs .* not cpu; choose xla"):
-        loop.evaluate(config, str(finished[0]))
+        loop.evaluate(str(finished[0]), config)
 
 
 def test_evaluation_takes_devices_that_do_not_divide_the_batch(finished, data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "create_mesh", lambda fsdp: create_mesh(fsdp, jax.devices()[:3]))
-    evaluated = loop.evaluate(tiny_config(data__dir=data_dir, ema__decay=0.9), str(finished[0]))
+    evaluated = loop.evaluate(str(finished[0]), tiny_config(data__dir=data_dir, ema__decay=0.9))
     assert evaluated["latest"]["validation_accuracy"] == finished[1]["validation_accuracy"]
     assert evaluated["latest"]["validation_loss"] == pytest.approx(finished[1]["validation_loss"])
     with pytest.raises(UserError, match=r"config.batch_size=64 cannot be split over 3 devices; .* that divides it"):
@@ -251,7 +284,7 @@ def test_the_best_checkpoint_is_the_best_of_those_saved(data_dir, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(loop, "validate", validate)
         outcome = loop.train_and_evaluate(config, str(tmp_path))
-        evaluated = loop.evaluate(config, str(tmp_path))
+        evaluated = loop.evaluate(str(tmp_path), config)
     assert outcome["best_validation_accuracy"] == evaluated["best"]["validation_accuracy"] == 0.6, "of one saved"
     assert (evaluated["latest"]["step"], evaluated["best"]["step"]) == (6, 3)
     assert restore_best(str(tmp_path))[1].step == 3
@@ -306,7 +339,7 @@ def test_another_config_is_refused(finished, data_dir):
 
 def test_evaluation_needs_a_checkpoint(data_dir, tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
-        loop.evaluate(tiny_config(data__dir=data_dir), str(tmp_path))
+        loop.evaluate(str(tmp_path), tiny_config(data__dir=data_dir))
 
 
 def test_nothing_is_written_for_a_config_that_cannot_run(data_dir, tmp_path):
@@ -329,16 +362,16 @@ def test_neither_training_nor_evaluation_takes_other_data(data_dir, tmp_path):
     record = json.loads((tmp_path / "dataset.json").read_text())
     assert record["train_size"] == 1437
     (tmp_path / "dataset.json").write_text(json.dumps(record | {"train_size": 1443}))
-    for program in (loop.train_and_evaluate, loop.evaluate):
+    for program in (lambda: loop.train_and_evaluate(config, str(tmp_path)), lambda: loop.evaluate(str(tmp_path))):
         with pytest.raises(UserError, match=r"began with other data: their train_size was 1443, now 1437"):
-            program(config, str(tmp_path))
+            program()
 
 
 def test_a_folder_with_the_signs_of_a_pattern_is_a_folder(data_dir, tmp_path):
     workdir = tmp_path / "lr=[1] *?" / "{seed}"
     config = tiny_config(data__dir=data_dir, steps=3)
     outcome = loop.train_and_evaluate(config, str(workdir))
-    assert loop.evaluate(config, str(workdir))["best"]["validation_accuracy"] == outcome["validation_accuracy"]
+    assert loop.evaluate(str(workdir), config)["best"]["validation_accuracy"] == outcome["validation_accuracy"]
 
 
 def test_a_checkpoint_is_saved_when_it_is_time(data_dir, tmp_path, monkeypatch):

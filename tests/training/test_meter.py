@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from simplest_vit.errors import TrainingError
-from simplest_vit.training.metrics import Meter, train_line
+from simplest_vit.training.metrics import _STEPS_IN_FLIGHT, Meter, train_line
 
 
 def sums(loss, correct, count, grad_norm=1.0, skipped=0, in_a_row=0):
@@ -38,6 +38,17 @@ def test_means_are_over_examples_and_gauges_are_the_last(monkeypatch):
         meter.add(sums(1.0, 1.0, 1.0))
     meter.report(5)
     assert meter.step_time_median == 2.0
+
+
+def test_at_most_a_few_steps_are_under_way(monkeypatch):
+    waited = []
+    monkeypatch.setattr(
+        "simplest_vit.training.metrics.jax.block_until_ready", lambda metrics: waited.append(metrics["loss"])
+    )
+    meter = Meter(batch_size=8, max_skipped_steps=3)
+    for step in range(7):
+        meter.add(sums(float(step), 1.0, 1.0))
+    assert waited == list(map(float, range(7 - _STEPS_IN_FLIGHT)))
 
 
 def test_skipped_steps_are_counted_and_nothing_else():

@@ -121,6 +121,11 @@ def test_dropout_changes_training_but_not_evaluation():
     dry, wet = tiny_config(), tiny_config(model__dropout=0.5)
     losses = [run(config, optax.sgd(0.1), steps=1, batch=batch_of())[2]["loss"] for config in (dry, wet)]
     assert losses[0] != losses[1]
+    # Each step has a mask of its own.
+    graphdef, state = start(wet, optax.sgd(0.0))
+    train_step = make_train_step(graphdef, optax.sgd(0.0), wet)
+    state, first = train_step(state, batch_of())
+    assert first["loss"] != train_step(state, batch_of())[1]["loss"]
     sums = []
     for config in (dry, wet):
         graphdef, state = start(config, optax.sgd(0.1))

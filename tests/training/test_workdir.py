@@ -3,13 +3,23 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from simplest_vit.errors import TrainingError, UserError
-from simplest_vit.training.workdir import VERSION, check_workdir, claim_workdir, read_run, write_json, write_results
+from simplest_vit.training import workdir
+from simplest_vit.training.workdir import (
+    VERSION,
+    check_workdir,
+    claim_workdir,
+    may_change,
+    read_run,
+    write_json,
+    write_results,
+)
 from tests.tiny import DIGITS, tiny_config
 
 CONFIG = tiny_config().to_dict()
@@ -69,13 +79,56 @@ with claim_workdir(pathlib.Path({str(tmp_path)!r}), tiny_config().to_dict(), DIG
         pass
 
 
-def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, caplog):
     def flock(handle, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with claim_workdir(tmp_path, CONFIG, DIGITS):
         assert (tmp_path / "config.json").exists()
+    assert "cannot be locked ([Errno 38] Function not implemented): see to it that no other" in caplog.text
+
+
+def test_the_lock_is_one_that_nfs_keeps(tmp_path, monkeypatch):
+    """There flock is fcntl's lock, which needs a file that is open for writing."""
+    modes = []
+    monkeypatch.setattr(fcntl, "flock", lambda file, _: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
+    with claim_workdir(tmp_path, CONFIG, DIGITS):
+        assert modes == [os.O_WRONLY]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("depth", "x", r"config.json is damaged \(config.model.depth='x' must be an integer from 1 to 1,000, or None"),
+        ("patch_size", 0, r"config.model.patch_size=0 must be"),
+        ("shards", 3, r"config.model.shards is unknown"),
+    ],
+)
+def test_the_config_of_a_folder_is_checked_as_any_other(tmp_path, field, value, message):
+    with claim_workdir(tmp_path, CONFIG, DIGITS):
+        pass
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["config"]["model"][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        read_run(str(tmp_path))
+
+
+def test_only_whole_names_of_fields_and_sections_may_change():
+    assert all(map(may_change, ("fsdp", "profile.first_step", "data.dir")))
+    assert not any(map(may_change, ("data.name", "eval_every_epochs", "profiles", "data.directory")))
+
+
+def test_the_commit_is_that_of_this_project_not_of_one_around_it(tmp_path, monkeypatch):
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a", "commit", "-qm", "x", "--allow-empty"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    package = tmp_path / "site-packages" / "simplest_vit" / "training"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(workdir, "__file__", str(package / "workdir.py"))
+    assert workdir.environment()["commit"] is None
+    monkeypatch.setattr(workdir, "__file__", str(tmp_path / "simplest_vit" / "training" / "workdir.py"))
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", workdir.environment()["commit"])
 
 
 def test_bad_folders(tmp_path):
