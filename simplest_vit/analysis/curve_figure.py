@@ -1,4 +1,7 @@
-"""Training curves: loss and accuracy over the steps, training dashed, validation solid."""
+"""Training curves: loss and accuracy over the steps, training dashed, validation solid.
+
+A training loss is of the labels that are trained on, mixed and smoothed; a validation loss is of the labels alone.
+"""
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -30,6 +33,8 @@ def draw_curves(curves: dict[str, dict[str, Curve]], title: str) -> Figure:
     handles = [
         Line2D([], [], color=color, marker=marker, label=label) for label, color, marker in figures.styled(curves)
     ]
-    handles.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="training, dashed"))
+    handles.append(
+        Line2D([], [], color="black", linestyle="--", linewidth=1, label="training (its loss with smoothed labels)")
+    )
     figure.legend(handles=handles, loc="outside upper center", ncols=2, title=title, title_fontproperties={"size": 11})
     return figure

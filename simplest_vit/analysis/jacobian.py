@@ -39,9 +39,14 @@ def jacobian_spectrum(model: measure.Model, image: jax.Array, seed: int = 0) -> 
         iterations = min(_ITERATIONS, x.size)
         keys = jax.random.split(jax.random.key(seed), _STARTS)
         lanczos = [np.asarray(_lanczos(graphdef, nnx.as_pure(state), x, key, iterations), np.float64) for key in keys]
-    values, weights = zip(*(_quadrature(diagonal, off_diagonal) for diagonal, off_diagonal in lanczos), strict=True)
-    order = np.argsort(np.concatenate(values))
-    return np.concatenate(values)[order], np.concatenate(weights)[order] / _STARTS
+    return pooled([_quadrature(diagonal, off_diagonal) for diagonal, off_diagonal in lanczos])
+
+
+def pooled(spectra: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Put distributions of equal weight together, each as `jacobian_spectrum` returns it."""
+    values, weights = (np.concatenate(parts) for parts in zip(*spectra, strict=True))
+    order = np.argsort(values)
+    return values[order], weights[order] / len(spectra)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -24,7 +24,8 @@ PANELS = {
 }
 
 
-# Below, a difference is rounding in float32; singular values are roots of what is computed.
+# Below, a difference is rounding in float32; singular values, of which this is the share of the greatest, are roots of
+# what is computed.
 _FLOOR = 1e-7
 _JACOBIAN_FLOOR = 3e-4
 
@@ -116,10 +117,12 @@ def draw_quantity(axis: Axes, quantity: str, results: list[Signals]) -> None:
 
 
 def draw_jacobian(axis: Axes, results: list[Signals]) -> None:
-    """Draw singular values of the Jacobian over the share of directions that have at most so much."""
+    """Draw singular values of the Jacobian over the share of directions that have at most so much, without rounding."""
     for result, color, _ in [*figures.styled(results)][::-1]:
         values, weights = result.jacobian
-        axis.step([0, *np.cumsum(weights)], np.maximum([values[0], *values], values[-1] * _JACOBIAN_FLOOR), color=color)
+        steps = np.array([values[0], *values])
+        steps[steps < _JACOBIAN_FLOOR * values[-1]] = np.nan
+        axis.step([0, *np.cumsum(weights)], steps, color=color)
     axis.set(
         title="Jacobian from embedded tokens to features",
         xlabel="share of directions",

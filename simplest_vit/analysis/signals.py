@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from simplest_vit.analysis import kernel_theory, measure
-from simplest_vit.analysis.jacobian import jacobian_spectrum
+from simplest_vit.analysis.jacobian import jacobian_spectrum, pooled
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.models import espa, tat
 from simplest_vit.models.layers import patchify, token_grid
@@ -27,7 +27,8 @@ class Signals:
       name: Of the model.
       measured: mean_square, token_cosine, image_cosine, attention_entropy (nats), attention_distance, token_gradient,
         parameter_gradient; with a theory also kernel_error, the greatest |cosine - theory| of two tokens of an image.
-      jacobian: Singular values of the network's Jacobian at one image and their shares, from `jacobian_spectrum`.
+      jacobian: Singular values of the network's Jacobian at the first image and their shares, from `jacobian_spectrum`,
+        those of all models together.
       theory: mean_square, token_cosine, image_cosine of the infinitely wide network at initialization, and
         image_cosine_c_map, the C-map of the activations alone, without attention. Empty without theory.
       token_rows: Cosines of the middle token with all tokens, [L + 1, T], measured; averaged over images.
@@ -75,7 +76,7 @@ def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.
     Returns:
       The curves.
     """
-    measurements, alone = [], []
+    measurements, alone, spectra = [], [], []
     for model in models:
         grid = token_grid(image.shape[1:], model.patch_size)
         depth = jax.tree.leaves(nnx.state(model.blocks))[0].shape[0]
@@ -86,6 +87,7 @@ def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.
         else:
             target = espa.attention_matrices(grid, depth, *shaping)[:, None]
         measurements.append(measure.measure(model, image, label, target))
+        spectra.append(jacobian_spectrum(model, image[:1]))
         num_tokens, width = model.position_embedding.shape
         if isinstance(model, SimplestViT) and config.attention in espa.FORMS and num_tokens <= width:
             alone.append(measure.attention_alone(model))
@@ -112,7 +114,7 @@ def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.
     return Signals(
         name=name,
         measured=measured,
-        jacobian=jacobian_spectrum(model, image[:1]),
+        jacobian=pooled(spectra),
         theory=theory,
         token_rows=_rows(kernel, middle),
         theory_rows=theory_rows,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from simplest_vit.errors import UserError
-from simplest_vit.models import attention, espa, simplest_vit
+from simplest_vit.models import attention, espa, simplest_vit, tat
 from simplest_vit.models.layers import token_grid
 from simplest_vit.models.simple_vit import SimpleViT
 from simplest_vit.models.simplest_vit import SimplestViT
@@ -99,7 +99,7 @@ def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str,
         arguments |= {name: config[name] for name in _shaping(config)}
         if config.activation == "tailored_relu":
             try:
-                simplest_vit.tat.solve_negative_slope(2 * sizes["depth"], config.c_val_0_target)
+                tat.solve_negative_slope(2 * sizes["depth"], config.c_val_0_target)
             except ValueError as error:
                 raise UserError(f"config.model.{error}") from error
     return arguments

@@ -34,7 +34,7 @@ def reference_orthogonal(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtyp
 
 
 def mirrored_kernels(key: jax.Array, width: int, hidden: int) -> tuple[jax.Array, jax.Array]:
-    """Kernels [W, -W] and [V; -V] of an MLP that starts as the orthogonal map V W, of rank `width`.
+    """Kernels [W, -W] and [V; -V] of an MLP that starts as the orthogonal map W V.
 
     With an activation phi(z) - phi(-z) = z the halves cancel everything but the linear part (looks-linear
     initialization, arXiv 1702.08591): (phi(x W) - phi(-x W)) V = x W V. W has orthonormal rows, and V = W^T Q with Q

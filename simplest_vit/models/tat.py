@@ -1,4 +1,4 @@
-r"""TAT: the tailored rectifier, an activation whose slope is solved for the network's depth.
+r"""TAT, tailored activation transformation: a leaky ReLU, the tailored rectifier, whose slope is solved for the depth.
 
 Zhang, Botev and Martens, "Deep Learning without Shortcuts: Shaping the Kernel with Tailored Rectifiers"
 (arXiv 2203.08120). In a wide network the cosine c of two inputs becomes C(c) behind an activation (its C-map). A deep

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from simplest_vit.analysis import measure
-from simplest_vit.analysis.jacobian import jacobian_spectrum
+from simplest_vit.analysis.jacobian import jacobian_spectrum, pooled
 from simplest_vit.models import layers
 from tests.models import tiny
 
@@ -49,3 +49,9 @@ def test_an_isometry_has_all_its_weight_at_one_and_at_its_decay():
     assert near[seen].max() < 1e-4
     assert weights[np.abs(values - 1) < 1e-3].sum() == pytest.approx(1 / 6, abs=0.1)
     assert jnp.isfinite(values).all()
+
+
+def test_spectra_are_pooled_by_equal_weight():
+    values, weights = pooled([(np.array([1.0, 3.0]), np.array([0.5, 0.5])), (np.array([2.0]), np.array([1.0]))])
+    np.testing.assert_array_equal(values, [1, 2, 3])
+    np.testing.assert_array_equal(weights, [0.25, 0.5, 0.25])

@@ -149,6 +149,12 @@ def test_curves_are_read_as_they_were_written_and_drawn_as_they_were_read(folder
     np.testing.assert_array_equal(accuracy.lines[0].get_ydata(), curves["validation_accuracy"][1])
 
 
+def test_training_is_dashed_and_validation_is_not():
+    values = np.arange(3), np.ones(3)
+    figure = draw_curves({"run": {"train_loss": values, "validation_loss": values}}, "title")
+    assert [line.get_linestyle() for line in figure.axes[0].lines] == ["--", "-"]
+
+
 def test_a_step_made_twice_counts_once(tmp_path):
     for value in (1.0, 2.0):  # a run that was killed behind its checkpoint makes a step again
         writer = SummaryWriter(str(tmp_path))
@@ -156,7 +162,7 @@ def test_a_step_made_twice_counts_once(tmp_path):
         writer.close()
     steps, values = runs.read_curves(tmp_path)["train_loss"]
     assert steps.tolist() == [5]
-    assert values.shape == (1,)
+    assert values.tolist() == [2.0]
 
 
 def test_the_command_gives_the_config_back():

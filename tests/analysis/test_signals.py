@@ -55,6 +55,20 @@ def test_a_measurement_is_of_the_model_itself(init):
     bias_gradient = np.linalg.norm(gradient["patch_embedding"]["bias"])
     assert 0 < bias_gradient <= np.sqrt(18) * measured["token_gradient"][0]
 
+    blocks_def, *blocks = nnx.split(nnx.merge(graphdef, params, rest).blocks, nnx.Param, ...)
+
+    def from_block(x, first):
+        for layer in range(first, 3):
+            x = nnx.merge(blocks_def, *(jax.tree.map(lambda a, layer=layer: a[layer], part) for part in blocks))(x)
+        return optax.softmax_cross_entropy(measure.classify(nnx.merge(graphdef, params, rest), x), LABEL).mean()
+
+    for block in range(4):
+        gradient = jax.jit(jax.grad(from_block), static_argnums=1)(x, block)
+        np.testing.assert_allclose(measured["token_gradient"][block], np.linalg.norm(np.ravel(gradient)), rtol=1e-3)
+        if block < 3:
+            this = [jax.tree.map(lambda a, layer=block: a[layer], part) for part in blocks]
+            x = nnx.merge(blocks_def, *this)(x)
+
 
 ATTENTIONS = {
     "espa": lambda rngs: ShapedAttention(16, 2, np.eye(6), np.arange(1.0, 7.0), dtype=jnp.float32, rngs=rngs),
@@ -210,6 +224,19 @@ def test_the_recursion_tells_the_reference_initialization_apart():
     for sizes, reference in (((384, 1536), 0.25), ((1536, 384), 4.0), ((384, 10), 38.4)):
         assert gain(*sizes, "paper") == 1.0
         assert gain(*sizes, "reference") == pytest.approx(reference)
+
+
+def test_the_curves_are_means_of_cosines():
+    """Two images of two tokens, of different lengths: 0.6 and -0.96 within, 0.8 and -1 between the two."""
+    tokens = np.array([[[2.0, 0.0], [0.6, 0.8]], [[0.8, 0.6], [-0.6, -0.8]]])
+    tokens[1, 1] *= 3
+    within = np.einsum("btd,bsd->bts", tokens, tokens) / 2
+    between = np.einsum("btd,bsd->bts", tokens, tokens[::-1]) / 2
+    curves = signals._curves(np.stack([within, between])[None])
+    first, second = 0.6, -(0.8 * 0.6 + 0.6 * 0.8)
+    np.testing.assert_allclose(curves["token_cosine"], (first + second) / 2)
+    np.testing.assert_allclose(curves["image_cosine"], (0.8 - 1.0) / 2)
+    np.testing.assert_allclose(curves["mean_square"], (4 + 1 + 1 + 9) / 4 / 2)
 
 
 def test_models_without_fixed_attention_have_no_theory():

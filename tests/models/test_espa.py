@@ -105,6 +105,7 @@ def test_uspa_closed_form():
     t, depth = 16, 12
     rho = np.concatenate([[0.0], espa.rho_schedule(depth, 0.8)])
     assert rho[-1] == pytest.approx(0.8)
+    np.testing.assert_allclose((1 - rho[1:]) / (1 - rho[:-1]), 0.2 ** (1 / depth), rtol=1e-12)
     a = np.sqrt((1 - rho[1:]) / (1 - rho[:-1]))
     b = np.sqrt((1 - rho[1:] + t * rho[1:]) / (1 - rho[:-1] + t * rho[:-1]))
     expected = a[:, None, None] * np.eye(t) + ((b - a) / t)[:, None, None]

@@ -130,6 +130,7 @@ def test_the_mirrored_mlp_is_orthogonal_and_its_units_are_there(name):
     x = np.random.default_rng(1).normal(size=(1, 50, 8)).astype(np.float32) * 4
     y = np.asarray(mlp(jnp.asarray(x)))
     np.testing.assert_allclose(y @ y.swapaxes(1, 2), x @ x.swapaxes(1, 2), rtol=1e-4, atol=1e-4)
+    assert abs((x * y).sum()) < 0.7 * (x * x).sum()  # a random orthogonal map, not the identity
     np.testing.assert_allclose(np.asarray(mlp(jnp.asarray(2 * x))), 2 * y, rtol=1e-4, atol=1e-4)
     mlp.dense1.bias[...] = jnp.linspace(-1, 1, 20)
     assert np.abs(np.asarray(mlp(jnp.asarray(2 * x))) - 2 * np.asarray(mlp(jnp.asarray(x)))).max() > 0.1
