@@ -5,8 +5,8 @@ python -m benchmarks.optimizers --config configs/imagenet.py
 
 On a device that is fast enough, `--direct` times whole steps at the batch size of the config. Elsewhere the step is put
 together from parts measured in this run: the gradient at `--measured_batch_size`, times the ratio of the batch sizes
-(its cost is proportional to them), plus the update, over a period of steps after the first refresh, whose time is told
-by itself. Parts take turns, so that a slower minute of the machine meets all of them.
+(its cost is proportional to them), plus the update, over whole periods of steps behind the first. Parts take turns, so
+that a slower minute of the machine meets all of them.
 """
 
 import time
@@ -53,12 +53,10 @@ class Times(NamedTuple):
 
     Attributes:
       compile: Until the end of the first step.
-      first_refresh: The step that computes every preconditioner for the first time.
-      steps: Each step after it.
+      steps: Each step behind the first period.
     """
 
     compile: float
-    first_refresh: float
     steps: np.ndarray
 
 
@@ -86,7 +84,7 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether the steps after the first refresh are enough, and whole periods."""
+        """Whether the steps behind the first period are enough, and whole periods."""
         return len(self.seconds) >= self.frequency + max(self.frequency, LEAST_STEPS)
 
     def step(self, data: Any) -> None:
@@ -100,8 +98,7 @@ class Run:
 
     def times(self) -> Times:
         """Seconds by kind of step."""
-        first = self.seconds[self.frequency - 1]
-        return Times(self.seconds[0], first, np.array(self.seconds[self.frequency :]))
+        return Times(self.seconds[0], np.array(self.seconds[self.frequency :]))
 
 
 def measure(runs: dict[str, Run], data: Any) -> dict[str, Times]:
@@ -145,12 +142,12 @@ def _main(_: list[str]) -> None:
             f"so {model_s:.2f} s at {config.batch_size}"
         )
     adam = model_s + np.median(times["Adam"].steps)
-    print(f"{'update, seconds':26} compile    p50     p99  first refresh | step / Adam's: p50     p99    mean")
+    print(f"{'update, seconds':26} compile    p50     p99 | step / Adam's: p50     p99    mean")
     for name, entry in times.items():
         ratios = [(model_s + statistic(entry.steps)) / adam for statistic in (np.median, _p99, np.mean)]
         print(
-            f"{name:26} {entry.compile:7.2f} {np.median(entry.steps):7.4f} {_p99(entry.steps):7.4f} "
-            f"{entry.first_refresh:13.4f} | {ratios[0]:18.4f} {ratios[1]:7.4f} {ratios[2]:7.4f}"
+            f"{name:26} {entry.compile:7.2f} {np.median(entry.steps):7.4f} {_p99(entry.steps):7.4f} | "
+            f"{ratios[0]:18.4f} {ratios[1]:7.4f} {ratios[2]:7.4f}"
         )
 
 

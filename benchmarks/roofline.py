@@ -1,7 +1,8 @@
-"""A lower bound of the time of a program that XLA compiled for a GPU, read off its optimized HLO.
+"""The least time of a program that XLA compiled for a GPU, estimated from its optimized HLO.
 
-Every kernel takes at least its FLOPs over the rate of the unit that does them, and at least its bytes, each operand
-read once and each result written once, over the bandwidth of the memory. Launches, tails and waiting come on top.
+Every kernel takes its FLOPs over the rate of the unit that does them, or its bytes, each operand read once and each
+result written once, over the bandwidth of the memory, whichever is longer. Launches, tails and waiting come on top. The
+rates are those that large products and copies reach, not the data sheet's, which nothing reaches.
 """
 
 import collections

@@ -4,9 +4,9 @@ python -m benchmarks.train_step --config configs/cifar10.py --config.batch_size=
 python -m benchmarks.train_step --config configs/cifar10.py --against configs/cifar10.py:method=isometric --notorch
 
 The batch is noise on the device, so that no data is needed: what is timed is forward, backward and optimizer. Ours is
-the train step of `main.py` with every setting of the config. The peer (`tests/torch_reference.py`) has the config's
-model, gradient clipping and weight decay, and always PyTorch's fused Adam: a config with another optimizer is compared
-with that.
+the train step of `main.py` with every setting of the config. The peer (`tests/torch_reference.py`) is there for E-SPA +
+TAT and for SimpleViT, with the config's sizes, gradient clipping and weight decay, and always PyTorch's fused Adam: a
+config with another optimizer is compared with that.
 """
 
 import os
@@ -23,6 +23,7 @@ from absl import flags
 from benchmarks import noise
 from benchmarks.flops import step_flops
 from simplest_vit import cli
+from simplest_vit.analysis.contrasts import name_of
 from simplest_vit.models import attention
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.training.run import Run, build
@@ -132,7 +133,11 @@ def _main(_: list[str]) -> None:
     runs = {name: build(options, noise.info_of(options)) for name, options in configs.items()}
     programs = [ours(*item) for item in runs.items()]
     own = len(programs)
-    for compiled in (False, True) if _TORCH.value else ():
+    network = name_of(configs["this"].model)
+    has_peer = network in ("E-SPA + TAT", "SimpleViT")
+    if _TORCH.value and not has_peer:
+        print(f"without PyTorch, which has no {network}")
+    for compiled in (False, True) if _TORCH.value and has_peer else ():
         try:
             programs.append(pytorch(runs["this"], compiled))
         except (ImportError, RuntimeError) as error:

@@ -6,7 +6,7 @@
 Protocol M: CIFAR-10, depth 12, width 64, MLP 256, patch 4, float32, batches of 64, 1,500 steps (1.9 epochs), warm-up
 75, cosine to zero, label smoothing 0.1, crop and flip, L2 5e-5. The same command goes on where it was stopped. Prints a
 row for each learning rate of which a run below --workdir is finished: training loss (mean of the 100 steps before) and
-validation accuracy at 500, 1,000 and 1,500 steps; and draws the curves of the best learning rate of each row.
+validation accuracy at 500 and 1,000 steps and at the end; and draws the curves of the best learning rate of each row.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PROTOCOL = {
     "model.num_heads": 2,
     "model.mlp_dim": 256,
 }
-MARKS = (500, 1000, 1500)
+MARKS = (500, 1000, "end")
 
 # Row -> arguments of the config file, and what differs from the protocol.
 _ISOMETRIC = "model=simplest_vit,method=isometric"
@@ -125,10 +125,10 @@ def points(options: argparse.Namespace) -> list[Point]:
     return result
 
 
-def at(curve: Any, step: int) -> float | None:
-    """The value of a curve at a step, or None."""
+def at(curve: Any, mark: int | str) -> float | None:
+    """The value of a curve at a step of `MARKS`, or None."""
     values = dict(zip(*(array.tolist() for array in curve), strict=True))
-    return values.get(step)
+    return values[max(values)] if mark == "end" else values.get(mark)
 
 
 def summary(runs: list[Run]) -> tuple[str, dict[str, Any]]:
@@ -141,8 +141,8 @@ def summary(runs: list[Run]) -> tuple[str, dict[str, Any]]:
     for key, seeds in sorted(groups.items()):
         cells = []
         for tag, digits, scale in (("train_loss", 3, 1), ("validation_accuracy", 1, 100)):
-            for step in MARKS:
-                values = [value * scale for curves in seeds if (value := at(curves[tag], step)) is not None]
+            for mark in MARKS:
+                values = [value * scale for curves in seeds if (value := at(curves[tag], mark)) is not None]
                 spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.fmean(values):.{digits}f}{spread}" if values else "-")
         body.append([*key, str(len(seeds)), *cells])
@@ -150,7 +150,7 @@ def summary(runs: list[Run]) -> tuple[str, dict[str, Any]]:
         if accuracy > best.get(key[:2], (0.0,))[0]:
             best[key[:2]] = accuracy, f"{key[0]}, {key[1]}, {key[2]}", seeds[0]
     header = ["network", "optimizer", "learning rate", "seeds"]
-    header += [f"{what}, {step}" for what in ("training loss", "accuracy, %") for step in MARKS]
+    header += [f"{what}, {mark}" for what in ("training loss", "accuracy, %") for mark in MARKS]
     return table(header, body), {label: curves for _, label, curves in best.values()}
 
 
