@@ -19,7 +19,8 @@ import tensorflow_datasets as tfds
 
 from simplest_vit.data.builders import builder_of
 from simplest_vit.data.decode import eval_image
-from simplest_vit.data.prepare import Progress, damaged, prepare
+from simplest_vit.data.prepare import damaged, prepare
+from simplest_vit.data.progress import Progress
 from simplest_vit.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -242,8 +243,8 @@ def _prepare_once(data: Any) -> tfds.core.DatasetBuilder:
     error = ""
     try:
         return prepare(data.name, data.dir, data.manual_dir)
-    except UserError as problem:
-        error = str(problem)
+    except BaseException as problem:  # whatever it is, the others must not wait, nor take the data for ready
+        error = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise
     finally:
         if several and jax.process_index() == 0:

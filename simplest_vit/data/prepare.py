@@ -5,15 +5,13 @@ A prepared data set is complete or absent, never half.
 
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -22,10 +20,10 @@ from filelock import SoftFileLease, Timeout
 
 from simplest_vit.data.builders import builder_of
 from simplest_vit.data.builders.base import Builder, Content, Shard
+from simplest_vit.data.progress import Progress
 from simplest_vit.errors import UserError
 
 _LEASE = 60  # seconds of silence after which a process that prepares counts as gone; it tells of itself every 20
-_TELL_EVERY = 5  # seconds
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another")
 _REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable or choose another")
 
@@ -56,12 +54,11 @@ def prepare(
     except RuntimeError as error:  # of an unknown user
         raise UserError(f"data.dir={data_dir}, data.manual_dir={manual_dir}: {error} Name another folder") from error
     try:
-        if manual_dir and not (originals.is_dir() and any(originals.iterdir())):
-            problem = "an empty folder" if originals.is_dir() else "no such folder"
-            raise UserError(f"data.manual_dir={manual_dir}: {problem}; give the one with the original files")
-        if name == "image_folder" and not manual_dir:
-            raise UserError("data.manual_dir: not set; image_folder needs the folder with train/ and val/")
-        path = root / builder.name / (builder.config(originals) if builder.config else "") / builder.version
+        path = root / builder.name / builder.version
+        if builder.config or not path.exists():  # what is prepared needs its originals only to tell which variant it is
+            _check_originals(name, manual_dir, originals)
+        if builder.config:
+            path = root / builder.name / builder.config(originals) / builder.version
         while not path.exists():
             lease = SoftFileLease(path.with_name(".preparing"), lease_duration=_LEASE)
             try:
@@ -86,6 +83,15 @@ def prepare(
         raise damaged(path, error) from error
 
 
+def _check_originals(name: str, manual_dir: str | None, originals: Path) -> None:
+    """Raise a UserError if the folder that is named has nothing, or none is named where there must be one."""
+    if manual_dir and not (originals.is_dir() and any(originals.iterdir())):
+        problem = "an empty folder" if originals.is_dir() else "no such folder"
+        raise UserError(f"data.manual_dir={manual_dir}: {problem}; give the one with the original files")
+    if name == "image_folder" and not manual_dir:
+        raise UserError("data.manual_dir: not set; image_folder needs the folder with train/ and val/")
+
+
 def damaged(folder: Path, error: Exception) -> UserError:
     """What to raise where TFDS stumbles over the metadata of a prepared data set; it names a file that is no JSON."""
     place = folder
@@ -98,35 +104,6 @@ def damaged(folder: Path, error: Exception) -> UserError:
             break
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return UserError(f"{place}: damaged ({reason}); remove {folder} to prepare it anew")
-
-
-class Progress:
-    """Count images, and tell every few seconds how many, how fast and how long it will take.
-
-    Args:
-      what: What is done.
-      total: All there is to do, in any unit.
-      tell: Takes each line; by default standard error does.
-    """
-
-    def __init__(self, what: str, total: float, tell: Callable[[str], None] | None = None):
-        self._what, self._total = what, total
-        self._tell = tell or functools.partial(print, file=sys.stderr, flush=True)
-        self._images, self._done = 0, 0.0
-        self._start = self._told = time.monotonic()
-
-    def add(self, images: int, amount: float) -> None:
-        """Count images, and how much of the total they were."""
-        self._images += images
-        self._done += amount
-        now = time.monotonic()
-        if now - self._told > _TELL_EVERY:
-            self._told, seconds = now, now - self._start
-            left = (self._total - self._done) / self._done * seconds if self._done else 0.0
-            self._tell(
-                f"{self._what}: {self._images:,} images, {self._done / (self._total or 1):.0%}, "
-                f"{self._images / seconds:,.0f} images/s, {left:.0f} s to go"
-            )
 
 
 @contextlib.contextmanager

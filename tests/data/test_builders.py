@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import http.client
 import io
 import os
 import pathlib
@@ -20,6 +21,7 @@ from PIL import Image
 
 import input_pipeline
 from simplest_vit.data.builders import BUILDERS, cifar, imagenet
+from simplest_vit.data.builders.base import Archive
 from simplest_vit.data.decode import decode_image
 from simplest_vit.data.prepare import describe, prepare
 from simplest_vit.errors import UserError
@@ -104,21 +106,47 @@ def test_a_packed_archive_is_read_and_checked(cifar10, tmp_path, monkeypatch):
     assert folders(tmp_path / "other") == []
 
 
-def test_without_a_network_the_remedy_is_told(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(urllib.error.URLError("no route to host"), "no route"), (http.client.BadStatusLine("<html>\r\n"), "<html>")],
+)
+def test_without_a_network_the_remedy_is_told(tmp_path, monkeypatch, error, told):
     def fail(*_):
-        raise urllib.error.URLError("no route to host")
+        raise error
 
     monkeypatch.setattr("urllib.request.urlretrieve", fail)
-    with pytest.raises(UserError, match=r"cannot download .*cifar-10-binary.tar.gz .*no route.*data.manual_dir"):
+    with pytest.raises(
+        UserError, match=rf"cannot download .*cifar-10-binary.tar.gz .*{told}.*data.manual_dir"
+    ) as caught:
         prepare("cifar10", tmp_path)
+    assert "\n" not in str(caught.value)
     assert folders(tmp_path) == []
 
 
 def test_a_download_that_is_not_the_archive_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlretrieve", lambda url, path: path.write_bytes(b"<html>"))
-    with pytest.raises(UserError, match="6 bytes, expected 170,052,171"):
+    monkeypatch.setattr("urllib.request.urlretrieve", lambda url, path, _: path.write_bytes(b"<html>"))
+    with pytest.raises(UserError, match=r"cannot download .* \(6 bytes, expected 170,052,171\)"):
         prepare("cifar10", tmp_path)
-    assert not (tmp_path / "cifar10/3.0.2").exists()
+    assert folders(tmp_path) == []
+
+
+def test_a_download_tells_how_far_it_is_where_results_are_not(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("simplest_vit.data.progress._TELL_EVERY", -1)
+    content = np.random.default_rng(0).bytes(40_000_000)
+    (tmp_path / "published.tar").write_bytes(content)
+    archive = Archive(
+        (tmp_path / "published.tar").as_uri(), len(content), hashlib.sha256(content).hexdigest(), "folder"
+    )
+    archive.download(tmp_path / "downloads")
+    assert (tmp_path / "downloads/published.tar").read_bytes() == content
+    assert folders(tmp_path / "downloads") == ["published.tar"]
+    out, err = capfd.readouterr()
+    first, *lines = err.splitlines()
+    assert first == f"downloading {archive.url} (40 MB) to {tmp_path}/downloads/published.tar"
+    assert lines[0].startswith("downloading published.tar: 0 MB, 0%, ")
+    assert lines[len(lines) // 2].startswith("downloading published.tar: 20 MB, 50%, ")
+    assert lines[-1].startswith("downloading published.tar: 40 MB, 100%, ")
+    assert out == ""
 
 
 @pytest.mark.parametrize(
@@ -186,6 +214,16 @@ def test_describe_names_splits_classes_and_checksums(tmp_path):
     assert "label: 10 classes: 0, 1, 2" in text
     path = tmp_path / "digits/1.0.0/digits-train.array_record-00000-of-00001"
     assert f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" in text
+
+
+def test_what_is_prepared_needs_its_originals_no_more(cifar10, tmp_path):
+    folder, content = cifar10
+    prepare("cifar10", tmp_path / "tfds", folder)
+    shutil.rmtree(folder)
+    images = [example["image"] for example in read(prepare("cifar10", tmp_path / "tfds", folder), "test")]
+    np.testing.assert_array_equal(images, content["test"][0])
+    with pytest.raises(UserError, match=r"data.manual_dir=.*: no such folder"):
+        prepare("cifar10", tmp_path / "other", folder)
 
 
 # TinyImageNet.
@@ -396,7 +434,7 @@ def test_originals_that_cannot_be_read_are_not_blamed_on_data_dir(cifar10, tmp_p
 
 
 def test_preparing_tells_how_far_it_is(tiny_imagenet, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("simplest_vit.data.prepare._TELL_EVERY", -1)
+    monkeypatch.setattr("simplest_vit.data.progress._TELL_EVERY", -1)
     write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet)
     prepare("tiny_imagenet", tmp_path / "tfds", tmp_path)
     out, err = capfd.readouterr()

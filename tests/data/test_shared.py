@@ -170,6 +170,23 @@ def test_process_0_prepares_while_the_others_wait(tmp_path, make_config, monkeyp
     assert len(store.values) == 2
 
 
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [(MemoryError(), "MemoryError"), (RuntimeError("no\nluck"), "no"), (KeyboardInterrupt("stop"), "stop")],
+)
+def test_whatever_ends_process_0_is_told_to_the_others(tmp_path, make_config, monkeypatch, problem, told):
+    def fail(*_):
+        raise problem
+
+    store = Store()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(ocp.multihost, "get_jax_distributed_client", lambda: store)
+    monkeypatch.setattr(dataset, "prepare", fail)
+    with pytest.raises(type(problem)):
+        dataset._prepare_once(make_config("digits", dir=tmp_path).data)
+    assert list(store.values.values()) == [told]
+
+
 # What is prepared there already may be damaged.
 
 
@@ -237,7 +254,7 @@ def test_a_damaged_data_set_is_told_in_one_line_that_names_the_file(
 
 
 def test_decoding_for_the_device_tells_how_far_it_is_and_uses_all_cores(digits, make_config, monkeypatch, caplog):
-    monkeypatch.setattr("simplest_vit.data.prepare._TELL_EVERY", -1)
+    monkeypatch.setattr("simplest_vit.data.progress._TELL_EVERY", -1)
     monkeypatch.setattr(dataset, "cpu_count", lambda: 3)
     caplog.set_level("INFO", "simplest_vit")
     threads = set()

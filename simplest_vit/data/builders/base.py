@@ -2,13 +2,16 @@
 
 import dataclasses
 import hashlib
+import http.client
 import itertools
+import sys
 import tarfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from simplest_vit.data.progress import Progress
 from simplest_vit.errors import UserError
 
 _SHARD_BYTES = 2**28
@@ -53,13 +56,17 @@ class Archive:
 
     def check(self, path: Path) -> None:
         """Raise a UserError unless a file is the published archive."""
+        if difference := self._difference(path):
+            raise UserError(f"{path}: {difference}; delete it and download {self.url} again")
+
+    def _difference(self, path: Path) -> str:
+        """How a file differs from the published archive; nothing if it is the same."""
         size = path.stat().st_size
         if size != self.size:
-            raise UserError(f"{path}: {size:,} bytes, expected {self.size:,}; delete it and download {self.url} again")
+            return f"{size:,} bytes, expected {self.size:,}"
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.sha256:
-            raise UserError(f"{path}: SHA-256 {found}, expected {self.sha256}; delete it and download {self.url} again")
+        return f"SHA-256 {found}, expected {self.sha256}" if found != self.sha256 else ""
 
     def download(self, folder: Path) -> None:
         """Download the archive into a folder unless it is there; a UserError if that fails or it is another."""
@@ -68,17 +75,26 @@ class Archive:
             return
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        print(f"downloading {self.url} ({self.size / 1e6:.0f} MB) to {path}", flush=True)
+        print(f"downloading {self.url} ({self.size / 1e6:.0f} MB) to {path}", file=sys.stderr, flush=True)
+        progress = Progress(f"downloading {self.file_name}", self.size / 1e6, unit="MB")
+
+        def tell(block: int, size: int, total: int) -> None:
+            megabytes = size / 1e6 if block else 0.0  # before the first one it is called with 0
+            progress.add(megabytes, megabytes)
+
         try:
-            urllib.request.urlretrieve(self.url, partial)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
+            urllib.request.urlretrieve(self.url, partial, tell)
+            if difference := self._difference(partial):
+                raise OSError(difference)
+            partial.rename(path)
+        except (OSError, http.client.HTTPException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"cannot download {self.url} ({error}); download it by other means and set "
+                f"cannot download {self.url} ({reason}); download it by other means and set "
                 f"data.manual_dir to the folder that holds {self.file_name}"
             ) from error
-        self.check(partial)
-        partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def read(self, folder: Path, members: Sequence[str]) -> dict[str, tuple[str, bytes]]:
         """Read members of the archive, packed or unpacked.

@@ -1,0 +1,40 @@
+"""How far something is that takes minutes: a line every few seconds."""
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+
+_TELL_EVERY = 5  # seconds
+
+
+class Progress:
+    """Count what is done, and tell every few seconds how much, how fast and how long the rest will take.
+
+    Args:
+      what: What is done.
+      total: All there is to do, in any unit.
+      tell: Takes each line; by default standard error does.
+      unit: What is counted.
+    """
+
+    def __init__(
+        self, what: str, total: float, tell: Callable[[str], None] | None = None, *, unit: str = "images"
+    ) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._tell = tell or functools.partial(print, file=sys.stderr, flush=True)
+        self._count, self._done = 0.0, 0.0
+        self._start = self._told = time.monotonic()
+
+    def add(self, count: float, amount: float) -> None:
+        """Count some, and how much of the total they were."""
+        self._count += count
+        self._done += amount
+        now = time.monotonic()
+        if now - self._told > _TELL_EVERY:
+            self._told, seconds = now, now - self._start
+            left = (self._total - self._done) / self._done * seconds if self._done else 0.0
+            self._tell(
+                f"{self._what}: {self._count:,.0f} {self._unit}, {self._done / (self._total or 1):.0%}, "
+                f"{self._count / seconds:,.0f} {self._unit}/s, {left:.0f} s to go"
+            )
