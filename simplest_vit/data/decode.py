@@ -83,9 +83,8 @@ def eval_image(content: bytes, image_shape: tuple[int, int, int], random_resized
     resize = round(crop * 256 / 224) if random_resized_crop else crop
     pixels = decode_image(content, channels, (resize, resize))
     height, width = pixels.shape[:2]
-    scale = resize / min(height, width)
     # As torchvision rounds: the longer side down, the corner of the crop to the nearest pixel.
-    new_height, new_width = (resize if side == min(height, width) else int(side * scale) for side in (height, width))
+    new_height, new_width = (resize * side // min(height, width) for side in (height, width))
     top, left = round((new_height - crop) / 2), round((new_width - crop) / 2)
     if (new_height, new_width) == (height, width):
         return pixels[top : top + crop, left : left + crop]

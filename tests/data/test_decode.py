@@ -197,6 +197,18 @@ def test_training_and_prediction_see_the_same_pixels(tmp_path, make_config):
         np.testing.assert_allclose(seen * 255, predicted, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(103, 206), (206, 103), (49, 98), (103, 120)])
+def test_the_sides_are_torchvisions_where_a_float_falls_short(shape):
+    """torchvision resizes the longer side to int(size * long / short); by a factor it would be 511, not 512."""
+    pixels = np.random.default_rng(0).integers(256, size=(*shape, 3)).astype(np.uint8)
+    new_height, new_width = (int(256 * side / min(shape)) for side in shape)
+    resized = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BILINEAR)
+    left, top = round((new_width - 256) / 2), round((new_height - 256) / 2)
+    expected = np.asarray(resized.crop((left, top, left + 256, top + 256))).astype(int)
+    found = eval_image(encoded(Image.fromarray(pixels), "PNG"), (256, 256, 3), False)
+    assert np.abs(found - expected).max() <= 1
+
+
 def test_decoding_at_reduced_scale_gives_nearly_the_same_picture():
     content = jpeg(smooth_image(4, 512, 768))
     assert image_size(content) == (512, 768)
