@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorflow_datasets as tfds
+from jax.sharding import Mesh
 
 from simplest_vit.data.builders import builder_of
 from simplest_vit.data.decode import eval_image
@@ -30,10 +31,17 @@ _CHUNK = 256  # images that a core decodes at a time
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """A split on the device: images uint8 [N, H, W, C] and labels int32 [N]."""
+    """A split on the device.
+
+    Attributes:
+      images: uint8 [N, H, W, C].
+      labels: int32 [N].
+      copies: The split on every device of a mesh, for each mesh that has asked.
+    """
 
     images: jax.Array
     labels: jax.Array
+    copies: "dict[Mesh, Arrays]" = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ def eval_batches(dataset: Dataset, config: Any, *, sharding: NamedSharding | Non
 def _replicate(arrays: Any, sharding: NamedSharding | None) -> Arrays:
     """Put a whole split on every device of a mesh, so that each samples its part of a batch alone.
 
-    Each process has loaded the split and copies it to its own devices.
+    Each process has loaded the split and copies it to its own devices; once, for every evaluation asks anew.
     """
     if sharding is None:
         return arrays
@@ -50,7 +50,9 @@ def _replicate(arrays: Any, sharding: NamedSharding | None) -> Arrays:
         copies = [jax.device_put(array, device) for device in everywhere.addressable_devices]
         return jax.make_array_from_single_device_arrays(array.shape, everywhere, copies)
 
-    return Arrays(replicate(arrays.images), replicate(arrays.labels))
+    if sharding.mesh not in arrays.copies:
+        arrays.copies[sharding.mesh] = Arrays(replicate(arrays.images), replicate(arrays.labels))
+    return arrays.copies[sharding.mesh]
 
 
 @functools.partial(jax.jit, static_argnames=("preprocessing", "batch_size", "sharding"))

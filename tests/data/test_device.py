@@ -91,6 +91,22 @@ def test_the_mesh_does_not_change_a_batch(digits, make_config, data_dir):
     assert sum(float(batch["weight"].sum()) for batch in evaluated) == 360
 
 
+def test_a_split_is_copied_to_the_devices_once_not_at_every_evaluation(digits, monkeypatch):
+    dataset, config = digits
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    copied = []
+    original = jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x, device: [copied.append((x.shape, device)), original(x, device)][1])
+    for _ in range(3):
+        batches = input_pipeline.eval_batches(
+            dataset, config, sharding=NamedSharding(mesh, PartitionSpec("batch")), batch_size=360
+        )
+        assert next(batches)["image"].sharding.device_set == set(mesh.devices.flat)
+    assert sorted(copied, key=str) == sorted(
+        [(shape, device) for shape in ((360, 8, 8, 1), (360,)) for device in mesh.devices.flat], key=str
+    )
+
+
 def test_evaluation_covers_each_example_once(digits):
     dataset, config = digits
     batches = list(input_pipeline.eval_batches(dataset, config, sharding=None, batch_size=100))
