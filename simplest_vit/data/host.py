@@ -174,6 +174,8 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
     iterator = iter(stream)
     stop = atexit.register(functools.partial(_close, iterator))  # before multiprocessing's own end
     try:
+        if num_workers:
+            _start_workers(iterator)
         while batch := _join(itertools.islice(iterator, chunks_per_batch)):
             yield batch
     except RuntimeError as error:  # Grain's
@@ -181,6 +183,20 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
     finally:
         atexit.unregister(stop)
         stop()
+
+
+def _start_workers(iterator: grain.DatasetIterator) -> None:
+    """Start the worker processes, deaf to signals that end a run, which ends them itself once it has saved.
+
+    A terminal sends SIGINT to all processes of a command, and a cluster may send SIGTERM to all. A new process inherits
+    what is blocked in the thread that starts it: it is deaf from its first moment, not only once it has imported all.
+    """
+    iterator.get_state()  # makes the queues between the processes, where multiprocessing unblocks both signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        iterator.start_prefetch()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _explain(error: RuntimeError) -> Exception:

@@ -39,7 +39,7 @@ def steps_per_epoch(dataset: DatasetInfo, config: Any) -> int:
 def train_batches(dataset: Dataset, config: Any, *, start_step: int, sharding: NamedSharding | None) -> Iterator[Batch]:
     """Iterate over training batches without end.
 
-    Every epoch is a new permutation of the examples; those that do not fill a batch wait for the next.
+    Every epoch is a new permutation of the examples; those that do not fill a batch are left out of it.
 
     Args:
       dataset: From `load`.

@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,12 @@ def test_batches_depend_on_seed_and_step_not_on_workers_and_a_lost_worker_is_tol
     for expected in in_process:
         jax.tree.map(np.testing.assert_array_equal, next(batches), expected)
     first, second = grain_workers()
+    for worker in (first, second):  # a run saves and ends them, also where a terminal sends SIGINT to all
+        (blocked,) = re.findall(
+            r"^SigBlk:\s(\w+)", pathlib.Path(f"/proc/{worker.pid}/status").read_text(), re.MULTILINE
+        )
+        assert {signal.SIGINT, signal.SIGTERM} <= {n for n in range(1, 65) if int(blocked, 16) >> (n - 1) & 1}
+    assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
     os.kill(first.pid, signal.SIGKILL)
     with pytest.raises(TrainingError, match=r"SIGKILL, .* memory runs out; lower config.data.num_workers") as error:
         list(itertools.islice(batches, 100))

@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -11,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.faults.processes import Run, assert_same_end
+from tests.faults.processes import ROOT, Run, assert_same_end
 
 SCHEDULE = {"steps": 60, "eval_every": 10, "checkpoint_every": 20, "log_every": 7, "ema__decay": 0.9}
 # What a run may print: its own lines, the table of parameters, and how it ended.
@@ -42,16 +43,15 @@ def assert_nothing_left(run, before):
     assert shared_memory() - before == set()
 
 
-def images(folder):
+def images(folder, side=16, sizes=(64, 40), **options):
     """An image folder of two classes that are streamed from the disk."""
     rng = np.random.default_rng(0)
-    for split, size in (("train", 64), ("val", 40)):
+    for split, size in zip(("train", "val"), sizes, strict=True):
         for label in ("cat", "dog"):
             (folder / split / label).mkdir(parents=True)
             for i in range(size):
-                Image.fromarray(rng.integers(256, size=(16, 16, 3)).astype(np.uint8)).save(
-                    folder / split / label / f"{i}.png"
-                )
+                image = Image.fromarray(rng.integers(256, size=(16, 16, 3)).astype(np.uint8)).resize((side, side))
+                image.save(folder / split / label / f"{i}.jpg", quality=95, **options)
     return {
         "data__name": "image_folder",
         "data__manual_dir": str(folder),
@@ -132,4 +132,34 @@ def test_the_processes_that_read_images_end_with_the_run(tmp_path, signals, expe
     # A reader that was just starting may tell that its run is gone, Python that it has cleaned up shared memory.
     assert code not in (0, os.EX_TEMPFAIL) or "Traceback" not in stderr
     assert signals or [line for line in stderr.splitlines() if not LINE.match(line)] == []
+    assert_nothing_left(run, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "seconds", "number"),
+    [
+        ("images are decoded in", 1, signal.SIGINT),  # the reader starts
+        ("step 2/", 0.5, signal.SIGTERM),  # the run waits for it
+    ],
+)
+def test_a_signal_to_all_processes_as_of_a_terminal_is_obeyed_by_the_run_alone(tmp_path, text, seconds, number):
+    before = shared_memory()
+    slow = images(tmp_path / "images", side=3000, sizes=(8, 1), progressive=True) | {"data__num_workers": 1}
+    options = SCHEDULE | {"steps": 400, "log_every": 1, "warmup_steps": 1, "batch_size": 16}
+    run = Run(tmp_path / "run", data__dir=str(tmp_path), **slow, **options)
+    lines = []
+    with subprocess.Popen(
+        run.command, cwd=ROOT, env=run.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        while text not in "".join(lines[-1:]) and process.poll() is None:
+            lines.append(process.stderr.readline())
+        time.sleep(seconds)
+        os.killpg(process.pid, number)
+        stderr = "".join(lines) + process.stderr.read()
+    assert process.returncode == os.EX_TEMPFAIL, stderr
+    assert re.search(r"^interrupted: step \d+ of 400 is saved; .*\n\Z", stderr, re.MULTILINE), stderr
+    assert [line for line in stderr.splitlines() if not LINE.match(line)] == []
+    assert run.finished_checkpoint() > 0
     assert_nothing_left(run, before)
