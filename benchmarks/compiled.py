@@ -4,7 +4,7 @@ python -m benchmarks.compiled --config configs/cifar10.py
 python -m benchmarks.compiled --config configs/cifar10.py --config.model.attention_kernel=fused --commit=HEAD~10
 python -m benchmarks.compiled --config configs/cifar10.py --against configs/cifar10.py:model=simple_vit
 
-A row tells the lower bound of a step's time (`roofline.py`), model FLOPs over what the chip's data sheet promises in
+A row tells the least time of a step by an estimate (`roofline.py`), model FLOPs over what the chip's data sheet promises in
 that time, launches, bytes moved, temporaries, waits for the host and custom calls. Then come the costliest kernels.
 
 It needs the CUDA plugin of the version of jaxlib, in a folder of its own (docs/gpu.md), and no GPU.
@@ -94,7 +94,7 @@ def describe(settings: Any, options: dict[str, Any]) -> tuple[dict[str, Any], An
     seconds = sum(kernel.seconds for kernel in program.kernels)
     calls = collections.Counter(k.kind for k in program.kernels if k.instruction.op == "custom-call")
     row = {
-        "bound_ms": 1e3 * seconds,
+        "least_ms": 1e3 * seconds,
         "mfu": step_flops(run) / seconds / DATA_SHEET,
         "launches": sum(kernel.times for kernel in program.kernels),
         "gigabytes": sum(kernel.times * kernel.bytes for kernel in program.kernels) / 1e9,
@@ -173,12 +173,12 @@ def _main(_: list[str]) -> None:
         rows[_COMMIT.value] = at_commit(_COMMIT.value)
     if _AGAINST.present:
         rows["against"] = describe(_AGAINST.value, options)[0]
-    print(f"batch {cli.CONFIG.value.batch_size}, compiled for an H200, not run: lower bounds")
-    print(f"{'':12} bound ms   MFU  launches      GB  temporaries GB  host waits  custom calls")
+    print(f"batch {cli.CONFIG.value.batch_size}, compiled for an H200, not run: estimates")
+    print(f"{'':12} least ms   MFU  launches      GB  temporaries GB  host waits  custom calls")
     for name, r in rows.items():
         calls = " ".join(f"{kind} x{count}" for kind, count in sorted(r["custom_calls"].items())) or "none"
         print(
-            f"{name:12.12} {r['bound_ms']:8.2f} {r['mfu']:5.1%} {r['launches']:9} {r['gigabytes']:7.1f} "
+            f"{name:12.12} {r['least_ms']:8.2f} {r['mfu']:5.1%} {r['launches']:9} {r['gigabytes']:7.1f} "
             f"{r['temporary_gigabytes']:15.2f} {r['host_waits']:11}  {calls}"
         )
     print("\n".join(costliest(kernels, _TOP.value)))

@@ -72,7 +72,7 @@ class Kernel(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The bound for all its runs."""
+        """The least time of all its runs."""
         compute = sum(flops / FLOPS_PER_S[unit] for unit, flops in self.flops.items())
         return self.times * max(compute, self.bytes / BYTES_PER_S)
 

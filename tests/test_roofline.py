@@ -1,4 +1,4 @@
-"""The bound of a compiled program, from HLO whose kernels can be counted by hand."""
+"""The estimate of a compiled program, from HLO whose kernels can be counted by hand."""
 
 from benchmarks import roofline
 
