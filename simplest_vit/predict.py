@@ -1,6 +1,8 @@
 """Classifies image files with the best checkpoint of a run."""
 
+import itertools
 import json
+import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,14 +13,15 @@ import numpy as np
 from flax import nnx
 
 from simplest_vit.data.augment import normalize
+from simplest_vit.data.builders.image_folder import image_files
 from simplest_vit.data.decode import eval_image
 from simplest_vit.errors import UserError
 from simplest_vit.training.run import Run, restore_best
 
+log = logging.getLogger("simplest_vit")
 # Images computed at once.
 _BATCH = 64
 _TOP = 5
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 Prediction = dict[str, Any]
 
@@ -36,31 +39,38 @@ def predict(
 
     Returns:
       For each image `image`, its path, and `top`, the five most probable classes as `class` and `probability`; as soon
-      as they are known.
+      as they are known. A file that is no image is logged and passed over.
 
     Raises:
-      UserError: If there is no checkpoint, it is one of another config, or a file is no image.
+      UserError: If there is no checkpoint, it is one of another config, or, behind all predictions, if some files were
+        passed over.
     """
     files = find_images(images)
     run, state = restore_best(workdir, config)
     model = run.model(state)
     graphdef, arrays = nnx.split(model)
     classify = jax.jit(lambda arrays, image: jax.nn.softmax(nnx.merge(graphdef, arrays)(image), axis=-1))
-    for first in range(0, len(files), _BATCH):
-        batch = files[first : first + _BATCH]
-        pixels = np.stack([_read(file, run) for file in batch])
+    unreadable: list[str] = []
+    readable, predicted = _read(files, run, unreadable), 0
+    while batch := list(itertools.islice(readable, _BATCH)):
+        pixels = np.stack([pixels for _, pixels in batch])
         image = normalize(jnp.asarray(pixels), run.data.mean, run.data.std)
-        # The last one is padded, for another size would be compiled anew.
-        padded = jnp.pad(image, ((0, (_BATCH if len(files) > _BATCH else len(batch)) - len(batch)), *[(0, 0)] * 3))
+        # Behind others the last one is padded, for another size would be compiled anew.
+        padded = jnp.pad(image, ((0, _BATCH - len(batch) if predicted else 0), *[(0, 0)] * 3))
         probability = np.asarray(classify(nnx.as_pure(arrays), padded))[: len(batch)]
-        predictions = [_prediction(file, p, run.data.class_names) for file, p in zip(batch, probability, strict=True)]
+        names = run.data.class_names
+        predictions = [_prediction(file, p, names) for (file, _), p in zip(batch, probability, strict=True)]
         if rollout_dir is not None:
             # Imported here, for pictures take a second to import.
             from simplest_vit.analysis.attention_rollout import attention_rollout
             from simplest_vit.analysis.rollout_figure import save_rollouts
 
-            save_rollouts(rollout_dir, predictions, pixels, attention_rollout(model, image), first)
+            save_rollouts(rollout_dir, predictions, pixels, attention_rollout(model, image), predicted)
         yield from predictions
+        predicted += len(batch)
+    if unreadable:
+        count = f"{len(unreadable)} of {len(files)} cannot be read"
+        raise UserError(f"--images: {count}, the first of them {unreadable[0]}; repair or remove them")
 
 
 def find_images(paths: list[str]) -> list[pathlib.Path]:
@@ -72,28 +82,28 @@ def find_images(paths: list[str]) -> list[pathlib.Path]:
     files: list[pathlib.Path] = []
     for name in paths:
         path = pathlib.Path(name)
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
-            if not found:
-                raise UserError(f"--images: {name} has no images; expected files such as .jpg or .png")
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
+        try:
+            found, exists = image_files(path) if path.is_dir() else [path], path.exists()
+        except OSError as error:
+            raise UserError(f"--images: {name} cannot be read ({error.strerror}); give another") from error
+        if not exists:
             raise UserError(f"--images: {name} does not exist; give image files or folders with images")
+        if not found:
+            raise UserError(f"--images: {name} has no images; expected files such as .jpg or .png")
+        files += found
     if not files:
         raise UserError("--images is missing; give image files or folders with images: --images a.jpg folder/")
     return files
 
 
-def _read(file: pathlib.Path, run: Run) -> np.ndarray:
-    """Pixels of a file, uint8 [H, W, C]."""
-    try:
-        return eval_image(file.read_bytes(), run.data.image_shape, run.config.data.random_resized_crop)
-    except UserError as error:
-        raise UserError(f"--images: {file}: {error}; remove it from the list") from error
-    except OSError as error:
-        raise UserError(f"--images: {file} cannot be read ({error.strerror})") from error
+def _read(files: list[pathlib.Path], run: Run, unreadable: list[str]) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
+    """Each file with its pixels, uint8 [H, W, C]; what is no image is told, noted in `unreadable` and passed over."""
+    for file in files:
+        try:
+            yield file, eval_image(file.read_bytes(), run.data.image_shape, run.config.data.random_resized_crop)
+        except (UserError, OSError) as error:
+            unreadable.append(f"{file}: {error.strerror if isinstance(error, OSError) else error}")
+            log.warning("--images: %s", unreadable[-1])
 
 
 def _prediction(file: pathlib.Path, probability: np.ndarray, class_names: tuple[str, ...]) -> Prediction:

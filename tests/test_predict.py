@@ -1,5 +1,7 @@
 """Predictions from image files against the model on the validation split, and the rollout against its definition."""
 
+import errno
+import itertools
 import json
 import os
 import pathlib
@@ -103,8 +105,11 @@ def test_mistakes_are_one_line(run, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "empty").mkdir()
     cases = {
-        "text.jpg: not a complete image": [str(tmp_path / "text.jpg")],
+        "1 of 1 cannot be read, the first of them " + str(tmp_path / "text.jpg: not a complete image"): [
+            str(tmp_path / "text.jpg")
+        ],
         "does not exist": [str(tmp_path / "none.png")],
+        "e" * 300: [str(tmp_path / ("e" * 300))],  # "File name too long"
         "has no images": [str(tmp_path / "empty")],
         "--images is missing": [],
     }
@@ -119,9 +124,40 @@ def test_mistakes_are_one_line(run, tmp_path):
     assert not (tmp_path / "fresh").exists()
 
 
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    def iterdir(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
+    with pytest.raises(UserError, match=rf"^--images: {tmp_path} cannot be read \(Permission denied\)"):
+        find_images([str(tmp_path)])
+
+
+def test_what_cannot_be_read_is_told_and_the_others_are_predicted(run, tmp_path, monkeypatch, caplog):
+    folder = shutil.copytree(run.images, tmp_path / "images")
+    (folder / "0.png").write_text("no image")
+    (folder / "5.png").write_bytes((folder / "5.png").read_bytes()[:-50])
+    (folder / "7.png").unlink()
+    (folder / "7.png").mkdir()
+    monkeypatch.setattr(predict_module, "_BATCH", 2)
+    predictions = predict(run.workdir, [str(folder)], str(tmp_path / "rollout"))
+    found = {pathlib.Path(p["image"]).name: p["top"][0]["probability"] for p in itertools.islice(predictions, 5)}
+    probability = np.exp(run.logits) / np.exp(run.logits).sum(axis=1, keepdims=True)
+    expected = {f"{i}.png": probability[i].max() for i in (1, 2, 3, 4, 6)}
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+    pictures = sorted(path.name for path in (tmp_path / "rollout").iterdir())
+    assert pictures == ["0000_1.png", "0001_2.png", "0002_3.png", "0003_4.png", "0004_6.png"]
+    with pytest.raises(UserError, match=rf"^--images: 3 of 8 cannot be read, the first of them {folder}/0.png: not a "):
+        next(predictions)
+    told = [record.getMessage() for record in caplog.records if "--images" in record.getMessage()]
+    assert [line.split(": ")[1] for line in told] == [str(folder / name) for name in ("0.png", "5.png", "7.png")]
+    assert told[2].endswith("7.png: Is a directory")
+
+
 def test_files_and_folders_may_be_mixed(tmp_path):
     (tmp_path / "folder").mkdir()
-    for name in ("b.png", "folder/z.JPG", "folder/a.png", "folder/notes.txt"):
+    for name in ("b.png", "folder/z.JPG", "folder/a.png", "folder/notes.txt", "folder/._a.png"):
         (tmp_path / name).touch()
     found = find_images([str(tmp_path / "b.png"), str(tmp_path / "folder")])
     assert [file.name for file in found] == ["b.png", "a.png", "z.JPG"]

@@ -348,6 +348,13 @@ def test_a_changed_folder_is_another_data_set(photos, tmp_path):
     shutil.copy(photos / "train/cat/0.jpg", photos / "train/cat/9.jpg")
     second = prepare("image_folder", tmp_path / "tfds", photos)
     assert second.info.splits["train"].num_examples == first.info.splits["train"].num_examples + 1
+    (photos / "train/cat/9.jpg").write_bytes(jpeg(smooth_image(77)))
+    third = prepare("image_folder", tmp_path / "tfds", photos)
+    assert len({builder.info.full_name for builder in (first, second, third)}) == 3
+    (image,) = [
+        e["image"] for e in read(third, "train", image=tfds.decode.SkipDecoding()) if e["image/filename"] == b"9.jpg"
+    ]
+    assert image == (photos / "train/cat/9.jpg").read_bytes()
 
 
 def test_bad_image_folders_are_told(photos, tmp_path, capfd):
@@ -377,6 +384,7 @@ def test_odd_things_in_an_image_folder(photos, tmp_path, capfd):
     (cat / "link.jpg").symlink_to(photos / "nowhere.jpg")
     (cat / "loop.jpg").symlink_to(cat / "loop.jpg")
     (cat / "folder.jpg").mkdir()
+    Image.fromarray(smooth_image(8)).save(cat / "plain.ppm")
     latin = os.fsencode(cat) + b"/caf\xe9.jpg"
     pathlib.Path(os.fsdecode(latin)).write_bytes(jpeg(smooth_image(3)))
     with pytest.raises(UserError, match=r"^3 corrupt images, listed above"):
@@ -387,7 +395,7 @@ def test_odd_things_in_an_image_folder(photos, tmp_path, capfd):
     assert f"corrupt image {cat}/folder.jpg: Is a directory" in told
     builder = prepare("image_folder", tmp_path / "tfds", photos, skip_corrupt=True)
     names = [e["image/filename"] for e in read(builder, "train", image=tfds.decode.SkipDecoding()) if e["label"] == 0]
-    assert names == [b"0.jpg", b"1.jpg", b"2.jpg", b"caf\xe9.jpg", b"palette.gif", b"palette.png"]
+    assert names == [b"0.jpg", b"1.jpg", b"2.jpg", b"caf\xe9.jpg", b"palette.gif", b"palette.png", b"plain.ppm"]
 
 
 @pytest.mark.parametrize("name", [b"cat ", b" cat", b"cat\ndog", b"caf\xe9", b"\x1b[31m", "\u2028".encode()])
@@ -431,6 +439,18 @@ def test_originals_that_cannot_be_read_are_not_blamed_on_data_dir(cifar10, tmp_p
     monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
     with pytest.raises(UserError, match=rf"^{folder}/.*/test_batch.bin: cannot be read \(Permission denied\)"):
         prepare("cifar10", tmp_path / "tfds", folder)
+
+
+def test_a_class_folder_that_cannot_be_read_is_not_called_empty(photos, tmp_path, monkeypatch):
+    def iterdir(path):
+        if path.name == "dog":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path)
+
+    original = pathlib.Path.iterdir
+    monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
+    with pytest.raises(UserError, match=rf"^{photos}/train/dog: cannot be read \(Permission denied\)"):
+        prepare("image_folder", tmp_path / "tfds", photos)
 
 
 def test_preparing_tells_how_far_it_is(tiny_imagenet, tmp_path, monkeypatch, capfd):

@@ -13,8 +13,13 @@ from simplest_vit.data.builders.imagenet import IMAGENET
 from simplest_vit.data.decode import standardize
 from simplest_vit.errors import UserError
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 _VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder by their suffixes, sorted; what begins with a dot, as macOS's own files do, is none."""
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES and not f.name.startswith("."))
 
 
 def _read(folder: Path) -> Content:
@@ -62,7 +67,7 @@ def _list_files(folder: Path) -> dict[str, list[Path]]:
                     f"{str(path)!r}: a class name that TFDS cannot keep (blanks around it, a line break or no UTF-8); "
                     "rename the folder"
                 )
-            images = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in _SUFFIXES)
+            images = image_files(path)
             if not images:
                 raise UserError(
                     f"{path}: a class folder without images; add some ({', '.join(_SUFFIXES)}) or delete it"
