@@ -173,7 +173,7 @@ def _all_runs(groups: list[Group], reference: dict[str, Any]) -> str:
         )
         seeds = ", ".join(str(run.results["seed"]) for run in group.runs)
         line = command(first["config"])
-        line = f"`{line} --config.seed=SEED --workdir DIR`" if line else "of a config of its own"
+        line = f"`{line} --config.seed=SEED --workdir DIR`" if line else "by no config file that is at hand"
         commands.append(f"{number}. seeds {seeds}: {line}")
     return table(header, body) + "\n\nCommands:\n\n" + "\n".join(commands)
 
