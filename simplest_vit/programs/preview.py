@@ -1,6 +1,6 @@
 """Draws what a model is trained on: a grid of augmented training images with their labels.
 
-simplest-vit preview --config configs/cifar10.py:setup=simple_vit --output preview.png
+simplest-vit preview --config my_config.py --output preview.png
 """
 
 import os

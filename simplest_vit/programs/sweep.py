@@ -1,6 +1,6 @@
 r"""Runs a grid of configs over seeds, and ends with one table.
 
-    simplest-vit sweep --config configs/cifar10.py --workdir runs/sweep --seeds 3 \
+    simplest-vit sweep --config my_config.py --workdir runs/sweep --seeds 3 \
         --grid config.optimizer.learning_rate=5e-4,3e-4 --grid config.weight_decay=0,5e-5
 
 Each run is a process in its own folder of --workdir, one on each GPU of the machine at the same time; with --at_once=N
