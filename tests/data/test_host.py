@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import jpeg, smooth_image
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import input_pipeline
 from simplest_vit.data import host
@@ -167,6 +167,21 @@ def test_workers_are_as_many_as_cores_but_none_without_work(config, monkeypatch,
     assert host._workers(config, 2 * images) == expected
 
 
+def test_each_example_of_each_step_and_seed_has_a_crop_of_its_own(config, tmp_path):
+    """Of one image in all places, so that nothing but the crops can differ."""
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for i in range(8):
+            (tmp_path / split / "cat" / f"{i}.jpg").write_bytes(jpeg(smooth_image(0, 64, 64)))
+    config.data.manual_dir = str(tmp_path)
+    dataset, crops = input_pipeline.load(config.data), {}
+    for config.seed in (0, 1):
+        chunks = host.train_chunks(dataset, config)
+        crops |= {(config.seed, step): chunks[step]["image"] for step in range(3)}
+        np.testing.assert_array_equal(crops[config.seed, 1], host.train_chunks(dataset, config)[1]["image"])
+    assert len({image.tobytes() for images in crops.values() for image in images}) == 2 * 3 * 8
+
+
 def test_an_epoch_is_the_permutation_that_the_device_would_draw(config):
     """Without random crops, the streamed batches equal those of the same set on the device."""
     config.data.random_resized_crop = False
@@ -257,6 +272,21 @@ def test_a_damaged_image_is_named_in_one_line(config, tmp_path, num_workers):
     with pytest.raises(UserError, match=r"5.jpg: not a complete image") as error:
         take(dataset, config, 1)
     assert "\n" not in str(error.value)
+
+
+def test_the_preview_tells_the_heavier_class_first(config, monkeypatch):
+    dataset, texts = input_pipeline.load(config.data), []
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, position, text, colour: texts.append((position, text, colour))
+    )
+    label = np.array([[0, 0.304, 0.696, 0], [0, 0, 0.003, 0.997], [1, 0, 0, 0]], np.float32)
+    image_grid(dataset, {"image": np.zeros((3, 32, 32, 3), np.float32), "label": label}, rows=2, columns=2)
+    assert texts == [
+        ((2, 96), "70% class2", "black"),
+        ((2, 106), "30% class1", "black"),
+        ((102, 96), "class3", "black"),
+        ((2, 118 + 96), "class0", "black"),
+    ]
 
 
 def test_the_preview_shows_the_images_of_the_batch(config):

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
+from sklearn.datasets import load_digits
 from slow_prepare import start
 
 import input_pipeline
@@ -251,6 +252,41 @@ def test_a_damaged_data_set_is_told_in_one_line_that_names_the_file(
     assert "\n" not in message
     assert message.startswith(f"{prepared / named}: damaged (")
     assert message.endswith(f"; remove {prepared} to prepare it anew")
+
+
+@pytest.fixture(scope="module")
+def digits_in_shards(tmp_path_factory):
+    """Digits in files of about 2 kB of pixels, of which an image has 64 bytes."""
+    folder = tmp_path_factory.mktemp("shards")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("simplest_vit.data.builders.base._SHARD_BYTES", 2000)
+        prepare.prepare("digits", folder)
+    return folder
+
+
+def test_a_split_of_many_files_has_each_example_once_and_in_order(digits_in_shards):
+    data = load_digits()
+    of_validation = np.isin(np.arange(1797), np.argsort(data.target, kind="stable")[::5])
+    prepared = tfds.builder_from_directory(digits_in_shards / "digits/1.0.0")
+    for split, which in (("train", ~of_validation), ("validation", of_validation)):
+        examples = list(prepared.as_data_source(split))
+        expected = np.round(data.images[which] * 255 / 16)
+        np.testing.assert_array_equal([example["image"][..., 0] for example in examples], expected)
+        np.testing.assert_array_equal([example["label"] for example in examples], data.target[which])
+        lengths = prepared.info.splits[split].shard_lengths
+        assert len(lengths) == which.sum() * 64 // 2000 + 1
+        assert {30, 31, 32} >= set(lengths[:-1])
+
+
+@pytest.mark.parametrize("budget", [10**9, 0])
+@pytest.mark.parametrize("number", [0, 1, 45])
+def test_of_many_files_the_damaged_one_is_named(digits_in_shards, tmp_path, make_config, number, budget):
+    shutil.copytree(digits_in_shards, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / f"digits/1.0.0/digits-train.array_record-{number:05d}-of-00046"
+    truncate(file)
+    config = make_config("digits", dir=tmp_path, device_budget_bytes=budget, num_workers=0)
+    with pytest.raises(UserError, match=rf"^{file}: damaged \("):
+        read_all(config)
 
 
 def test_decoding_for_the_device_tells_how_far_it_is_and_uses_all_cores(digits, make_config, monkeypatch, caplog):
