@@ -232,6 +232,14 @@ def test_another_state_is_named_and_does_not_count_as_damage(workdir, change, me
         assert checkpoints.steps() == [3, 6]
 
 
+def test_a_part_is_restored_whatever_the_rest_is(workdir):
+    with Checkpoints(workdir, create=False) as checkpoints:
+        found, progress = checkpoints.restore({"kernel": abstract()["kernel"]}, 6)
+    assert found.keys() == {"kernel"}
+    np.testing.assert_array_equal(found["kernel"], STATE["kernel"])
+    assert progress["evaluated_step"] == 6
+
+
 def test_the_latest_two_and_the_best_are_kept(tmp_path):
     with Checkpoints(tmp_path, create=True) as checkpoints:
         assert (checkpoints.newest(), checkpoints.best()) == (None, None)
