@@ -13,7 +13,7 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Sch
 
     Returns:
       The schedule; step t (from 0) gets peak * (t + 1) / warmup_steps in the warm-up, so that the first is not lost on
-      0, and the last of the run gets 0.
+      0, and the last of the run gets 0, or the peak where all steps are warm-up.
     """
     warmup_steps = min(warmup_steps, total_steps)
     warmup = optax.linear_schedule(0.0, peak, warmup_steps)

@@ -35,7 +35,7 @@ def refresh_basis(statistics: jax.Array, basis: jax.Array, options: SoapOptions)
     identity = jnp.eye(n, dtype=statistics.dtype)[None]
     unit, norm = normalize(statistics)
     if options.basis == "eigh":
-        new = jnp.where(norm == 0, basis, eigh(unit)[1][..., ::-1])  # largest first
+        new = jnp.where(norm == 0, basis, eigh(unit)[1])
     else:
         # Of directions without any gradient the product would be rounding errors: they stay as they are.
         moved = _matmul(unit, basis) + jnp.finfo(unit.dtype).eps * basis

@@ -50,7 +50,7 @@ def gradient_leaves(plan: Plan, updates: Any) -> list[jax.Array]:
     Args:
       plan: The plan.
       updates: The parameters' tree, where gradients may be missing (None). A missing one is infinite here, which leaves
-        all of its state as it is.
+        its statistics and moments as they are.
 
     Returns:
       Arrays of the leaves' shapes.
@@ -58,11 +58,13 @@ def gradient_leaves(plan: Plan, updates: Any) -> list[jax.Array]:
     Raises:
       ValueError: For gradients whose paths or shapes are not the parameters'.
     """
-    given = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(updates)}
-    unknown = set(given) - {leaf.path for leaf in plan.leaves}
+    given = dict(jax.tree_util.tree_leaves_with_path(updates))
+    unknown = set(given) - {leaf.keys for leaf in plan.leaves}
     if unknown:
-        raise ValueError(f"updates: {sorted(unknown)} are not among the parameters.")
-    gradients = [given.get(leaf.path, jnp.full(leaf.shape, jnp.inf, leaf.dtype)) for leaf in plan.leaves]
+        raise ValueError(f"updates: {sorted(map(path_name, unknown))} are not among the parameters.")
+    gradients = [
+        given[leaf.keys] if leaf.keys in given else jnp.full(leaf.shape, jnp.inf, leaf.dtype) for leaf in plan.leaves
+    ]
     for leaf, gradient in zip(plan.leaves, gradients, strict=True):
         if jnp.shape(gradient) != leaf.shape:
             raise ValueError(f"{leaf.path}: a gradient of shape {jnp.shape(gradient)}: it must be {leaf.shape}.")
@@ -71,8 +73,8 @@ def gradient_leaves(plan: Plan, updates: Any) -> list[jax.Array]:
 
 def as_updates(plan: Plan, leaves: Sequence[jax.Array], updates: Any) -> Any:
     """Arrange leaves in the tree and the types of `updates`, without those that are missing there."""
-    by_path = {leaf.path: value for leaf, value in zip(plan.leaves, leaves, strict=True)}
-    return jax.tree_util.tree_map_with_path(lambda path, update: by_path[path_name(path)].astype(update.dtype), updates)
+    by_keys = {leaf.keys: value for leaf, value in zip(plan.leaves, leaves, strict=True)}
+    return jax.tree_util.tree_map_with_path(lambda keys, x: by_keys[keys].astype(jnp.result_type(x)), updates)
 
 
 def _cut_piece(leaf: Leaf, piece: Piece, value: jax.Array, constrain: Constrain) -> jax.Array:

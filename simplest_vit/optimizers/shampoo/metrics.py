@@ -9,17 +9,17 @@ from .preconditioners import Factor
 
 
 def shampoo_metrics(opt_state: Any) -> dict[str, jax.Array]:
-    """Finds Shampoo or SOAP anywhere in an optimizer state and sums up its preconditioners.
+    """Find Shampoo or SOAP anywhere in an optimizer state and sum up its preconditioners.
 
     To be called within the jitted train step: it reduces arrays and never asks for their values.
 
     Args:
-        opt_state: Any optax state, however nested.
+      opt_state: Any optax state, however nested.
 
     Returns:
-        `rejected_roots`: int32, how many computed preconditioners were rejected so far;
-        `worst_residual`: float32, the greatest residual of the last one computed in each slot,
-        rejected or not. Empty where the state holds neither Shampoo nor SOAP.
+      `rejected_roots`: int32, how many computed preconditioners were rejected so far; `worst_residual`: float32, the
+      greatest residual of the last one computed in each slot, rejected or not. Empty where the state holds neither
+      Shampoo nor SOAP.
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Factor))
     factors = [leaf for leaf in leaves if isinstance(leaf, Factor)]

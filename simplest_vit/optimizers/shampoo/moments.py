@@ -1,33 +1,32 @@
 """Averages over time that no single bad gradient can spoil, and the diagonal methods made of them.
 
-Grafting (arXiv 2002.09018, section 3.1): the direction is Shampoo's and the norm of each block's step that of a
-diagonal method. The first moment is shared: both work on the same filtered gradient.
+Grafting (arXiv 2002.11803; for Shampoo 2002.09018): the direction is Shampoo's and the norm of each block's step that
+of a diagonal method. The first moment is shared: both work on the same filtered gradient.
 """
 
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from .options import Number, Options
-from .plan import diagonal_method, has_second_moment
+from .options import Diagonal, Number, Options
 
 SecondMoment: TypeAlias = jax.Array | optax.MaskedNode  # nothing for the methods 'none' and 'sgd'
 
 
 def accumulate(average: jax.Array, new: jax.Array, decay: Number) -> jax.Array:
-    """Compute decay * average + (1 - decay) * new, or the plain sum (AdaGrad) where decay is the number 1."""
-    is_sum = not isinstance(decay, jax.Array) and decay == 1
-    return decay * average + (1 if is_sum else 1 - decay) * new
+    """Compute decay * average + (1 - decay) * new, or the plain sum (AdaGrad) where decay is 1."""
+    return decay * average + jnp.where(decay == 1, 1, 1 - decay) * new
 
 
 def bias_correction(decay: Number, count: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Compute 1 - decay^count, exact to rounding also for few steps; 1 for sums (decay 1)."""
     wide = jnp.result_type(float)  # float64 where that is enabled
     if isinstance(decay, jax.Array):
-        return -jnp.expm1(count.astype(wide) * jnp.log(decay.astype(wide))).astype(dtype)
+        correction = -jnp.expm1(count.astype(wide) * jnp.log(decay.astype(wide)))
+        return jnp.where(decay == 1, 1, correction).astype(dtype)
     if decay in (0, 1):
         return jnp.ones((), dtype)
     return -jnp.expm1(count.astype(wide) * math.log(decay)).astype(dtype)
@@ -35,8 +34,8 @@ def bias_correction(decay: Number, count: jax.Array, dtype: jnp.dtype) -> jax.Ar
 
 def init_moments(shape: tuple[int, ...], options: Options, preconditioned: bool) -> tuple[jax.Array, SecondMoment]:
     """Make the momentum in `mu_dtype` and, where the diagonal method has one, the second moment."""
-    has_nu = has_second_moment(options, preconditioned)
-    mu = jnp.zeros(shape, options.mu_dtype or options.dtype)
+    has_nu = options.diagonal(preconditioned).has_second_moment
+    mu = jnp.zeros(shape, options.momentum_dtype)
     return mu, jnp.zeros(shape, options.dtype) if has_nu else optax.MaskedNode()
 
 
@@ -61,7 +60,7 @@ def filter_gradient(
 
 
 def diagonal_step(
-    count: jax.Array, nu: SecondMoment, gradient: jax.Array, momentum: jax.Array, options: Any, preconditioned: bool
+    count: jax.Array, nu: SecondMoment, gradient: jax.Array, momentum: jax.Array, diagonal: Diagonal
 ) -> tuple[SecondMoment, jax.Array]:
     """Take in one gradient and compute the diagonal method's own step, before the learning rate.
 
@@ -70,19 +69,16 @@ def diagonal_step(
       nu: The second moment; entries that turn non-finite stay as they are.
       gradient: Of the same shape.
       momentum: Bias-corrected.
-      options: The settings.
-      preconditioned: Whether the parameter is preconditioned.
+      diagonal: The method.
 
     Returns:
       The new second moment, and the step.
     """
     if isinstance(nu, optax.MaskedNode):
         return nu, momentum
-    method = diagonal_method(options, preconditioned)
-    decay = 1.0 if method == "adagrad" else options.grafting_b2
-    nu = keep_finite(accumulate(nu, jnp.square(gradient), decay), nu)
-    corrected = nu / bias_correction(decay, count, options.dtype) if method == "adam" else nu
-    return nu, momentum / (jnp.sqrt(corrected) + options.grafting_epsilon)
+    nu = keep_finite(accumulate(nu, jnp.square(gradient), diagonal.decay), nu)
+    corrected = nu / bias_correction(diagonal.decay, count, nu.dtype) if diagonal.method == "adam" else nu
+    return nu, momentum / (jnp.sqrt(corrected) + diagonal.epsilon)
 
 
 def keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:

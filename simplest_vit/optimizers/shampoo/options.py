@@ -3,8 +3,9 @@
 import dataclasses
 import inspect
 import math
+import numbers
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +18,19 @@ Precision = Literal["default", "high", "highest"]
 Number = float | jax.Array
 
 _CHOICES = {
-    "root": ("auto", "eigh", "newton"),
-    "basis": ("auto", "qr", "gram_schmidt", "eigh"),
-    "grafting": ("none", "sgd", "adagrad", "rmsprop", "adam"),
-    "statistics": ("shampoo", "kl"),
-    "precision": (None, "default", "high", "highest"),
+    "root": get_args(Root),
+    "basis": get_args(Basis),
+    "grafting": get_args(Grafting),
+    "statistics": get_args(Statistics),
+    "precision": (None, *get_args(Precision)),
     "preconditioner_dtype": ("float32", "float64"),
-    "mu_dtype": (None, "bfloat16", "float16", "float32", "float64"),
+    "mu_dtype": (None, "bfloat16", "float32", "float64"),  # float16 would overflow, and stay infinite
 }
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "b2": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "epsilon": (lambda x: 0 < x < math.inf, "finite and > 0"),
-    "grafting_b2": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "grafting_b2": (lambda x: 0 < x < 1, "in (0, 1)"),
     "grafting_epsilon": (lambda x: 0 < x < math.inf, "finite and > 0"),
     "max_residual": (lambda x: x > 0, "> 0"),
     "initial_preconditioner": (lambda x: 0 <= x < math.inf, "finite and >= 0"),
@@ -54,6 +55,25 @@ def _dtype_name(value: Any) -> str | None:
         return repr(value)
 
 
+class Diagonal(NamedTuple):
+    """A diagonal method.
+
+    Attributes:
+      method: Its name.
+      decay: Of its second moment; 1 sums it.
+      epsilon: Added to the root of the second moment.
+    """
+
+    method: Grafting
+    decay: Number
+    epsilon: Number
+
+    @property
+    def has_second_moment(self) -> bool:
+        """Whether it divides by one."""
+        return self.method in ("adagrad", "rmsprop", "adam")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What Shampoo and SOAP have in common.
@@ -74,7 +94,7 @@ class Options:
       merge_dims: Whether neighbouring dimensions are merged while their product is at most `max_preconditioner_dim`.
       precondition_1d: Whether vectors get a (full-matrix) preconditioner. Where they do not, and for scalars, the step
         is the diagonal method's own.
-      one_sided: Whether only the shortest axis of each block is preconditioned.
+      one_sided: Whether only the shortest axis of each block (of those longer than 1) is preconditioned.
       ignored_dim: Dimensions longer than this (of a vocabulary, say) are neither cut nor preconditioned.
       max_residual: A preconditioner that is less accurate than this is rejected and the old one kept, > 0.
       preconditioner_dtype: float32, or float64 where x64 is enabled.
@@ -106,16 +126,19 @@ class Options:
             if name in _NUMBERS:
                 valid, allowed = _NUMBERS[name]
                 traced = isinstance(value, jax.Array) and name in _MAY_BE_TRACED
-                is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                self._require(name, traced or (is_number and valid(value)), allowed)
+                is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+                self._require(name, traced or (is_number and valid(float(value))), allowed)
+                if not traced:  # NumPy's numbers would bring a type of their own into the state
+                    object.__setattr__(self, name, float(value))
             elif name in _INTEGERS:
                 least, none = _INTEGERS[name]
-                is_integer = isinstance(value, int) and not isinstance(value, bool) and value >= least
+                is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
                 self._require(
                     name,
-                    is_integer or (value is None and none is not None),
+                    (is_integer and int(value) >= least) or (value is None and none is not None),
                     f"an integer >= {least}" + (f", or None for {none}" if none else ""),
                 )
+                object.__setattr__(self, name, None if value is None else int(value))
             elif name in _FLAGS:
                 self._require(name, isinstance(value, bool), "True or False")
             else:
@@ -145,10 +168,27 @@ class Options:
         Raises:
           ValueError: For float64 while x64 is off, which would silently be float32.
         """
-        dtype = jnp.dtype(self.preconditioner_dtype)
-        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-            raise ValueError("preconditioner_dtype='float64': it must be 'float32' unless jax_enable_x64 is on.")
-        return dtype
+        return _enabled("preconditioner_dtype", self.preconditioner_dtype)
+
+    @property
+    def momentum_dtype(self) -> jnp.dtype:
+        """The type of the stored momentum.
+
+        Raises:
+          ValueError: As `dtype`.
+        """
+        return self.dtype if self.mu_dtype is None else _enabled("mu_dtype", self.mu_dtype)
+
+    def diagonal(self, preconditioned: bool) -> Diagonal:
+        """Choose the diagonal method of parameters that are preconditioned, or of the others."""
+        raise NotImplementedError
+
+
+def _enabled(name: str, value: Any) -> jnp.dtype:
+    dtype = jnp.dtype(value)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"{name}='float64': it must be 'float32' unless jax_enable_x64 is on.")
+    return dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,13 +200,14 @@ class ShampooOptions(Options):
       initial_preconditioner: The preconditioners are this times I until first computed. 0 makes those steps zero, as in
         the PyTorch reference; 1 leaves the momentum's direction.
       root: 'eigh', 'newton' (matrix products only), or 'auto': 'eigh' on a CPU, else 'newton', decided as the
-        program is lowered.
-      exponent_override: Take the p-th inverse root with this p >= 1; None means 2 x the preconditioned axes of a block.
+        program is lowered. Where `relative_epsilon` is False, 'auto' is 'eigh'.
+      exponent_override: Take the p-th inverse root with this p >= 1; None means 2 x the preconditioned axes of a block,
+        or what `statistics` says.
       statistics: 'shampoo' (G G^T), or 'kl': the gradient is first multiplied by the preconditioners of its other axes
         (KL-Shampoo), and p is 2.
       grafting: The method whose norm each block's step takes, and whose step all other parameters take
         ('none': Adam's).
-      grafting_b2: Decay of the grafting method's second moment, in (0, 1].
+      grafting_b2: Decay of the grafting method's second moment, in (0, 1); 'adagrad' sums.
       grafting_epsilon: Added to the root of that second moment, > 0.
     """
 
@@ -187,6 +228,18 @@ class ShampooOptions(Options):
             self.relative_epsilon or self.root != "newton",
             "'eigh' or 'auto' where relative_epsilon is False (the length of 'newton' is fixed by a relative one)",
         )
+        if self.statistics == "kl":
+            self._require("exponent_override", self.exponent_override is None, "None where statistics='kl' (p is 2)")
+            self._require(
+                "initial_preconditioner",
+                self.initial_preconditioner > 0,
+                "> 0 where statistics='kl', which multiplies gradients by it",
+            )
+
+    def diagonal(self, preconditioned: bool) -> Diagonal:
+        """Choose the grafting method; what is neither preconditioned nor grafted is Adam's."""
+        method: Grafting = "adam" if self.grafting == "none" and not preconditioned else self.grafting
+        return Diagonal(method, 1.0 if method == "adagrad" else self.grafting_b2, self.grafting_epsilon)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,20 +258,9 @@ class SoapOptions(Options):
     precondition_frequency: int = 10
     basis: Basis = "auto"
 
-    @property
-    def grafting(self) -> Grafting:
-        """The diagonal method: what is not rotated is Adam's."""
-        return "adam"
-
-    @property
-    def grafting_b2(self) -> Number:
-        """Decay of Adam's second moment."""
-        return self.b2
-
-    @property
-    def grafting_epsilon(self) -> Number:
-        """Added to the root of Adam's second moment."""
-        return self.epsilon
+    def diagonal(self, preconditioned: bool) -> Diagonal:
+        """Choose Adam, in the eigenbasis and elsewhere."""
+        return Diagonal("adam", self.b2, self.epsilon)
 
 
 # The PyTorch reference (richardcepka/SimplEsT-ViT, train.py), whose trajectory this preset follows.

@@ -49,20 +49,26 @@ class Leaf:
     """How one parameter is preconditioned.
 
     Attributes:
-      path: Its path in the tree, with '/' between the names.
+      keys: Its key path in the tree, which tells it from the others.
       shape: Its shape.
       dtype: Its type.
       num_layers: The product of its leading stack axes.
-      merged_shape: The shape of one layer after merging of dimensions.
+      merged_shape: The shape of one layer after merging of dimensions; () for numbers, and vectors that are not
+        preconditioned.
       pieces: Its regions of equal blocks; none where it is not preconditioned.
     """
 
-    path: str
+    keys: tuple[Any, ...]
     shape: tuple[int, ...]
     dtype: jnp.dtype
     num_layers: int
     merged_shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+    @property
+    def path(self) -> str:
+        """Its names with '/' between them, such as 'blocks/mlp/kernel', for messages."""
+        return path_name(self.keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Stack:
 
     Attributes:
       block_shape: The shape of a block.
-      axes: The axes that have a preconditioner.
+      axes: The axes that have a preconditioner: those longer than 1, unless there are none.
       count: The number of blocks.
       root: p of the inverse p-th root that their preconditioners are.
     """
@@ -102,17 +108,17 @@ class Plan:
     options: Options
 
     @property
-    def classes(self) -> dict[tuple[int, int], int]:
-        """(size n, root p) -> how many matrices there are."""
-        classes: dict[tuple[int, int], int] = {}
-        for stack in self.stacks:
-            for n in stack.sizes:
-                classes[n, stack.root] = classes.get((n, stack.root), 0) + stack.count
+    def classes(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """(size n, root p) -> where such matrices are: the number of the stack, and of the axis among its `axes`."""
+        classes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for index, stack in enumerate(self.stacks):
+            for axis, n in enumerate(stack.sizes):
+                classes.setdefault((n, stack.root), []).append((index, axis))
         return classes
 
     @property
     def stack_bytes(self) -> int:
-        """Bytes of the statistics, the preconditioners and their two counters for each slot."""
+        """Bytes of the statistics, the preconditioners, and their residual and rejections for each slot."""
         size = self.options.dtype.itemsize
         return sum(stack.count * (2 * n * n * size + 8) for stack in self.stacks for n in stack.sizes)
 
@@ -120,22 +126,27 @@ class Plan:
     def state_bytes(self) -> int:
         """Bytes of the whole state: `stack_bytes`, momentum and second moment of each entry, count and version."""
         options = self.options
-        size = options.dtype.itemsize
-        mu_size = size if options.mu_dtype is None else jnp.dtype(options.mu_dtype).itemsize
+        size, mu_size = options.dtype.itemsize, options.momentum_dtype.itemsize
         cut = sum(stack.count * math.prod(stack.block_shape) for stack in self.stacks)
         whole = sum(math.prod(leaf.shape) for leaf in self.leaves if not leaf.pieces)
-        moments = cut * (mu_size + size * has_second_moment(options, True))
-        moments += whole * (mu_size + size * has_second_moment(options, False))
+        moments = cut * (mu_size + size * options.diagonal(True).has_second_moment)
+        moments += whole * (mu_size + size * options.diagonal(False).has_second_moment)
         return 4 + VERSION + moments + self.stack_bytes
 
     @property
     def step_flops(self) -> int:
         """Floating-point operations of statistics and preconditioning in each step.
 
-        For each axis one product makes statistics and one preconditions; SOAP rotates gradients to its basis and back.
+        For each axis one product makes statistics and one preconditions; SOAP rotates gradients to its basis and back;
+        KL-Shampoo multiplies them by an axis's preconditioner for the statistics of each other axis.
         """
-        products = 3 if isinstance(self.options, SoapOptions) else 2
-        return sum(2 * products * s.count * math.prod(s.block_shape) * n for s in self.stacks for n in s.sizes)
+
+        def products(stack: Stack) -> int:
+            if isinstance(self.options, ShampooOptions):
+                return 2 + (len(stack.axes) - 1 if self.options.statistics == "kl" else 0)
+            return 3
+
+        return sum(2 * products(s) * s.count * math.prod(s.block_shape) * n for s in self.stacks for n in s.sizes)
 
     @property
     def refresh_cubes(self) -> int:
@@ -157,7 +168,8 @@ class Plan:
         for leaf in self.leaves:
             blocks = " + ".join(f"{piece.num_blocks} {piece.block_shape}" for piece in leaf.pieces)
             lines.append(f"{leaf.path:{width}}  {leaf.shape!s:22}  {blocks or '- (the diagonal method)'}")
-        for (n, root), count in self.classes.items():
+        for (n, root), places in self.classes.items():
+            count = sum(self.stacks[index].count for index, _ in places)
             what = "eigenbasis" if isinstance(self.options, SoapOptions) else f"inverse root {root}"
             lines.append(f"{count} matrices of {n} x {n}, {what}")
         parameters = sum(math.prod(leaf.shape) for leaf in self.leaves)
@@ -168,16 +180,6 @@ class Plan:
             f"in a step {self.turn_cubes:.3g}"
         )
         return "\n".join(lines)
-
-
-def has_second_moment(options: Any, preconditioned: bool) -> bool:
-    """Tell whether a parameter has a second moment: SOAP's in its basis, or the diagonal method's."""
-    return diagonal_method(options, preconditioned) in ("adagrad", "rmsprop", "adam")
-
-
-def diagonal_method(options: Any, preconditioned: bool) -> str:
-    """Name the diagonal method of a parameter: what is neither preconditioned nor grafted is Adam's."""
-    return "adam" if options.grafting == "none" and not preconditioned else options.grafting
 
 
 def shampoo_plan(params: Any, *, preset: str = "fast", stack_axes: StackAxes = None, **settings: Any) -> Plan:
@@ -203,7 +205,7 @@ def shampoo_plan(params: Any, *, preset: str = "fast", stack_axes: StackAxes = N
       3 matrices of 4 x 4, inverse root 4
       1 matrices of 3 x 3, inverse root 4
       28 parameters; state 0.0 MiB, of which statistics and preconditioners 0.0
-      8.56e-07 GFLOP a step; sum of n^3 for a refresh 219, in a step 219
+      8.48e-07 GFLOP a step; sum of n^3 for a refresh 219, in a step 219
     """
     return make_plan(params, resolve_options(preset, **settings), stack_axes)
 
@@ -225,31 +227,28 @@ def make_plan(params: Any, options: Options, stack_axes: StackAxes = None) -> Pl
     """
     axes = stack_axes(params) if callable(stack_axes) else stack_axes
     axes = jax.tree.leaves(jax.tree.broadcast(0 if axes is None else axes, params))
-    kinds: dict[tuple[Any, ...], int] = {}  # (block shape, axes) -> number of the stack
+    kinds: dict[tuple[int, ...], int] = {}  # block shape -> number of the stack
     taken: list[int] = []  # blocks of each stack so far
     leaves = []
     for (path, leaf), leaf_axes in zip(jax.tree_util.tree_leaves_with_path(params), axes, strict=True):
-        name, shape, dtype = path_name(path), tuple(jnp.shape(leaf)), jnp.result_type(leaf)
+        shape, dtype = tuple(jnp.shape(leaf)), jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"{name}: its dtype is {dtype}: it must be a real floating-point type.")
+            raise ValueError(f"{path_name(path)}: its dtype is {dtype}: it must be a real floating-point type.")
         if not 0 <= leaf_axes <= len(shape):
-            raise ValueError(f"{name}: stack_axes={leaf_axes}: it must be in 0..{len(shape)} (its rank).")
+            raise ValueError(f"{path_name(path)}: stack_axes={leaf_axes}: it must be in 0..{len(shape)} (its rank).")
         layers, merged = math.prod(shape[:leaf_axes]), _merged_shape(shape[leaf_axes:], options)
         pieces = []
         for region in itertools.product(*(_cut(dim, options) for dim in merged)):
             starts, counts, block_shape = zip(*region, strict=True) if region else ((), (), ())
-            kind = block_shape, _preconditioned_axes(merged, options)
-            if not kind[1] or not math.prod(shape):
+            if not _preconditioned_axes(block_shape, options) or not math.prod(shape):
                 continue
-            stack = kinds.setdefault(kind, len(kinds))
+            stack = kinds.setdefault(block_shape, len(kinds))
             taken += [0] * (len(kinds) - len(taken))
             num_blocks = layers * math.prod(counts)
             pieces.append(Piece(starts, counts, block_shape, stack, taken[stack], num_blocks))
             taken[stack] += num_blocks
-        leaves.append(Leaf(name, shape, dtype, layers, merged, tuple(pieces)))
-    stacks = (
-        Stack(shape, axes, count, _root(len(axes), options)) for (shape, axes), count in zip(kinds, taken, strict=True)
-    )
+        leaves.append(Leaf(tuple(path), shape, dtype, layers, merged, tuple(pieces)))
+    stacks = (_stack(block_shape, count, options) for block_shape, count in zip(kinds, taken, strict=True))
     return Plan(tuple(leaves), tuple(stacks), options)
 
 
@@ -287,6 +286,7 @@ def _merged_shape(shape: tuple[int, ...], options: Options) -> tuple[int, ...]:
 
 def _preconditioned_axes(shape: tuple[int, ...], options: Options) -> tuple[int, ...]:
     axes = [axis for axis, dim in enumerate(shape) if not _is_ignored(dim, options)]
+    axes = [axis for axis in axes if shape[axis] > 1] or axes  # one number is no direction, and would change the root
     return tuple([min(axes, key=lambda axis: shape[axis])] if options.one_sided and axes else axes)
 
 
@@ -301,6 +301,11 @@ def _cut(dim: int, options: Options) -> list[tuple[int, int, int]]:
     size = math.ceil(dim / math.ceil(dim / options.max_preconditioner_dim))
     whole, rest = divmod(dim, size)
     return [(0, whole, size)] + ([(whole * size, 1, rest)] if rest else [])
+
+
+def _stack(block_shape: tuple[int, ...], count: int, options: Options) -> Stack:
+    axes = _preconditioned_axes(block_shape, options)
+    return Stack(block_shape, axes, count, _root(len(axes), options))
 
 
 def _root(order: int, options: Options) -> int:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .moments import accumulate, sum_of_squares
+from .moments import accumulate
 from .options import Options
 from .plan import Plan, Stack
 
@@ -53,8 +53,8 @@ def update_statistics(
 ) -> Factors:
     """Take gradients into the statistics of each axis: L <- b2 L + (1 - b2) G G^T, and so on.
 
-    A block with a non-finite entry, or whose squares overflow, is left out: a single one would poison the average for
-    good.
+    A block whose average would not be finite, by an entry or by squares that overflow, is left out: a single one would
+    poison the average for good.
 
     Args:
       stack: The stack.
@@ -66,7 +66,6 @@ def update_statistics(
     Returns:
       The factors with new statistics.
     """
-    finite = jnp.isfinite(sum_of_squares(gradients))[:, None, None]
     letters = string.ascii_lowercase[: gradients.ndim - 1]
     updated = []
     for axis, factor in zip(stack.axes, factors, strict=True):
@@ -80,6 +79,8 @@ def update_statistics(
         average = accumulate(
             factor.statistics, jnp.einsum(equation, blocks, blocks, precision=options.precision), options.b2
         )
+        # The trace bounds every entry of a positive semi-definite matrix.
+        finite = jnp.isfinite(jnp.trace(average, axis1=1, axis2=2))[:, None, None]
         updated.append(factor._replace(statistics=jnp.where(finite, average, factor.statistics)))
     return tuple(updated)
 
@@ -157,12 +158,8 @@ def by_class(
     Returns:
       For each stack and axis its part of the two results.
     """
-    members: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for index, stack in enumerate(plan.stacks):
-        for axis, n in enumerate(stack.sizes):
-            members.setdefault((n, stack.root), []).append((index, axis))
     results: list[list[Any]] = [[None] * len(stack.axes) for stack in plan.stacks]
-    for (_, p), places in members.items():
+    for (_, p), places in plan.classes.items():
         arguments = [jnp.concatenate([matrices[i][axis] for i, axis in places]) for matrices in stacks]
         first, second = function(*arguments, p)
         ends = list(itertools.accumulate((len(stacks[0][i][axis]) for i, axis in places), initial=0))

@@ -38,7 +38,7 @@ def inverse_pth_root(statistics: jax.Array, p: int, options: ShampooOptions) -> 
 
     Returns:
       The roots X (N, n, n), and their residuals ||X^p (A + d I) - I||_F / sqrt(n) (N,) in float32. With a relative
-      epsilon the root of a zero matrix, which has no scale, is I.
+      epsilon a zero matrix, which has no scale, counts as I.
 
     References:
       Shampoo, arXiv 1802.09568, algorithm 1; Guo and Higham, A Schur-Newton method for the matrix p-th root and its
@@ -63,8 +63,7 @@ def inverse_pth_root(statistics: jax.Array, p: int, options: ShampooOptions) -> 
         root = jax.lax.platform_dependent(damped, cpu=by_eigh, default=by_newton)
     else:
         root = {"eigh": by_eigh, "newton": by_newton}[options.root](damped)
-    scale = jnp.where(norm == 0, 1 / (1 + epsilon), norm) ** (-1 / p)
-    return scale * root, residual(root, damped, p)
+    return jnp.where(norm == 0, 1, norm) ** (-1 / p) * root, residual(root, damped, p)
 
 
 def one_by_one(decompose: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:

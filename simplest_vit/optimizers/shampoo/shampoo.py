@@ -129,7 +129,7 @@ def _step_stacks(
     for stack, state, gradient, kept, axes in zip(plan.stacks, states, gradients, statistics, rest, strict=True):
         axes = tuple(factor._replace(statistics=s) for factor, s in zip(axes, kept, strict=True))
         mu, momentum = filter_gradient(count, state.mu, gradient, options)
-        nu, own = diagonal_step(count, state.nu, gradient, momentum, options, True)
+        nu, own = diagonal_step(count, state.nu, gradient, momentum, options.diagonal(True))
         roots = [(axis, factor.preconditioner) for axis, factor in zip(stack.axes, axes, strict=True)]
         direction = multiply_axes(momentum, roots, options)
         if options.grafting != "none":

@@ -73,7 +73,8 @@ def scale_by_soap(
 
     References:
       Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321. New here: second moments are
-      carried over to a refreshed basis (`turn_moments`).
+      carried over to a refreshed basis (`turn_moments`); a basis is refreshed before the step, not after it; and the
+      first one comes from the identity like all others, where the paper's is an eigendecomposition.
     """
     return precondition(options or SoapOptions(), _init_stack, _step_stacks, stack_axes, mesh)
 
@@ -92,13 +93,13 @@ def turn_moments(
     Where the basis barely moves, or its vectors only change places, they move along with the vectors.
 
     Args:
-      mu: (N, *block_shape), averages of the coordinates in the old bases.
+      mu: (N, *block_shape), averages of the coordinates in the old bases, of any type.
       nu: (N, *block_shape), averages of their squares.
       turns: Axes of a block, each with Q_new^T Q_old (N, n, n).
       options: The settings.
 
     Returns:
-      Both in the new bases; the sum of the second moments of each block is as before.
+      Both in the new bases and their type; the sum of the second moments of each block is as before.
     """
     squared = [(axis, jnp.square(turn)) for axis, turn in turns]
     return multiply_axes(mu, turns, options), multiply_axes(nu, squared, options)
@@ -129,7 +130,7 @@ def _step_stacks(
                 (axis, jnp.matmul(after.preconditioner.mT, before.preconditioner, precision="highest"))
                 for axis, before, after in zip(stack.axes, state.factors, axes, strict=True)
             ]
-            mu, nu = turn_moments(state.mu.astype(options.dtype), state.nu, turns, options)
+            mu, nu = turn_moments(state.mu, state.nu, turns, options)
             new.append(SoapStack(mu.astype(state.mu.dtype), nu, axes))
         return new
 
@@ -145,7 +146,7 @@ def _step_stacks(
         bases = [(axis, factor.preconditioner) for axis, factor in zip(stack.axes, axes, strict=True)]
         rotated = multiply_axes(gradient, [(axis, basis.mT) for axis, basis in bases], options)
         mu, momentum = filter_gradient(count, state.mu, rotated, options)
-        nu, scaled = diagonal_step(count, state.nu, rotated, momentum, options, True)
+        nu, scaled = diagonal_step(count, state.nu, rotated, momentum, options.diagonal(True))
         new.append(SoapStack(mu, nu, axes))
         directions.append(multiply_axes(scaled, bases, options))
     return new, directions

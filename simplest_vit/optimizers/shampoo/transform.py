@@ -58,13 +58,7 @@ def precondition(
     """
     auto_mesh = sharding.as_auto(mesh)
 
-    def init_stacks(plan: Plan) -> Any:
-        if not plan.leaves:
-            return jnp.zeros((), jnp.int8)
-        return tuple(init_stack(stack, options) for stack in plan.stacks)
-
-    def init(params: optax.Params) -> PreconditionedState:
-        plan = make_plan(params, options, stack_axes)
+    def init_state(plan: Plan, params: optax.Params) -> PreconditionedState:
         leaves = iter(plan.leaves)
 
         def moments(param: jax.Array) -> Any:
@@ -75,14 +69,19 @@ def precondition(
 
         both = [moments(param) for param in jax.tree.leaves(params)]
         mu, nu = (jax.tree.unflatten(jax.tree.structure(params), [pair[i] for pair in both]) for i in range(2))
-        stacks = sharding.place(init_stacks(plan), mesh)
+        stacks = tuple(init_stack(stack, options) for stack in plan.stacks) if plan.leaves else jnp.zeros((), jnp.int8)
         return PreconditionedState(jnp.zeros((), jnp.int32), jnp.zeros(VERSION, jnp.int8), mu, nu, stacks)
+
+    def init(params: optax.Params) -> PreconditionedState:
+        state = init_state(make_plan(params, options, stack_axes), params)
+        return state._replace(stacks=sharding.place(state.stacks, mesh))
 
     def update(
         updates: optax.Updates, state: PreconditionedState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, PreconditionedState]:
-        plan = make_plan(updates if params is None else params, options, stack_axes)
-        _check(state, jax.eval_shape(functools.partial(init_stacks, plan)) if plan.leaves else state.stacks)
+        given = updates if params is None else params
+        plan = make_plan(given, options, stack_axes)
+        _check(state, jax.eval_shape(functools.partial(init_state, plan), given))
         return sharding.in_auto_axes(functools.partial(step, plan), updates, state, params)
 
     def step(plan: Plan, updates: Any, state: PreconditionedState, params: Any) -> tuple[Any, PreconditionedState]:
@@ -99,7 +98,7 @@ def precondition(
         for place, index in enumerate(whole):
             gradient = gradients[index].astype(options.dtype)
             mus[place], momentum = filter_gradient(count, mus[place], gradient, options)
-            nus[place], leaves[index] = diagonal_step(count, nus[place], gradient, momentum, options, False)
+            nus[place], leaves[index] = diagonal_step(count, nus[place], gradient, momentum, options.diagonal(False))
         mu, nu = (
             jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(new))
             for tree, new in ((state.mu, mus), (state.nu, nus))
@@ -112,7 +111,7 @@ def precondition(
 
 
 def _check(state: PreconditionedState, expected: Any) -> None:
-    """Compare a state with what the plan needs.
+    """Compare a state with what the plan needs, but for the names of parameters.
 
     Raises:
       ValueError: Where they differ.
@@ -122,18 +121,21 @@ def _check(state: PreconditionedState, expected: Any) -> None:
             f"state.version: its shape is {state.version.shape}: it must be {(VERSION,)}, the version of this package; "
             "go on with the package that the state was made with, or make a new state."
         )
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (state.stacks, expected)]
-    if not _same_tree(state.stacks, expected) or shapes[0] != shapes[1]:
-        raise ValueError(
-            f"state.stacks: arrays of shapes {shapes[0]}: they must be {shapes[1]}. The state was made with other "
-            "parameters or stack_axes, by another method, or with another of the settings that decide shapes "
-            "(max_preconditioner_dim, merge_dims, precondition_1d, one_sided, ignored_dim, grafting)."
-        )
+    for name in ("stacks", "mu", "nu"):
+        given, needed = (_layout(name, getattr(tree, name)) for tree in (state, expected))
+        if given != needed:
+            raise ValueError(
+                f"state.{name}: it has {given}: it must have {needed}. The state was made with other parameters or "
+                "stack_axes, by another method, or with another of the settings that decide shapes and types "
+                "(max_preconditioner_dim, merge_dims, precondition_1d, one_sided, ignored_dim, grafting, "
+                "preconditioner_dtype, mu_dtype)."
+            )
 
 
-def _same_tree(a: Any, b: Any) -> bool:
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
-    return bool(structures[0] == structures[1])
+def _layout(name: str, tree: Any) -> str:
+    """Write the types and shapes of a part of the state; without the tree where that is the parameters'."""
+    arrays = jax.tree.map(lambda x: f"{x.dtype}{x.shape}", tree)
+    return str(arrays if name == "stacks" else jax.tree.leaves(arrays))
 
 
 def with_learning_rate(

@@ -7,36 +7,37 @@ import jax
 import optax
 
 
-def view_as(view: Callable[[Any], Any], tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs a transformation on another layout of the same parameters.
+def view_as(view: Callable[[Any], Any], tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Run a transformation on another layout of the same parameters.
 
-    Which dimensions merge, and so what is preconditioned with what, depends on the layout: with a
-    view onto PyTorch's, `shampoo(preset='reference')` does what the PyTorch reference does.
+    Which dimensions merge, and so what is preconditioned with what, depends on the layout: with a view onto PyTorch's,
+    `shampoo(preset='reference')` does what the PyTorch reference does.
 
     Args:
-        view: From the tree of parameters to any other tree with the same numbers in another order:
-            transposes, reshapes, concatenations, indexing of stacked layers. Its inverse is its
-            transpose as a linear map, which is derived.
-        tx: The transformation that sees the other layout.
+      view: From the tree of parameters to any other tree with the same numbers in another order: transposes, reshapes,
+        concatenations, indexing of stacked layers. Its inverse is its transpose as a linear map, which is derived.
+      tx: The transformation that sees the other layout.
 
     Returns:
-        A transformation of the first tree; its state has the layout of the second.
+      A transformation of the first tree; its state has the layout of the second. Further arguments of `update` are
+      passed on as they are.
 
     Raises:
-        ValueError: From `init` where the two trees do not have the same number of entries.
+      ValueError: From `init` where the two trees do not have the same number of entries.
 
     Examples:
-        >>> import jax.numpy as jnp
-        >>> from simplest_vit.optimizers.shampoo import shampoo
-        >>> def pytorch(params):  # (in, out) kernels -> (out, in), query, key and value as one
-        ...     kernels = [params[name] for name in ("query", "key", "value")]
-        ...     return {"qkv": jnp.concatenate([kernel.T for kernel in kernels])}
-        >>> tx = view_as(pytorch, shampoo(1e-3, preset="reference"))
-        >>> params = {name: jnp.ones((4, 4)) for name in ("query", "key", "value")}
-        >>> updates, _ = tx.update(params, tx.init(params))
-        >>> updates["key"].shape
-        (4, 4)
+      >>> import jax.numpy as jnp
+      >>> from simplest_vit.optimizers.shampoo import shampoo
+      >>> def pytorch(params):  # (in, out) kernels -> (out, in), query, key and value as one
+      ...     kernels = [params[name] for name in ("query", "key", "value")]
+      ...     return {"qkv": jnp.concatenate([kernel.T for kernel in kernels])}
+      >>> tx = view_as(pytorch, shampoo(1e-3, preset="reference"))
+      >>> params = {name: jnp.ones((4, 4)) for name in ("query", "key", "value")}
+      >>> updates, _ = tx.update(params, tx.init(params))
+      >>> updates["key"].shape
+      (4, 4)
     """
+    tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> optax.OptState:
         viewed = jax.eval_shape(view, params)
@@ -46,11 +47,11 @@ def view_as(view: Callable[[Any], Any], tx: optax.GradientTransformation) -> opt
         return tx.init(view(params))
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         viewed = None if params is None else view(params)
-        viewed, state = tx.update(view(updates), state, viewed)
+        viewed, state = tx.update(view(updates), state, viewed, **extra_args)
         (updates,) = jax.linear_transpose(view, updates)(viewed)
         return updates, state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

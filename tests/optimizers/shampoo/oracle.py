@@ -16,14 +16,22 @@ def merge(shape, threshold):
     return tuple(result)
 
 
-def blocks_of(shape, most):
-    """Slices of all blocks: the fewest even ones of each axis; the last may be smaller.
+def preconditioned(shape, one_sided=False, ignored=math.inf):
+    """The axes of a block that have a matrix: neither ignored ones, nor those of size 1 beside longer ones."""
+    axes = [axis for axis, n in enumerate(shape) if n <= ignored]
+    if any(shape[axis] > 1 for axis in axes):
+        axes = [axis for axis in axes if shape[axis] > 1]
+    return sorted(axes, key=lambda axis: shape[axis])[:1] if one_sided else axes
+
+
+def blocks_of(shape, most, ignored=math.inf):
+    """Slices of all blocks: the fewest even ones of each axis that is not ignored; the last may be smaller.
 
     Those of one shape come region by region, in row-major order.
     """
     axes = []
     for n in shape:
-        size = math.ceil(n / math.ceil(n / most))
+        size = n if n > ignored else math.ceil(n / math.ceil(n / most))
         axes.append([slice(i, min(i + size, n)) for i in range(0, n, size)])
     return list(itertools.product(*axes))
 
@@ -49,19 +57,19 @@ def root(matrix, p, epsilon, relative):
 class Block:
     """What all methods share: statistics, and whose turn it is."""
 
-    def __init__(self, shape, slot, *, b1, b2, frequency, start, stagger, whiten=False):
+    def __init__(self, shape, slot, *, b1, b2, frequency, start, axes, stagger=False, whiten=False):
         self.b1, self.b2, self.frequency, self.stagger, self.whiten = b1, b2, frequency, stagger, whiten
         self.start = max(start, frequency) if stagger else start
         self.slot, self.t, self.m, self.v = slot, 0, np.zeros(shape), np.zeros(shape)
-        self.statistics = [np.zeros((n, n)) for n in shape]
+        self.statistics = {axis: np.zeros((shape[axis], shape[axis])) for axis in axes}
 
     def take_in(self, g, roots=None):
         self.t += 1
-        for axis, statistics in enumerate(self.statistics):
+        for axis, statistics in self.statistics.items():
             white = g
             for other in range(g.ndim) if self.whiten else ():
                 if other != axis:
-                    white = multiply(white, other, roots[other]) / np.sqrt(g.shape[other])
+                    white = multiply(white, other, roots.get(other, np.eye(g.shape[other]))) / np.sqrt(g.shape[other])
             new = unfold(white, axis) @ unfold(white, axis).T
             if self.b2 < 1:
                 self.statistics[axis] = self.b2 * statistics + (1 - self.b2) * new
@@ -88,32 +96,34 @@ class Shampoo(Block):
         epsilon=1e-12,
         relative=False,
         initial=0.0,
-        stagger=False,
-        frequency,
-        start,
         grafting="adam",
+        grafting_b2=0.999,
+        grafting_epsilon=1e-8,
         exponent=None,
-        whiten=False,
+        **common,
     ):
-        super().__init__(shape, slot, b1=b1, b2=b2, frequency=frequency, start=start, stagger=stagger, whiten=whiten)
+        super().__init__(shape, slot, b1=b1, b2=b2, **common)
         self.epsilon, self.relative, self.grafting = epsilon, relative, grafting
-        self.p = exponent or (2 if whiten else 2 * len(shape))
+        self.grafting_b2, self.grafting_epsilon = grafting_b2, grafting_epsilon
+        self.p = exponent or (2 if self.whiten else 2 * len(self.statistics))
+        self.roots = {axis: initial * np.eye(len(s)) for axis, s in self.statistics.items()}
         if not relative:
-            self.statistics = [epsilon * np.eye(n) for n in shape]
-        self.roots = [initial * np.eye(n) for n in shape]
+            self.statistics = {axis: epsilon * np.eye(len(s)) for axis, s in self.statistics.items()}
 
     def step(self, g):
         self.take_in(g, self.roots)
         correction = 1 - self.b2**self.t if self.b2 < 1 else 1.0
         if self.is_due:
-            self.roots = [root(s / correction, self.p, self.epsilon, self.relative) for s in self.statistics]
+            self.roots = {
+                axis: root(s / correction, self.p, self.epsilon, self.relative) for axis, s in self.statistics.items()
+            }
         self.m = self.b1 * self.m + (1 - self.b1) * g
         m_hat = self.m / (1 - self.b1**self.t)
         grafted = self.graft(g, m_hat)
         if self.t <= self.start:
             return grafted
         direction = m_hat
-        for axis, matrix in enumerate(self.roots):
+        for axis, matrix in self.roots.items():
             direction = multiply(direction, axis, matrix)
         if self.grafting == "none":
             return direction
@@ -122,21 +132,22 @@ class Shampoo(Block):
     def graft(self, g, m_hat):
         if self.grafting in ("none", "sgd"):
             return m_hat
+        b2, epsilon = self.grafting_b2, self.grafting_epsilon
         if self.grafting == "adagrad":
             self.v = self.v + g * g
-            return m_hat / (np.sqrt(self.v) + 1e-8)
-        self.v = 0.999 * self.v + 0.001 * g * g
-        v_hat = self.v / (1 - 0.999**self.t) if self.grafting == "adam" else self.v
-        return m_hat / (np.sqrt(v_hat) + 1e-8)
+            return m_hat / (np.sqrt(self.v) + epsilon)
+        self.v = b2 * self.v + (1 - b2) * g * g
+        v_hat = self.v / (1 - b2**self.t) if self.grafting == "adam" else self.v
+        return m_hat / (np.sqrt(v_hat) + epsilon)
 
 
 class Soap(Block):
     """One block. The momentum stays in the parameter's own coordinates; second moments move by squared cosines."""
 
-    def __init__(self, shape, slot=0, *, b1=0.95, b2=0.95, eps=1e-8, frequency, start, stagger, basis):
-        super().__init__(shape, slot, b1=b1, b2=b2, frequency=frequency, start=start, stagger=stagger)
+    def __init__(self, shape, slot=0, *, b1=0.95, b2=0.95, eps=1e-8, basis, **common):
+        super().__init__(shape, slot, b1=b1, b2=b2, **common)
         self.eps, self.basis = eps, basis
-        self.bases = [np.eye(n) for n in shape]
+        self.bases = {axis: np.eye(len(s)) for axis, s in self.statistics.items()}
 
     def refreshed(self, statistics, basis):
         if self.basis == "eigh":
@@ -146,18 +157,18 @@ class Soap(Block):
     def step(self, g):
         self.take_in(g)
         if self.is_due and self.t >= self.start:
-            new = [self.refreshed(s, q) for s, q in zip(self.statistics, self.bases, strict=True)]
-            for axis, basis in enumerate(new):
+            new = {axis: self.refreshed(s, self.bases[axis]) for axis, s in self.statistics.items()}
+            for axis, basis in new.items():
                 self.v = multiply(self.v, axis, (basis.T @ self.bases[axis]) ** 2)
             self.bases = new
         rotated = g
         self.m = self.b1 * self.m + (1 - self.b1) * g
         direction = self.m / (1 - self.b1**self.t)
-        for axis, basis in enumerate(self.bases):
+        for axis, basis in self.bases.items():
             rotated, direction = multiply(rotated, axis, basis.T), multiply(direction, axis, basis.T)
         self.v = self.b2 * self.v + (1 - self.b2) * rotated**2
         direction = direction / (np.sqrt(self.v / (1 - self.b2**self.t)) + self.eps)
-        for axis, basis in enumerate(self.bases):
+        for axis, basis in self.bases.items():
             direction = multiply(direction, axis, basis)
         return direction
 
@@ -196,6 +207,8 @@ class Optimizer:
         decoupled=False,
         adam=None,
         layered=(),
+        one_sided=False,
+        ignored=math.inf,
         **settings,
     ):
         self.learning_rate, self.weight_decay, self.decoupled = learning_rate, weight_decay, decoupled
@@ -210,11 +223,13 @@ class Optimizer:
                 continue
             self.methods[k] = []
             by_shape = collections.defaultdict(list)
-            for index in blocks_of(shape, max_dim):
+            for index in blocks_of(shape, max_dim, ignored):
                 by_shape[np.zeros(shape)[index].shape].append(index)
             for block_shape, indices in by_shape.items():
+                axes = preconditioned(block_shape, one_sided, ignored)
                 for layer, index in itertools.product(range(layers), indices):
-                    self.methods[k].append(((layer, *index), method(block_shape, slots[block_shape], **settings)))
+                    block = method(block_shape, slots[block_shape], axes=axes, **settings)
+                    self.methods[k].append(((layer, *index), block))
                     slots[block_shape] += 1
 
     def step(self, params, grads):

@@ -54,6 +54,15 @@ def test_refreshes_lead_to_an_eigenbasis(basis, n):
     assert np.all(left[-1] < np.maximum(left[4] / 2, 1e-5)), (left[4], left[-1])
 
 
+@pytest.mark.parametrize("basis", ["qr", "gram_schmidt", "eigh"])
+def test_a_zero_matrix_keeps_its_basis(basis):
+    """But for signs."""
+    q = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(1, 6, 6)))[0], jnp.float32)
+    new, error = refresh_basis(jnp.zeros((1, 6, 6)), q, SoapOptions(basis=basis))
+    np.testing.assert_allclose(np.abs(new.mT @ q), np.eye(6)[None], atol=1e-6)
+    assert error[0] < 1e-6
+
+
 PROGRAM = textwrap.dedent("""
     import os
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])

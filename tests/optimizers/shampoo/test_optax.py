@@ -77,22 +77,44 @@ NUMBERS = {
     "weight_decay": 0.2,
     "coupled_weight_decay": 0.3,
 }
+GRAFTING = {"grafting_b2": 0.9, "grafting_epsilon": 0.1}  # Shampoo's own
 
 
-@every_method
-def test_scheduled_numbers_are_those_of_each_step(method):
+@pytest.mark.parametrize(
+    ("method", "numbers"), [(shampoo, NUMBERS | GRAFTING), (soap, NUMBERS)], ids=["shampoo", "soap"]
+)
+def test_scheduled_numbers_are_those_of_each_step(method, numbers):
     """A plain loop makes the transformation with the numbers of the first steps, and anew with those of the others."""
     half, static = STEPS - 2, tuple(SETTINGS)
-    schedules = {name: lambda t, value=value: jnp.where(t < half, value, value / 2) for name, value in NUMBERS.items()}
+    schedules = {name: lambda t, value=value: jnp.where(t < half, value, value / 2) for name, value in numbers.items()}
     tx = optax.inject_hyperparams(method, static_args=static)(**schedules, **SETTINGS)
     params = parameters()
     ours, state = loop(jax.jit(tx.update), params, tx.init(params))
-    first, second = (method(**{k: v / n for k, v in NUMBERS.items()}, **SETTINGS) for n in (1, 2))
+    first, second = (method(**{k: v / n for k, v in numbers.items()}, **SETTINGS) for n in (1, 2))
     plain, inner = loop(jax.jit(first.update), params, first.init(params), steps=half)
     plain, _ = loop(jax.jit(second.update), plain, inner, steps=range(half, STEPS))
     assert_close(ours, plain)
-    for name, value in NUMBERS.items():
+    for name, value in numbers.items():
         np.testing.assert_allclose(state.hyperparams[name], value / 2, rtol=1e-6)
+
+
+@every_method
+def test_a_scheduled_decay_of_one_sums(method):
+    """As the number 1 does: no average that is divided by nothing."""
+    tx = optax.inject_hyperparams(method, static_args=tuple(SETTINGS))(0.1, b2=lambda t: jnp.ones(()), **SETTINGS)
+    assert_close(train(tx), train(method(0.1, b2=1.0, **SETTINGS)))
+
+
+@every_method
+def test_axes_and_masks_are_static(method):
+    """Else `inject_hyperparams` would call them with a count of steps, as a schedule."""
+    given = {
+        "stack_axes": lambda params: jax.tree.map(lambda x: int(x.ndim > 1), params),
+        "mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        "weight_decay": 0.1,
+    }
+    tx = optax.inject_hyperparams(method, static_args=(*SETTINGS, "stack_axes", "mask"))(0.1, **SETTINGS, **given)
+    assert_close(train(tx), train(method(0.1, **SETTINGS, **given)))
 
 
 @every_method
@@ -198,6 +220,11 @@ def test_parameters_in_the_state_can_be_mapped(method, map_params):
         before, after = (getattr(s[0], moment)["b"]["d"] for s in (state, doubled))
         np.testing.assert_array_equal(after, 2 * before)
     assert_close(doubled[0].stacks, state[0].stacks, 0, 0)
+    # With the parameters beside it, where those of stacks are masked, as for `optax.masked`.
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    known = jax.tree.map(lambda x: x.size, params)
+    sizes = map_params(tx, lambda x, size: x if is_masked(x) else size, state, known, is_leaf=is_masked)
+    assert jax.tree.leaves(sizes[0].mu) == [4]
 
 
 @every_method

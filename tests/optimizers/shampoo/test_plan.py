@@ -1,5 +1,8 @@
 """The plan, what it says about costs, and what is compiled from it."""
 
+import doctest
+import importlib
+import pkgutil
 import re
 import time
 
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import simplest_vit.optimizers.shampoo as package
 from simplest_vit.optimizers.shampoo import shampoo, shampoo_plan, soap
 from simplest_vit.optimizers.shampoo.blocks import from_blocks, to_blocks
 from simplest_vit.optimizers.shampoo.options import resolve_options
@@ -94,14 +98,37 @@ def test_memory_is_what_the_plan_says(given):
     assert plan.state_bytes <= 16 * parameters + plan.stack_bytes
 
 
-@pytest.mark.parametrize(("alias", "preset"), [(shampoo, "fast"), (soap, "soap")])
-def test_flops_of_a_step_are_those_of_its_program(alias, preset):
+@pytest.mark.parametrize(
+    ("alias", "preset", "given"),
+    [(shampoo, "fast", {}), (shampoo, "fast", {"statistics": "kl"}), (soap, "soap", {})],
+    ids=["shampoo", "kl", "soap"],
+)
+def test_flops_of_a_step_are_those_of_its_program(alias, preset, given):
     """The products over four blocks, each sum of which has 128 terms; those of a turn are over one."""
     params = {"kernel": jax.ShapeDtypeStruct((4, 128, 128), jnp.float32)}
-    text = lower(alias(1.0, stack_axes=1), params).as_text()
+    text = lower(alias(1.0, stack_axes=1, **given), params).as_text()
     products = re.findall(r"stablehlo.dot_general.*-> tensor<4x128x128xf32>", text)
     flops = len(products) * 2 * 4 * 128**3
-    assert flops == shampoo_plan(params, preset=preset, stack_axes=1).step_flops
+    assert flops == shampoo_plan(params, preset=preset, stack_axes=1, **given).step_flops
+
+
+@pytest.mark.parametrize(("stagger", "blocks"), [(True, 3), (False, 2.5)])
+def test_cubes_of_a_turn(stagger, blocks):
+    """Five blocks, with a matrix of 4 x 4 and one of 2 x 2 each, in turns of two steps."""
+    plan = shampoo_plan(jnp.zeros((5, 4, 2)), stack_axes=1, precondition_frequency=2, stagger=stagger)
+    assert plan.refresh_cubes == 5 * (4**3 + 2**3)
+    assert plan.turn_cubes == blocks * (4**3 + 2**3)
+
+
+def test_axes_of_size_one_have_no_matrix():
+    plan = shampoo_plan({"conv": jnp.zeros((1, 1, 6, 3)), "column": jnp.zeros((6, 1)), "one": jnp.zeros((1, 1))})
+    assert [(stack.sizes, stack.root) for stack in plan.stacks] == [([6], 2), ([6, 3], 4), ([1, 1], 4)]
+
+
+@pytest.mark.parametrize("module", [module.name for module in pkgutil.iter_modules(package.__path__)])
+def test_examples_of_docstrings(module):
+    failed, _ = doctest.testmod(importlib.import_module(f"{package.__name__}.{module}"))
+    assert not failed
 
 
 def test_even_cuts():

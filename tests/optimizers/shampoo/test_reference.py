@@ -139,6 +139,8 @@ def follow(factory, method, frequency, shapes=MIXED, layered=LAYERED, steps=STEP
 
 
 FAST = {"epsilon": 1e-5, "relative": True, "initial": 1.0, "stagger": True}
+NUMBERS = {"b1": 0.5, "epsilon": 1e-3, "grafting_b2": 0.8, "grafting_epsilon": 0.1}
+ONES = {"h": (1, 6), "i": (4, 1, 5), "j": (1, 1)}
 
 
 @pytest.mark.parametrize(("frequency", "start"), [(1, 1), (3, 3), (3, 8), (5, 2), (11, 11)])
@@ -159,13 +161,15 @@ def test_the_default_preset_follows_the_oracle(frequency, start):
     [
         ({"b2": 1.0}, {"b2": 1.0}),
         ({"grafting": "rmsprop"}, {"grafting": "rmsprop"}),
-        ({"b1": 0.5, "epsilon": 1e-3}, {"b1": 0.5, "epsilon": 1e-3}),
+        (NUMBERS, NUMBERS),
         ({"statistics": "kl"}, {"whiten": True}),
+        ({"one_sided": True}, {"one_sided": True}),
+        ({"ignored_dim": 15}, {"ignored": 15}),
     ],
-    ids=["sums", "rmsprop", "numbers", "kl"],
+    ids=["sums", "rmsprop", "numbers", "kl", "one-sided", "ignored"],
 )
 def test_settings_of_the_default_preset_follow_the_oracle(ours, theirs):
-    shapes = {k: v for k, v in MIXED.items() if len(v) > 1}  # vectors have no such settings
+    shapes = {k: v for k, v in MIXED.items() if len(v) > 1} | ONES  # vectors have no such settings
     layered = dict.fromkeys(LAYERED, 1)
     distance = follow(
         shampoo, oracle.Shampoo, 4, shapes, layered, adam={}, ours=ours, theirs={**FAST, "start": 4, **theirs}
@@ -185,6 +189,27 @@ def test_soap_follows_the_oracle(basis, frequency, start):
         theirs={"basis": basis, "stagger": True, "start": start},
     )
     # From the start steps on all statistics have full rank: until then a basis is not unique.
+    assert distance < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"one_sided": True}, {"one_sided": True}),
+        ({"ignored_dim": 15, "epsilon": 0.1}, {"ignored": 15, "eps": 0.1}),
+    ],
+    ids=["one-sided", "ignored, epsilon"],
+)
+def test_settings_of_soap_follow_the_oracle(ours, theirs):
+    distance = follow(
+        soap,
+        oracle.Soap,
+        4,
+        {k: v for k, v in MIXED.items() if len(v) > 1} | ONES,
+        adam={},
+        ours={"basis": "qr", "start_preconditioning_step": 5, **ours},
+        theirs={"basis": "qr", "stagger": True, "start": 5, **theirs},
+    )
     assert distance < 1e-7
 
 

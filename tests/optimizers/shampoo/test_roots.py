@@ -70,6 +70,19 @@ def test_root_of_zero_is_identity(method):
     assert np.all(error < 1e-4)
 
 
+@pytest.mark.parametrize(("n", "p"), [(48, 2), (48, 4)])
+def test_newton_roots_are_symmetric(n, p):
+    """To the last bit: applied on two sides, an asymmetry would turn directions."""
+    root, _ = inverse_pth_root(jnp.asarray(stack_of(n)), p, resolve_options("fast", root="newton"))
+    np.testing.assert_array_equal(root, root.mT)
+
+
+def test_eigh_takes_a_damping_below_rounding():
+    """Where computed eigenvalues may be negative, of which there is no root."""
+    root, _ = inverse_pth_root(jnp.asarray(stack_of(48)), 4, resolve_options("fast", root="eigh", epsilon=1e-9))
+    assert np.all(np.isfinite(root))
+
+
 def test_absolute_epsilon_follows_the_formula_at_zero():
     root, _ = inverse_pth_root(jnp.zeros((1, 3, 3)), 4, resolve_options("reference"))
     np.testing.assert_allclose(root[0], 1e3 * np.eye(3), rtol=1e-5)
