@@ -181,6 +181,17 @@ def test_many_images_are_read_a_batch_at_a_time(run, tmp_path, monkeypatch):
             np.testing.assert_allclose(best["probability"], expected["probability"], rtol=1e-4)
 
 
+def test_a_last_batch_of_fewer_images_is_not_compiled_anew(run, monkeypatch):
+    traced, merge = [], nnx.merge
+    monkeypatch.setattr(nnx, "merge", lambda *a: [traced.append(a), merge(*a)][1])
+    list(predict(run.workdir, [str(run.images)]))
+    of_one_batch = len(traced)
+    traced.clear()
+    monkeypatch.setattr(predict_module, "_BATCH", 3)  # of eight images
+    list(predict(run.workdir, [str(run.images)]))
+    assert len(traced) == of_one_batch
+
+
 def test_nothing_is_written_to_a_run_that_may_only_be_read(run, monkeypatch):
     allows = lambda path, mode: not mode & os.W_OK  # noqa: E731
     monkeypatch.setattr(os, "access", allows)
