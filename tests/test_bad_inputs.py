@@ -507,8 +507,3 @@ def test_processes(old, tmp_path):
         check(process.returncode, error, expected)
     assert content(tmp_path, old) == before
     assert not (tmp_path / "run").exists()
-
-
-def test_rows_are_many_and_distinct():
-    rows = [*FIELDS, *CONFIGS.items(), *COMMANDS, *map(str, ENVIRONMENT), *PROCESSES]
-    assert len(set(rows)) == len(rows) >= 100
