@@ -4,8 +4,9 @@ python -m benchmarks.compiled --config configs/cifar10.py
 python -m benchmarks.compiled --config configs/cifar10.py --config.model.attention_kernel=fused --commit=HEAD~10
 python -m benchmarks.compiled --config configs/cifar10.py --against configs/cifar10.py:model=simple_vit
 
-A row tells the least time of a step by an estimate (`roofline.py`), model FLOPs over what the chip's data sheet promises
-in that time, launches, bytes moved, temporaries, waits for the host and custom calls. Then come the costliest kernels.
+A row tells the least time of a step by an estimate (`roofline.py`), model FLOPs over what the chip's data sheet
+promises in that time, launches, bytes moved, temporaries, waits for the host and custom calls. Then come the costliest
+kernels.
 
 It needs the CUDA plugin of the version of jaxlib, in a folder of its own (docs/gpu.md), and no GPU.
 """
