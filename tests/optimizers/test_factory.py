@@ -79,6 +79,42 @@ def test_muon_orthogonalizes_each_block_and_leaves_biases_to_adam():
     np.testing.assert_allclose(magnitude, magnitude[0, 0], rtol=1e-3)
 
 
+def test_muon_has_the_settings_of_the_run():
+    """Without momentum a step depends on its own gradient alone; what is Adam's has a learning rate of its own."""
+    config = tiny_config("optimizer=muon", grad_clip=0.0)
+    config.optimizer.update(beta=0.0, learning_rate=0.5)
+    same = create_optimizer(config, lambda step: 0.5)
+    config.optimizer.adam_learning_rate = 0.125
+    tx = create_optimizer(config, lambda step: 0.5)
+    first, second = random_like(PARAMS, 0), random_like(PARAMS, 1)
+    alone, _ = tx.update(second, tx.init(PARAMS), PARAMS)
+    _, state = tx.update(first, tx.init(PARAMS), PARAMS)
+    after, _ = tx.update(second, state, PARAMS)
+    by_muon = [tree["blocks"]["mlp"]["dense1"]["kernel"] for tree in (after, alone)]
+    np.testing.assert_allclose(*by_muon, rtol=1e-3, atol=1e-4)
+    at_one_rate, _ = same.update(second, same.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(alone["head"]["kernel"], at_one_rate["head"]["kernel"] / 4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["shampoo", "soap"])
+def test_stacked_layers_are_preconditioned_apart(name):
+    """What one layer's gradient is changes nothing in another layer."""
+    config = tiny_config(f"optimizer={name}", grad_clip=0.0)
+    config.optimizer.update(precondition_frequency=1, start_preconditioning_step=1)
+    tx = create_optimizer(config, lambda step: 0.1)
+    update, steps = jax.jit(tx.update), []
+    for change in (1.0, 3.0):
+        state = tx.init(PARAMS)
+        for seed in range(3):
+            gradient = random_like(PARAMS, seed)
+            gradient["blocks"] = jax.tree.map(lambda g: g.at[1].multiply(change**seed), gradient["blocks"])  # noqa: B023
+            updates, state = update(gradient, state, PARAMS)
+        steps.append(updates["blocks"])
+    for one, other in zip(*map(jax.tree.leaves, steps), strict=True):
+        np.testing.assert_allclose(one[0], other[0], rtol=1e-4, atol=1e-6)
+        assert not np.allclose(one[1], other[1], rtol=1e-2)
+
+
 @pytest.mark.parametrize("model", ["simplest_vit", "simple_vit"])
 def test_reference_shampoo_sees_the_parameters_as_pytorch_lays_them_out(model):
     config = tiny_config(f"optimizer=shampoo,model={model}", grad_clip=0.0)
@@ -117,3 +153,5 @@ def test_schedule_of_a_run_shorter_than_its_warmup(warmup_steps):
     rates = np.array([warmup_cosine(1.0, warmup_steps, 5)(step) for step in range(5)])
     assert np.all(np.isfinite(rates))
     assert rates.max() <= 1.0
+    if warmup_steps:
+        np.testing.assert_allclose(rates, np.arange(1, 6) / 5, rtol=1e-6)
