@@ -1,4 +1,4 @@
-"""Adam, Muon, Shampoo and SOAP on scikit-learn's digits, drawn as loss over steps; takes about a minute.
+"""Adam, Muon, Shampoo and SOAP on scikit-learn's digits, drawn as loss over steps; takes one to three minutes.
 
     pip install . matplotlib scikit-learn
     python examples/shampoo_vs_adam.py digits.png
