@@ -74,7 +74,7 @@ def scale_by_soap(
     References:
       Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321. New here: second moments are
       carried over to a refreshed basis (`turn_moments`); a basis is refreshed before the step, not after it; and the
-      first one comes from the identity like all others, where the paper's is an eigendecomposition.
+      first one comes from the identity as later ones come from the last, where the authors' code decomposes.
     """
     return precondition(options or SoapOptions(), _init_stack, _step_stacks, stack_axes, mesh)
 
