@@ -31,6 +31,7 @@ from simplest_vit.errors import Interrupted, UserError
 from simplest_vit.training.workdir import CONFIG, RESULTS, check_workdir
 
 log = logging.getLogger("simplest_vit")
+_TRAIN = (sys.executable, "-m", "simplest_vit", "train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +96,7 @@ def plan(grid: dict[str, list[str]], seeds: int, first_seed: int, workdir: str, 
             folder = pathlib.Path(workdir, name, f"seed={seed}")
             overrides = [f"--config.{field}={value}" for field, value in {**values, "seed": str(seed)}.items()]
             point.workdirs.append(folder)
-            point.commands.append(
-                [sys.executable, "-m", "simplest_vit", "train", *arguments, *overrides, f"--workdir={folder}"]
-            )
+            point.commands.append([*_TRAIN, *arguments, *overrides, f"--workdir={folder}"])
         points.append(point)
     return points
 
@@ -109,9 +108,8 @@ def check_points(points: list[Point]) -> None:
       UserError: Names the point and what is wrong with it.
     """
     for point in points:
-        *_, (_, _, _, _, *arguments, _) = point.commands
         try:
-            cli.load_config(arguments)
+            cli.load_config(point.commands[0][len(_TRAIN) : -1])
         except UserError as error:
             values = " ".join(f"config.{field}={value}" for field, value in point.values.items())
             raise UserError(f"--grid: at {values}: {error}") from error

@@ -166,7 +166,8 @@ def evaluate(workdir: str, config: Any = None) -> dict[str, dict[str, float]]:
 
     Args:
       workdir: The run's folder; nothing is written to it.
-      config: None for the run's own; another is refused, but for where its data are and how it is computed.
+      config: None for the run's own, on the devices at hand; another is refused, but for where its data are and how it
+        is computed.
 
     Returns:
       For `latest` and `best`: `step`, `validation_accuracy` and `validation_loss`.
@@ -174,7 +175,10 @@ def evaluate(workdir: str, config: Any = None) -> dict[str, dict[str, float]]:
     Raises:
       UserError: If the folder holds no checkpoint, or one of another config or other data.
     """
-    path, config, data = read_run(workdir, config)
+    given = config
+    path, config, data = read_run(workdir, given)
+    if given is None:
+        config.fsdp, config.model.attention_kernel = 1, "auto"
     dataset = pipeline.load(config.data)
     check_data(path, dataset.info)
     attention.check_devices(config.model.attention_kernel, jax.devices())

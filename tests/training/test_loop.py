@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 import threading
 import time
@@ -130,6 +131,17 @@ def test_evaluation_needs_the_devices_of_the_attention_kernel(finished, data_dir
     config = tiny_config(data__dir=data_dir, ema__decay=0.9, model__attention_kernel="fused")
     with pytest.raises(UserError, match=r"'fused' needs NVIDIA GPUs .* not cpu; choose xla"):
         loop.evaluate(str(finished[0]), config)
+
+
+def test_evaluation_by_the_folder_alone_takes_the_devices_at_hand(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("simplest_vit.models.attention.check_sizes", lambda *_: None)  # heads of 8 are too small for it
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    record = json.loads((workdir / "config.json").read_text())
+    record["config"] |= {"fsdp": 16}
+    record["config"]["model"] |= {"attention_kernel": "fused"}
+    (workdir / "config.json").write_text(json.dumps(record))
+    evaluated = loop.evaluate(str(workdir))
+    assert evaluated["latest"]["validation_accuracy"] == finished[1]["validation_accuracy"]
 
 
 def test_evaluation_takes_devices_that_do_not_divide_the_batch(finished, data_dir, tmp_path, monkeypatch):
