@@ -175,9 +175,9 @@ def evaluate(workdir: str, config: Any = None) -> dict[str, dict[str, float]]:
     Raises:
       UserError: If the folder holds no checkpoint, or one of another config or other data.
     """
-    given = config
-    path, config, data = read_run(workdir, given)
-    if given is None:
+    is_own = config is None
+    path, config, data = read_run(workdir, config)
+    if is_own:
         config.fsdp, config.model.attention_kernel = 1, "auto"
     dataset = pipeline.load(config.data)
     check_data(path, dataset.info)
