@@ -56,8 +56,7 @@ def initial_models(config: Any, data: DatasetInfo, seeds: int) -> Iterable[measu
     config = config.copy_and_resolve_references()
     config.compute_dtype = "float32"
     run = build(config, data)
-    # Without the optimizer's state, which nothing here reads.
-    initialize = jax.jit(lambda seed: dataclasses.replace(run.initialize(seed=seed), opt_state=None))
+    initialize = jax.jit(lambda seed: run.initialize(seed=seed).model_state)
     for seed in range(config.seed, config.seed + seeds):
         yield run.model(initialize(np.uint32(seed)))
 

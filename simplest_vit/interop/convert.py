@@ -10,12 +10,12 @@ from simplest_vit.interop.torch_file import Checkpoint
 from simplest_vit.models import reference_layout
 from simplest_vit.models.espa import FORMS
 from simplest_vit.models.layers import sincos_position_embedding, token_grid
-from simplest_vit.training.state import TrainState
+from simplest_vit.training.state import ModelState
 
 
-def _flat(state: TrainState, params: Any) -> dict[str, Any]:
+def _flat(state: ModelState) -> dict[str, Any]:
     """Parameters and constants by path, such as `blocks/mlp/dense1/kernel`."""
-    return traverse_util.flatten_dict(params, sep="/") | traverse_util.flatten_dict(state.constants, sep="/")
+    return traverse_util.flatten_dict(state.params, sep="/") | traverse_util.flatten_dict(state.constants, sep="/")
 
 
 def _tensors(config: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]:
@@ -35,12 +35,12 @@ def _part(tensor: reference_layout.Tensor, flat: dict[str, Any]) -> list[Any]:
     return arrays if tensor.block is None else [array[tensor.block] for array in arrays]
 
 
-def to_reference(config: Any, state: TrainState) -> dict[str, np.ndarray]:
+def to_reference(config: Any, state: ModelState) -> dict[str, np.ndarray]:
     """Name and lay out a model as the reference does.
 
     Args:
       config: `config.model`.
-      state: The state; of its parameters, those to evaluate are taken.
+      state: The model.
 
     Returns:
       float32 arrays by the names of the reference's state dict.
@@ -48,18 +48,18 @@ def to_reference(config: Any, state: TrainState) -> dict[str, np.ndarray]:
     Raises:
       UserError: If the reference has no such model.
     """
-    flat = {path: np.asarray(leaf) for path, leaf in _flat(state, state.eval_params).items()}
+    flat = {path: np.asarray(leaf) for path, leaf in _flat(state).items()}
     return {t.name: np.ascontiguousarray(t.there(*_part(t, flat))) for t in _tensors(config, flat)}
 
 
 def from_reference(
-    config: Any, abstract: TrainState, checkpoint: Checkpoint, image_shape: tuple[int, int, int]
+    config: Any, abstract: ModelState, checkpoint: Checkpoint, image_shape: tuple[int, int, int]
 ) -> tuple[Any, Any]:
     """Read the parameters and constants of a model from a checkpoint of the reference.
 
     Args:
       config: `config.model`.
-      abstract: Shapes of the state, from `Run.abstract`.
+      abstract: Shapes, from `Run.abstract`.
       checkpoint: The file.
       image_shape: Height, width and channels.
 
@@ -69,7 +69,7 @@ def from_reference(
     Raises:
       UserError: If a tensor is missing, superfluous or of another shape.
     """
-    shapes = _flat(abstract, abstract.params)
+    shapes = _flat(abstract)
     expected = {t.name: t for t in _tensors(config, shapes)}
     superfluous = [name for name in checkpoint.tensors if name not in expected]
     if superfluous:

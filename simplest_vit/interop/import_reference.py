@@ -43,7 +43,7 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
         raise UserError(f"--workdir={workdir} already holds a run; choose another folder")
     source = Checkpoint(path)
     run = build(config, pipeline.load(config.data).info)
-    params, constants = from_reference(config.model, run.abstract, source, run.data.image_shape)
+    params, constants = from_reference(config.model, run.abstract.model_state, source, run.data.image_shape)
     params, constants = jax.device_put((params, constants))
     state = TrainState(
         step=jnp.int32(_STEP),

@@ -48,7 +48,7 @@ def weights_to_start_from(run: Run) -> dict[str, Any]:
             f"config.init_from={folder} was trained on images of {channels} channels, expected {expected} as in "
             f"{run.data.name}; choose another run"
         )
-    weights = dict(state.eval_params)
+    weights = dict(state.params)
     head = "is taken, too"
     if source.data.class_names != run.data.class_names:
         del weights["head"]

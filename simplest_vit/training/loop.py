@@ -22,9 +22,9 @@ from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints, has_chec
 from simplest_vit.training.fine_tuning import weights_to_start_from
 from simplest_vit.training.interrupt import Interruption
 from simplest_vit.training.metrics import Meter, Sums, check_finite, mean_metrics, train_line, validation_line
-from simplest_vit.training.run import Run, build, restore_weights
+from simplest_vit.training.run import Run, build, restore_model
 from simplest_vit.training.sharding import batch_sharding, check_batch_size, create_mesh, memory_line
-from simplest_vit.training.state import TrainState
+from simplest_vit.training.state import ModelState
 from simplest_vit.training.workdir import (
     RESULTS,
     check_data,
@@ -104,7 +104,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
             # The events behind a step; an evaluation that was interrupted is made up for here.
             evaluated = None
             if run.is_evaluated(step) and progress["evaluated_step"] < step:
-                evaluated = validate(run, dataset, state, interruption)
+                evaluated = validate(run, dataset, state.model_state, interruption)
                 stopped = evaluated is None
             if evaluated is not None:
                 check_finite(evaluated, step)
@@ -187,12 +187,12 @@ def evaluate(workdir: str, config: Any = None) -> dict[str, dict[str, float]]:
     with Checkpoints(path, create=False) as checkpoints:
         steps = {"latest": checkpoints.newest() or 0, "best": checkpoints.best() or 0}
         for step in set(steps.values()):
-            outcome[step] = {"step": step, **(validate(run, dataset, restore_weights(run, checkpoints, step)) or {})}
+            outcome[step] = {"step": step, **(validate(run, dataset, restore_model(run, checkpoints, step)) or {})}
     return {name: outcome[step] for name, step in steps.items()}
 
 
 def validate(
-    run: Run, dataset: Dataset, state: TrainState, interruption: Interruption | None = None
+    run: Run, dataset: Dataset, state: ModelState, interruption: Interruption | None = None
 ) -> dict[str, float] | None:
     """Validation loss and accuracy, where every example counts once; None if it was interrupted."""
     part = run.config.batch_size / run.config.accumulation_steps  # what is in memory at once
@@ -202,7 +202,7 @@ def validate(
     for batch in batches:
         if interruption and interruption.pending:
             return None
-        sums.append(run.eval_step(state.eval_params, state.constants, batch))
+        sums.append(run.eval_step(state.params, state.constants, batch))
         jax.block_until_ready(sums[-2:-1])  # one batch waits while one is computed, not all of them
     mean = mean_metrics(jax.device_get(sums))
     return {"validation_loss": mean["loss"], "validation_accuracy": mean["accuracy"]}

@@ -24,7 +24,7 @@ from simplest_vit.optimizers.schedules import warmup_cosine
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.metrics import Sums
 from simplest_vit.training.sharding import create_mesh
-from simplest_vit.training.state import TrainState, abstract_state, create_state, state_initializer
+from simplest_vit.training.state import ModelState, TrainState, abstract_state, create_state, state_initializer
 from simplest_vit.training.step import Batch, make_eval_step, make_train_step
 from simplest_vit.training.workdir import read_run
 
@@ -70,9 +70,9 @@ class Run:
         """The jitted evaluation step: see `make_eval_step`."""
         return make_eval_step(self.graphdef, self.mesh)
 
-    def model(self, state: TrainState) -> SimplestViT | SimpleViT:
-        """The model with the parameters to evaluate: the average where there is one."""
-        return nnx.merge(self.graphdef, state.eval_params, state.constants)
+    def model(self, state: ModelState) -> SimplestViT | SimpleViT:
+        """The model itself."""
+        return nnx.merge(self.graphdef, state.params, state.constants)
 
     def is_saved(self, step: int) -> bool:
         """Whether a checkpoint is due behind this step."""
@@ -135,7 +135,7 @@ def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
     )
 
 
-def restore_best(workdir: str, config: Any = None, mesh: Mesh | None = None) -> tuple[Run, TrainState]:
+def restore_best(workdir: str, config: Any = None, mesh: Mesh | None = None) -> tuple[Run, ModelState]:
     """Load the checkpoint with the highest validation accuracy, from a run's folder alone.
 
     Args:
@@ -144,7 +144,7 @@ def restore_best(workdir: str, config: Any = None, mesh: Mesh | None = None) -> 
       mesh: The devices; None for one.
 
     Returns:
-      The run, whose model computes in float32, and what `restore_weights` returns.
+      The run, whose model computes in float32, and what it is made of.
 
     Raises:
       UserError: If the folder holds no checkpoint, or one of another config.
@@ -154,17 +154,12 @@ def restore_best(workdir: str, config: Any = None, mesh: Mesh | None = None) -> 
     config.model.attention_kernel = "xla"  # on any device
     run = build(config, data, mesh)
     with Checkpoints(path, create=False) as checkpoints:
-        return run, restore_weights(run, checkpoints, checkpoints.best() or 0)
+        return run, restore_model(run, checkpoints, checkpoints.best() or 0)
 
 
-def restore_weights(run: Run, checkpoints: Checkpoints, step: int) -> TrainState:
-    """Load what a model is made of; what an optimizer left, perhaps of another version, is not read.
-
-    Returns:
-      Of the state `step`, `constants`, and as `params` those to evaluate; the rest is None.
-    """
+def restore_model(run: Run, checkpoints: Checkpoints, step: int) -> ModelState:
+    """Load what a model is made of; what an optimizer left, perhaps of another version, is not read."""
     params = "params" if run.abstract.ema_params is None else "ema_params"
     part = {name: getattr(run.abstract, name) for name in ("step", "constants", params)}
     found, _ = checkpoints.restore(part, step)
-    nothing: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(TrainState))
-    return TrainState(**nothing | {"step": found["step"], "constants": found["constants"], "params": found[params]})
+    return ModelState(step=found["step"], params=found[params], constants=found["constants"])

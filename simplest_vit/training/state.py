@@ -17,6 +17,22 @@ from simplest_vit.training.sharding import state_shardings
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class ModelState:
+    """What a model is made of, wherever nothing is trained.
+
+    Attributes:
+      step: int32 [], batches seen.
+      params: Nested dict of float32 parameters: the average where the run has one.
+      constants: Nested dict of the model's constants.
+    """
+
+    step: jax.Array
+    params: Any
+    constants: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """A pytree of arrays.
 
@@ -39,9 +55,10 @@ class TrainState:
     skipped_in_a_row: jax.Array
 
     @property
-    def eval_params(self) -> Any:
-        """The parameters to evaluate: the average where there is one."""
-        return self.params if self.ema_params is None else self.ema_params
+    def model_state(self) -> ModelState:
+        """What of it is evaluated."""
+        params = self.params if self.ema_params is None else self.ema_params
+        return ModelState(self.step, params, self.constants)
 
 
 def state_initializer(

@@ -95,7 +95,7 @@ def test_a_run_begins_there_and_goes_on_without_it(pretrained, tmp_path):
     shutil.copytree(pretrained, source)
     config = tiny_config(steps=3, init_from=str(source), optimizer__learning_rate=1e-9)
     outcome = train_and_evaluate(config, str(tmp_path / "run"))
-    reached = restore_best(str(source))[1].eval_params
+    reached = restore_best(str(source))[1].params
     shutil.rmtree(source)
     with Checkpoints(tmp_path / "run", create=False) as checkpoints:
         state, _ = checkpoints.restore(build(config, DIGITS).abstract, checkpoints.best())

@@ -100,7 +100,7 @@ def test_eight_devices_train_as_one(recipe, shape):
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
     # Adam's first steps are as large for a rounding error as for a gradient.
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), state.eval_params, expected_state.eval_params
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), state.model_state, expected_state.model_state
     )
     # What comes out is laid out as what went in: one trace, and no copy between steps.
     assert run.step._cache_size() == 1
@@ -189,18 +189,18 @@ def test_a_checkpoint_resumes_on_another_number_of_devices(tmp_path, recipe, bef
 @pytest.mark.parametrize("shape", [ONE, DATA, BOTH, (3, 1)])
 def test_evaluation_counts_each_example_once_on_any_number_of_devices(shape):
     run = Run("adam", shape)
-    params = run.create()
+    state = run.create().model_state
     size = 24
     rng = np.random.default_rng(0)
     image = rng.normal(size=(size, 8, 8, 1)).astype(np.float32)
     label = np.eye(10, dtype=np.float32)[rng.integers(10, size=size)]
     weight = (np.arange(size) < 19).astype(np.float32)
     batch = jax.device_put({"image": image, "label": label, "weight": weight}, batch_sharding(run.mesh))
-    sums = make_eval_step(run.graphdef, run.mesh)(params.eval_params, params.constants, batch)
+    sums = make_eval_step(run.graphdef, run.mesh)(state.params, state.constants, batch)
     alone = Run("adam", ONE)
-    state = alone.create()
+    state = alone.create().model_state
     real = {"image": image[:19], "label": label[:19], "weight": weight[:19]}
-    expected = make_eval_step(alone.graphdef)(state.eval_params, state.constants, real)
+    expected = make_eval_step(alone.graphdef)(state.params, state.constants, real)
     assert int(sums["count"]) == 19
     assert int(sums["correct"]) == int(expected["correct"])
     np.testing.assert_allclose(sums["loss"], expected["loss"], rtol=1e-5)

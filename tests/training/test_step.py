@@ -112,7 +112,7 @@ def test_the_average_moves_every_second_step():
         _, after, _, _ = run(config, optax.sgd(0.1), steps=steps)
         average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, after.params)
     assert_close(after.ema_params, average)
-    assert_close(after.eval_params, after.ema_params)
+    assert_close(after.model_state.params, after.ema_params)
     _, odd, _, _ = run(config, optax.sgd(0.1), steps=5)
     assert_close(odd.ema_params, average)
 
@@ -129,7 +129,7 @@ def test_dropout_changes_training_but_not_evaluation():
     sums = []
     for config in (dry, wet):
         graphdef, state = start(config, optax.sgd(0.1))
-        sums.append(make_eval_step(graphdef)(state.eval_params, state.constants, batch_of()))
+        sums.append(make_eval_step(graphdef)(state.params, state.constants, batch_of()))
     assert_close(*sums)
 
 
