@@ -5,7 +5,7 @@ python -m benchmarks.optimizers --config configs/imagenet.py
 
 On a device that is fast enough, `--direct` times whole steps at the batch size of the config. Elsewhere the step is put
 together from parts measured in this run: the gradient at `--measured_batch_size`, times the ratio of the batch sizes
-(its cost is proportional to them), plus the update, over whole periods of steps behind the first. Parts take turns, so
+(its cost is proportional to them), plus the update, over whole periods of steps after the first. Parts take turns, so
 that a slower minute of the machine meets all of them.
 """
 
@@ -53,7 +53,7 @@ class Times(NamedTuple):
 
     Attributes:
       compile: Until the end of the first step.
-      steps: Each step behind the first period.
+      steps: Each step after the first period.
     """
 
     compile: float
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether the steps behind the first period are enough, and whole periods."""
+        """Whether the steps after the first period are enough, and whole periods."""
         return len(self.seconds) >= self.frequency + max(self.frequency, LEAST_STEPS)
 
     def step(self, data: Any) -> None:

@@ -255,7 +255,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def _split_type(text: str) -> tuple[str, str]:
-    """Part `(f32[2], s32[]) fusion(...)` behind the type."""
+    """Part `(f32[2], s32[]) fusion(...)` after the type."""
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
     return text[:end], text[end:].lstrip()
 

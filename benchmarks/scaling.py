@@ -176,7 +176,7 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
 
 
 def step_time(part: Cost, hardware: Hardware) -> tuple[float, float]:
-    """Seconds of computation and of communication in a step, one behind the other."""
+    """Seconds of computation and of communication in a step, one after the other."""
     compute = (
         part.model_flops / hardware.bfloat16_flops
         + part.statistics_flops / hardware.tf32_flops

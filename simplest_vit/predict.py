@@ -42,7 +42,7 @@ def predict(
       as they are known. A file that is no image is logged and passed over.
 
     Raises:
-      UserError: If there is no checkpoint, it is one of another config, or, behind all predictions, if some files were
+      UserError: If there is no checkpoint, it is one of another config, or, after all predictions, if some files were
         passed over.
     """
     files = find_images(images)

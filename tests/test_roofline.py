@@ -78,7 +78,7 @@ ENTRY %main (a: f32[100,8], b: f32[100,8], c: f32[100,8], r: s32[5], u: f32[5,8]
 
 def test_of_what_is_gathered_or_updated_only_the_rows_are_read():
     gathers, fused, alone = roofline.read(SLICES).kernels
-    # Five rows of a and b behind the sum, ten of c, the indices, and both results. The product is of no use.
+    # Five rows of a and b after the sum, ten of c, the indices, and both results. The product is of no use.
     assert gathers.bytes == 4 * (5 * 8 + 5 * 8 + 10 * 8 + 5 + 5 * 8 + 8)
     assert fused.bytes == 4 * (5 + 5 * 8 + 5 * 8)
     assert alone.bytes == 4 * 2 * 5 * 8

@@ -1,4 +1,4 @@
-"""Singular values of a network's Jacobian, from embedded tokens to the features behind the last block.
+"""Singular values of a network's Jacobian, from embedded tokens to the features after the last block.
 
 The Jacobian has (T D)^2 entries and is never formed: Lanczos' method on J^T J with random starts gives a quadrature
 whose nodes are squared singular values and whose weights are the shares of directions (Golub and Meurant, "Matrices,

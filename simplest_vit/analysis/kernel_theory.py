@@ -1,4 +1,4 @@
-"""Signal propagation in the limit of infinite width: the kernels of tokens behind each block, free of noise.
+"""Signal propagation in the limit of infinite width: the kernels of tokens after each block, free of noise.
 
 A kernel is the mean product of two tokens' features. Here it is kept for two kinds of pairs, float64 [2, B, T, T]:
 
@@ -25,7 +25,7 @@ def token_kernel(x: np.ndarray) -> np.ndarray:
 
 
 def embedding_kernel(patches: np.ndarray, position_embedding: np.ndarray) -> np.ndarray:
-    """Expected kernel behind the patch embedding, whose weights are N(0, 1 / fan_in).
+    """Expected kernel after the patch embedding, whose weights are N(0, 1 / fan_in).
 
     Args:
       patches: Flat patches [B, T, fan_in].
@@ -76,7 +76,7 @@ def shaped_mlp(kernel: np.ndarray, negative_slope: float, gain: float = 1.0) -> 
 
 
 def kernel_recursion(kernel: np.ndarray, attention: np.ndarray, mlp: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Kernels before the first block and behind each: K -> mlp(mean over heads of A_h K A_h^T).
+    """Kernels before the first block and after each: K -> mlp(mean over heads of A_h K A_h^T).
 
     Args:
       kernel: float64 [2, B, T, T], before the first block.

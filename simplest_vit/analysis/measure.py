@@ -33,7 +33,7 @@ def attention_weights(attention: Any, x: jax.Array) -> jax.Array:
 
 
 def attention_matrix(attention: Any, weights: jax.Array) -> jax.Array:
-    """What the layer multiplies values with: `weights` behind its row scale or its skip; float32 [B, H, T, T]."""
+    """What the layer multiplies values with: `weights` after its row scale or its skip; float32 [B, H, T, T]."""
     if isinstance(attention, ShapedAttention) and attention.row_scale is not None:
         return weights * attention.row_scale[...][None, None, :, None]
     if isinstance(attention, ValueSkipInit):
@@ -49,7 +49,7 @@ def embed(model: Model, image: jax.Array) -> jax.Array:
 
 
 def classify(model: Model, x: jax.Array) -> jax.Array:
-    """Logits, float32 [B, num_classes], for tokens [B, T, D] behind the last block."""
+    """Logits, float32 [B, num_classes], for tokens [B, T, D] after the last block."""
     pooled = x.astype(jnp.float32).mean(axis=1)
     return model.head(model.norm(pooled) if isinstance(model, SimpleViT) else pooled)
 
@@ -133,7 +133,7 @@ def attention_alone(model: Model) -> np.ndarray:
       model: The model, in float32; no more tokens than `width`.
 
     Returns:
-      float64 [L, T, T]: behind each block.
+      float64 [L, T, T]: after each block.
     """
     num_tokens, width = model.position_embedding.shape
     graphdef, state = nnx.split(model.blocks.attention)

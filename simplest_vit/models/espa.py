@@ -32,7 +32,7 @@ FLOOR = 1e-12
 def gamma_schedule(depth: int, gamma_max_depth: float) -> np.ndarray:
     """Decay rates gamma_1 .. gamma_L, falling to `gamma_max_depth` (gamma_0 is infinite: Sigma_0 = I).
 
-    The Cholesky factor of Sigma_l has the diagonal sqrt(1 - exp(-2 gamma_l)) behind its first row. The schedule lets it
+    The Cholesky factor of Sigma_l has the diagonal sqrt(1 - exp(-2 gamma_l)) after its first row. The schedule lets it
     shrink by the same factor in every block, so that all blocks mix tokens equally strongly.
 
     Args:

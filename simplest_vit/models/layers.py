@@ -125,7 +125,7 @@ def project_and_attend(
       query: Makes the queries.
       key: Makes the keys.
       value: Makes the values.
-      joined: The three as from `join_projections`, for one kernel behind one product (`attention.fused`); None for
+      joined: The three as from `join_projections`, for one kernel after one product (`attention.fused`); None for
         `attend`.
       num_heads: H.
       attention_bias: See `attend`.
@@ -207,7 +207,7 @@ _attend_heads.defvjp(_forward, _backward)
 
 
 def _scaled(x: jax.Array, row_scale: jax.Array | None) -> jax.Array:
-    """Scale tokens by head: behind the product with the weights, which have T / d_head times as many numbers."""
+    """Scale tokens by head: after the product with the weights, which have T / d_head times as many numbers."""
     return x if row_scale is None else x * row_scale[None, None, :, None]
 
 

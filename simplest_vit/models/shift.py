@@ -10,7 +10,7 @@ whatever the input is, sum_h |P_h X W_h|^2 = |X W|^2 = |X|^2 for orthogonal valu
 overcome.
 
 Most heads stay in place and the others move by a token, three of four by default: what a channel holds is then some
-sqrt(L / 4) tokens from where it was behind L blocks, and would be anywhere on a small grid if all heads moved.
+sqrt(L / 4) tokens from where it was after L blocks, and would be anywhere on a small grid if all heads moved.
 
 Impulse initialization (arXiv 2505.19985) starts heads alike, in networks with skip connections and normalization.
 """

@@ -1,9 +1,9 @@
 r"""TAT, tailored activation transformation: a leaky ReLU, the tailored rectifier, whose slope is solved for the depth.
 
 Zhang, Botev and Martens, "Deep Learning without Shortcuts: Shaping the Kernel with Tailored Rectifiers"
-(arXiv 2203.08120). In a wide network the cosine c of two inputs becomes C(c) behind an activation (its C-map). A deep
+(arXiv 2203.08120). In a wide network the cosine c of two inputs becomes C(c) after an activation (its C-map). A deep
 composition of C-maps drives every cosine to 1: all inputs look alike. TAT picks the negative slope of a leaky ReLU so
-that orthogonal inputs end at the cosine `c_val_0_target` (eta) behind the whole network, C_f(0) = eta < 1.
+that orthogonal inputs end at the cosine `c_val_0_target` (eta) after the whole network, C_f(0) = eta < 1.
 
 A block of SimplEsT-ViT has two activations: a network of depth L composes the map 2 L times.
 """
@@ -27,7 +27,7 @@ def c_map(c: np.ndarray | float, negative_slope: float) -> np.ndarray:
       negative_slope: Slope s of the leaky ReLU for negative inputs.
 
     Returns:
-      float64 cosines behind the activation, of the shape of `c`.
+      float64 cosines after the activation, of the shape of `c`.
     """
     c = np.clip(np.asarray(c, np.float64), -1.0, 1.0)
     weight = (1.0 - negative_slope) ** 2 / (math.pi * (1.0 + negative_slope**2))
@@ -49,7 +49,7 @@ def solve_negative_slope(compositions: int, c_val_0_target: float = 0.9) -> floa
 
     Args:
       compositions: Number of activations on a path through the network, 2 * depth here.
-      c_val_0_target: eta, the cosine that orthogonal inputs shall have behind the network, in (0, 1).
+      c_val_0_target: eta, the cosine that orthogonal inputs shall have after the network, in (0, 1).
 
     Returns:
       The slope.

@@ -23,7 +23,7 @@ def evaluate(arguments: list[str]) -> None:
     from simplest_vit.training import distributed, loop
 
     config = cli.CONFIG.value
-    # JAX takes SIGTERM to have all processes stop behind the same step: here there is none.
+    # JAX takes SIGTERM to have all processes stop after the same step: here there is none.
     jax.config.update("jax_enable_preemption_service", False)
     with processes.connected(config):
         outcome = loop.evaluate(str(cli.WORKDIR.value), config)

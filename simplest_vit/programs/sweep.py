@@ -166,7 +166,7 @@ def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
       environments: Variables of each of the runs that are at work at the same time.
 
     Returns:
-      The number of runs that failed; the sweep goes on behind them.
+      The number of runs that failed; the sweep goes on after them.
 
     Raises:
       Interrupted: If a signal came.
@@ -195,7 +195,7 @@ def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
 
 
 class _Process(subprocess.Popen[str]):
-    """A run, whose lines on standard error are handed on behind its name."""
+    """A run, whose lines on standard error are handed on after its name."""
 
     def __init__(self, folder: pathlib.Path, line: list[str], environment: dict[str, str]) -> None:
         log.info("%s", shlex.join(line))

@@ -112,7 +112,7 @@ class Checkpoints:
         return list(self._manager.all_steps())
 
     def newest(self) -> int | None:
-        """Find the newest checkpoint that is whole; damaged ones behind it are told, and set aside where we may write.
+        """Find the newest checkpoint that is whole; newer ones are damaged: reported, and set aside where we may write.
 
         Returns:
           Its step, or None if there is no checkpoint yet.
@@ -296,7 +296,7 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, but it does not ask JAX whether to stop: that is asked once behind each step (`Interruption`)."""
+    """Orbax's, but it does not ask JAX whether to stop: that is asked once after each step (`Interruption`)."""
 
     def reached_preemption(self, step: int) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT during training: the run ends behind the step it is in; a second one ends the process at once."""
+"""SIGTERM and SIGINT during training: the run ends after the step it is in; a second one ends the process at once."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from simplest_vit import signals
 class Interruption:
     """Notes the first SIGTERM or SIGINT while it is entered; at the second the process exits with 128 + its number.
 
-    With several processes JAX takes SIGTERM, has all of them stop behind the same step and lets further ones pass, for
+    With several processes JAX takes SIGTERM, has all of them stop after the same step and lets further ones pass, for
     a cluster sends one to each; SIGINT is handed on as one, and only a second SIGINT ends a process at once.
     """
 
@@ -44,7 +44,7 @@ class Interruption:
         return self._alone and self.signal is not None
 
     def reached(self) -> bool:
-        """Whether the run ends here; to be asked once behind each step, by all processes."""
+        """Whether the run ends here; to be asked once after each step, by all processes."""
         if self._alone:
             return self.pending
         # All stop at a call that none has made yet: a number that the steps of a resumed run would never be equal to.

@@ -101,7 +101,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         earlier_wall_time, saved_step, saved_time, stopped = progress["wall_time_s"], step, time.monotonic(), False
 
         while True:
-            # The events behind a step; an evaluation that was interrupted is made up for here.
+            # The events after a step; an evaluation that was interrupted is made up for here.
             evaluated = None
             if run.is_evaluated(step) and progress["evaluated_step"] < step:
                 evaluated = validate(run, dataset, state.model_state, interruption)
@@ -232,11 +232,11 @@ def _overdue(config: Any, saved_time: float) -> bool:
 
 @contextlib.contextmanager
 def _profile(config: Any, path: pathlib.Path) -> Iterator[Callable[[int], None]]:
-    """Profile the steps that the config names, by a function to call behind each; what has begun is always written."""
+    """Profile the steps that the config names, by a function to call after each; what has begun is always written."""
     first, number = config.profile.first_step, config.profile.num_steps
     running = False
 
-    def behind(step: int) -> None:
+    def after(step: int) -> None:
         nonlocal running
         if running and step == first + number:
             jax.profiler.stop_trace()
@@ -246,7 +246,7 @@ def _profile(config: Any, path: pathlib.Path) -> Iterator[Callable[[int], None]]
             running = True
 
     try:
-        yield behind
+        yield after
     finally:
         if running:
             jax.profiler.stop_trace()

@@ -99,7 +99,7 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Start the clock, behind anything that is not training."""
+        """Start the clock, after anything that is not training."""
         self._start = time.monotonic()
 
     def add(self, metrics: Sums) -> None:

@@ -75,15 +75,15 @@ class Run:
         return nnx.merge(self.graphdef, state.params, state.constants)
 
     def is_saved(self, step: int) -> bool:
-        """Whether a checkpoint is due behind this step."""
+        """Whether a checkpoint is due after this step."""
         return step >= self.total_steps or step % self.config.checkpoint_every == 0
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether an evaluation is due behind this step."""
+        """Whether an evaluation is due after this step."""
         return self.is_saved(step) or step % self.config.eval_every == 0
 
     def next_event(self, step: int) -> int:
-        """The first step behind this one that is reported, evaluated or saved."""
+        """The first step after this one that is reported, evaluated or saved."""
         every = (self.config.log_every, self.config.eval_every, self.config.checkpoint_every)
         return min(self.total_steps, *((step // n + 1) * n for n in every))
 

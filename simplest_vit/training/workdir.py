@@ -215,7 +215,7 @@ def environment() -> dict[str, Any]:
 
     Returns:
       `device`, such as "1 x NVIDIA H200"; `versions` of Python and the packages that compute; `commit` of the code,
-      with "+" behind it where files were changed since, or None outside of a git checkout.
+      with "+" appended where files were changed since, or None outside of a git checkout.
     """
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -31,7 +31,7 @@ log = logging.getLogger("simplest_vit")
 class SummaryWriter:
     """clu's `MetricWriter` interface over a TensorBoard event file; clu calls it from a thread of its own.
 
-    Where the file cannot be written, that is told once, and what comes behind is dropped: no reason to end a run.
+    Where the file cannot be written, that is reported once, and what follows is dropped: no reason to end a run.
     """
 
     def __init__(self, logdir: str):

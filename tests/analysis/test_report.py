@@ -156,7 +156,7 @@ def test_training_is_dashed_and_validation_is_not():
 
 
 def test_a_step_made_twice_counts_once(tmp_path):
-    for value in (1.0, 2.0):  # a run that was killed behind its checkpoint makes a step again
+    for value in (1.0, 2.0):  # a run that was killed after its checkpoint makes a step again
         writer = SummaryWriter(str(tmp_path))
         writer.write_scalars(5, {"train_loss": value})
         writer.close()

@@ -219,7 +219,7 @@ def test_the_recursion_tells_the_reference_bias_apart():
 
 
 def test_the_recursion_tells_the_reference_initialization_apart():
-    """S: a quarter behind the first dense layer, 4 times behind the second, 38.4 times at the CIFAR head."""
+    """S: a quarter after the first dense layer, 4 times after the second, 38.4 times at the CIFAR head."""
     gain = kernel_theory.dense_gain
     for sizes, reference in (((384, 1536), 0.25), ((1536, 384), 4.0), ((384, 10), 38.4)):
         assert gain(*sizes, "paper") == 1.0

@@ -43,7 +43,7 @@ def start(
 ):
     """Start all processes of a run, which write to `workdir`.N.err and .out; they find each other by flags or SLURM.
 
-    Each has words of its own before its command (`launchers`) and behind (`own`). With `only` the others are missing.
+    Each has words of its own before its command (`launchers`) and after (`own`). With `only` the others are missing.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -151,7 +151,7 @@ def test_two_processes_evaluate(tmp_path):
     running = start(two, [*SHORT, "--mode=evaluate"], 2, 2)
     try:
         wait_for(two, "validation: 360 images")
-        running[0].send_signal(signal.SIGTERM)  # which JAX would take, to stop both behind a step that never comes
+        running[0].send_signal(signal.SIGTERM)  # which JAX would take, to stop both after a step that never comes
         assert running[0].wait(TIMEOUT) == os.EX_TEMPFAIL, text(two, 0)
     finally:
         for process in running:

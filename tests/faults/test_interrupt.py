@@ -88,7 +88,7 @@ def test_a_signal_ends_the_run_with_75_and_the_same_command_goes_on(uninterrupte
     before = shared_memory()
     run = Run(tmp_path / "run", data__dir=data_dir, **SCHEDULE)
     code, stderr = run.stop(text, seconds, number)
-    if (run.workdir / "results.json").exists():  # the signal came behind the last evaluation
+    if (run.workdir / "results.json").exists():  # the signal came after the last evaluation
         assert (code, text) == (0, "step 60/")
     else:
         assert code == os.EX_TEMPFAIL, stderr

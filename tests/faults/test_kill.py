@@ -63,7 +63,7 @@ def kill_until_finished(run, rng, kills):
     phases = collections.Counter()
     checkpoint = 0
     for _ in range(kills):
-        # A quarter while it starts, a quarter around a checkpoint. The others a little behind a step, at most so far
+        # A quarter while it starts, a quarter around a checkpoint. The others a little after a step, at most so far
         # ahead that the run lasts for all of them, on a machine of any speed.
         kind = rng.random()
         if kind < 0.25:

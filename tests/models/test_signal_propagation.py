@@ -26,7 +26,7 @@ def attention_matrices(grid, depth, form):
 
 
 def recursion(first, matrices, slope):
-    """Kernels behind each block: K -> q * C(C(corr(A_l K A_l^T)))."""
+    """Kernels after each block: K -> q * C(C(corr(A_l K A_l^T)))."""
     kernels = [first]
     for matrix in matrices:
         k = matrix @ kernels[-1] @ matrix.T
@@ -59,7 +59,7 @@ def test_attention_alone_gives_the_chosen_kernels(form):
 
 
 def blocks_in_and_out(model, image):
-    """Tokens before the first block and behind each block."""
+    """Tokens before the first block and after each block."""
     x = model.patch_embedding(patchify(image, model.patch_size)) + model.position_embedding[...][None]
     graphdef, state = nnx.split(model.blocks)
 
@@ -99,7 +99,7 @@ def test_with_the_mlps_the_kernel_is_not_the_chosen_one():
 
 
 def test_the_reference_initialization_changes_the_size_of_the_signal_as_its_gains_say():
-    """The MLP's two wrong scales cancel behind the block, not between its layers; the head's does not."""
+    """The MLP's two wrong scales cancel after the block, not between its layers; the head's does not."""
 
     @jax.jit
     def mean_squares():
