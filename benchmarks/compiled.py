@@ -138,7 +138,7 @@ def at_commit(commit: str) -> dict[str, Any]:
         try:
             for name in ("compiled.py", "roofline.py", "noise.py", "flops.py", "h200.txtpb"):
                 shutil.copy(_HERE / name, tree / "benchmarks" / name)
-            arguments = _without(sys.argv[1:], "commit", "against")
+            arguments = [*cli.config_arguments(sys.argv[1:]), *(f"--xla={text}" for text in _OPTIONS.value)]
             command = [sys.executable, "-m", "benchmarks.compiled", *arguments, "--json"]
             result = subprocess.run(command, cwd=tree, capture_output=True, text=True)
         finally:
@@ -146,19 +146,6 @@ def at_commit(commit: str) -> dict[str, Any]:
         if result.returncode:
             raise UserError(f"--commit={commit}: {(result.stderr.strip().splitlines() or ['it failed'])[-1]}")
         return json.loads(result.stdout.strip().splitlines()[-1])
-
-
-def _without(arguments: list[str], *names: str) -> list[str]:
-    """Command-line arguments less some flags, `--name=value` or `--name value`."""
-    kept, words = [], iter(arguments)
-    for word in words:
-        name, equals, _ = word.lstrip("-").partition("=")
-        if word.startswith("-") and name.split(".")[0] in names:
-            if not equals:
-                next(words, None)
-        else:
-            kept.append(word)
-    return kept
 
 
 def _main(_: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Input rates: images/s of each data set and stage, beside a PIL pipeline in the same run.
 
-python benchmarks/input_pipeline.py cifar10 --data_dir=/data/tfds
-python benchmarks/input_pipeline.py imagenet --data_dir=/data/tfds --num_workers=2
-python benchmarks/input_pipeline.py cifar10 --data_dir=/data/tfds --train_step_s=1.2 --batch_size=128
+python -m benchmarks.input_pipeline cifar10 --data_dir=/data/tfds
+python -m benchmarks.input_pipeline imagenet --data_dir=/data/tfds --num_workers=2
+python -m benchmarks.input_pipeline cifar10 --data_dir=/data/tfds --train_step_s=1.2 --batch_size=128
 
 The peer is what the PyTorch reference does with each image, on all cores: decode, crop, flip, RandAugment in PIL,
 then normalize and mixup in NumPy. It reads images that are in memory already. (PyTorch's DataLoader was faster here
@@ -19,9 +19,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 import numpy as np

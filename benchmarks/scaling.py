@@ -28,6 +28,7 @@ from simplest_vit.training.state import abstract_state
 
 DEVICES = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 SCHEMES = ("data", "fsdp", "shampoo")
+NODE = 8  # devices of one
 IMAGE_SHAPE, NUM_CLASSES = (224, 224, 3), 1000
 _FLOAT32 = 4
 # Products of a root by the matmul-only iteration (docs/shampoo.md), in float32.
@@ -43,7 +44,6 @@ class Hardware:
       bfloat16_flops: Peak of dense products, FLOP/s.
       tf32_flops: Likewise; float32 products run at this rate by default.
       float32_flops: Likewise, without tensor cores; roots are computed with these.
-      node: Devices in a node.
       within: Bytes/s to the other devices of the node.
       between: Bytes/s to other nodes.
     """
@@ -52,7 +52,6 @@ class Hardware:
     bfloat16_flops: float
     tf32_flops: float
     float32_flops: float
-    node: int
     within: float
     between: float
 
@@ -60,8 +59,8 @@ class Hardware:
 # NVIDIA's data sheets of H100 SXM / DGX H100 and A100 SXM 80 GB / DGX A100: dense (not sparse) peaks, NVLink of 900 and
 # 600 GB/s in both directions together, one InfiniBand port of 400 and 200 Gbit/s for each GPU.
 HARDWARE = (
-    Hardware("H100 SXM, 8 a node", 989e12, 495e12, 67e12, 8, 450e9, 50e9),
-    Hardware("A100 SXM, 8 a node", 312e12, 156e12, 19.5e12, 8, 300e9, 25e9),
+    Hardware("H100 SXM, 8 a node", 989e12, 495e12, 67e12, 450e9, 50e9),
+    Hardware("A100 SXM, 8 a node", 312e12, 156e12, 19.5e12, 300e9, 25e9),
 )
 # Assumed: part of a peak that products of these sizes reach, part of a link's rate that collectives reach, and
 # seconds for each hop of a collective between nodes.
@@ -113,17 +112,17 @@ def describe(config: Any, mesh: Any) -> Any:
     return abstract_state(build(config, noise.info(IMAGE_SHAPE, NUM_CLASSES)).initialize, mesh)
 
 
-def collective_bytes(size: float, devices: int, node: int) -> tuple[float, float]:
+def collective_bytes(size: float, devices: int) -> tuple[float, float]:
     """Bytes that a device sends in an all-gather, or a reduce-scatter, of `size` bytes: a level for nodes, one within.
 
     An all-reduce is one of each.
     """
-    local = min(devices, node)
+    local = min(devices, NODE)
     nodes = devices / local
     return size * (local - 1) / local, size / local * (nodes - 1) / nodes
 
 
-def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
+def cost(variant: str, scheme: str, devices: int) -> Cost:
     """Count one device's part of a step.
 
     Args:
@@ -131,7 +130,6 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
       scheme: `data`: Adam, everything on every device; `fsdp`: Adam, shared by all devices and blocks recomputed in the
         backward pass, so that kernels are gathered twice; `shampoo`: data parallel, stacks shared by all devices.
       devices: Devices of the run.
-      node: Devices of a node.
 
     Returns:
       The cost.
@@ -146,10 +144,10 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
     passes = 4 if scheme == "fsdp" else 3  # forward, twice that backward, and forward again where it is recomputed
     layers = VARIANTS[variant]["depth"] + 1
     phases = 2 * layers  # a gather or a scatter of a layer each
-    sent = [2 * part for part in collective_bytes(gradient, devices, node)]
+    sent = [2 * part for part in collective_bytes(gradient, devices)]
     statistics_flops = root_flops = 0.0
     if scheme == "fsdp":  # once more than the gather and the reduce-scatter that an all-reduce is made of
-        sent = [a + b for a, b in zip(sent, collective_bytes(split, devices, node), strict=True)]
+        sent = [a + b for a, b in zip(sent, collective_bytes(split, devices), strict=True)]
         phases += layers if split else 0
     if scheme == "shampoo":
         plan = shampoo_plan(state.params, stack_axes=paths.stack_axes, **options_of(config.optimizer))
@@ -160,7 +158,7 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
             turns = math.ceil(local / plan.options.precondition_frequency)
             root_flops += 2 * PRODUCTS_PER_ROOT * turns * sum(n**3 for n in stack.sizes)
             if devices > 1:
-                gathered = collective_bytes(_FLOAT32 * stack.count * size, devices, node)
+                gathered = collective_bytes(_FLOAT32 * stack.count * size, devices)
                 sent = [a + b for a, b in zip(sent, gathered, strict=True)]
                 phases += 1
     return Cost(
@@ -171,7 +169,7 @@ def cost(variant: str, scheme: str, devices: int, node: int = 8) -> Cost:
         bytes_within=sent[0],
         bytes_between=sent[1],
         state_bytes=bytes_per_device(state),
-        hops=phases * math.log2(max(devices / node, 1)),
+        hops=phases * math.log2(max(devices / NODE, 1)),
     )
 
 

@@ -17,7 +17,7 @@ import statistics
 import sys
 from typing import Any
 
-from simplest_vit import signals
+from simplest_vit import cli, signals
 from simplest_vit.analysis import figures
 from simplest_vit.analysis.curve_figure import draw_curves
 from simplest_vit.analysis.report import table
@@ -154,10 +154,6 @@ def summary(runs: list[Run]) -> tuple[str, dict[str, Any]]:
     return table(header, body), {label: curves for _, label, curves in best.values()}
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    raise Interrupted(f"{signal.Signals(number).name}; the same command goes on")
-
-
 def main() -> None:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -172,7 +168,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of 1,500, for a try")
     parser.add_argument("--at_once", type=int, default=1, help="runs at the same time")
     options = parser.parse_args()
-    signals.watch((signal.SIGTERM, signal.SIGINT), handler=_interrupt)
+    signals.watch((signal.SIGTERM, signal.SIGINT), handler=cli.interrupt)
     try:
         shares = share_devices(*find_devices(), options.at_once)
         failed = execute(points(options), [_ENVIRONMENT | share for share in shares])

@@ -48,6 +48,18 @@ def load_config(arguments: list[str]) -> ConfigDict:
     return config.value
 
 
+def config_arguments(arguments: list[str]) -> list[str]:
+    """The `--config...` flags among the arguments of a program, which has parsed them."""
+    given, words = [], iter(arguments)
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if word.startswith("-") and name.removeprefix("no").split(".")[0] == CONFIG.name:
+            given.append(word)
+            if not equals and not flags.FLAGS[name.removeprefix("no")].boolean:
+                given.append(next(words))
+    return given
+
+
 def _require_config(config: flags.FlagHolder) -> None:
     """Read a config file, which flags leave to its first use."""
     getattr(config.value, "to_dict", None)
@@ -88,7 +100,7 @@ def run(
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    signals.watch((signal.SIGTERM, signal.SIGINT), handler=_interrupt)
+    signals.watch((signal.SIGTERM, signal.SIGINT), handler=interrupt)
     try:
         app.run(
             lambda arguments: _run_program(program, arguments[1:]),
@@ -101,7 +113,7 @@ def run(
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _interrupt(number: int, frame: Any) -> None:
+def interrupt(number: int, frame: Any) -> None:
     """Stop what is under way; training itself notes signals instead (`training/interrupt.py`)."""
     raise Interrupted(f"{signal.Signals(number).name}; the same command starts again")
 

@@ -1,7 +1,6 @@
 """Classifies image files with the best checkpoint of a run."""
 
 import itertools
-import json
 import logging
 import pathlib
 from collections.abc import Iterator
@@ -115,8 +114,3 @@ def as_text(prediction: Prediction) -> str:
     """One line: the path of an image, then classes with probabilities, the most probable first."""
     best = "  ".join(f"{best['class']} {best['probability']:.1%}" for best in prediction["top"])
     return f"{prediction['image']}  {best}"
-
-
-def as_json(prediction: Prediction) -> str:
-    """One JSON object on one line."""
-    return json.dumps(prediction)

@@ -61,9 +61,3 @@ def test_a_batch_waits_for_nothing(mode):
     number = jax.ShapeDtypeStruct((), jnp.uint32)
     _, program = compiled.compile_for(compiled.target(), jax.jit(sample), *split, number, number)
     assert program.host_waits == 0
-
-
-def test_an_earlier_commit_gets_the_command_without_what_it_is_compared_with():
-    own = ["--config", "a.py:x=1", "--config.seed", "2", "--top=3"]
-    compared = ["--against", "b.py", "--against.seed=3", "--commit=HEAD~1"]
-    assert compiled._without([*own[:2], *compared, *own[2:]], "commit", "against") == own

@@ -20,7 +20,7 @@ from simplest_vit.analysis import measure, rollout_figure
 from simplest_vit.analysis.attention_rollout import attention_rollout
 from simplest_vit.errors import UserError
 from simplest_vit.interop.import_reference import import_reference
-from simplest_vit.predict import as_json, as_text, find_images, predict
+from simplest_vit.predict import as_text, find_images, predict
 from simplest_vit.training.run import restore_best
 from tests.tiny import tiny_config
 
@@ -61,7 +61,7 @@ def test_predictions_are_those_of_the_validation_split(run, tmp_path):
         np.testing.assert_allclose([best["probability"] for best in prediction["top"]], expected[order], rtol=1e-4)
     assert len(list((tmp_path / "rollout").glob("*.png"))) == 8
     assert f"{predictions[0]['top'][0]['probability']:.1%}" in as_text(predictions[0])
-    assert json.loads(as_json(predictions[0])) == predictions[0]
+    assert json.loads(json.dumps(predictions[0])) == predictions[0]
 
 
 def test_rollout_is_the_product_of_the_attention_matrices(run):

@@ -57,7 +57,7 @@ def test_data_parallel_sums_as_many_bytes_as_there_are_parameters():
     assert summed - 4 * scalars == gradient  # beside them: loss, correct and count
     assert 0 < scalars <= 4
     # Of those a device sends 2 (n - 1) / n.
-    assert scaling.collective_bytes(gradient, 8, 8) == (gradient * 7 / 8, 0)
+    assert scaling.collective_bytes(gradient, 8) == (gradient * 7 / 8, 0)
 
 
 def test_fsdp_gathers_as_many_bytes_as_the_kernels_have():
@@ -88,7 +88,7 @@ def test_forward_flops_are_those_xla_counts():
 def test_two_levels_send_what_a_flat_ring_sends_of_a_node():
     size = 1e6
     for devices in (8, 64, 1024):
-        within, between = scaling.collective_bytes(size, devices, 8)
+        within, between = scaling.collective_bytes(size, devices)
         assert within == size * 7 / 8
         # Through the links of a node goes, in all, one whole copy of what the other nodes have.
         assert between * 8 == pytest.approx(size * (1 - 8 / devices))

@@ -41,6 +41,13 @@ def test_the_plan_is_the_product_of_the_grid_and_the_seeds(tmp_path):
     assert len(set(folders)) == 12
 
 
+def test_values_with_slashes_have_folders_of_their_own(tmp_path):
+    grid = {"data.dir": ["/data/a_b", "/data/a/b", "/data_a/b"]}
+    folders = [point.workdirs[0] for point in sweep.plan(grid, 1, 0, str(tmp_path), [])]
+    assert len(set(folders)) == 3
+    assert {folder.parents[1] for folder in folders} == {tmp_path}
+
+
 @pytest.mark.parametrize(
     ("axis", "message"),
     [

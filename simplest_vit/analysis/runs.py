@@ -49,14 +49,10 @@ class Group:
         """Mean of a result over the seeds."""
         return statistics.fmean(run.results[name] for run in self.runs)
 
-    def deviation(self, name: str = "validation_accuracy") -> float | None:
-        """Sample standard deviation over the seeds; None for one seed."""
-        return statistics.stdev(run.results[name] for run in self.runs) if len(self.runs) > 1 else None
-
     def summary(self, name: str = "validation_accuracy") -> str:
-        """Mean, deviation and number of seeds, such as `0.9741 ± 0.0021 (n = 3)`."""
-        deviation = self.deviation(name)
-        spread = "" if deviation is None else f" ± {deviation:.4f}"
+        """Mean, sample standard deviation and number of seeds, such as `0.9741 ± 0.0021 (n = 3)`."""
+        values = [run.results[name] for run in self.runs]
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         return f"{self.mean(name):.4f}{spread} (n = {len(self.runs)})"
 
 

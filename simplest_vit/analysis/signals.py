@@ -103,7 +103,7 @@ def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.
         theory = _curves(kernels)
         start = theory["image_cosine"][0]
         if config.mlp == "shaped":
-            slope = negative_slope(config, depth)
+            slope = model.blocks.mlp.negative_slope
             theory["image_cosine_c_map"] = np.array(
                 [tat.composed_c_map(start, slope, 2 * block) for block in range(depth + 1)]
             )
@@ -122,11 +122,6 @@ def analyse(name: str, models: Iterable[measure.Model], config: Any, image: jax.
     )
 
 
-def negative_slope(config: Any, depth: int) -> float:
-    """Slope of the activation that `config.model` asks for."""
-    return tat.solve_negative_slope(2 * depth, config.c_val_0_target) if config.activation == "tailored_relu" else 0.0
-
-
 def theoretical_kernels(model: measure.Model, config: Any, image: jax.Array) -> np.ndarray | None:
     """Kernels at initialization in the infinitely wide network, [L + 1, 2, B, T, T].
 
@@ -142,7 +137,7 @@ def theoretical_kernels(model: measure.Model, config: Any, image: jax.Array) -> 
         return kernel_theory.kernel_recursion(first, matrices, lambda kernel: kernel)
     width, mlp_dim = model.blocks.mlp.dense1.kernel.shape[1:]
     gain = kernel_theory.dense_gain(width, mlp_dim, config.init) * kernel_theory.dense_gain(mlp_dim, width, config.init)
-    slope = negative_slope(config, len(matrices))
+    slope = model.blocks.mlp.negative_slope
     return kernel_theory.kernel_recursion(first, matrices, lambda kernel: kernel_theory.shaped_mlp(kernel, slope, gain))
 
 

@@ -179,7 +179,9 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
         while batch := _join(itertools.islice(iterator, chunks_per_batch)):
             yield batch
     except RuntimeError as error:  # Grain's
-        raise _explain(error) from error
+        if reason := _signal_that_ended(error):
+            raise TrainingError(f"a process that decodes images was ended by {reason}") from error
+        raise
     finally:
         atexit.unregister(stop)
         stop()
@@ -199,11 +201,10 @@ def _start_workers(iterator: grain.DatasetIterator) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _explain(error: RuntimeError) -> Exception:
-    """Say why a worker process has gone, by the signal that ended it; of any other error, nothing more is known."""
+def _signal_that_ended(error: RuntimeError) -> str | None:
+    """The signal that ended a worker process, and why that may be; None of any other error."""
     number = re.search(r"exit code -(\d+)", str(error))
-    reason = _SIGNALS.get(int(number[1]) if number else 0)
-    return TrainingError(f"a process that decodes images was ended by {reason}") if reason else error
+    return _SIGNALS.get(int(number[1])) if number else None
 
 
 def _close(iterator: grain.DatasetIterator) -> None:

@@ -29,12 +29,6 @@ def _tensors(config: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]
     return list(reference_layout.tensors(config.name, flat["blocks/mlp/dense1/kernel"].shape[0], config.patch_size))
 
 
-def _part(tensor: reference_layout.Tensor, flat: dict[str, Any]) -> list[Any]:
-    """The arrays that a tensor is made of."""
-    arrays = [flat[path] for path in tensor.paths]
-    return arrays if tensor.block is None else [array[tensor.block] for array in arrays]
-
-
 def to_reference(config: Any, state: ModelState) -> dict[str, np.ndarray]:
     """Name and lay out a model as the reference does.
 
@@ -49,7 +43,7 @@ def to_reference(config: Any, state: ModelState) -> dict[str, np.ndarray]:
       UserError: If the reference has no such model.
     """
     flat = {path: np.asarray(leaf) for path, leaf in _flat(state).items()}
-    return {t.name: np.ascontiguousarray(t.there(*_part(t, flat))) for t in _tensors(config, flat)}
+    return {t.name: np.ascontiguousarray(t.there(*t.arrays(flat))) for t in _tensors(config, flat)}
 
 
 def from_reference(
@@ -76,7 +70,7 @@ def from_reference(
         raise _mismatch(checkpoint, f"holds {superfluous[0]}, which a {config.name} of this config has not")
     arrays = {path: np.empty(leaf.shape, np.float32) for path, leaf in shapes.items()}
     for name, tensor in expected.items():
-        parts = _part(tensor, arrays)
+        parts = tensor.arrays(arrays)
         shape = tensor.there(*parts).shape
         if name not in checkpoint.tensors:
             raise _mismatch(checkpoint, f"lacks {name} {list(shape)}")

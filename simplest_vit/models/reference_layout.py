@@ -33,6 +33,10 @@ class Tensor:
     here: Callable[[np.ndarray], Arrays]
     there: Callable[..., Any]
 
+    def arrays(self, flat: dict[str, Any]) -> list[Any]:
+        """The arrays that it is made of, among those of a model by path."""
+        return [flat[path] if self.block is None else flat[path][self.block] for path in self.paths]
+
 
 # Layouts: tensor -> arrays, and back.
 _SAME = (lambda x: (x,), lambda x: x)
@@ -119,6 +123,5 @@ def pytorch_layout(params: Any, model: str, patch_size: int) -> dict[str, Any]:
     layout: dict[str, Any] = {}
     for tensor in tensors(model, flat["blocks/mlp/dense1/kernel"].shape[0], patch_size):
         if tensor.paths[0] in flat:  # E-SPA's constants are no parameters
-            arrays = [flat[path] if tensor.block is None else flat[path][tensor.block] for path in tensor.paths]
-            layout[tensor.name] = tensor.there(*arrays)
+            layout[tensor.name] = tensor.there(*tensor.arrays(flat))
     return layout

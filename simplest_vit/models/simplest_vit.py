@@ -8,6 +8,7 @@ Two ways to have the signal at initialization survive any depth; nothing else ke
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,16 +93,8 @@ class ValueSkipInit(UnshapedAttention):
     The skip inside the attention of He et al. (arXiv 2302.10322), equation 4 of arXiv 2311.01906.
     """
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        *,
-        value_init: Callable = initializers.gaussian_fan_in,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(width, num_heads, value_init=value_init, dtype=dtype, rngs=rngs)
+    def __init__(self, width: int, num_heads: int, **options: Any):
+        super().__init__(width, num_heads, **options)
         self.alpha = nnx.Param(jnp.ones((), jnp.float32))
         self.beta = nnx.Param(jnp.zeros((), jnp.float32))
 

@@ -61,7 +61,7 @@ OPTIMIZERS = {"adam": _adam, "muon": _muon, "shampoo": _shampoo, "soap": _soap}
 
 # Optimizers that declare their settings as arguments, and check them.
 _DECLARE: dict[str, Callable[..., Any]] = {"shampoo": shampoo, "soap": soap}
-_NOT_SETTINGS = ("learning_rate", "stack_axes", "mesh", "mask", "weight_decay", "coupled_weight_decay")
+_NOT_SETTINGS = ("learning_rate", "stack_axes", "mesh", "mask", "weight_decay")
 
 
 def declared(name: str) -> dict[str, tuple[Any, type]]:

@@ -3,6 +3,8 @@
 simplest-vit predict --workdir runs/mine --images photo.jpg folder/
 """
 
+import json
+
 from absl import flags
 
 from simplest_vit import cli
@@ -18,7 +20,7 @@ def predict(arguments: list[str]) -> None:
 
     images = [*IMAGES.value, *arguments]
     for prediction in predict.predict(str(cli.WORKDIR.value), images, ROLLOUT.value, cli.CONFIG.value):
-        print(predict.as_json(prediction) if JSON.value else predict.as_text(prediction), flush=True)
+        print(json.dumps(prediction) if JSON.value else predict.as_text(prediction), flush=True)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from typing import IO, Any
 
 from absl import flags
@@ -90,10 +91,9 @@ def plan(grid: dict[str, list[str]], seeds: int, first_seed: int, workdir: str, 
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
         name = ",".join(f"{field.rsplit('.', 1)[-1]}={value}" for field, value in values.items()) or "config"
-        name = name.replace("/", "_")
         point = Point(values, [], [])
         for seed in range(first_seed, first_seed + seeds):
-            folder = pathlib.Path(workdir, name, f"seed={seed}")
+            folder = pathlib.Path(workdir, urllib.parse.quote(name, safe="=,"), f"seed={seed}")
             overrides = [f"--config.{field}={value}" for field, value in {**values, "seed": str(seed)}.items()]
             point.workdirs.append(folder)
             point.commands.append([*_TRAIN, *arguments, *overrides, f"--workdir={folder}"])
@@ -258,18 +258,6 @@ def sync_to_wandb(points: list[Point], project: str) -> None:
             subprocess.run(["wandb", "sync", "--sync-tensorboard", "--project", project, str(folder)], check=False)
 
 
-def _config_arguments(argv: list[str]) -> list[str]:
-    """The `--config...` flags of a command line, as each run takes them."""
-    arguments, words = [], iter(argv)
-    for word in words:
-        name, equals, _ = word.lstrip("-").partition("=")
-        if word.startswith("-") and name.removeprefix("no").split(".")[0] == cli.CONFIG.name:
-            arguments.append(word)
-            if not equals and not flags.FLAGS[name.removeprefix("no")].boolean:
-                arguments.append(next(words))
-    return arguments
-
-
 def main() -> None:
     """Run as a program."""
     axes = flags.DEFINE_multi_string("grid", [], "config.FIELD=VALUE,VALUE,...; give it once for each field.")
@@ -291,7 +279,7 @@ def main() -> None:
             raise UserError(f"--workdir={cli.WORKDIR.value} is the folder of a run; a sweep needs one of its own")
         check_workdir(str(cli.WORKDIR.value), {})
         grid = parse_grid(axes.value, config)
-        points = plan(grid, seeds.value, config.seed, str(cli.WORKDIR.value), _config_arguments(sys.argv[1:]))
+        points = plan(grid, seeds.value, config.seed, str(cli.WORKDIR.value), cli.config_arguments(sys.argv[1:]))
         check_points(points)
         if printed.value:
             for point in points:

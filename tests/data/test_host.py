@@ -91,10 +91,29 @@ def test_batches_depend_on_seed_and_step_not_on_workers_and_a_lost_worker_is_tol
 
 def test_a_full_dev_shm_is_told():
     """Its pages are missing only when they are written: SIGBUS. (Tried with a mount of 8 MB.)"""
-    message = str(host._explain(RuntimeError("Worker process was terminated unexpectedly with exit code -7. Search")))
-    assert "/dev/shm is full; enlarge it (docker run --shm-size=1g) or set config.data.num_workers=0" in message
+    with pytest.raises(TrainingError) as error:
+        list(failing(RuntimeError("Worker process was terminated unexpectedly with exit code -7. Search")))
+    expected = "/dev/shm is full; enlarge it (docker run --shm-size=1g) or set config.data.num_workers=0"
+    assert expected in str(error.value)
+
+
+def test_any_other_error_of_a_worker_is_raised_as_it_is():
+    """And not as its own cause: who follows the causes would not come to an end."""
     other = RuntimeError("Worker process was terminated unexpectedly with exit code 1. Search")
-    assert host._explain(other) is other
+    with pytest.raises(RuntimeError) as error:
+        list(failing(other))
+    assert error.value is other
+    assert other.__cause__ is None
+
+
+def failing(error):
+    """What is read where reading raises an error."""
+
+    def chunks():
+        raise error
+        yield
+
+    return host._read_batches(types.SimpleNamespace(to_iter_dataset=lambda options: chunks()), 1, 0)
 
 
 def test_what_still_reads_when_the_program_ends_is_closed_before_multiprocessing_ends(config, monkeypatch):

@@ -54,11 +54,6 @@ class Archive:
         """The archive's own name."""
         return self.url.rsplit("/", 1)[-1]
 
-    def check(self, path: Path) -> None:
-        """Raise a UserError unless a file is the published archive."""
-        if difference := self._difference(path):
-            raise UserError(f"{path}: {difference}; delete it and download {self.url} again")
-
     def _difference(self, path: Path) -> str:
         """How a file differs from the published archive; nothing if it is the same."""
         size = path.stat().st_size
@@ -121,7 +116,8 @@ class Archive:
                 f"data.manual_dir={folder}: neither {self.file_name} nor {self.folder}/{members[0]} in it; "
                 f"download {self.url} into it"
             )
-        self.check(path)
+        if difference := self._difference(path):
+            raise UserError(f"{path}: {difference}; delete it and download {self.url} again")
         with tarfile.open(path) as tar:
             files = {member: tar.extractfile(f"{self.folder}/{member}") for member in members}
             return {member: (f"{path}:{member}", file.read()) for member, file in files.items() if file}

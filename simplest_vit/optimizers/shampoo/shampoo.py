@@ -145,7 +145,6 @@ def shampoo(
     *,
     preset: Literal["fast", "reference"] = "fast",
     weight_decay: Number | None = None,
-    coupled_weight_decay: Number | None = None,
     mask: Any = None,
     stack_axes: StackAxes = None,
     mesh: Mesh | None = None,
@@ -157,8 +156,7 @@ def shampoo(
       learning_rate: A number or a schedule.
       preset: 'fast', or 'reference', which follows the PyTorch reference's trajectory.
       weight_decay: Decoupled, as in `optax.adamw`; `update` then needs `params`. None for none.
-      coupled_weight_decay: L2: this times the parameters is added to the gradients, before everything else.
-      mask: Of either decay, as in `optax.add_decayed_weights`.
+      mask: Of the decay, as in `optax.add_decayed_weights`.
       stack_axes: As in `scale_by_shampoo`.
       mesh: As in `scale_by_shampoo`.
       **settings: Fields of `ShampooOptions`, in place of the preset's.
@@ -184,4 +182,4 @@ def shampoo(
     if preset not in ("fast", "reference"):
         raise ValueError(f"preset={preset!r}: it must be 'fast' or 'reference'.")
     scale = scale_by_shampoo(resolve_options(preset, **settings), stack_axes=stack_axes, mesh=mesh)
-    return with_learning_rate(scale, learning_rate, weight_decay, coupled_weight_decay, mask)
+    return with_learning_rate(scale, learning_rate, weight_decay, mask)

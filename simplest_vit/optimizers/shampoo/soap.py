@@ -157,7 +157,6 @@ def soap(
     learning_rate: optax.ScalarOrSchedule,
     *,
     weight_decay: Number | None = None,
-    coupled_weight_decay: Number | None = None,
     mask: Any = None,
     stack_axes: StackAxes = None,
     mesh: Mesh | None = None,
@@ -168,8 +167,7 @@ def soap(
     Args:
       learning_rate: A number or a schedule.
       weight_decay: Decoupled, as in `optax.adamw`; `update` then needs `params`. None for none.
-      coupled_weight_decay: L2: this times the parameters is added to the gradients, before everything else.
-      mask: Of either decay, as in `optax.add_decayed_weights`.
+      mask: Of the decay, as in `optax.add_decayed_weights`.
       stack_axes: As in `scale_by_shampoo`.
       mesh: As in `scale_by_shampoo`.
       **settings: Fields of `SoapOptions`.
@@ -184,4 +182,4 @@ def soap(
       >>> tx = soap(3e-3, precondition_frequency=10)
     """
     scale = scale_by_soap(resolve_options("soap", **settings), stack_axes=stack_axes, mesh=mesh)
-    return with_learning_rate(scale, learning_rate, weight_decay, coupled_weight_decay, mask)
+    return with_learning_rate(scale, learning_rate, weight_decay, mask)

@@ -142,12 +142,8 @@ def with_learning_rate(
     scale: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: Number | None,
-    coupled_weight_decay: Number | None,
     mask: Any,
 ) -> optax.GradientTransformation:
-    """Chain coupled weight decay, a scaling of gradients, decoupled weight decay and the learning rate."""
-    coupled, decoupled = (
-        [] if decay is None else [optax.add_decayed_weights(decay, mask)]
-        for decay in (coupled_weight_decay, weight_decay)
-    )
-    return optax.chain(*coupled, scale, *decoupled, optax.scale_by_learning_rate(learning_rate))
+    """Chain a scaling of gradients, decoupled weight decay and the learning rate."""
+    decay = [] if weight_decay is None else [optax.add_decayed_weights(weight_decay, mask)]
+    return optax.chain(scale, *decay, optax.scale_by_learning_rate(learning_rate))

@@ -75,7 +75,6 @@ NUMBERS = {
     "b2": 0.9,
     "epsilon": 1e-3,
     "weight_decay": 0.2,
-    "coupled_weight_decay": 0.3,
 }
 GRAFTING = {"grafting_b2": 0.9, "grafting_epsilon": 0.1}  # Shampoo's own
 

@@ -93,7 +93,6 @@ def test_the_reference_preset_follows_the_oracle(case, dtype):
         tx = shampoo(
             0.01,
             preset="reference",
-            coupled_weight_decay=1e-2,
             max_preconditioner_dim=layout["max_dim"],
             merge_dims=layout["merge_dims"],
             precondition_frequency=settings["frequency"],
@@ -102,6 +101,7 @@ def test_the_reference_preset_follows_the_oracle(case, dtype):
             preconditioner_dtype=dtype,
             **ours,
         )
+        tx = optax.chain(optax.add_decayed_weights(1e-2), tx)
         assert trajectories(tx, peer, shapes, dtype) < (1e-9 if dtype == "float64" else 1e-3)
 
 
