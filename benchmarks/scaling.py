@@ -28,7 +28,7 @@ from simplest_vit.training.state import abstract_state
 
 DEVICES = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 SCHEMES = ("data", "fsdp", "shampoo")
-NODE = 8  # devices of one
+NODE = 8  # devices in a node
 IMAGE_SHAPE, NUM_CLASSES = (224, 224, 3), 1000
 _FLOAT32 = 4
 # Products of a root by the matmul-only iteration (docs/shampoo.md), in float32.

@@ -33,9 +33,9 @@ def make_train_step(
 
     Returns:
       A jitted function of the state, which it consumes, and a batch. It returns the new state and metrics: the sums of
-      `classification_sums` over the batch, `grad_norm` before clipping, the state's counts of skipped steps, and those
-      of Shampoo and SOAP. Where loss or gradient are not finite, the step is skipped: the sums are 0, and of the state
-      only `step` and the counts change.
+      `classification_sums` over the batch, `grad_norm` before clipping, the state's counts of skipped steps, and the
+      metrics of Shampoo or SOAP. Where loss or gradient are not finite, the step is skipped: the sums are 0, and of the
+      state only `step` and the counts change.
     """
     mesh = None if shardings is None else shardings.step.mesh
 
