@@ -100,7 +100,13 @@ def run(
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    signals.watch((signal.SIGTERM, signal.SIGINT), handler=interrupt)
+    heard: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        heard.append(number)
+        interrupt(number, frame)
+
+    signals.watch((signal.SIGTERM, signal.SIGINT), handler=stop)
     try:
         app.run(
             lambda arguments: _run_program(program, arguments[1:]),
@@ -111,11 +117,20 @@ def run(
     except BrokenPipeError:  # of `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except ImportError:
+        if not heard:
+            raise
+        # Where the import of an extension module is interrupted, it fails with an error of its own.
+        sys.exit(tell(_interrupted(heard[0])))
 
 
 def interrupt(number: int, frame: Any) -> None:
     """Stop what is under way; training itself notes signals instead (`training/interrupt.py`)."""
-    raise Interrupted(f"{signal.Signals(number).name}; the same command starts again")
+    raise _interrupted(number)
+
+
+def _interrupted(number: int) -> Interrupted:
+    return Interrupted(f"{signal.Signals(number).name}; the same command starts again")
 
 
 def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> None:

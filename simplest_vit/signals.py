@@ -1,4 +1,4 @@
-"""Signals that end a program: the first one is noted at once, a second one ends the process at once."""
+"""Signals that end a program: the first one is noted at once, a second SIGINT ends the process at once."""
 
 import os
 import signal
@@ -15,12 +15,13 @@ def watch(
 ) -> Callable[[], None]:
     """Watch for some signals by a thread, for the main one may be deep in a compilation, or waiting for others.
 
-    At the second of them the process exits with 128 + its number.
+    At a second SIGINT the process exits with 130. Others after the first signal pass: a scheduler sends SIGTERM to all
+    processes, and one that has started others hands its own on to them.
 
     Args:
       numbers: The signals.
       note: Called by the thread with the first of them.
-      handler: Called by the main thread with each of them, once it runs Python again.
+      handler: Called by the main thread with the first of them, once it runs Python again.
 
     Returns:
       A function that ends the watch and restores the handlers before it.
@@ -29,18 +30,28 @@ def watch(
     os.set_blocking(writer, False)
 
     def read() -> None:
-        noted = False
+        noted, interrupts = False, 0
         while received := os.read(reader, 1):
             number = received[0]
             if number not in numbers:
                 continue
-            if noted:
-                os._exit(128 + number)
-            noted = True
-            note(signal.Signals(number))
+            interrupts += number == signal.SIGINT
+            if interrupts > 1:
+                os._exit(128 + signal.SIGINT)
+            if not noted:
+                noted = True
+                note(signal.Signals(number))
+
+    handled = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal handled
+        if not handled:
+            handled = True
+            handler(number, frame)
 
     # Python writes the number of a signal that has a handler to the pipe, whatever it is busy with.
-    handlers = {number: signal.signal(number, handler) for number in numbers}
+    handlers = {number: signal.signal(number, handle) for number in numbers}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=read, name="signals", daemon=True)
     thread.start()

@@ -40,6 +40,29 @@ def test_a_config_is_loaded_from_its_flags_or_told_what_is_wrong_with_it(tmp_pat
         cli.load_config([f"--config={tmp_path}/own.py", *arguments])
 
 
+@pytest.mark.parametrize(
+    ("signalled", "code", "said"), [(True, 75, b"interrupted: SIGTERM; "), (False, 1, b"Traceback ")]
+)
+def test_an_import_that_fails_because_it_is_interrupted_is_an_interruption(signalled, code, said):
+    """Extension modules turn what is raised during their import into an ImportError."""
+    program = f"""
+import os, signal
+from simplest_vit import cli
+
+def program(arguments):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM) if {signalled} else None
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise ImportError("initialization failed") from error
+
+cli.run(program, "", required=())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert ended.returncode == code
+    assert ended.stderr.startswith(said), ended.stderr
+
+
 def test_nobody_reads_on():
     """As `| head` does."""
     program = (

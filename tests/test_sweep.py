@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -199,7 +200,7 @@ def test_a_small_sweep_from_any_directory_quick(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signals", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGTERM, signal.SIGTERM]])
 def test_a_sweep_that_is_stopped_has_its_runs_save_their_step(tmp_path, signals):
     line = command(tmp_path, "--config.steps=100000", "--config.checkpoint_every=100000", "--config.log_every=10")
     line += ["--seeds=2", "--at_once=2"]
@@ -210,10 +211,13 @@ def test_a_sweep_that_is_stopped_has_its_runs_save_their_step(tmp_path, signals)
         while len(seen) < 2 and process.poll() is None:
             said.append(process.stderr.readline())
             seen |= set(re.findall(r"^(config/seed=\d+): .*step \d+/", said[-1]))
-        os.killpg(process.pid, signals)  # as a terminal does
+        for number in signals:  # to all processes, as a terminal and a scheduler do; the sweep hands on its own
+            os.killpg(process.pid, number)
+            time.sleep(0.05)
         said = "".join(said) + process.stderr.read()
     saved = re.findall(r"^config/seed=(\d+): interrupted: step (\d+) of 100000 is saved", said, re.MULTILINE)
     assert len(saved) == 2, said
     assert process.returncode == os.EX_TEMPFAIL
+    assert said.endswith("\ninterrupted: the same command goes on with what is not finished\n")
     found = {(path.parents[2].name, path.parent.name) for path in tmp_path.glob("sweep/**/record.json")}
     assert found == {(f"seed={seed}", step) for seed, step in saved}

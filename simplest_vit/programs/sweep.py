@@ -185,12 +185,12 @@ def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
                 if slot not in running and waiting:
                     running[slot] = _Process(*waiting.pop(0), environment)
             time.sleep(0.1)
-    except Interrupted:
+    except Interrupted as interrupted:
         for process in running.values():
             process.terminate()
         for process in running.values():
             process.end()
-        raise
+        raise Interrupted("the same command goes on with what is not finished") from interrupted
     return failed
 
 
@@ -199,7 +199,6 @@ class _Process(subprocess.Popen[str]):
 
     def __init__(self, folder: pathlib.Path, line: list[str], environment: dict[str, str]) -> None:
         log.info("%s", shlex.join(line))
-        # In a process group of its own, so that Ctrl-C reaches it once: a second signal would end it at once.
         super().__init__(
             line,
             env=os.environ | environment,
@@ -207,7 +206,6 @@ class _Process(subprocess.Popen[str]):
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            process_group=0,
         )
         self.folder = folder
         self._reader = threading.Thread(target=self._hand_on, daemon=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT during training: the run ends after the step it is in; a second one ends the process at once."""
+"""SIGTERM and SIGINT during training: the run ends after the step it is in, at a second SIGINT at once."""
 
 import os
 import signal
@@ -12,10 +12,9 @@ from simplest_vit import signals
 
 
 class Interruption:
-    """Notes the first SIGTERM or SIGINT while it is entered; at the second the process exits with 128 + its number.
+    """Notes the first SIGTERM or SIGINT while it is entered; a second SIGINT ends the process (`signals.watch`).
 
-    With several processes JAX takes SIGTERM, has all of them stop after the same step and lets further ones pass, for
-    a cluster sends one to each; SIGINT is handed on as one, and only a second SIGINT ends a process at once.
+    With several processes JAX takes SIGTERM and has all of them stop after the same step; SIGINT is handed on as one.
     """
 
     def __init__(self) -> None:

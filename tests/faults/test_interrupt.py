@@ -102,10 +102,10 @@ def test_a_signal_ends_the_run_with_75_and_the_same_command_goes_on(uninterrupte
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_the_process_at_once(uninterrupted, tmp_path):
+def test_a_second_sigint_ends_the_process_at_once(uninterrupted, tmp_path):
     end, data_dir = uninterrupted
     run = Run(tmp_path / "run", data__dir=data_dir, **SCHEDULE)
-    code, stderr = run.stop("parameters", 0.1, signal.SIGTERM, signal.SIGINT)
+    code, stderr = run.stop("parameters", 0.1, signal.SIGINT, signal.SIGINT)
     assert code == 128 + signal.SIGINT, stderr
     assert "Traceback" not in stderr
     run.finish()
@@ -118,7 +118,8 @@ def test_a_second_signal_ends_the_process_at_once(uninterrupted, tmp_path):
     [
         ((), 0),
         ((signal.SIGTERM,), os.EX_TEMPFAIL),
-        ((signal.SIGTERM, signal.SIGTERM), 128 + signal.SIGTERM),
+        ((signal.SIGTERM, signal.SIGTERM), os.EX_TEMPFAIL),
+        ((signal.SIGINT, signal.SIGINT), 128 + signal.SIGINT),
         ((signal.SIGKILL,), -signal.SIGKILL),
     ],
 )
