@@ -87,7 +87,7 @@ ROWS |= {
 # At the default eps, 0.01, half of what tells tokens apart is lost in 64 blocks.
 ROWS["isometric, depth 64, eps 0.002"] = (
     _ISOMETRIC,
-    {"model.num_heads": 8, "model.depth": 64, "model.shift_eps": 0.002},
+    ROWS["isometric, depth 64"][1] | {"model.shift_eps": 0.002},
 )
 # Ten epochs of these: --steps 7812.
 _WIDER = {"model.width": 128, "model.mlp_dim": 512}

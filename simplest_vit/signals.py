@@ -30,17 +30,16 @@ def watch(
     os.set_blocking(writer, False)
 
     def read() -> None:
-        noted, interrupts = False, 0
+        seen: set[int] = set()
         while received := os.read(reader, 1):
             number = received[0]
             if number not in numbers:
                 continue
-            interrupts += number == signal.SIGINT
-            if interrupts > 1:
-                os._exit(128 + signal.SIGINT)
-            if not noted:
-                noted = True
+            if number == signal.SIGINT and number in seen:
+                os._exit(128 + number)
+            if not seen:
                 note(signal.Signals(number))
+            seen.add(number)
 
     handled = False
 
