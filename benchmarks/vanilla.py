@@ -38,6 +38,8 @@ PROTOCOL = {
     "model.mlp_dim": 256,
 }
 MARKS = (500, 1000, "end")
+# Choices are made on images that are neither trained on nor reported.
+HOLD_OUT = {"data.train_split": "train[:45000]", "data.validation_split": "train[45000:]"}
 
 # Row -> arguments of the config file, and what differs from the protocol.
 _ISOMETRIC = "model=simplest_vit,method=isometric"
@@ -47,6 +49,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "E-SPA + TAT": ("model=simplest_vit", {}),
     "E-SPA + TAT, reference": ("model=simplest_vit", {"model.attention": "espa_reference", "model.init": "reference"}),
     "isometric": (_ISOMETRIC, {"model.num_heads": 8}),
+    # The control: the same shifts as constants, without queries and keys.
+    "isometric, frozen attention": (_ISOMETRIC, {"model.num_heads": 8, "model.attention": "fixed_shift"}),
     # One step away from the isometric network.
     "isometric, 2 heads": (_ISOMETRIC, {}),
     "isometric, 4 heads": (_ISOMETRIC, {"model.num_heads": 4}),
@@ -118,6 +122,7 @@ def points(options: argparse.Namespace) -> list[Point]:
                 PROTOCOL | fields | {"optimizer.learning_rate": rate, "seed": seed, "data.dir": options.data_dir}
             )
             overrides |= {"steps": options.steps} if options.steps else {}
+            overrides |= HOLD_OUT if options.hold_out else {}
             point.workdirs.append(folder)
             point.commands.append(
                 [
@@ -171,6 +176,7 @@ def main() -> None:
     parser.add_argument("--learning_rates", default=["1e-3", "2e-3", "4e-3"], **names)
     parser.add_argument("--seeds", default=["1"], **names)
     parser.add_argument("--steps", type=int, help="in place of 1,500, for a try")
+    parser.add_argument("--hold_out", action="store_true", help="train on 45,000 images, validate on the other 5,000")
     parser.add_argument("--at_once", type=int, default=1, help="runs at the same time")
     options = parser.parse_args()
     signals.watch((signal.SIGTERM, signal.SIGINT), handler=cli.interrupt)

@@ -126,7 +126,7 @@ FIELDS = {
         "fused: attention as one kernel, for NVIDIA GPUs from Ampere on; auto: where it is faster (docs/gpu.md)",
     ),
     "model.attention": Field(
-        "espa", _TEXT, "or espa_causal, espa_2d, espa_reference, uspa, shift, value_skipinit, unshaped"
+        "espa", _TEXT, "or espa_causal, espa_2d, espa_reference, uspa, shift, fixed_shift, value_skipinit, unshaped"
     ),
     # Beyond these, kernels of tokens are singular in float64 or the identity in float32.
     "model.gamma_max_depth": Field(0.005, _number(1e-9, 10), "E-SPA: decay at the last block"),
@@ -144,6 +144,10 @@ FIELDS = {
     "data.dir": Field(None, _FOLDER, "of prepared data sets; None: ~/tensorflow_datasets"),
     "data.manual_dir": Field(None, _FOLDER, "of the original files, where they are not downloaded"),
     "data.label": Field("fine", _one_of("fine", "coarse"), "coarse: the 20 superclasses of CIFAR-100"),
+    "data.train_split": Field("train", _TEXT, "in TFDS's syntax, such as train[:45000]"),
+    "data.validation_split": Field(
+        None, _optional(_TEXT), "in TFDS's syntax, such as train[45000:]; None: validation, or else test"
+    ),
     "data.image_size": Field(
         None, _optional(_integer(1, 2**14)), "pixels; None: the images' own, or 224 where they differ"
     ),

@@ -209,8 +209,9 @@ def load(data: Any) -> Dataset:
     label = "coarse_label" if data.label == "coarse" else "label"
     try:
         class_names = tuple(features[label].names)
-        train = _open(builder, "train", label)
-        validation = _open(builder, "validation" if "validation" in builder.info.splits else "test", label)
+        train = _open(builder, data.train_split, label)
+        held_out = "validation" if "validation" in builder.info.splits else "test"
+        validation = _open(builder, data.validation_split or held_out, label)
     except UserError:
         raise
     except Exception as error:
@@ -282,8 +283,8 @@ def _open(builder: tfds.core.DatasetBuilder, split: str, label: str) -> Source:
             f"to prepare it anew, or: tfds convert_format --dataset_dir={builder.data_path} "
             "--out_file_format=array_record"
         ) from error
-    info = builder.info.splits[split]
-    return Source(examples, label, tuple(zip(map(Path, info.filepaths), info.shard_lengths, strict=True)))
+    shards = builder.info.splits[split].file_instructions
+    return Source(examples, label, tuple((Path(shard.filename), shard.examples_in_shard) for shard in shards))
 
 
 def _place(split: str, source: Source, info: DatasetInfo, data: Any) -> Arrays | Source:

@@ -35,7 +35,7 @@ def _shaping(config: Any) -> list[str]:
         names.append("rho_max_depth")
     elif config.attention in espa.FORMS:
         names.append("gamma_max_depth")
-    elif config.attention == "shift":
+    elif config.attention in ("shift", "fixed_shift"):
         names += ["shift_eps", "shift_in_place"]
     if config.activation == "tailored_relu":
         names.append("c_val_0_target")
@@ -86,7 +86,7 @@ def model_arguments(config: Any, image_shape: tuple[int, int, int]) -> dict[str,
         _one_of("model.mlp", config.mlp, simplest_vit.MLPS)
         _one_of("model.activation", config.activation, simplest_vit.MLPS[config.mlp])
         _one_of("model.init", config.init, simplest_vit.INITS)
-        if config.attention == "shift" and sizes["num_heads"] > num_tokens:
+        if config.attention in ("shift", "fixed_shift") and sizes["num_heads"] > num_tokens:
             raise UserError(
                 f"config.model.num_heads={sizes['num_heads']} must be at most the {num_tokens} tokens, for shift "
                 "attention has an offset for each head; choose fewer heads or a smaller config.model.patch_size"

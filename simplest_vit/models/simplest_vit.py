@@ -19,7 +19,7 @@ from jax.nn.initializers import zeros
 from simplest_vit.models import espa, initializers, layers, shift, tat
 
 # Ways to shape attention: the forms of E-SPA, shifts, Value-SkipInit, and the contrast that collapses.
-ATTENTIONS = (*espa.FORMS, "shift", "value_skipinit", "unshaped")
+ATTENTIONS = (*espa.FORMS, "shift", "fixed_shift", "value_skipinit", "unshaped")
 # Activations of each MLP; those of the mirrored one have phi(z) - phi(-z) = z.
 _MIRRORED: dict[str, Callable] = {"gelu": layers.gelu, "silu": jax.nn.silu, "relu": jax.nn.relu}
 MLPS = {"shaped": ("tailored_relu", "relu"), "mirrored": tuple(_MIRRORED)}
@@ -63,6 +63,30 @@ class ShapedAttention(nnx.Module):
             self.attention_bias[...],
             None if self.row_scale is None else self.row_scale[...],
         )
+
+
+class FixedShift(nnx.Module):
+    """Shift attention without queries and keys: token mixing by constant matrices, out_h = A_h (x W_h)."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        attention_bias: jax.Array,
+        *,
+        value_init: Callable = initializers.gaussian_fan_in,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.value = nnx.Linear(width, width, kernel_init=value_init, dtype=dtype, rngs=rngs)
+        self.matrix = layers.Constant(jax.nn.softmax(attention_bias, axis=-1))
+        self.num_heads = num_heads
+
+    def __call__(self, x: jax.Array, joined: layers.Joined | None = None) -> jax.Array:
+        """Map tokens [B, T, D] to tokens [B, T, D]."""
+        (value,) = layers.project(x, self.value)
+        heads = value.reshape(*x.shape[:2], self.num_heads, -1)
+        return jnp.einsum("hts,bshd->bthd", self.matrix[...].astype(value.dtype), heads).reshape(x.shape)
 
 
 class UnshapedAttention(nnx.Module):
@@ -221,7 +245,8 @@ class SimplestViT(nnx.Module):
         embedding_init = orthogonal if init == "isometric" else initializers.gaussian_fan_in
         shaping: tuple[np.ndarray, ...] = ()  # constants of each block, [L, ...]
         attention_class: Callable = ShapedAttention
-        if attention == "shift":
+        if attention in ("shift", "fixed_shift"):
+            attention_class = ShapedAttention if attention == "shift" else FixedShift
             offsets = shift.head_offsets(num_heads, grid, depth, shift_in_place)
             shaping = (shift.attention_bias(offsets, grid, shift_eps),)
         elif attention in espa.FORMS:
@@ -270,7 +295,9 @@ class SimplestViT(nnx.Module):
         Returns:
           Logits, float32 [B, num_classes].
         """
-        joined = layers.join_projections(self.blocks.attention) if self.attention_kernel == "fused" else None
+        joined = None
+        if self.attention_kernel == "fused" and hasattr(self.blocks.attention, "query"):
+            joined = layers.join_projections(self.blocks.attention)
         x = self.patch_embedding(layers.patchify(image, self.patch_size))
         x = x + self.position_embedding[...].astype(self.dtype)[None]
         x = layers.scan(self.blocks, x, joined, remat=self.remat)

@@ -179,6 +179,11 @@ class Options:
         """
         return self.dtype if self.mu_dtype is None else _enabled("mu_dtype", self.mu_dtype)
 
+    @property
+    def refresh_early(self) -> bool:
+        """Whether all preconditioners are computed in each of the first k steps after the start."""
+        return False
+
     def diagonal(self, preconditioned: bool) -> Diagonal:
         """Choose the diagonal method of parameters that are preconditioned, or of the others."""
         raise NotImplementedError
@@ -257,6 +262,16 @@ class SoapOptions(Options):
     epsilon: Number = 1e-8
     precondition_frequency: int = 10
     basis: Basis = "auto"
+
+    @property
+    def start(self) -> int:
+        """The last step that is Adam's own: none by default."""
+        return self.start_preconditioning_step or 0
+
+    @property
+    def refresh_early(self) -> bool:
+        """A first basis from few gradients is poor, and each refresh is but one step of an iteration."""
+        return True
 
     def diagonal(self, preconditioned: bool) -> Diagonal:
         """Choose Adam, in the eigenbasis and elsewhere."""

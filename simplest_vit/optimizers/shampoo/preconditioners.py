@@ -124,8 +124,9 @@ def in_turn(
       The new `changing`.
     """
     k = options.precondition_frequency
+    is_early = (count > options.start) & (count <= options.start + k) if options.refresh_early else False
     if not options.stagger:
-        is_due = (count % k == 0) & (count >= options.start)
+        is_due = is_early | ((count % k == 0) & (count >= options.start))
         return jax.lax.cond(is_due, lambda changing: function(fixed, changing), lambda changing: changing, changing)
 
     def rows_of(tree: Any) -> jax.Array:
@@ -135,14 +136,19 @@ def in_turn(
     def take(tree: Any, rows: jax.Array) -> Any:
         return jax.tree.map(lambda x: x.at[rows].get(mode="clip", unique_indices=True, indices_are_sorted=True), tree)
 
-    rows = [rows_of(tree) for tree in changing]
-    new = function(*([take(tree, r) for tree, r in zip(trees, rows, strict=True)] for trees in (fixed, changing)))
-    return [
-        jax.tree.map(
-            lambda x, y, r=r: x.at[r].set(y, mode="drop", unique_indices=True, indices_are_sorted=True), tree, part
-        )
-        for tree, part, r in zip(changing, new, rows, strict=True)
-    ]
+    def some(changing: Any) -> Any:
+        rows = [rows_of(tree) for tree in changing]
+        new = function(*([take(tree, r) for tree, r in zip(trees, rows, strict=True)] for trees in (fixed, changing)))
+        return [
+            jax.tree.map(
+                lambda x, y, r=r: x.at[r].set(y, mode="drop", unique_indices=True, indices_are_sorted=True), tree, part
+            )
+            for tree, part, r in zip(changing, new, rows, strict=True)
+        ]
+
+    if options.refresh_early:
+        return jax.lax.cond(is_early, lambda changing: function(fixed, changing), some, changing)
+    return some(changing)
 
 
 def by_class(
