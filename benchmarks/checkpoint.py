@@ -16,7 +16,7 @@ import time
 import jax
 from absl import flags
 
-from benchmarks import noise
+from benchmarks import fake_data
 from simplest_vit import cli
 from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
 from simplest_vit.training.run import build
@@ -29,8 +29,8 @@ _SAVES = flags.DEFINE_integer("saves", 5, "Timed saves.", lower_bound=2)
 def _main(arguments: list[str]) -> None:
     del arguments
     config = cli.CONFIG.value
-    run = build(config, noise.info_of(config), create_mesh())
-    batch = noise.batch(run.data, config.batch_size)
+    run = build(config, fake_data.info_of(config), create_mesh())
+    batch = fake_data.batch(run.data, config.batch_size)
 
     start = time.perf_counter()
     state = jax.block_until_ready(run.create_state())

@@ -31,7 +31,7 @@ import jax
 from absl import flags
 from jax.experimental import topologies
 
-from benchmarks import noise, roofline
+from benchmarks import fake_data, roofline
 from benchmarks.flops import step_flops
 from simplest_vit import cli
 from simplest_vit.errors import UserError
@@ -88,8 +88,8 @@ def compile_for(device: jax.Device, function: Any, *arguments: Any, options: dic
 
 def describe(settings: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """One row of the table, and the kernels, of the step of `simplest-vit train`."""
-    run = build(settings, noise.info_of(settings), create_mesh(devices=[target()]))
-    batch = noise.abstract_batch(run.data, settings.batch_size)
+    run = build(settings, fake_data.info_of(settings), create_mesh(devices=[target()]))
+    batch = fake_data.abstract_batch(run.data, settings.batch_size)
     start = time.perf_counter()
     compiled, program = compile_for(target(), run.train_step, run.abstract, batch, options=options)
     seconds = sum(kernel.seconds for kernel in program.kernels)
@@ -136,7 +136,7 @@ def at_commit(commit: str) -> dict[str, Any]:
         if added.returncode:
             raise UserError(f"--commit={commit}: {added.stderr.strip().splitlines()[-1]}")
         try:
-            for name in ("compiled.py", "roofline.py", "noise.py", "flops.py", "h200.txtpb"):
+            for name in ("compiled.py", "roofline.py", "fake_data.py", "flops.py", "h200.txtpb"):
                 shutil.copy(_HERE / name, tree / "benchmarks" / name)
             arguments = [*cli.config_arguments(sys.argv[1:]), *(f"--xla={text}" for text in _OPTIONS.value)]
             command = [sys.executable, "-m", "benchmarks.compiled", *arguments, "--json"]

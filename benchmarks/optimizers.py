@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from benchmarks import noise
+from benchmarks import fake_data
 from simplest_vit import cli
 from simplest_vit.data.pipeline import Batch
 from simplest_vit.optimizers import paths
@@ -117,10 +117,10 @@ def make_runs(params: Any, gradient_of: Callable[..., Any]) -> dict[str, Run]:
 def _main(_: list[str]) -> None:
     """Prints a table and the plan."""
     config = cli.CONFIG.value
-    run = build(config, noise.info_of(config))
+    run = build(config, fake_data.info_of(config))
     state = run.create_state()
     size = config.batch_size if _DIRECT.value else _MEASURED.value
-    batch = noise.batch(run.data, size)
+    batch = fake_data.batch(run.data, size)
 
     def loss(params: Any, batch: Batch) -> jax.Array:
         logits = apply_model(run.graphdef, params, state.constants, batch["image"], jax.random.key(0))

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from benchmarks import noise
+from benchmarks import fake_data
 from benchmarks.flops import step_flops
 from simplest_vit import cli
 from simplest_vit.analysis.contrasts import name_of
@@ -55,7 +55,7 @@ class Program(NamedTuple):
 
 def ours(name: str, run: Run) -> Program:
     """The train step of `main.py`, compiled."""
-    batch = noise.batch(run.data, run.config.batch_size)
+    batch = fake_data.batch(run.data, run.config.batch_size)
     state = run.create_state()
     start = time.perf_counter()
     compiled = run.train_step.lower(state, batch).compile()
@@ -80,7 +80,7 @@ def pytorch(run: Run, compiled: bool) -> Program:
     from tests import torch_reference
 
     options = run.config
-    batch = noise.batch(run.data, options.batch_size)
+    batch = fake_data.batch(run.data, options.batch_size)
     image, label = np.array(batch["image"]), np.array(batch["label"])  # copies: PyTorch wants to write
     torch.set_float32_matmul_precision("high")  # on a GPU TF32, as JAX's default is
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
@@ -130,7 +130,7 @@ def _main(_: list[str]) -> None:
         configs["against"] = _AGAINST.value
     for options in configs.values():
         attention.check_devices(options.model.attention_kernel, jax.devices())
-    runs = {name: build(options, noise.info_of(options)) for name, options in configs.items()}
+    runs = {name: build(options, fake_data.info_of(options)) for name, options in configs.items()}
     programs = [ours(*item) for item in runs.items()]
     own = len(programs)
     network = name_of(configs["this"].model)

@@ -20,7 +20,7 @@ if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("
         raise ImportError("the tests of what is compiled for a GPU need jax-cuda13-pjrt and jax-cuda13-plugin")
     pytest.skip("needs JAX's CUDA plugin", allow_module_level=True)
 
-from benchmarks import compiled, noise
+from benchmarks import compiled, fake_data
 
 SIZES = {"model.depth": 7, "model.width": 64, "model.num_heads": 2, "model.mlp_dim": 128, "batch_size": 32}
 
@@ -53,7 +53,7 @@ def test_a_step_waits_for_nothing(config):
 @pytest.mark.parametrize("mode", ["batch", "example"])
 def test_a_batch_waits_for_nothing(mode):
     config = small("setup=simple_vit", data__cutmix_alpha=1.0, data__mixup_mode=mode).data
-    data = noise.info((32, 32, 3), 10)
+    data = fake_data.info((32, 32, 3), 10)
     sample = functools.partial(
         device.train_batch, preprocessing=Preprocessing.of(data, config), batch_size=32, sharding=None
     )

@@ -1,4 +1,4 @@
-"""Noise in the place of a data set: what is timed or compiled here does not depend on the pixels."""
+"""Fake data in place of a data set: the benchmarks time and compile what does not depend on the pixels."""
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,16 @@ _SHAPES = {
 
 
 def info_of(config: ConfigDict) -> DatasetInfo:
-    """A data set of the shape of a config's."""
+    """Describe a fake data set of the shape that a config asks for."""
     size, channels, num_classes = _SHAPES[config.data.name]
     size = config.data.image_size or size
     return info((size, size, channels), num_classes)
 
 
 def info(image_shape: tuple[int, int, int], num_classes: int) -> DatasetInfo:
-    """A data set of the size of ImageNet, of which there are no examples."""
+    """Describe a data set of the size of ImageNet that has no examples."""
     return DatasetInfo(
-        name="noise",
+        name="fake",
         version="",
         train_size=1_281_167,
         validation_size=50_000,
@@ -41,7 +41,7 @@ def info(image_shape: tuple[int, int, int], num_classes: int) -> DatasetInfo:
 
 
 def batch(data: DatasetInfo, size: int) -> Batch:
-    """A batch on the device: Gaussian images and labels of one class each."""
+    """Make a batch on the device: Gaussian images, and labels of one class each."""
     image_key, label_key = jax.random.split(jax.random.key(0))
     return {
         "image": jax.random.normal(image_key, (size, *data.image_shape)),
@@ -51,5 +51,5 @@ def batch(data: DatasetInfo, size: int) -> Batch:
 
 
 def abstract_batch(data: DatasetInfo, size: int) -> Batch:
-    """The shapes of a batch, which is not made."""
+    """Return the shapes of a batch without making it."""
     return jax.eval_shape(lambda: batch(data, size))
