@@ -123,7 +123,7 @@ def main() -> None:
             arguments, fields = CELLS[name]
             fields = [*fields, f"data.dir={options.data_dir}"]
             fields += ["eval_every=720", "checkpoint_every=720", *(TOY_STEPS if options.toy else [])]
-            command = program("simplest_vit", "train", f"--config={CONFIG}:setup=tat,{arguments}")
+            command = program("simplest_vit", "train", f"--config={CONFIG}:augmentation=basic,{arguments}")
             command += [f"--workdir={folder / 'cifar10' / name}", *(f"--config.{field}" for field in fields), *toy]
             cells.append((name, command))
         good &= run(cells, folder, end, options.at_once)

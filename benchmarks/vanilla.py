@@ -17,13 +17,13 @@ import statistics
 import sys
 from typing import Any
 
-from simplest_vit import cli, signals
+from simplest_vit import cli, preemption
 from simplest_vit.analysis import figures
 from simplest_vit.analysis.curve_figure import draw_curves
 from simplest_vit.analysis.report import table
 from simplest_vit.analysis.runs import Run, find_runs, read_curves
-from simplest_vit.errors import Interrupted, UserError, tell
-from simplest_vit.programs.sweep import Point, execute, find_devices, share_devices
+from simplest_vit.commands.sweep import Point, execute, find_devices, share_devices
+from simplest_vit.errors import Interrupted, UserError, print_error
 
 PROTOCOL = {
     "batch_size": 64,
@@ -127,7 +127,7 @@ def points(options: argparse.Namespace) -> list[Point]:
             point.commands.append(
                 [
                     *(sys.executable, "-m", "simplest_vit", "train", f"--workdir={folder}"),
-                    f"--config={options.config}:setup=tat,optimizer={optimizer},{arguments}",
+                    f"--config={options.config}:augmentation=basic,optimizer={optimizer},{arguments}",
                     *(f"--config.{field}={value}" for field, value in overrides.items()),
                 ]
             )
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--hold_out", action="store_true", help="train on 45,000 images, validate on the other 5,000")
     parser.add_argument("--at_once", type=int, default=1, help="runs at the same time")
     options = parser.parse_args()
-    signals.watch((signal.SIGTERM, signal.SIGINT), handler=cli.interrupt)
+    preemption.watch((signal.SIGTERM, signal.SIGINT), handler=cli.interrupt)
     try:
         shares = share_devices(*find_devices(), options.at_once)
         failed = execute(points(options), [_ENVIRONMENT | share for share in shares])
@@ -191,7 +191,7 @@ def main() -> None:
                 figure = draw_curves(curves, "CIFAR-10, protocol M, best learning rate")
                 figures.save(figure, pathlib.Path(options.workdir, "curves"))
     except (UserError, Interrupted) as error:
-        sys.exit(tell(error))
+        sys.exit(print_error(error))
     sys.exit(3 if failed else 0)
 
 

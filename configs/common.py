@@ -13,15 +13,15 @@ def small_data(arguments: str | None) -> ConfigDict:
     """The reference's recipe for CIFAR-10/100 and TinyImageNet-200: 90 epochs of batches of 2048.
 
     Args:
-      arguments: `setup=tat|simple_vit`, `model=simplest_vit|simple_vit`, `method=espa_tat|isometric` (of simplest_vit),
-        `optimizer=adam|...`.
+      arguments: `augmentation=basic|strong`, `model=simplest_vit|simple_vit`, `method=espa_tat|isometric` (of
+        simplest_vit), `optimizer=adam|...`.
 
     Returns:
       The config.
     """
     choice = parse_arguments(
         arguments,
-        setup=("tat", "simple_vit"),
+        augmentation=("basic", "strong"),
         model=("simplest_vit", "simple_vit"),
         method=tuple(METHODS),
         optimizer=tuple(LEARNING_RATES),
@@ -35,7 +35,7 @@ def small_data(arguments: str | None) -> ConfigDict:
         config.optimizer.learning_rate = SIMPLE_VIT_ADAM
     if choice["optimizer"] == "shampoo":
         config.optimizer.precondition_frequency = 25
-    if choice["setup"] == "tat":
+    if choice["augmentation"] == "basic":
         config.label_smoothing = 0.1
     else:
         config.data.mixup_alpha = 0.2

@@ -1,8 +1,9 @@
-"""SimplEsT-ViT-S/16 or SimpleViT-S/16 on ImageNet-1k (224 px): 90 epochs of batches of 1024 (112,590 steps).
+r"""SimplEsT-ViT-S/16 or SimpleViT-S/16 on ImageNet-1k (224 px): 90 epochs of batches of 1024 (112,590 steps).
 
-The reference's top-1 validation accuracy: SimplEsT-ViT with Shampoo@25 70.53 % (setup tat), 70.71 % (simple_vit).
+The reference's top-1 validation accuracy: SimplEsT-ViT with Shampoo@25 70.53 % (basic augmentation), 70.71 % (strong).
 
-    python main.py --config configs/imagenet.py:setup=simple_vit --workdir runs/imagenet --config.data.manual_dir=TARS
+    python main.py --config configs/imagenet.py:augmentation=strong --workdir runs/imagenet \
+        --config.data.manual_dir=TARS
 """
 
 from ml_collections import ConfigDict

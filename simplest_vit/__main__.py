@@ -1,5 +1,5 @@
-"""`python -m simplest_vit COMMAND`, which is `simplest-vit COMMAND` where it is not installed."""
+"""`python -m simplest_vit`: the command line where `simplest-vit` is not installed."""
 
-from simplest_vit.programs import main
+from simplest_vit.commands import main
 
 main()

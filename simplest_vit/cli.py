@@ -12,8 +12,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from simplest_vit import signals
-from simplest_vit.errors import Interrupted, TrainingError, UserError, not_installed, tell
+from simplest_vit import preemption
+from simplest_vit.errors import Interrupted, TrainingError, UserError, not_installed, print_error
 
 _CONFIGS: list[flags.FlagHolder] = []
 
@@ -87,7 +87,7 @@ def run(
       positional: Whether arguments without a flag are allowed.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(_help(program.__module__))
+        print(_help(program, (*required, *optional)))
         return
     # The libraries tell what goes wrong, this project also what goes on.
     absl_logging.set_verbosity(absl_logging.ERROR)
@@ -106,14 +106,14 @@ def run(
         heard.append(number)
         interrupt(number, frame)
 
-    signals.watch((signal.SIGTERM, signal.SIGINT), handler=stop)
+    preemption.watch((signal.SIGTERM, signal.SIGINT), handler=stop)
     try:
         app.run(
             lambda arguments: _run_program(program, arguments[1:]),
             flags_parser=lambda argv: _parse(argv, usage, required, optional, positional),
         )
     except (UserError, TrainingError, Interrupted) as error:
-        sys.exit(tell(error))
+        sys.exit(print_error(error))
     except BrokenPipeError:  # of `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
@@ -121,7 +121,7 @@ def run(
         if not heard:
             raise
         # Where the import of an extension module is interrupted, it fails with an error of its own.
-        sys.exit(tell(_interrupted(heard[0])))
+        sys.exit(print_error(_interrupted(heard[0])))
 
 
 def interrupt(number: int, frame: Any) -> None:
@@ -192,10 +192,18 @@ def _parse(
     return remaining
 
 
-def _help(module: str) -> str:
-    """What a program does, by the docstring of its module, and its flags."""
-    own = [flags.FLAGS.module_help(sys.argv[0] if name == "__main__" else name) for name in (module, __name__)]
-    return "\n\n".join([sys.modules[module].__doc__ or "", *own])
+def _help(program: Callable[[list[str]], None], shared: tuple[str, ...]) -> str:
+    """Describe a program by the docstring of its module, the flags of that module, and those of the run it takes."""
+    module = sys.modules[program.__module__]
+    own = flags.FLAGS.get_key_flags_for_module(sys.argv[0] if module.__name__ == "__main__" else module.__name__)
+    taken = [flags.FLAGS[name] for name in shared] + [flag for flag in own if flag.name not in shared]
+    lines = [f"  --{flag.name:<20} {_meaning(flag)}" for flag in taken]
+    return "\n".join([module.__doc__ or "", "Flags:", *lines])
+
+
+def _meaning(flag: flags.Flag) -> str:
+    default = "" if flag.default in (None, [], False) else f" (default: {flag.default_as_str})"
+    return flag.help.splitlines()[0].rstrip(";") + default  # absl appends lines of its own
 
 
 def _explain(error: BaseException, flag: str, arguments: list[str]) -> str:

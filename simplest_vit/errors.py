@@ -46,7 +46,7 @@ def not_installed(error: ModuleNotFoundError) -> UserError:
     return UserError(f"{error}; install what the programs need: {remedy}")
 
 
-def tell(error: UserError | TrainingError | Interrupted) -> int:
+def print_error(error: UserError | TrainingError | Interrupted) -> int:
     """Print the line of an error; its exit code."""
     print(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr, flush=True)
     return error.exit_code

@@ -166,8 +166,8 @@ PREVIEW = "simplest_vit preview --config configs/digits.py --config.data.dir={ol
 
 # (command, expected)
 COMMANDS = [
-    ("main.py", "--workdir is missing; usage: python main.py"),
-    ("main.py --workdir {new}/run", "--config is missing; usage: python main.py"),
+    ("main.py", "a command is missing; expected one of train, "),
+    ("main.py --workdir {new}/run", "--config is missing; usage: simplest-vit train"),
     ("main.py --config configs/digits.py", "--workdir is missing; usage: "),
     ("main.py --config configs/digits.py --workdir=", "--workdir is missing; usage: "),
     ("main.py --config configs/none.py --workdir {new}/run", "No such file or directory: 'configs/none.py'"),
@@ -175,7 +175,7 @@ COMMANDS = [
     ("main.py --config configs/digits.py:model=resnet --workdir {new}/run", "config argument model=resnet is unknown"),
     ("main.py --config configs/digits.py:optimiser=adam --workdir {new}/run", "'optimiser=adam' is unknown; expected"),
     ("main.py --config configs/digits.py:adam --workdir {new}/run", "config argument 'adam' is unknown"),
-    (DIGITS + " --mode fly", "--mode=fly: value should be one of <train|evaluate|predict>"),
+    (DIGITS + " --mode fly", "command 'fly' is unknown; expected one of train, "),
     (DIGITS + " --mod fly --wrkdir", "Unknown command line flag"),
     (DIGITS + " more", "unexpected argument 'more'"),
     (DIGITS + " --config.epoch=3", "names 'epoch', which is no field"),
@@ -199,9 +199,9 @@ COMMANDS = [
         DIGITS + " --mode predict --images {old}/text.jpg --config.data.image_size=-5",
         "config.data.image_size=-5 must be",
     ),
-    (DIGITS + " --mode predict --process_id=0", "--process_id is not for --mode=predict"),
-    (DIGITS + " --mode evaluate --json", "--json is not for --mode=evaluate"),
-    (DIGITS + " --images a.jpg", "--images is not for --mode=train"),
+    (DIGITS + " --mode predict --process_id=0", "Unknown command line flag 'process_id'"),
+    (DIGITS + " --mode evaluate --json", "Unknown command line flag 'json'"),
+    (DIGITS + " --images a.jpg", "Unknown command line flag 'images'"),
     (DIGITS + " --coordinator_address=localhost:99999 --num_processes=2 --process_id=1", "must be HOST:PORT"),
     (
         DIGITS + " --coordinator_address=localhost:1 --num_processes=2 --process_id=1 --config.log_every=0",

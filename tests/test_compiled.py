@@ -52,7 +52,7 @@ def test_a_step_waits_for_nothing(config):
 
 @pytest.mark.parametrize("mode", ["batch", "example"])
 def test_a_batch_waits_for_nothing(mode):
-    config = small("setup=simple_vit", data__cutmix_alpha=1.0, data__mixup_mode=mode).data
+    config = small("augmentation=strong", data__cutmix_alpha=1.0, data__mixup_mode=mode).data
     data = fake_data.info((32, 32, 3), 10)
     sample = functools.partial(
         device.train_batch, preprocessing=Preprocessing.of(data, config), batch_size=32, sharding=None

@@ -26,10 +26,10 @@ def get_config(name, arguments=None):
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_choice_of_every_config_describes_a_run(name):
-    setups = [None] if name == "digits" else ["tat", "simple_vit"]
+    setups = [None] if name == "digits" else ["basic", "strong"]
     models = ["simplest_vit,method=espa_tat", "simplest_vit,method=isometric", "simple_vit"]
     for setup, model, optimizer in itertools.product(setups, models, OPTIMIZERS):
-        arguments = f"model={model},optimizer={optimizer}" + (f",setup={setup}" if setup else "")
+        arguments = f"model={model},optimizer={optimizer}" + (f",augmentation={setup}" if setup else "")
         config = get_config(name, arguments)
         check(config)
         assert config.data.name == name
@@ -42,8 +42,8 @@ def test_every_choice_of_every_config_describes_a_run(name):
     ("name", "arguments", "expected"),
     [
         ("cifar10", None, {"epochs": 90, "batch_size": 2048, "warmup_steps": 75, "grad_clip": 1.0, "seed": 3407}),
-        ("cifar10", "setup=tat", {"label_smoothing": 0.1, "data.mixup_alpha": 0.0, "model.patch_size": 4}),
-        ("cifar100", "setup=simple_vit", {"label_smoothing": 0.0, "data.mixup_alpha": 0.2}),
+        ("cifar10", "augmentation=basic", {"label_smoothing": 0.1, "data.mixup_alpha": 0.0, "model.patch_size": 4}),
+        ("cifar100", "augmentation=strong", {"label_smoothing": 0.0, "data.mixup_alpha": 0.2}),
         ("cifar10", "model=simple_vit,optimizer=adam", {"optimizer.learning_rate": 1e-3}),
         ("cifar10", "model=simplest_vit,optimizer=adam", {"optimizer.learning_rate": 5e-4}),
         ("tiny_imagenet", None, {"epochs": 90, "batch_size": 2048, "model.patch_size": 8, "warmup_steps": 75}),
@@ -60,7 +60,7 @@ def test_hyperparameters_are_the_reference_s(name, arguments, expected):
         assert section == value, field
 
 
-@pytest.mark.parametrize("arguments", ["optimiser=adam", "adam", "setup=vit", "model="])
+@pytest.mark.parametrize("arguments", ["optimiser=adam", "adam", "augmentation=vit", "model="])
 def test_a_mistyped_argument_is_one_line(arguments):
     with pytest.raises(UserError, match=r"config argument .* is unknown; expected [^\n]*$"):
         get_config("cifar10", arguments)

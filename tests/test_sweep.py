@@ -13,8 +13,8 @@ import time
 
 import pytest
 
+from simplest_vit.commands import sweep
 from simplest_vit.errors import UserError
-from simplest_vit.programs import sweep
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]

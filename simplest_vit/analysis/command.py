@@ -26,8 +26,9 @@ def command(config: dict[str, Any]) -> str:
     except ImportError:
         return ""
     own = (f"model={flat.get('model.name')}",), (f"optimizer={flat.get('optimizer.name')}",)
-    setups, methods = ("setup=tat", "setup=simple_vit", None), (None, *(f"method={name}" for name in METHODS))
-    choices = itertools.product(setups, *own, methods)
+    augmentations = ("augmentation=basic", "augmentation=strong", None)
+    methods = (None, *(f"method={name}" for name in METHODS))
+    choices = itertools.product(augmentations, *own, methods)
     found = []
     for choice in choices:
         arguments = ",".join(filter(None, choice))

@@ -120,7 +120,7 @@ class Checkpoints:
         Raises:
           UserError: If all are damaged, or there is none to read.
         """
-        step = distributed.from_primary(lambda: self._first_whole(reversed(self.steps())))
+        step = distributed.broadcast_from_primary(lambda: self._first_whole(reversed(self.steps())))
         self._manager.reload()
         return step
 
@@ -130,7 +130,9 @@ class Checkpoints:
         Raises:
           UserError: If all checkpoints are damaged.
         """
-        return distributed.from_primary(lambda: self._first_whole(sorted(self.steps(), key=self._rank, reverse=True)))
+        return distributed.broadcast_from_primary(
+            lambda: self._first_whole(sorted(self.steps(), key=self._rank, reverse=True))
+        )
 
     def progress(self, step: int) -> Progress:
         """The progress of a checkpoint that is whole."""
@@ -179,7 +181,7 @@ class Checkpoints:
           UserError: If the checkpoint is damaged or holds another state.
           CheckpointError: If it cannot be read.
         """
-        reason = distributed.from_primary(lambda: self._damage(step))
+        reason = distributed.broadcast_from_primary(lambda: self._damage(step))
         if reason is None:
             with self._told("cannot be read"):
                 found = self._manager.item_metadata(step)["state"].tree
@@ -198,7 +200,7 @@ class Checkpoints:
                 partial_restore=isinstance(abstract, dict),
             )
             restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
-        return restored["state"], distributed.from_primary(lambda: self.progress(step))
+        return restored["state"], distributed.broadcast_from_primary(lambda: self.progress(step))
 
     def _write_record(self) -> None:
         """Called by Orbax when all files are written, before the folder gets its name."""

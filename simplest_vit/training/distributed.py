@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError, tell
+from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError, print_error
 
 # Seconds: until all processes must have started, until one that is silent counts as gone, and for failing together.
 _START_TIMEOUT = 300
@@ -115,7 +115,7 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def from_primary(ask: Callable[[], Any]) -> Any:
+def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
     """What process 0 is answered, for all of them: of what is on a disk each may see something else.
 
     Args:
@@ -144,7 +144,7 @@ def from_primary(ask: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def stop_with_the_others() -> Iterator[None]:
+def abort_together() -> Iterator[None]:
     """Around the program: where one process of several cannot go on, none waits for it for ever.
 
     Where all fail alike, within `_FAILURE_TIMEOUT`, each ends as if it were alone. Where one fails, it leaves at once,
@@ -193,7 +193,7 @@ def _all_fail() -> bool:
 def _leave(error: BaseException) -> NoReturn:
     """End this process without waiting for anything."""
     if isinstance(error, UserError | TrainingError | Interrupted):
-        code = tell(error)
+        code = print_error(error)
     else:
         traceback.print_exception(error)
         sys.stderr.flush()

@@ -8,11 +8,11 @@ from typing import Self
 import jax
 from jax.experimental import multihost_utils
 
-from simplest_vit import signals
+from simplest_vit import preemption
 
 
 class Interruption:
-    """Notes the first SIGTERM or SIGINT while it is entered; a second SIGINT ends the process (`signals.watch`).
+    """Notes the first SIGTERM or SIGINT while it is entered; a second SIGINT ends the process (`preemption.watch`).
 
     With several processes JAX takes SIGTERM and has all of them stop after the same step; SIGINT is handed on as one.
     """
@@ -24,7 +24,7 @@ class Interruption:
     def __enter__(self) -> Self:
         self._alone = jax.process_count() == 1
         numbers = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
-        self._stop = signals.watch(numbers, note=self._note)
+        self._stop = preemption.watch(numbers, note=self._note)
         return self
 
     def __exit__(

@@ -70,17 +70,17 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
     attention.check_devices(config.model.attention_kernel, jax.devices())
     path = check_workdir(workdir, config.to_dict())
-    if distributed.from_primary((path / RESULTS).exists):  # whatever has become of the data since
+    if distributed.broadcast_from_primary((path / RESULTS).exists):  # whatever has become of the data since
         log.info("%s has finished: its %s is repeated here", path, RESULTS)
-        return distributed.from_primary(lambda: read_json(path / RESULTS))
+        return distributed.broadcast_from_primary(lambda: read_json(path / RESULTS))
     dataset = pipeline.load(config.data)
     run = build(config, dataset.info, mesh)
     weights = None
-    if config.init_from and not distributed.from_primary(lambda: has_checkpoint(path)):
+    if config.init_from and not distributed.broadcast_from_primary(lambda: has_checkpoint(path)):
         weights = weights_to_start_from(run)
 
     with contextlib.ExitStack() as stack:
-        distributed.from_primary(lambda: stack.enter_context(claim_workdir(path, config.to_dict(), run.data)))
+        distributed.broadcast_from_primary(lambda: stack.enter_context(claim_workdir(path, config.to_dict(), run.data)))
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(Checkpoints(path, create=True))
         writer = metric_writers.create_default_writer(path, just_logging=not distributed.is_primary())
@@ -227,7 +227,7 @@ def _report(run: Run, meter: Meter, step: int) -> dict[str, float]:
 def _overdue(config: Any, saved_time: float) -> bool:
     """Whether it is time for a checkpoint out of turn; all processes decide alike."""
     minutes = config.checkpoint_minutes
-    return bool(minutes) and distributed.from_primary(lambda: time.monotonic() - saved_time > 60 * minutes)
+    return bool(minutes) and distributed.broadcast_from_primary(lambda: time.monotonic() - saved_time > 60 * minutes)
 
 
 @contextlib.contextmanager

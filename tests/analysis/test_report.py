@@ -43,11 +43,11 @@ def finish(folder, config, accuracy, seed=0, **changes):
 def folder(tmp_path):
     """Three seeds of CIFAR-10 by the recipe, a worse learning rate, ImageNet, digits, and three that cannot be used."""
     for seed, accuracy in enumerate((0.79, 0.80, 0.81)):
-        finish(tmp_path / f"cifar{seed}", cifar10.get_config("setup=tat,optimizer=adam"), accuracy, seed)
-    worse = cifar10.get_config("setup=tat,optimizer=adam")
+        finish(tmp_path / f"cifar{seed}", cifar10.get_config("augmentation=basic,optimizer=adam"), accuracy, seed)
+    worse = cifar10.get_config("augmentation=basic,optimizer=adam")
     worse.optimizer.learning_rate = 1e-5
     finish(tmp_path / "worse", worse, 0.5)
-    finish(tmp_path / "imagenet", imagenet.get_config("setup=simple_vit,optimizer=shampoo"), 0.71)
+    finish(tmp_path / "imagenet", imagenet.get_config("augmentation=strong,optimizer=shampoo"), 0.71)
     finish(tmp_path / "digits", digits.get_config(), 0.97)
     finish(tmp_path / "old", digits.get_config(), 0.97)
     (tmp_path / "old" / "results.json").write_text(json.dumps({"accuracy": 0.9}))
@@ -73,7 +73,7 @@ def test_cells_have_reference_ours_and_difference(folder):
 
 def test_runs_that_deviate_from_the_recipe_are_not_in_the_tables():
     reference = report.reference_results()
-    config = cifar10.get_config("setup=tat,optimizer=adam")
+    config = cifar10.get_config("augmentation=basic,optimizer=adam")
     assert report.deviations(runs.flatten(config.to_dict()), reference) == []
     config.batch_size, config.steps, config.model.width = 64, 100, 192
     found = report.deviations(runs.flatten(config.to_dict()), reference)
@@ -166,11 +166,11 @@ def test_a_step_made_twice_counts_once(tmp_path):
 
 
 def test_the_command_gives_the_config_back():
-    config = cifar10.get_config("setup=simple_vit,model=simplest_vit,optimizer=shampoo")
+    config = cifar10.get_config("augmentation=strong,model=simplest_vit,optimizer=shampoo")
     config.weight_decay = 0.0
     line = command(config.to_dict())
     assert line.startswith(
-        "python main.py --config configs/cifar10.py:setup=simple_vit,model=simplest_vit,optimizer=sh"
+        "python main.py --config configs/cifar10.py:augmentation=strong,model=simplest_vit,optimizer=sh"
     )
     assert line.endswith(" --config.weight_decay=0.0")
     arguments = "model=simplest_vit,optimizer=soap,method=isometric"

@@ -79,7 +79,7 @@ GONE = "another process of the run has gone"
 def test_what_ends_a_computation_is_told(monkeypatch, capsys, error, processes, raised, said):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(raised) as info, distributed.stop_with_the_others():
+    with pytest.raises(raised) as info, distributed.abort_together():
         raise jax.errors.JaxRuntimeError(error)
     line = capsys.readouterr().err
     assert said in line
@@ -111,7 +111,7 @@ def test_who_fails_alone_leaves_at_once(monkeypatch, capsys, error, all_fail, ra
     monkeypatch.setattr(os, "_exit", sys.exit)
     with (
         pytest.raises(SystemExit if isinstance(raised, int) else raised) as info,
-        distributed.stop_with_the_others(),
+        distributed.abort_together(),
     ):
         raise error
     if isinstance(raised, int):

@@ -1,4 +1,4 @@
-"""Prepares a data set ahead of time: from the original files to TFDS's array_record files, without TensorFlow.
+"""Prepare a data set ahead of time, from the original files to TFDS's array_record files, without TensorFlow.
 
     simplest-vit prepare cifar10
     simplest-vit prepare imagenet --data_dir=/data/tfds --manual_dir=/data/tars
@@ -14,7 +14,7 @@ from simplest_vit.errors import UserError
 
 
 def main() -> None:
-    """Run as a program."""
+    """Run the command."""
     data_dir = flags.DEFINE_string("data_dir", None, "Where TFDS data sets live; else ~/tensorflow_datasets.")
     manual_dir = flags.DEFINE_string("manual_dir", None, "Folder with the original files; else they are downloaded.")
     skip_corrupt = flags.DEFINE_bool("skip_corrupt", False, "Leave damaged images out instead of failing.")

@@ -1,4 +1,4 @@
-"""Trains a model, or goes on with the run in --workdir.
+"""Train a model, or resume the run in --workdir.
 
 simplest-vit train --config my_config.py --workdir runs/mine
 """
@@ -8,15 +8,15 @@ import json
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.programs import processes
+from simplest_vit.commands import processes
 
 flags.adopt_module_key_flags(processes)
 
 
 def train(arguments: list[str]) -> None:
-    """Train, and print what the run came to."""
+    """Train, and print the results."""
     del arguments
-    # Imported here, so that a mistyped flag is answered at once; likewise in the other programs.
+    # Imported here, so that a mistyped flag is reported immediately; likewise in the other commands.
     from simplest_vit.training import distributed, loop
 
     config = cli.CONFIG.value
@@ -27,5 +27,5 @@ def train(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Run as a program."""
+    """Run the command."""
     cli.run(train, "simplest-vit train --config FILE --workdir FOLDER")

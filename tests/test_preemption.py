@@ -4,13 +4,13 @@ import os
 import signal
 import time
 
-from simplest_vit import signals
+from simplest_vit import preemption
 
 
 def test_the_first_signal_is_noted_and_handled_once_and_further_ones_pass():
     noted, handled = [], []
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    stop = signals.watch(
+    stop = preemption.watch(
         (signal.SIGTERM, signal.SIGINT), note=noted.append, handler=lambda number, frame: handled.append(number)
     )
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):

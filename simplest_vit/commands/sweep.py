@@ -1,10 +1,10 @@
-r"""Runs a grid of configs over seeds, and ends with one table.
+r"""Train a grid of configs over seeds, and print one table at the end.
 
     simplest-vit sweep --config my_config.py --workdir runs/sweep --seeds 3 \
         --grid config.optimizer.learning_rate=5e-4,3e-4 --grid config.weight_decay=0,5e-5
 
 Each run is a process in its own folder of --workdir, one on each GPU of the machine at the same time; with --at_once=N
-they are N, on an equal share of the GPUs each. The same command again goes on with what is not finished. With
+they are N, on an equal share of the GPUs each. Rerun the command to resume what is not finished. With
 --print_commands the commands are printed instead, for a cluster to run.
 """
 
@@ -257,7 +257,7 @@ def sync_to_wandb(points: list[Point], project: str) -> None:
 
 
 def main() -> None:
-    """Run as a program."""
+    """Run the command."""
     axes = flags.DEFINE_multi_string("grid", [], "config.FIELD=VALUE,VALUE,...; give it once for each field.")
     seeds = flags.DEFINE_integer("seeds", 1, "Runs of each point, with seeds from config.seed on.", lower_bound=1)
     at_once = flags.DEFINE_integer(

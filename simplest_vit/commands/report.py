@@ -1,4 +1,4 @@
-"""Sets finished runs beside the published results of the PyTorch reference.
+"""Compare finished runs with the published results of the PyTorch reference.
 
     simplest-vit report runs/
 
@@ -13,7 +13,7 @@ from simplest_vit.errors import UserError
 
 
 def main() -> None:
-    """Run as a program."""
+    """Run the command."""
     output = flags.DEFINE_string("output", ".", "Folder to write RESULTS.md and docs/ to.")
     usage = "simplest-vit report FOLDER..."
 

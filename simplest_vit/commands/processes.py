@@ -9,16 +9,16 @@ from absl import flags
 COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "For several processes: HOST:PORT of process 0; or --config.distributed=auto."
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "For several processes: how many.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "For several processes: which one this is.", lower_bound=0)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "For several processes: their number.", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "For several processes: number of this one.", lower_bound=0)
 
 
 @contextlib.contextmanager
 def connected(config: Any) -> Iterator[None]:
-    """Be one of the processes that flags or config, if there is one, name; where one of them fails, all stop."""
+    """Connect the processes that the flags or the config name, and stop all of them if one fails."""
     from simplest_vit.training import distributed
 
     by_cluster = config is not None and config.get("distributed") == "auto"
     distributed.initialize(by_cluster, COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    with distributed.stop_with_the_others():
+    with distributed.abort_together():
         yield

@@ -1,8 +1,8 @@
-"""Evaluates the best and the newest checkpoint of a run.
+"""Evaluate the best and the latest checkpoint of a run.
 
 simplest-vit evaluate --workdir runs/mine
 
-With --config, which must be the run's, where its data have moved.
+The config is the run's own; give --config only where its data have moved.
 """
 
 import json
@@ -10,7 +10,7 @@ import json
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.programs import processes
+from simplest_vit.commands import processes
 
 flags.adopt_module_key_flags(processes)
 
@@ -23,7 +23,7 @@ def evaluate(arguments: list[str]) -> None:
     from simplest_vit.training import distributed, loop
 
     config = cli.CONFIG.value
-    # JAX takes SIGTERM to have all processes stop after the same step: here there is none.
+    # JAX would take SIGTERM so that all processes stop after the same step, and an evaluation has no steps.
     jax.config.update("jax_enable_preemption_service", False)
     with processes.connected(config):
         outcome = loop.evaluate(str(cli.WORKDIR.value), config)
@@ -32,5 +32,5 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Run as a program."""
+    """Run the command."""
     cli.run(evaluate, "simplest-vit evaluate --workdir FOLDER", required=("workdir",), optional=("config",))

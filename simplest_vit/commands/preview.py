@@ -1,4 +1,4 @@
-"""Draws what a model is trained on: a grid of augmented training images with their labels.
+"""Draw what a model is trained on: a grid of augmented training images with their labels.
 
 simplest-vit preview --config my_config.py --output preview.png
 """
@@ -13,7 +13,7 @@ from simplest_vit.errors import UserError
 
 
 def main() -> None:
-    """Run as a program."""
+    """Run the command."""
     picture = flags.DEFINE_string("output", "preview.png", "The picture to write.")
 
     def preview(arguments: list[str]) -> None:

@@ -1,0 +1,48 @@
+"""The one command line: `simplest-vit`, `python -m simplest_vit` and `main.py`. Each command is a module here."""
+
+import importlib
+import sys
+
+from simplest_vit.errors import UserError, not_installed, print_error
+
+COMMANDS = {
+    "train": "train a model, or resume the run in --workdir",
+    "evaluate": "evaluate the checkpoints of a run",
+    "predict": "classify images with the best checkpoint of a run",
+    "prepare": "prepare a data set ahead of time",
+    "preview": "draw augmented training images",
+    "sweep": "train a grid of configs over seeds",
+    "report": "compare finished runs with the reference's results",
+}
+USAGE = "simplest-vit COMMAND --flags"
+
+
+def main() -> None:
+    """Run the command that the command line names: by its first word, or by --mode, which defaults to train."""
+    arguments = sys.argv[1:]
+    if arguments[:1] in (["help"], ["--help"], ["-h"]):
+        commands = "\n".join(f"  {name:<10} {meaning}" for name, meaning in COMMANDS.items())
+        print(f"{USAGE}\n\n{commands}\n\nsimplest-vit COMMAND --help lists the flags of a command.")
+        return
+    name, arguments = _split(arguments)
+    if name not in COMMANDS:
+        problem = f"command {name!r} is unknown" if name else "a command is missing"
+        sys.exit(print_error(UserError(f"{problem}; expected one of {', '.join(COMMANDS)}; usage: {USAGE}")))
+    sys.argv[:] = [f"simplest-vit {name}", *arguments]
+    try:
+        command = importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        sys.exit(print_error(not_installed(error)))
+    command.main()
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """Split a command line into the name of the command and its arguments."""
+    if not arguments or not arguments[0].startswith("-"):
+        return "".join(arguments[:1]), arguments[1:]
+    for index, word in enumerate(arguments):
+        flag, equals, value = word.partition("=")
+        if flag in ("--mode", "-mode"):
+            after = index + 1 if equals else index + 2
+            return value or "".join(arguments[index + 1 : after]), arguments[:index] + arguments[after:]
+    return "train", arguments
