@@ -1,0 +1,219 @@
+"""The protocols of the evidence: how runs are made, by which networks, and the tables that are made of them.
+
+`benchmarks.reproduce` runs a table, `benchmarks.records` keeps its runs, `benchmarks.results_page` prints it.
+"""
+
+import importlib
+from typing import Any, NamedTuple
+
+# Protocol -> what differs from the recipe of the data set. `small` takes nine minutes of two cores: 12 blocks of width
+# 64, batches of 64, 1,500 steps (1.9 epochs of CIFAR).
+SMALL = {
+    "batch_size": 64,
+    "warmup_steps": 75,
+    "compute_dtype": "float32",
+    "model.width": 64,
+    "model.num_heads": 2,
+    "model.mlp_dim": 256,
+}
+PROTOCOLS: dict[str, dict[str, Any]] = {"small": SMALL, "recipe": {}}
+
+# Choices are made on images that are neither trained on nor reported.
+HOLD_OUT = {"data.train_split": "train[:45000]", "data.validation_split": "train[45000:]"}
+CHOOSING_SEED, CHOOSING_STEPS = 1, 500
+FRESH_SEEDS = (11, 12, 13, 14, 15)
+
+
+class Network(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+      preset: `config.model.name`.
+      fields: What differs from the preset and the protocol.
+      learning_rates: To choose from, in place of the table's.
+    """
+
+    preset: str
+    fields: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    learning_rates: tuple[float, ...] = ()
+
+
+class Table(NamedTuple):
+    """Runs that belong together.
+
+    Attributes:
+      title: What it shows.
+      rows: Of `NETWORKS`.
+      learning_rates: To choose from, by optimizer.
+      data: Data sets.
+      protocol: Of `PROTOCOLS`.
+      steps: Of a reported run; None for the recipe's epochs.
+      seeds: Of the reported runs, on the test images. None: the table itself is made on the hold-out.
+    """
+
+    title: str
+    rows: tuple[str, ...]
+    learning_rates: dict[str, tuple[float, ...]]
+    data: tuple[str, ...] = ("cifar10",)
+    protocol: str = "small"
+    steps: int | None = 1500
+    seeds: tuple[int, ...] = FRESH_SEEDS
+
+
+_EIGHT = {"model.num_heads": 8}
+
+
+def _isometric(**fields: Any) -> Network:
+    return Network("isometric_vit", _EIGHT | {f"model.{name}": value for name, value in fields.items()})
+
+
+NETWORKS: dict[str, Network] = {
+    "isometric": _isometric(),
+    "SimpleViT": Network("simple_vit"),
+    "E-SPA + TAT": Network("simplest_vit"),
+    "E-SPA + TAT, reference": Network("simplest_vit", {"model.attention": "espa_reference", "model.init": "reference"}),
+    # Frozen attention: the same shifts as constants, without queries and keys.
+    "isometric, attention frozen": Network("shift_mlp", _EIGHT),
+    "SimpleViT, constant shifts": Network(
+        "simple_vit", _EIGHT | {"model.attention": "fixed_shift", "model.init": "orthogonal"}
+    ),
+    "SimpleViT, shifts": Network("simple_vit", _EIGHT | {"model.attention": "shift", "model.init": "orthogonal"}),
+    # Add-back: what the isometric network leaves out.
+    "isometric + LayerNorm": _isometric(norm="layer_norm"),
+    "isometric + skip": _isometric(skip="residual"),
+    "isometric + scaled skip": _isometric(skip="scaled"),
+    "isometric + LayerNorm + skip": _isometric(norm="layer_norm", skip="residual"),
+    "isometric + LayerNorm + scaled skip": _isometric(norm="layer_norm", skip="scaled"),
+    # A stronger baseline.
+    "SimpleViT, orthogonal": Network("simple_vit", {"model.init": "orthogonal"}),
+    "SimpleViT, warm-up 200": Network("simple_vit", {"warmup_steps": 200}),
+    "SimpleViT, no clipping": Network("simple_vit", {"grad_clip": 0.0}),
+    # Equal time: the number of heads decides the time of a step.
+    "isometric, 2 heads": Network("isometric_vit"),
+    "isometric, 4 heads": _isometric(num_heads=4),
+    "SimpleViT, 4 heads": Network("simple_vit", {"model.num_heads": 4}),
+    "SimpleViT, 8 heads": Network("simple_vit", _EIGHT),
+    # One thing replaced.
+    "isometric, 1 of 8 heads in place": _isometric(identity_head_fraction=0.125),
+    "isometric, 4 of 8 heads in place": _isometric(identity_head_fraction=0.5),
+    "isometric, 7 of 8 heads in place": _isometric(identity_head_fraction=0.875),
+    "isometric, all heads in place": _isometric(identity_head_fraction=1.0),
+    "isometric, ReLU": _isometric(activation="relu"),
+    "isometric, Gaussian values": _isometric(init="espa_tat"),
+    "E-SPA + looks-linear": _isometric(attention="espa"),
+    "E-SPA (gamma 0.1) + looks-linear": _isometric(attention="espa", gamma_max_depth=0.1),
+    "E-SPA 2-D + looks-linear": _isometric(attention="espa_2d"),
+    "shift + TAT (eta 0.9)": _isometric(mlp="tat", activation="tailored_relu"),
+    "shift + TAT (eta 0.5)": _isometric(mlp="tat", activation="tailored_relu", c_val_0_target=0.5),
+    "Value-SkipInit + looks-linear": _isometric(attention="value_skipinit"),
+}
+NETWORKS |= {
+    f"isometric, uniform fraction {fraction:g}": _isometric(uniform_fraction=fraction)
+    for fraction in (0.002, 0.05, 0.1, 0.2, 0.5)
+}
+NETWORKS |= {
+    f"{row}, {blocks} blocks": NETWORKS[row]._replace(
+        fields=NETWORKS[row].fields | {"model.depth": blocks}, learning_rates=rates
+    )
+    for blocks, of_deep, of_skips in ((24, (5e-4, 1e-3, 2e-3), (4e-3, 8e-3)), (64, (4e-4, 8e-4, 1.6e-3), (2e-3, 4e-3)))
+    for row, rates in (
+        ("isometric", of_deep),
+        ("isometric, attention frozen", of_deep),
+        ("E-SPA + TAT", of_deep),
+        ("SimpleViT", of_skips),
+    )
+}
+# At the default fraction, 0.01, half of what tells tokens apart is lost in 64 blocks.
+NETWORKS["isometric, 64 blocks, uniform fraction 0.002"] = NETWORKS["isometric, 64 blocks"]._replace(
+    fields=_isometric(depth=64, uniform_fraction=0.002).fields
+)
+NETWORKS |= {
+    f"{row}, width 128": Network(preset, {"model.width": 128, "model.mlp_dim": 512, "model.num_heads": heads})
+    for row, preset, heads in (
+        ("isometric", "isometric_vit", 8),
+        ("isometric, attention frozen", "shift_mlp", 8),
+        ("SimpleViT", "simple_vit", 4),
+    )
+}
+# At the sizes of the recipe (S: six heads) nothing differs from the preset.
+RECIPE_NETWORKS = {
+    "isometric": Network("isometric_vit"),
+    "isometric, attention frozen": Network("shift_mlp"),
+    "SimpleViT": Network("simple_vit"),
+    "E-SPA + TAT": Network("simplest_vit"),
+}
+
+_SOAP = {"soap": (1e-3, 2e-3, 4e-3, 8e-3)}
+_ADD_BACK = tuple(row for row in NETWORKS if row.startswith("isometric + "))
+_REPLACED = tuple(row for row in NETWORKS if "looks-linear" in row or " in place" in row or "TAT (eta" in row)
+TABLES: dict[str, Table] = {
+    "headline": Table(
+        "isometric network and SimpleViT under three optimizers",
+        ("isometric", "isometric, attention frozen", "SimpleViT"),
+        _SOAP | {"muon": (2e-3, 4e-3, 8e-3, 1.6e-2), "adam": (2.5e-4, 5e-4, 1e-3, 2e-3)},
+        ("cifar10", "cifar100"),
+    ),
+    "controls": Table(
+        "norm and skip put back, attention frozen",
+        ("isometric", *_ADD_BACK, "isometric, attention frozen", "SimpleViT", "SimpleViT, constant shifts"),
+        _SOAP,
+        ("cifar10", "cifar100"),
+    ),
+    "baseline": Table(
+        "what makes SimpleViT stronger",
+        ("SimpleViT", *(row for row in NETWORKS if row.startswith("SimpleViT, ") and "blocks" not in row)),
+        _SOAP,
+        steps=CHOOSING_STEPS,
+        seeds=(),
+    ),
+    "time": Table(
+        "number of heads, with the time of a step",
+        (
+            *("isometric, 2 heads", "isometric, 4 heads", "isometric", "isometric, attention frozen"),
+            *("SimpleViT", "SimpleViT, 4 heads", "SimpleViT, 8 heads"),
+        ),
+        _SOAP,
+    ),
+    "ablation": Table(
+        "one thing replaced", ("isometric", *_REPLACED, "isometric, ReLU"), _SOAP, steps=CHOOSING_STEPS, seeds=()
+    ),
+    "uniform": Table(
+        "how much uniform attention a head starts with",
+        ("isometric, attention frozen", "isometric", *(row for row in NETWORKS if "isometric, uniform" in row)),
+        _SOAP,
+        steps=CHOOSING_STEPS,
+        seeds=(),
+    ),
+    "depth": Table("24 and 64 blocks", tuple(row for row in NETWORKS if "blocks" in row), _SOAP, steps=CHOOSING_STEPS),
+    "s4": Table(
+        "S/4 by the reference's recipe, for a GPU",
+        ("isometric", "isometric, attention frozen", "SimpleViT"),
+        {"soap": (5e-4, 1e-3, 2e-3, 4e-3)},
+        protocol="recipe",
+        steps=None,
+    ),
+}
+
+
+def networks(protocol: str) -> dict[str, Network]:
+    """Return the networks of a protocol by the names of their rows."""
+    return RECIPE_NETWORKS if protocol == "recipe" else NETWORKS
+
+
+def recipe_arguments(preset: str, optimizer: str, augmentation: str = "basic") -> str:
+    """Return what stands behind the colon of `--config configs/DATA.py:`."""
+    method = "isometric" if preset in ("isometric_vit", "shift_mlp") else "espa_tat"
+    model = "simple_vit" if preset == "simple_vit" else "simplest_vit"
+    setup = {"basic": "tat", "strong": "simple_vit"}[augmentation]
+    return f"model={model},method={method},optimizer={optimizer},setup={setup}"
+
+
+def recipe(data: str, preset: str, optimizer: str, augmentation: str = "basic") -> Any:
+    """Return the config that a recipe gives a network and an optimizer."""
+    arguments = recipe_arguments(preset, optimizer, augmentation)
+    if data == "digits":  # it has one augmentation
+        arguments = arguments.rsplit(",", 1)[0]
+    config = importlib.import_module(f"configs.{data}").get_config(arguments)
+    if preset == "shift_mlp":
+        config.model.attention = "fixed_shift"
+    return config

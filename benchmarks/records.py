@@ -1,0 +1,321 @@
+"""Keep finished runs as rows of results/runs.csv, from which RESULTS.md and the pages of docs/ are made.
+
+    python -m benchmarks.records runs/headline --selected_on hold-out
+
+Adds a row for each run below the folders, or updates the row of the same run. A run that is not finished, or was made
+by uncommitted code, is refused. The columns:
+
+  protocol ... seed        What was run: `changes` are the fields that differ from the protocol and the preset
+  steps                    Steps of the run
+  train_split, validation_split
+                           In TFDS's syntax; an empty validation split is the data set's own (of CIFAR the test images)
+  selected_on              The images by which the learning rate and the network were chosen
+  validation_accuracy      At the end
+  train_loss               At the end, the mean since the report before
+  accuracy_at, train_loss_at
+                           `STEP:VALUE ...`, at the evaluations of the run, at most six
+  step_time_s              Median seconds of a step, whatever else ran on the device
+  device, commit, source   `source` names the run's folder, or the page that a number was taken from
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import os
+import pathlib
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from benchmarks import protocols
+from simplest_vit.analysis.runs import Run, find_runs, read_curves
+from simplest_vit.config import flatten
+from simplest_vit.errors import UserError, tell
+from simplest_vit.training.workdir import may_change
+
+PATH = pathlib.Path(__file__).parent.parent / "results" / "runs.csv"
+FORMAT = 1
+_MARKS = 6
+# Fields with columns of their own, and the seed.
+_COLUMNS_OF_FIELDS = (
+    *("seed", "steps", "epochs", "data.name", "data.train_split", "data.validation_split"),
+    *("model.name", "optimizer.name", "optimizer.learning_rate"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A row; None where a value is not known."""
+
+    protocol: str
+    data: str
+    network: str
+    changes: str
+    optimizer: str
+    learning_rate: float | None
+    seed: int | None
+    steps: int
+    train_split: str
+    validation_split: str
+    selected_on: str
+    validation_accuracy: float
+    train_loss: float | None
+    accuracy_at: dict[int, float]
+    train_loss_at: dict[int, float]
+    step_time_s: float | None
+    device: str
+    commit: str
+    source: str
+    format: int = FORMAT
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What runs that differ only in their seed have in common; rows of an old page stay apart from runs."""
+        own = (self.network, self.changes, self.optimizer, self.learning_rate, self.steps)
+        return (self.protocol, self.data, self.on_hold_out, *own, self.from_page)
+
+    @property
+    def from_page(self) -> bool:
+        """Whether the numbers were taken from a page, before runs were recorded."""
+        return ".md" in self.source.partition(":")[0]
+
+    @property
+    def on_hold_out(self) -> bool:
+        """Whether the accuracy is that of a part of the training images."""
+        return self.validation_split.startswith("train")
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Record))
+
+
+def from_run(run: Run, selected_on: str) -> Record:
+    """Describe a finished run.
+
+    Args:
+      run: From `find_runs`.
+      selected_on: The images by which its settings were chosen; of a run on the hold-out these are the hold-out.
+
+    Returns:
+      The row.
+
+    Raises:
+      UserError: If the code of the run was not committed, or its data set has no recipe.
+    """
+    results, curves = run.results, read_curves(run.path)
+    commit = str(results.get("commit") or "")
+    if not commit or commit.endswith("+"):
+        raise UserError(f"{run.path}: made by uncommitted code (commit {commit or 'unknown'}); commit it and rerun")
+    flat = modernize(run.config)
+    protocol, changes = describe(flat)
+    accuracy = curves.get("validation_accuracy", (np.array([]), np.array([])))
+    marks = [int(step) for step in accuracy[0]]
+    if len(marks) > _MARKS:
+        marks = [marks[round(i)] for i in np.linspace(0, len(marks) - 1, _MARKS)]
+    validation_split = flat.get("data.validation_split") or ""
+    return Record(
+        protocol=protocol,
+        data=flat["data.name"],
+        network=flat["model.name"],
+        changes=changes_text(changes),
+        optimizer=flat["optimizer.name"],
+        learning_rate=flat["optimizer.learning_rate"],
+        seed=results["seed"],
+        steps=results["steps"],
+        train_split=flat.get("data.train_split") or "train",
+        validation_split=validation_split,
+        selected_on="hold-out" if validation_split.startswith("train") else selected_on,
+        validation_accuracy=results["validation_accuracy"],
+        train_loss=results.get("train_loss"),
+        accuracy_at=_at(accuracy, marks),
+        train_loss_at=_at(curves.get("train_loss", accuracy), marks),
+        step_time_s=results.get("step_time_median_s"),
+        device=str(results.get("device", "")),
+        commit=commit[:7],
+        source=str(run.path),
+    )
+
+
+def describe(flat: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name the protocol that is nearest to a config, and what differs from it.
+
+    Args:
+      flat: The config by dotted names, as `modernize` returns it.
+
+    Returns:
+      The protocol, with ", strong augmentation" where that is used, and the other fields that differ.
+
+    Raises:
+      UserError: If `configs/` has no recipe for the data set.
+    """
+    augmentation = "strong" if flat.get("data.rand_augment.num_ops") else "basic"
+    choice = flat["data.name"], flat["model.name"], flat["optimizer.name"], augmentation
+    try:
+        base = modernize(flatten(protocols.recipe(*choice).to_dict()))
+    except ModuleNotFoundError as error:
+        raise UserError(f"data.name={flat['data.name']} has no recipe in configs/, so no record either") from error
+    found = {}
+    for name, fields in protocols.PROTOCOLS.items():
+        expected = base | fields
+        found[name] = {
+            field: value
+            for field, value in flat.items()
+            if field not in _COLUMNS_OF_FIELDS
+            and not may_change(field)
+            and value != expected.get(field)
+            and not (value is None and field not in expected)
+        }
+    protocol = min(found, key=lambda name: len(found[name]))
+    return protocol + ", strong augmentation" * (augmentation == "strong"), found[protocol]
+
+
+# Fields and values of commit 884f800 and before, and what they are called now.
+_RENAMED = {"model.shift_eps": "model.uniform_fraction", "model.shift_in_place": "model.identity_head_fraction"}
+_VALUES = {
+    "model.attention": {"unshaped": "softmax"},
+    "model.mlp": {"mirrored": "looks_linear", "shaped": "tat"},
+    "model.init": {"paper": "espa_tat", "isometric": "orthogonal"},
+}
+_PRESETS = {
+    "simplest_vit": {"attention": "espa", "mlp": "tat", "activation": "tailored_relu", "init": "espa_tat"},
+    "isometric_vit": {"attention": "shift", "mlp": "looks_linear", "activation": "gelu", "init": "orthogonal"},
+}
+
+
+def modernize(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return a config in today's names: one of four networks, with None for what its preset decides."""
+    if "model.shift_eps" not in flat:
+        return flat
+    flat = {_RENAMED.get(name, name): value for name, value in flat.items()}
+    # Their settings stood at None for the default.
+    flat = {name: value for name, value in flat.items() if value is not None or not name.startswith("optimizer.")}
+    for name, values in _VALUES.items():
+        flat[name] = values.get(flat[name], flat[name])
+    preset = flat["model.name"]
+    if preset == "simple_vit":
+        own = dict.fromkeys(_PRESETS["simplest_vit"])
+    else:
+        preset = "isometric_vit" if "shift" in flat["model.attention"] or flat["model.mlp"] != "tat" else preset
+        own = _PRESETS[preset]
+        if flat["model.attention"] == "fixed_shift":
+            preset, own = "shift_mlp", own | {"attention": "fixed_shift"}
+    for name, value in own.items():
+        if preset == "simple_vit" or flat[f"model.{name}"] == value:
+            flat[f"model.{name}"] = None
+    return flat | {"model.name": preset}
+
+
+def _at(curve: tuple[np.ndarray, np.ndarray], marks: Iterable[int]) -> dict[int, float]:
+    values = dict(zip(map(int, curve[0]), map(float, curve[1]), strict=True))
+    return {mark: values[mark] for mark in marks if mark in values}
+
+
+def changes_text(fields: dict[str, Any]) -> str:
+    """Return fields as the column `changes` has them."""
+    return "; ".join(f"{name}={_text(fields[name])}" for name in sorted(fields))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return " ".join(f"{step}:{number:.4g}" for step, number in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def read(path: pathlib.Path = PATH) -> list[Record]:
+    """Read the records.
+
+    Raises:
+      UserError: If a row cannot be read, or was written by a newer program.
+    """
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    return [_parse(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)]
+
+
+def _parse(row: dict[str, str], place: str) -> Record:
+    try:
+        if int(row["format"]) > FORMAT:
+            raise UserError(
+                f"{place}: written by a newer program (format {row['format']}, this one has {FORMAT}); update it"
+            )
+        values: dict[str, Any] = {name: row[name] for name in FIELDS}
+        for name in ("seed", "steps", "format"):
+            values[name] = int(row[name]) if row[name] else None
+        for name in ("learning_rate", "validation_accuracy", "train_loss", "step_time_s"):
+            values[name] = float(row[name]) if row[name] else None
+        for name in ("accuracy_at", "train_loss_at"):
+            pairs = (pair.split(":") for pair in row[name].split())
+            values[name] = {int(step): float(number) for step, number in pairs}
+        if values["steps"] is None or values["validation_accuracy"] is None:
+            raise ValueError("steps or validation_accuracy is empty")
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{place}: no record ({error}); restore it from git") from error
+    return Record(**values)
+
+
+def render(records: Iterable[Record]) -> str:
+    """Return the text of the file: sorted, so that seeds stand together and a new run adds one line to a diff."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(FIELDS)
+    rows = ([_text(getattr(record, name)) for name in FIELDS] for record in sorted(records, key=_order))
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    return (*(-1 if value is None else value for value in record.setting), -1 if record.seed is None else record.seed)
+
+
+def merge(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
+    """Return the records with the new ones in place of those of the same setting and seed."""
+    return list({(record.setting, record.seed): record for record in (*old, *new)}.values())
+
+
+def write(records: Iterable[Record], path: pathlib.Path = PATH) -> None:
+    """Write the file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(render(records))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+
+
+def main() -> None:
+    """Run as a program."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", nargs="+", help="folders with runs")
+    parser.add_argument("--selected_on", default="", help="images that chose rate and network: hold-out or test")
+    parser.add_argument("--output", type=pathlib.Path, default=PATH, help="the file of the records")
+    options = parser.parse_args()
+    try:
+        old = read(options.output) if options.output.exists() else []
+        runs, problems = find_runs(options.folders)
+        new = []
+        for run in runs:
+            try:
+                new.append(from_run(run, options.selected_on))
+            except UserError as error:
+                problems.append(str(error))
+        for problem in problems:
+            print(f"refused: {problem}", file=sys.stderr)
+        if not new:
+            raise UserError(f"no finished run in {' '.join(options.folders)}")
+        write(merge(old, new), options.output)
+        print(f"{options.output}: {len(new)} runs recorded, {len(problems)} refused")
+    except UserError as error:
+        sys.exit(tell(error))
+
+
+if __name__ == "__main__":
+    main()

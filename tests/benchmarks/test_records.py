@@ -1,0 +1,208 @@
+"""Records of made-up runs, whose numbers are known."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import protocols, records
+from simplest_vit.analysis.runs import find_runs
+from simplest_vit.errors import UserError
+from simplest_vit.training.writers import SummaryWriter
+
+STEPS = (500, 1000, 1500)
+
+
+def small_config(row="isometric", **fields):
+    """The config of a run by the small protocol, with fields as `model__depth`."""
+    network = protocols.NETWORKS[row]
+    config = protocols.recipe("cifar10", network.preset, "soap")
+    changes = {name.replace("__", "."): value for name, value in fields.items()}
+    for name, value in (protocols.SMALL | network.fields | changes).items():
+        *sections, last = name.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[last] = value
+    return config
+
+
+def finish(folder, config, accuracy=0.7, seed=11, **changes):
+    """A folder as a finished run leaves it."""
+    config.seed, config.steps, config.optimizer.learning_rate = seed, 1500, 2e-3
+    results = {
+        "validation_accuracy": accuracy,
+        "best_validation_accuracy": accuracy,
+        "train_loss": 1.25,
+        "steps": 1500,
+        "seed": seed,
+        "config": config.to_dict(),
+        "step_time_median_s": 0.5,
+        "device": "1 x H200",
+        "commit": "0123456789abcdef",
+    } | changes
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "results.json").write_text(json.dumps(results))
+    writer = SummaryWriter(str(folder))
+    for step in (250, *STEPS):
+        scalars = {"train_loss": 1000 / step}
+        writer.write_scalars(step, scalars | ({"validation_accuracy": accuracy * step / 1500} if step > 250 else {}))
+    writer.close()
+
+
+def recorded(folder, selected_on="hold-out"):
+    runs, problems = find_runs([str(folder)])
+    assert not problems
+    return [records.from_run(run, selected_on) for run in runs]
+
+
+def test_a_run_is_described_by_what_differs_from_protocol_and_preset(tmp_path):
+    finish(tmp_path / "run", small_config(model__depth=24, grad_clip=0.5, eval_every=7, data__dir="/data"))
+    (record,) = recorded(tmp_path)
+    assert (record.protocol, record.data, record.network) == ("small", "cifar10", "isometric_vit")
+    assert record.changes == "grad_clip=0.5; model.depth=24; model.num_heads=8"
+    assert (record.optimizer, record.learning_rate, record.seed, record.steps) == ("soap", 2e-3, 11, 1500)
+    assert record.accuracy_at == pytest.approx({step: 0.7 * step / 1500 for step in STEPS})
+    assert record.train_loss_at == pytest.approx({step: 1000 / step for step in STEPS})
+    assert (record.validation_accuracy, record.train_loss, record.step_time_s) == (0.7, 1.25, 0.5)
+    assert (record.device, record.commit, record.source) == ("1 x H200", "0123456", str(tmp_path / "run"))
+    assert (record.selected_on, record.on_hold_out) == ("hold-out", False)
+
+
+@pytest.mark.parametrize("row", ["isometric", "isometric, attention frozen", "SimpleViT", "E-SPA + TAT"])
+def test_a_row_of_a_table_finds_its_runs(tmp_path, row):
+    finish(tmp_path / "run", small_config(row))
+    (record,) = recorded(tmp_path)
+    network = protocols.NETWORKS[row]
+    assert (record.network, record.changes) == (network.preset, records.changes_text(network.fields))
+
+
+def test_a_run_on_the_hold_out_says_so(tmp_path):
+    hold_out = {name.replace(".", "__"): value for name, value in protocols.HOLD_OUT.items()}
+    finish(tmp_path / "run", small_config(**hold_out))
+    (record,) = recorded(tmp_path, selected_on="test")
+    assert (record.train_split, record.validation_split) == ("train[:45000]", "train[45000:]")
+    assert (record.selected_on, record.on_hold_out) == ("hold-out", True)
+
+
+def test_the_recipe_itself_differs_in_nothing(tmp_path):
+    finish(tmp_path / "basic", protocols.recipe("cifar100", "simple_vit", "soap"))
+    finish(tmp_path / "strong", protocols.recipe("cifar100", "simple_vit", "soap", "strong"))
+    found = [(record.protocol, record.changes) for record in recorded(tmp_path)]
+    assert found == [("recipe", ""), ("recipe, strong augmentation", "")]
+
+
+OLD = {
+    "model.shift_eps": 0.01,
+    "model.shift_in_place": 0.5,
+    "model.attention": "shift",
+    "model.mlp": "mirrored",
+    "model.activation": "gelu",
+    "model.init": "isometric",
+    "model.name": "simplest_vit",
+    "optimizer.epsilon": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("old", "preset", "kept"),
+    [
+        ({}, "isometric_vit", {}),
+        ({"model.attention": "fixed_shift"}, "shift_mlp", {}),
+        ({"model.attention": "espa"}, "isometric_vit", {"model.attention": "espa"}),
+        ({"model.mlp": "shaped"}, "isometric_vit", {"model.mlp": "tat"}),
+        ({"model.name": "simple_vit"}, "simple_vit", {}),
+    ],
+)
+def test_configs_of_older_commits_get_todays_names(old, preset, kept):
+    found = records.modernize(OLD | old)
+    expected = dict.fromkeys(("model.attention", "model.mlp", "model.activation", "model.init")) | kept
+    numbers = {"model.uniform_fraction": 0.01, "model.identity_head_fraction": 0.5}
+    assert found == expected | numbers | {"model.name": preset}
+
+
+def test_seeds_stand_together_and_a_run_counts_once(tmp_path):
+    for seed in (13, 11, 12):
+        finish(tmp_path / f"{seed}", small_config(), accuracy=seed / 100, seed=seed)
+    finish(tmp_path / "other", small_config("SimpleViT"), seed=11)
+    old = recorded(tmp_path)
+    again = [dataclasses.replace(old[0], validation_accuracy=0.5, commit="7654321")]
+    path = tmp_path / "results" / "runs.csv"
+    records.write(records.merge(old, again), path)
+    found = records.read(path)
+    assert [(record.network, record.seed) for record in found] == [
+        ("isometric_vit", 11),
+        ("isometric_vit", 12),
+        ("isometric_vit", 13),
+        ("simple_vit", 11),
+    ]
+    assert [record.validation_accuracy for record in found[:3]] == [0.5, 0.12, 0.13]
+    assert len({record.setting for record in found}) == 2
+    assert records.render(found) == path.read_text()
+
+
+def test_numbers_of_an_old_page_are_not_runs_of_the_same_setting(tmp_path):
+    finish(tmp_path / "run", small_config())
+    (run,) = recorded(tmp_path)
+    page = dataclasses.replace(run, source="RESULTS.md@884f800: Vanilla against skips")
+    assert page.setting != run.setting
+    assert len(records.merge([page], [run])) == 2
+
+
+def spoil(path, **values):
+    """Change the columns of the first row."""
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    rows[0] |= values
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"format": "2"}, "line 2: written by a newer program .format 2, this one has 1.; update"),
+        ({"steps": "many"}, "line 2: no record .*many"),
+        ({"validation_accuracy": ""}, "line 2: no record .*is empty"),
+        ({"accuracy_at": "500"}, "line 2: no record"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(tmp_path, values, message):
+    finish(tmp_path / "run", small_config())
+    path = tmp_path / "runs.csv"
+    records.write(recorded(tmp_path), path)
+    spoil(path, **values)
+    with pytest.raises(UserError, match=message):
+        records.read(path)
+
+
+def test_the_program_refuses_what_is_no_record_and_keeps_the_rest(tmp_path):
+    finish(tmp_path / "good", small_config())
+    finish(tmp_path / "dirty", small_config(), commit="0123456789abcdef+")
+    finish(tmp_path / "unfinished", small_config())
+    (tmp_path / "unfinished" / "results.json").unlink()
+    path = tmp_path / "runs.csv"
+
+    def program(folder):
+        line = [sys.executable, "-m", "benchmarks.records", str(tmp_path / folder), "--output", str(path)]
+        return subprocess.run(line, capture_output=True, text=True)
+
+    refused = program("dirty")
+    assert (refused.returncode, path.exists()) == (2, False)
+    assert "made by uncommitted code (commit 0123456789abcdef+); commit it" in refused.stderr
+    done = program(".")
+    assert done.returncode == 0
+    assert "1 runs recorded, 2 refused" in done.stdout
+    assert done.stderr.count("refused: ") == 2
+    assert len(records.read(path)) == 1
+
+
+def test_the_records_of_the_repository_are_whole():
+    found = records.read()
+    assert records.render(found) == records.PATH.read_text()
+    assert len(records.merge([], found)) == len(found)
