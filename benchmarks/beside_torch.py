@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.data import pipeline
+from simplest_vit.data import input_pipeline
 from simplest_vit.training.run import build
 
 _STEPS = flags.DEFINE_integer("steps", 100, "Steps of both.", lower_bound=1)
@@ -24,7 +24,7 @@ def _main(arguments: list[str]) -> None:
 
     config = cli.CONFIG.value
     config.steps = config.steps or _STEPS.value
-    dataset = pipeline.load(config.data)
+    dataset = input_pipeline.load(config.data)
     ours, theirs, rounded = losses_side_by_side(build(config, dataset.info), dataset, _STEPS.value)
     apart, by_rounding = np.abs(theirs - ours) / ours, np.abs(rounded - ours) / ours
     print("step       ours    PyTorch  apart so far  by a rounding")

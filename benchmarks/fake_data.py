@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from simplest_vit.data.augment import Batch
 from simplest_vit.data.dataset import DatasetInfo
-from simplest_vit.data.pipeline import Batch
 
 # Height and width, channels and classes; folders of images have those of ImageNet.
 _SHAPES = {
@@ -34,6 +34,7 @@ def info(image_shape: tuple[int, int, int], num_classes: int) -> DatasetInfo:
         validation_size=50_000,
         class_names=tuple(map(str, range(num_classes))),
         image_shape=image_shape,
+        eval_resize=image_shape[0],
         mean=(0.0,) * image_shape[2],
         std=(1.0,) * image_shape[2],
         fingerprint="",

@@ -28,7 +28,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import input_pipeline
 from simplest_vit.config import default
-from simplest_vit.data import host
+from simplest_vit.data import streaming
 from simplest_vit.data.decode import decode_image
 from simplest_vit.errors import UserError
 
@@ -106,7 +106,7 @@ def pil_example(
     if isinstance(content, bytes):
         with Image.open(io.BytesIO(content)) as file:
             image = file.convert("RGB")
-        left, top, w, h = host._random_box(rng, image.height, image.width)
+        left, top, w, h = streaming._random_box(rng, image.height, image.width)
         image = image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BILINEAR)
     else:
         image = ImageOps.expand(Image.fromarray(content), 4)
@@ -180,12 +180,16 @@ def pil_rate(contents: list, seconds: float, processes: int, **options: object) 
 
 
 def config_of(arguments: argparse.Namespace, **data: object) -> ConfigDict:
-    """Returns a config with everything off but what is given."""
-    config = default()
-    config.seed, config.batch_size = 0, arguments.batch_size
+    """Returns `config.data` with everything off but what is given."""
+    config = default().data
     fields = {"name": arguments.name, "dir": arguments.data_dir, "manual_dir": arguments.manual_dir}
-    config.data.update({**fields, "num_workers": arguments.num_workers, "crop_padding": 0, "flip": False, **data})
+    config.update({**fields, "num_workers": arguments.num_workers, "crop_padding": 0, "flip": False, **data})
     return config
+
+
+def train_batches(dataset: input_pipeline.Dataset, data: ConfigDict, batch_size: int) -> Iterator[input_pipeline.Batch]:
+    """Returns the batches from the first one on, on one device."""
+    return input_pipeline.train_batches(dataset, data, batch_size=batch_size, seed=0, start_step=0, sharding=None)
 
 
 def memory_mib() -> float:
@@ -202,14 +206,14 @@ def report(name: str, value: float, extra: str = "") -> None:
 def benchmark_device(arguments: argparse.Namespace) -> None:
     """A data set that lives on the device."""
     start = time.perf_counter()
-    dataset = input_pipeline.load(config_of(arguments).data)
+    dataset = input_pipeline.load(config_of(arguments))
     print(f"  loading {time.perf_counter() - start:.1f} s, then {memory_mib():,.0f} MiB in all")
     options: dict = {}
     for stage, more in STAGES.items():
         options |= more
         padding = 4 if options else 0
         config = config_of(arguments, crop_padding=padding, **options)
-        batches = input_pipeline.train_batches(dataset, config, start_step=0, sharding=None)
+        batches = train_batches(dataset, config, arguments.batch_size)
         ours = rate(batches, arguments.batch_size, arguments.seconds)
         report(stage, ours, f"{1e3 * arguments.batch_size / ours:.2f} ms a batch")
     if dataset.image_shape[2] == 3:
@@ -232,23 +236,21 @@ def benchmark_device(arguments: argparse.Namespace) -> None:
 def benchmark_host(arguments: argparse.Namespace) -> None:
     """A data set that is streamed; every rate is per core, from as many processes as there are cores."""
     config = config_of(arguments, flip=True, random_resized_crop=True, image_size=224)
-    dataset = input_pipeline.load(config.data)
+    dataset = input_pipeline.load(config)
     cores = os.cpu_count() or 1
-    config.batch_size = 200
-    chunks = host.train_chunks(dataset, config)
+    chunks = streaming.train_chunks(dataset, config, batch_size=200, seed=0)
     contents = [content for content, _, _ in dataset.train.read(list(range(200)))]
     options = {"size": 224, "augment": False, "mean": dataset.mean, "std": dataset.std}
     stages = {
         "bare JPEG decoding, one core": lambda: [decode_image(content, 3) for content in contents],
-        "read, decode, random resized crop, one core": lambda: [chunks[k] for k in range(len(host._rows(200)))],
+        "read, decode, random resized crop, one core": lambda: [chunks[k] for k in range(len(streaming._rows(200)))],
         "peer: PIL and NumPy, one core": lambda: pil_batch(contents, 0, **options),
     }
     bare, ours, peer = rates = alternate(list(stages.values()), 200, arguments.seconds)
     extras = ("", f"{median(ours / bare)} of bare decoding", f"ours is {median(ours / peer)} times as fast")
     for name, rounds, extra in zip(stages, rates, extras, strict=True):
         report(name, float(np.median(rounds)), extra)
-    config.batch_size = arguments.batch_size
-    batches = input_pipeline.train_batches(dataset, config, start_step=0, sharding=None)
+    batches = train_batches(dataset, config, arguments.batch_size)
     whole = rate(batches, arguments.batch_size, arguments.seconds)
     report(f"whole pipeline, {arguments.num_workers} workers, {cores} cores", whole, f"{memory_mib():,.0f} MiB in all")
     if arguments.train_step_s:

@@ -21,7 +21,7 @@ from absl import flags
 
 from benchmarks import fake_data
 from simplest_vit import cli
-from simplest_vit.data.pipeline import Batch
+from simplest_vit.data.input_pipeline import Batch
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.shampoo import shampoo, shampoo_plan, soap
 from simplest_vit.training.metrics import classification_sums

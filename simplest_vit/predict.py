@@ -99,7 +99,7 @@ def _read(files: list[pathlib.Path], run: Run, unreadable: list[str]) -> Iterato
     """Each file with its pixels, uint8 [H, W, C]; what is no image is told, noted in `unreadable` and passed over."""
     for file in files:
         try:
-            yield file, eval_image(file.read_bytes(), run.data.image_shape, run.config.data.random_resized_crop)
+            yield file, eval_image(file.read_bytes(), run.data.image_shape, run.data.eval_resize)
         except (UserError, OSError) as error:
             unreadable.append(f"{file}: {error.strerror if isinstance(error, OSError) else error}")
             log.warning("--images: %s", unreadable[-1])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import cifar10
-from simplest_vit.data import device
+from simplest_vit.data import in_memory
 from simplest_vit.data.augment import Preprocessing
 
 if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
@@ -55,7 +55,7 @@ def test_a_batch_waits_for_nothing(mode):
     config = small("augmentation=strong", data__cutmix_alpha=1.0, data__mixup_mode=mode).data
     data = fake_data.info((32, 32, 3), 10)
     sample = functools.partial(
-        device.train_batch, preprocessing=Preprocessing.of(data, config), batch_size=32, sharding=None
+        in_memory.train_batch, preprocessing=Preprocessing.of(data, config), batch_size=32, sharding=None
     )
     split = jax.ShapeDtypeStruct((1000, 32, 32, 3), jnp.uint8), jax.ShapeDtypeStruct((1000,), jnp.int32)
     number = jax.ShapeDtypeStruct((), jnp.uint32)

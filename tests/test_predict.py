@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     config = tiny_config(data__dir=str(folder / "tfds"))
     import_reference(config, str(folder / "run"), str(CHECKPOINT))
     dataset = input_pipeline.load(config.data)
-    batch = next(input_pipeline.eval_batches(dataset, config, sharding=None, batch_size=8))
+    batch = next(input_pipeline.eval_batches(dataset, batch_size=8, sharding=None))
     best, state = restore_best(str(folder / "run"))
     model = best.model(state)
     shutil.rmtree(folder / "tfds")  # the run remembers what it needs

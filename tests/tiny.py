@@ -15,6 +15,7 @@ DIGITS = DatasetInfo(
     validation_size=360,
     class_names=tuple("0123456789"),
     image_shape=(8, 8, 1),
+    eval_resize=8,
     mean=(0.3058,),
     std=(0.3761,),
     fingerprint="",

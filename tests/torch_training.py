@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from simplest_vit.data.pipeline import train_batches
+from simplest_vit.data.input_pipeline import train_batches
 from simplest_vit.interop.convert import to_reference
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.training.run import Run
@@ -163,7 +163,8 @@ def losses_side_by_side(run: Run, dataset: Any, steps: int) -> tuple[np.ndarray,
     """
     state = run.create_state()
     model = peer(run, state)
-    batches = list(itertools.islice(train_batches(dataset, run.config, start_step=0, sharding=None), steps))
+    options = {"batch_size": run.config.batch_size, "seed": run.config.seed, "start_step": 0, "sharding": None}
+    batches = list(itertools.islice(train_batches(dataset, run.config.data, **options), steps))
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(state.params))))
     rounded = jax.tree.map(lambda p: p * (1 + 1e-7 * jax.random.normal(next(keys), p.shape)), state.params)
     rounded = dataclasses.replace(jax.tree.map(jnp.copy, state), params=rounded)

@@ -21,7 +21,7 @@ from simplest_vit.analysis import figures
 from simplest_vit.analysis.contrasts import CONTRASTS, name_of, with_contrast
 from simplest_vit.analysis.signal_figure import draw, draw_overview
 from simplest_vit.analysis.signals import Signals, analyse, initial_models
-from simplest_vit.data import pipeline as input_pipeline
+from simplest_vit.data import input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.training.run import restore_best
@@ -57,7 +57,7 @@ def signal_propagation(
         raise UserError(f"--seeds={seeds} must be at least 1")
     path = check_workdir(workdir, config.to_dict())
     dataset = input_pipeline.load(config.data)
-    batch = next(input_pipeline.eval_batches(dataset, config, sharding=None, batch_size=NUM_IMAGES))
+    batch = next(input_pipeline.eval_batches(dataset, batch_size=NUM_IMAGES, sharding=None))
     image, label = batch["image"], batch["label"]
     if inputs == "gaussian":
         image_key, label_key = jax.random.split(jax.random.key(config.seed))

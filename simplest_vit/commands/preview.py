@@ -20,7 +20,7 @@ def main() -> None:
         del arguments
         from PIL import Image
 
-        from simplest_vit.data import pipeline
+        from simplest_vit.data import input_pipeline
         from simplest_vit.data.preview import image_grid
 
         config, output = cli.CONFIG.value, pathlib.Path(picture.value)
@@ -29,8 +29,9 @@ def main() -> None:
             raise UserError(
                 f"--output={output} cannot be written; expected a picture in a folder of yours, such as a.png"
             )
-        dataset = pipeline.load(config.data)
-        batch = next(pipeline.train_batches(dataset, config, start_step=0, sharding=None))
+        dataset = input_pipeline.load(config.data)
+        options = {"batch_size": config.batch_size, "seed": config.seed, "start_step": 0, "sharding": None}
+        batch = next(input_pipeline.train_batches(dataset, config.data, **options))
         try:
             Image.fromarray(image_grid(dataset, batch)).save(output)
         except OSError as error:

@@ -30,7 +30,7 @@ _CHUNK = 256  # images that a core decodes at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrays:
+class InMemorySplit:
     """A split on the device.
 
     Attributes:
@@ -41,11 +41,11 @@ class Arrays:
 
     images: jax.Array
     labels: jax.Array
-    copies: "dict[Mesh, Arrays]" = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    copies: "dict[Mesh, InMemorySplit]" = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class DiskSplit:
     """A split on disk, read at random.
 
     Attributes:
@@ -110,7 +110,7 @@ def _name(index: int, example: dict[str, Any]) -> str:
     return f"example {index} {name.decode(errors='replace')}".strip()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
     """What a run must know of its data, and remembers in its folder.
 
@@ -119,6 +119,7 @@ class DatasetInfo:
       train_size: Number of training examples.
       class_names: In the order of the labels.
       image_shape: (H, W, C) of a preprocessed image.
+      eval_resize: Pixels of the shorter side before evaluation crops the centre, at least H.
       mean: Per channel, of pixels in [0, 1].
       std: Per channel, of pixels in [0, 1].
       fingerprint: Of the prepared files; the same for every copy of them.
@@ -130,6 +131,7 @@ class DatasetInfo:
     validation_size: int
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    eval_resize: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
@@ -161,7 +163,14 @@ class DatasetInfo:
         size = (lambda value: type(value) is int and value > 0, "a positive integer")
         each = (lambda value: of(int, float)(value) and len(value) == values["image_shape"][2], "a number a channel")
         expected = {
-            **{"name": text, "version": text, "fingerprint": text, "train_size": size, "validation_size": size},
+            **{
+                "name": text,
+                "version": text,
+                "fingerprint": text,
+                "train_size": size,
+                "validation_size": size,
+                "eval_resize": size,
+            },
             "image_shape": (lambda value: of(int)(value) and len(value) == 3 and min(value) > 0, "[H, W, C]"),
             **{"class_names": (of(str), "a list of texts"), "mean": each, "std": each},
         }
@@ -173,17 +182,22 @@ class DatasetInfo:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # type: ignore[arg-type]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset(DatasetInfo):
-    """A loaded data set, of which each split is on the device or on disk."""
+    """A loaded data set, of which each split is on the device or on disk.
 
-    train: Arrays | Source
-    validation: Arrays | Source
+    Attributes:
+      num_workers: Processes that decode a split on disk; 0 for threads, None for one a core.
+    """
+
+    train: InMemorySplit | DiskSplit
+    validation: InMemorySplit | DiskSplit
+    num_workers: int | None
 
     @property
     def info(self) -> DatasetInfo:
         """What is known of the data set, without its examples."""
-        return DatasetInfo(*(getattr(self, field.name) for field in dataclasses.fields(DatasetInfo)))
+        return DatasetInfo(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DatasetInfo)})
 
 
 def image_shape(data: Any) -> tuple[int, int, int]:
@@ -216,21 +230,26 @@ def load(data: Any) -> Dataset:
         raise
     except Exception as error:
         raise damaged(Path(builder.data_path), error) from error
+    shape = image_shape(data)
+    # ImageNet resizes to 256 for a crop of 224; images that are trained on whole are also evaluated whole.
+    eval_resize = round(shape[0] * 256 / 224) if data.random_resized_crop else shape[0]
     info = DatasetInfo(
         name=data.name,
         version=str(builder.version),
         train_size=len(train),
         validation_size=len(validation),
         class_names=class_names,
-        image_shape=image_shape(data),
+        image_shape=shape,
+        eval_resize=eval_resize,
         mean=builder_of(data.name).mean,
         std=builder_of(data.name).std,
         fingerprint=_fingerprint(builder),
     )
     return Dataset(
         **vars(info),
-        train=_place("train", train, info, data),
-        validation=_place("validation", validation, info, data),
+        train=load_split("train", train, info, data),
+        validation=load_split("validation", validation, info, data),
+        num_workers=data.num_workers,
     )
 
 
@@ -273,7 +292,7 @@ def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
     return digest.hexdigest()
 
 
-def _open(builder: tfds.core.DatasetBuilder, split: str, label: str) -> Source:
+def _open(builder: tfds.core.DatasetBuilder, split: str, label: str) -> DiskSplit:
     """Open a split for reading at random."""
     try:
         examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
@@ -284,10 +303,10 @@ def _open(builder: tfds.core.DatasetBuilder, split: str, label: str) -> Source:
             "--out_file_format=array_record"
         ) from error
     shards = builder.info.splits[split].file_instructions
-    return Source(examples, label, tuple((Path(shard.filename), shard.examples_in_shard) for shard in shards))
+    return DiskSplit(examples, label, tuple((Path(shard.filename), shard.examples_in_shard) for shard in shards))
 
 
-def _place(split: str, source: Source, info: DatasetInfo, data: Any) -> Arrays | Source:
+def load_split(split: str, source: DiskSplit, info: DatasetInfo, data: Any) -> InMemorySplit | DiskSplit:
     """Decode a split onto the device, on all cores, if that is wanted and it fits."""
     num_bytes, budget = len(source) * math.prod(info.image_shape), data.device_budget_bytes
     what = f"{info.name}, {split}: {len(source):,} images of {'x'.join(map(str, info.image_shape))}"
@@ -304,14 +323,14 @@ def _place(split: str, source: Source, info: DatasetInfo, data: Any) -> Arrays |
     progress = Progress(f"decoding {info.name}, {split}", len(source), _LOG.info)
 
     def decode(part: range) -> int:
-        chunk = source.decode(part, lambda content, _: eval_image(content, info.image_shape, data.random_resized_crop))
+        chunk = source.decode(part, lambda content, _: eval_image(content, info.image_shape, info.eval_resize))
         images[part.start : part.stop], labels[part.start : part.stop] = chunk["image"], chunk["label"]
         return len(part)
 
     with ThreadPoolExecutor(cpu_count()) as pool:
         for count in pool.map(decode, parts):
             progress.add(count, count)
-    return Arrays(jax.device_put(images), jax.device_put(labels))
+    return InMemorySplit(jax.device_put(images), jax.device_put(labels))
 
 
 def cpu_count() -> int:

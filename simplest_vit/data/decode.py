@@ -64,14 +64,13 @@ def image_size(content: bytes) -> tuple[int, int]:
     return (width, height) if orientation > 4 else (height, width)
 
 
-def eval_image(content: bytes, image_shape: tuple[int, int, int], random_resized_crop: bool) -> np.ndarray:
-    """Decode an image as evaluation and prediction see it: the shorter side resized, the centre cropped.
+def eval_image(content: bytes, image_shape: tuple[int, int, int], resize: int) -> np.ndarray:
+    """Decode an image for evaluation and prediction: resize the shorter side, crop the centre.
 
     Args:
       content: The file.
       image_shape: (H, W, C) of the result; H and W are equal.
-      random_resized_crop: Whether training crops at random. Then the shorter side is resized to more than the crop, as
-        ImageNet's 256 is to 224; images that are trained on whole are also evaluated whole.
+      resize: Pixels of the shorter side before the crop, at least H.
 
     Returns:
       Pixels, uint8 [H, W, C].
@@ -80,7 +79,6 @@ def eval_image(content: bytes, image_shape: tuple[int, int, int], random_resized
       UserError: If the file is damaged or no image.
     """
     crop, _, channels = image_shape
-    resize = round(crop * 256 / 224) if random_resized_crop else crop
     pixels = decode_image(content, channels, (resize, resize))
     height, width = pixels.shape[:2]
     # As torchvision rounds: the longer side down, the corner of the crop to the nearest pixel.

@@ -4,7 +4,8 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from PIL import Image, ImageDraw
 
-from simplest_vit.data.pipeline import Batch, Dataset
+from simplest_vit.data.augment import Batch
+from simplest_vit.data.dataset import Dataset
 
 _CAPTION_HEIGHT = 22
 _MIN_CELL = 96  # small images are magnified to about this size

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from simplest_vit import cli
-from simplest_vit.data import pipeline
+from simplest_vit.data import input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import from_reference
 from simplest_vit.interop.torch_file import Checkpoint
@@ -42,7 +42,7 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
     if (folder / "checkpoints").exists():
         raise UserError(f"--workdir={workdir} already holds a run; choose another folder")
     source = Checkpoint(path)
-    run = build(config, pipeline.load(config.data).info)
+    run = build(config, input_pipeline.load(config.data).info)
     params, constants = from_reference(config.model, run.abstract.model_state, source, run.data.image_shape)
     params, constants = jax.device_put((params, constants))
     state = TrainState(

@@ -12,7 +12,7 @@ import jax
 from clu import parameter_overview
 
 from simplest_vit.config import flatten
-from simplest_vit.data import pipeline
+from simplest_vit.data import input_pipeline
 from simplest_vit.data.dataset import Dataset
 from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import Interrupted
@@ -73,7 +73,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     if distributed.broadcast_from_primary((path / RESULTS).exists):  # whatever has become of the data since
         log.info("%s has finished: its %s is repeated here", path, RESULTS)
         return distributed.broadcast_from_primary(lambda: read_json(path / RESULTS))
-    dataset = pipeline.load(config.data)
+    dataset = input_pipeline.load(config.data)
     run = build(config, dataset.info, mesh)
     weights = None
     if config.init_from and not distributed.broadcast_from_primary(lambda: has_checkpoint(path)):
@@ -95,7 +95,14 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         log.info(memory_line(run.abstract))
         log.info("parameters\n%s", parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False))
         train_step = run.train_step
-        batches = pipeline.train_batches(dataset, config, start_step=step, sharding=batch_sharding(mesh))
+        batches = input_pipeline.train_batches(
+            dataset,
+            config.data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=step,
+            sharding=batch_sharding(mesh),
+        )
         profile = stack.enter_context(_profile(config, path))
         meter = Meter(config.batch_size, config.max_skipped_steps, progress["unreported"])
         earlier_wall_time, saved_step, saved_time, stopped = progress["wall_time_s"], step, time.monotonic(), False
@@ -179,7 +186,7 @@ def evaluate(workdir: str, config: Any = None) -> dict[str, dict[str, float]]:
     path, config, data = read_run(workdir, config)
     if is_own:
         config.fsdp, config.model.attention_kernel = 1, "auto"
-    dataset = pipeline.load(config.data)
+    dataset = input_pipeline.load(config.data)
     check_data(path, dataset.info)
     attention.check_devices(config.model.attention_kernel, jax.devices())
     run = build(config, data, create_mesh(config.fsdp))
@@ -197,7 +204,7 @@ def validate(
     """Validation loss and accuracy, where every example counts once; None if it was interrupted."""
     part = run.config.batch_size / run.config.accumulation_steps  # what is in memory at once
     batch_size = math.ceil(part / run.mesh.size) * run.mesh.size
-    batches = pipeline.eval_batches(dataset, run.config, sharding=batch_sharding(run.mesh), batch_size=batch_size)
+    batches = input_pipeline.eval_batches(dataset, batch_size=batch_size, sharding=batch_sharding(run.mesh))
     sums: list[Sums] = []
     for batch in batches:
         if interruption and interruption.pending:
@@ -218,7 +225,10 @@ def _keep_compiled(config: Any) -> None:
 
 def _report(run: Run, meter: Meter, step: int) -> dict[str, float]:
     """What is told of the steps since the last report."""
-    scalars = {"epoch": step / pipeline.steps_per_epoch(run.data, run.config), **meter.report(step)}
+    scalars = {
+        "epoch": step / input_pipeline.steps_per_epoch(run.data.train_size, run.config.batch_size),
+        **meter.report(step),
+    }
     # A skipped step does not count for the schedule.
     scalars["learning_rate"] = float(run.learning_rate(step - 1 - scalars["skipped_steps"]))
     return scalars

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from simplest_vit.data.dataset import DatasetInfo
-from simplest_vit.data.pipeline import steps_per_epoch
+from simplest_vit.data.input_pipeline import steps_per_epoch
 from simplest_vit.errors import UserError
 from simplest_vit.models import attention
 from simplest_vit.models.factory import model_arguments
@@ -103,7 +103,7 @@ def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
       UserError: If the config does not fit the data.
     """
     mesh = create_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
-    per_epoch = steps_per_epoch(data, config)
+    per_epoch = steps_per_epoch(data.train_size, config.batch_size)
     total_steps = config.steps or max(round(config.epochs * per_epoch), 1)
     if config.profile.first_step >= total_steps:
         raise UserError(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import input_pipeline
 from simplest_vit.config import default
 from simplest_vit.data.builders import BUILDERS, cifar
 
@@ -23,6 +24,12 @@ def make_config():
         return config
 
     return make
+
+
+def train_batches(dataset, config, *, start_step=0, sharding=None):
+    """The training batches of a whole config."""
+    options = {"batch_size": config.batch_size, "seed": config.seed, "start_step": start_step, "sharding": sharding}
+    return input_pipeline.train_batches(dataset, config.data, **options)
 
 
 def jpeg(pixels, mode="RGB", **options):

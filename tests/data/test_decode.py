@@ -68,7 +68,7 @@ def test_of_16_bits_the_upper_8_count(image_format, channels):
     expected = np.repeat((values // 256).astype(np.uint8)[..., None], channels, axis=2)
     np.testing.assert_array_equal(decode_image(content, channels), expected)
     np.testing.assert_array_equal(decode_image(standardize(content), channels), expected)
-    assert abs(eval_image(content, (48, 48, channels), False).mean() - 127) < 1
+    assert abs(eval_image(content, (48, 48, channels), 48).mean() - 127) < 1
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
@@ -124,7 +124,7 @@ def test_an_image_that_would_fill_the_memory_is_refused(image_format):
     else:
         at = content.index(b"\xff\xc0") + 5
         content[at : at + 4] = (60_000).to_bytes(2) * 2
-    for function in (lambda c: decode_image(c, 3), lambda c: eval_image(c, (8, 8, 3), True), standardize):
+    for function in (lambda c: decode_image(c, 3), lambda c: eval_image(c, (8, 8, 3), 9), standardize):
         with pytest.raises(UserError, match=r"not a complete image .*3,?600,?000,?000 pixels") as error:
             function(bytes(content))
         assert "\n" not in str(error.value)
@@ -162,7 +162,7 @@ def test_a_mutated_file_is_an_image_or_one_line(content, changes, cut, channels)
         mutated[int(where * len(mutated)) : int(where * len(mutated)) + 1] = bytes([value])
     for function in (
         lambda c: decode_image(c, channels),
-        lambda c: eval_image(c, (8, 8, channels), True),
+        lambda c: eval_image(c, (8, 8, channels), 9),
         image_size,
         standardize,
     ):
@@ -191,9 +191,9 @@ def test_training_and_prediction_see_the_same_pixels(tmp_path, make_config):
     for budget in (10**9, 0):
         config = make_config("image_folder", **data, device_budget_bytes=budget)
         dataset = input_pipeline.load(config.data)
-        (batch,) = input_pipeline.eval_batches(dataset, config, sharding=None, batch_size=6)
+        (batch,) = input_pipeline.eval_batches(dataset, batch_size=6, sharding=None)
         seen = np.asarray(batch["image"]) * np.array(dataset.std) + np.array(dataset.mean)
-        predicted = [eval_image(files[name], dataset.image_shape, False) for name in sorted(files)]
+        predicted = [eval_image(files[name], dataset.image_shape, dataset.eval_resize) for name in sorted(files)]
         np.testing.assert_allclose(seen * 255, predicted, atol=1e-3)
 
 
@@ -205,7 +205,7 @@ def test_the_sides_are_torchvisions_where_a_float_falls_short(shape):
     resized = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BILINEAR)
     left, top = round((new_width - 256) / 2), round((new_height - 256) / 2)
     expected = np.asarray(resized.crop((left, top, left + 256, top + 256))).astype(int)
-    found = eval_image(encoded(Image.fromarray(pixels), "PNG"), (256, 256, 3), False)
+    found = eval_image(encoded(Image.fromarray(pixels), "PNG"), (256, 256, 3), 256)
     assert np.abs(found - expected).max() <= 1
 
 
@@ -214,7 +214,7 @@ def test_decoding_at_reduced_scale_gives_nearly_the_same_picture():
     assert image_size(content) == (512, 768)
     assert decode_image(content, 3, (200, 200)).shape == (256, 384, 3)
     assert decode_image(content, 3, (300, 300)).shape == (512, 768, 3)
-    reduced = eval_image(content, (56, 56, 3), True).astype(int)
+    reduced = eval_image(content, (56, 56, 3), 64).astype(int)
     with Image.open(io.BytesIO(content)) as image:
         full = np.asarray(image.resize((96, 64), Image.Resampling.BILINEAR))[4:60, 20:76]
     assert np.abs(reduced - full).mean() < 1.5

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
+from conftest import train_batches
 from sklearn.datasets import load_digits
 from slow_prepare import start
 
@@ -213,10 +214,10 @@ TRAIN, VALIDATION = (f"digits-{split}.array_record-00000-of-00001" for split in 
 
 def read_all(config):
     loaded = input_pipeline.load(config.data)
-    batches = input_pipeline.train_batches(loaded, config, start_step=0, sharding=None)
-    for _ in range(input_pipeline.steps_per_epoch(loaded, config)):
+    batches = train_batches(loaded, config, start_step=0, sharding=None)
+    for _ in range(input_pipeline.steps_per_epoch(loaded.train_size, config.batch_size)):
         next(batches)
-    list(input_pipeline.eval_batches(loaded, config, sharding=None, batch_size=360))
+    list(input_pipeline.eval_batches(loaded, batch_size=360, sharding=None))
 
 
 @pytest.mark.parametrize(
@@ -317,9 +318,9 @@ def test_decoding_for_the_device_tells_how_far_it_is_and_uses_all_cores(digits, 
 
 def test_each_split_has_the_budget(digits, make_config):
     for budget, kinds in (
-        (1437 * 64, (input_pipeline.Arrays, input_pipeline.Arrays)),
-        (1437 * 64 - 1, (input_pipeline.Source, input_pipeline.Arrays)),
-        (360 * 64 - 1, (input_pipeline.Source, input_pipeline.Source)),
+        (1437 * 64, (input_pipeline.InMemorySplit, input_pipeline.InMemorySplit)),
+        (1437 * 64 - 1, (input_pipeline.DiskSplit, input_pipeline.InMemorySplit)),
+        (360 * 64 - 1, (input_pipeline.DiskSplit, input_pipeline.DiskSplit)),
     ):
         loaded = input_pipeline.load(make_config("digits", dir=digits, device_budget_bytes=budget).data)
         assert (type(loaded.train), type(loaded.validation)) == kinds

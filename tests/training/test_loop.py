@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from simplest_vit.data import pipeline
+from simplest_vit.data import input_pipeline
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError
 from simplest_vit.training import loop
 from simplest_vit.training import run as run_module
@@ -103,7 +103,7 @@ def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
     workdir, outcome = finished
     state, _ = final_arrays(workdir)
     _, config, data = read_run(str(workdir))
-    dataset = pipeline.load(config.data)
+    dataset = input_pipeline.load(config.data)
     image = (np.asarray(dataset.validation.images) / 255 - data.mean) / data.std
     graphdef = build(config, data).graphdef
 
@@ -310,13 +310,13 @@ def test_a_finished_run_is_not_trained_again(finished, data_dir, monkeypatch):
 
 def poison(monkeypatch, is_bad):
     """Make the images of some training batches NaN."""
-    train_batches = loop.pipeline.train_batches
+    train_batches = loop.input_pipeline.train_batches
 
     def poisoned(*args, start_step, **kwargs):
         for step, batch in enumerate(train_batches(*args, start_step=start_step, **kwargs), start_step):
             yield batch | {"image": batch["image"] * np.nan} if is_bad(step) else batch
 
-    monkeypatch.setattr(loop.pipeline, "train_batches", poisoned)
+    monkeypatch.setattr(loop.input_pipeline, "train_batches", poisoned)
 
 
 def test_a_batch_that_is_not_finite_is_skipped_and_told(data_dir, tmp_path, monkeypatch):
@@ -419,7 +419,7 @@ def test_what_is_compiled_for_an_accelerator_is_kept(
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(loop.pipeline, "load", stop)
+    monkeypatch.setattr(loop.input_pipeline, "load", stop)
     monkeypatch.setattr(loop.log, "propagate", True)
     caplog.set_level("INFO")
     before = jax.config.jax_compilation_cache_dir

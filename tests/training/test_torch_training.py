@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from simplest_vit.data import pipeline
+from simplest_vit.data import input_pipeline
 from simplest_vit.training.run import build
 from tests.tiny import tiny_config
 
@@ -43,7 +43,7 @@ def test_losses_are_those_of_plain_pytorch(tmp_path, optimizer, settings):
     config = tiny_config(
         f"optimizer={optimizer}", steps=40, warmup_steps=5, data__dir=str(tmp_path), **REFERENCE, **settings
     )
-    dataset = pipeline.load(config.data)
+    dataset = input_pipeline.load(config.data)
     ours, theirs, _ = losses_side_by_side(build(config, dataset.info), dataset, 16)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     assert ours[-1] < 0.97 * ours[0], "nothing was learned, so nothing was compared"

@@ -1,5 +1,6 @@
 """The pipeline for what does not fit the device: the same through one process or several, on one host or two."""
 
+import dataclasses
 import io
 import itertools
 import multiprocessing
@@ -15,11 +16,11 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import jpeg, smooth_image
+from conftest import jpeg, smooth_image, train_batches
 from PIL import Image, ImageDraw
 
 import input_pipeline
-from simplest_vit.data import host
+from simplest_vit.data import streaming
 from simplest_vit.data.dataset import cpu_count
 from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import TrainingError, UserError
@@ -54,8 +55,12 @@ def config(make_config, photos, data_dir):
 
 
 def take(dataset, config, count, start_step=0):
-    batches = input_pipeline.train_batches(dataset, config, start_step=start_step, sharding=None)
+    batches = train_batches(dataset, config, start_step=start_step, sharding=None)
     return [jax.tree.map(np.asarray, next(batches)) for _ in range(count)]
+
+
+def train_chunks(dataset, config):
+    return streaming.train_chunks(dataset, config.data, batch_size=config.batch_size, seed=config.seed)
 
 
 def grain_workers():
@@ -64,14 +69,14 @@ def grain_workers():
 
 def test_batches_depend_on_seed_and_step_not_on_workers_and_a_lost_worker_is_told(config):
     dataset = input_pipeline.load(config.data)
-    assert isinstance(dataset.train, input_pipeline.Source)
+    assert isinstance(dataset.train, input_pipeline.DiskSplit)
     in_process = take(dataset, config, 4)
     assert in_process[0]["image"].shape == (8, 32, 32, 3)
     jax.tree.map(np.testing.assert_array_equal, take(dataset, config, 2, start_step=2), in_process[2:])
     config.seed = 1
     assert not np.array_equal(take(dataset, config, 1)[0]["image"], in_process[0]["image"])
-    config.seed, config.data.num_workers = 0, 2
-    batches = input_pipeline.train_batches(dataset, config, start_step=0, sharding=None)
+    config.seed = 0
+    batches = train_batches(dataclasses.replace(dataset, num_workers=2), config, start_step=0, sharding=None)
     for expected in in_process:
         jax.tree.map(np.testing.assert_array_equal, next(batches), expected)
     first, second = grain_workers()
@@ -113,7 +118,7 @@ def failing(error):
         raise error
         yield
 
-    return host._read_batches(types.SimpleNamespace(to_iter_dataset=lambda options: chunks()), 1, 0)
+    return streaming._read_batches(types.SimpleNamespace(to_iter_dataset=lambda options: chunks()), 1, 0)
 
 
 def test_what_still_reads_when_the_program_ends_is_closed_before_multiprocessing_ends(config, monkeypatch):
@@ -123,8 +128,8 @@ def test_what_still_reads_when_the_program_ends_is_closed_before_multiprocessing
         closers.append(close)
         return close
 
-    monkeypatch.setattr(host, "atexit", types.SimpleNamespace(register=register, unregister=closers.remove))
-    batches = input_pipeline.train_batches(input_pipeline.load(config.data), config, start_step=0, sharding=None)
+    monkeypatch.setattr(streaming, "atexit", types.SimpleNamespace(register=register, unregister=closers.remove))
+    batches = train_batches(input_pipeline.load(config.data), config, start_step=0, sharding=None)
     next(batches)
     (close,) = closers
     close()
@@ -139,10 +144,10 @@ def test_workers_do_not_outlive_a_run_that_is_killed(config):
         "import multiprocessing, sys, time, input_pipeline\n"
         "from simplest_vit.config import default\n"
         "if __name__ == '__main__':\n"
-        "    config = default()\n"
-        f"    config.batch_size = 8; config.data.update({config.data.to_dict() | {'num_workers': 1}!r})\n"
-        "    dataset = input_pipeline.load(config.data)\n"
-        "    batches = input_pipeline.train_batches(dataset, config, start_step=0, sharding=None)\n"
+        f"    data = default().data; data.update({config.data.to_dict() | {'num_workers': 1}!r})\n"
+        "    dataset = input_pipeline.load(data)\n"
+        "    options = dict(batch_size=8, seed=0, start_step=0, sharding=None)\n"
+        "    batches = input_pipeline.train_batches(dataset, data, **options)\n"
         "    next(batches)\n"
         "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
         "    time.sleep(60)\n"
@@ -178,12 +183,11 @@ def test_cores_are_those_of_affinity_and_cgroup(monkeypatch, affinity, quota, ex
     ("num_workers", "cores", "images", "expected"),
     [(None, 8, 10**6, 8), (None, 8, 9000, 4), (None, 8, 1999, 0), (None, 1, 10**6, 1), (3, 8, 10, 3), (0, 8, 10**6, 0)],
 )
-def test_workers_are_as_many_as_cores_but_none_without_work(config, monkeypatch, num_workers, cores, images, expected):
-    monkeypatch.setattr(host, "cpu_count", lambda: cores)
-    config.data.update({"num_workers": num_workers})
-    assert host._workers(config, images) == expected
+def test_workers_are_as_many_as_cores_but_none_without_work(monkeypatch, num_workers, cores, images, expected):
+    monkeypatch.setattr(streaming, "cpu_count", lambda: cores)
+    assert streaming._workers(num_workers, images) == expected
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert host._workers(config, 2 * images) == expected
+    assert streaming._workers(num_workers, 2 * images) == expected
 
 
 def test_each_example_of_each_step_and_seed_has_a_crop_of_its_own(config, tmp_path):
@@ -195,9 +199,12 @@ def test_each_example_of_each_step_and_seed_has_a_crop_of_its_own(config, tmp_pa
     config.data.manual_dir = str(tmp_path)
     dataset, crops = input_pipeline.load(config.data), {}
     for config.seed in (0, 1):
-        chunks = host.train_chunks(dataset, config)
+        chunks = train_chunks(dataset, config)
         crops |= {(config.seed, step): chunks[step]["image"] for step in range(3)}
-        np.testing.assert_array_equal(crops[config.seed, 1], host.train_chunks(dataset, config)[1]["image"])
+        np.testing.assert_array_equal(
+            crops[config.seed, 1],
+            train_chunks(dataset, config)[1]["image"],
+        )
     assert len({image.tobytes() for images in crops.values() for image in images}) == 2 * 3 * 8
 
 
@@ -208,7 +215,7 @@ def test_an_epoch_is_the_permutation_that_the_device_would_draw(config):
     on_device = take(input_pipeline.load(config.data), config, 7)
     config.data.device_budget_bytes = 1000
     dataset = input_pipeline.load(config.data)
-    assert isinstance(dataset.train, input_pipeline.Source)
+    assert isinstance(dataset.train, input_pipeline.DiskSplit)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), take(dataset, config, 7), on_device)
 
 
@@ -216,7 +223,7 @@ def test_an_epoch_is_the_permutation_that_the_device_would_draw(config):
 def test_evaluation_covers_each_example_once(config, photos, budget, num_workers):
     config.data.device_budget_bytes, config.data.num_workers = budget, num_workers
     dataset = input_pipeline.load(config.data)
-    batches = list(input_pipeline.eval_batches(dataset, config, sharding=None, batch_size=8))
+    batches = list(input_pipeline.eval_batches(dataset, batch_size=8, sharding=None))
     assert np.concatenate([b["weight"] for b in batches]).tolist() == [1.0] * 12 + [0.0] * 4
     labels = np.concatenate([b["label"].argmax(1) for b in batches])[:12]
     np.testing.assert_array_equal(labels, np.repeat(np.arange(4), 3))
@@ -234,12 +241,12 @@ def test_evaluation_covers_each_example_once(config, photos, budget, num_workers
 
 def test_two_hosts_read_the_two_halves_of_the_batch_of_one(config, monkeypatch):
     dataset = input_pipeline.load(config.data)
-    whole = host.train_chunks(dataset, config)
+    whole = train_chunks(dataset, config)
     parts = []
     for process in range(2):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts.append(host.train_chunks(dataset, config))
+        parts.append(train_chunks(dataset, config))
     for step in range(6):
         halves = [part[step] for part in parts]
         assert len(halves[0]["label"]) == 4
@@ -247,13 +254,13 @@ def test_two_hosts_read_the_two_halves_of_the_batch_of_one(config, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, both, whole[step])
     config.batch_size = 9
     with pytest.raises(UserError, match="batch_size=9: not divisible by the 2 hosts"):
-        host.train_chunks(dataset, config)
+        train_chunks(dataset, config)
 
 
 def test_random_boxes_are_torchvisions():
     """Area and aspect ratio are distributed as stated; a box that cannot be had becomes the central one."""
     rng = np.random.default_rng(0)
-    boxes = np.array([host._random_box(rng, 300, 400) for _ in range(4000)])
+    boxes = np.array([streaming._random_box(rng, 300, 400) for _ in range(4000)])
     left, top, width, height = boxes.T
     assert np.all((left >= 0) & (top >= 0) & (left + width <= 400) & (top + height <= 300))
     area, ratio = width * height / 120_000, width / height
@@ -263,15 +270,15 @@ def test_random_boxes_are_torchvisions():
     assert 1.29 < ratio.max() < 1.35
     assert abs(np.log(ratio).mean()) < 0.05
     assert abs(left[width < 200].mean() - ((400 - width[width < 200]) / 2).mean()) < 5
-    assert host._random_box(rng, 10, 1000) == ((1000 - 13) // 2, 0, 13, 10)
+    assert streaming._random_box(rng, 10, 1000) == ((1000 - 13) // 2, 0, 13, 10)
 
 
 def test_a_random_resized_crop_equals_pils_resize_of_its_box(monkeypatch):
     pixels = smooth_image(3, 200, 300)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    monkeypatch.setattr(host, "_random_box", lambda *_: (30, 20, 120, 150))
-    result = host.random_resized_crop(buffer.getvalue(), np.random.default_rng(0), 64, 3)
+    monkeypatch.setattr(streaming, "_random_box", lambda *_: (30, 20, 120, 150))
+    result = streaming.random_resized_crop(buffer.getvalue(), np.random.default_rng(0), 64, 3)
     crop = Image.fromarray(pixels[20:170, 30:150]).resize((64, 64), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(result, crop)
 

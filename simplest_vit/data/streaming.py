@@ -29,7 +29,7 @@ from simplest_vit.data import augment
 from simplest_vit.data.augment import Batch, Preprocessing
 from simplest_vit.data.dataset import Dataset, cpu_count
 from simplest_vit.data.decode import decode_image, eval_image, image_size, resize_box
-from simplest_vit.data.device import constrain
+from simplest_vit.data.in_memory import constrain
 from simplest_vit.data.order import shuffled
 from simplest_vit.errors import TrainingError, UserError
 
@@ -46,11 +46,10 @@ _Chunk = dict[str, np.ndarray]
 _Arrays = Any  # a tuple of arrays
 
 
-def train_chunks(dataset: Dataset, config: Any) -> grain.MapDataset:
-    """Chunk k of this host: image uint8 [chunk, H, W, C] and label int32 [chunk]."""
-    source: Any = dataset.train
-    size, batch_size, seed = dataset.train_size, config.batch_size, config.seed
-    chunks, shape, random = _rows(batch_size), dataset.image_shape, config.data.random_resized_crop
+def train_chunks(dataset: Dataset, data: Any, *, batch_size: int, seed: int) -> grain.MapDataset:
+    """Make chunk k of this host: image uint8 [chunk, H, W, C] and label int32 [chunk]."""
+    split: Any = dataset.train
+    size, chunks, info, random = dataset.train_size, _rows(batch_size), dataset.info, data.random_resized_crop
 
     def read(k: int) -> _Chunk:  # sent to the worker processes
         step, part = divmod(k, len(chunks))
@@ -59,26 +58,25 @@ def train_chunks(dataset: Dataset, config: Any) -> grain.MapDataset:
 
         def to_pixels(content: bytes, i: int) -> np.ndarray:
             if not random:
-                return eval_image(content, shape, False)
+                return eval_image(content, info.image_shape, info.eval_resize)
             rng = np.random.default_rng((seed, step, int(chunks[part, i])))
-            return random_resized_crop(content, rng, shape[0], shape[2])
+            return random_resized_crop(content, rng, info.image_shape[0], info.image_shape[2])
 
-        return source.decode(index.tolist(), to_pixels)
+        return split.decode(index.tolist(), to_pixels)
 
     return grain.MapDataset.range(2**62).map(read)
 
 
-def eval_chunks(dataset: Dataset, config: Any, batch_size: int) -> grain.MapDataset:
-    """Chunk k of this host: image and label as in training, and weight float32 [chunk], 0 past the last example."""
-    source: Any = dataset.validation
-    size = dataset.validation_size
-    chunks, shape, random = _rows(batch_size), dataset.image_shape, config.data.random_resized_crop
+def eval_chunks(dataset: Dataset, batch_size: int) -> grain.MapDataset:
+    """Make chunk k: image and label as in training, and weight float32 [chunk], 0 past the last example."""
+    split: Any = dataset.validation
+    size, chunks, info = dataset.validation_size, _rows(batch_size), dataset.info
 
     def read(k: int) -> _Chunk:
         step, part = divmod(k, len(chunks))
         index = step * batch_size + chunks[part]
         present = np.minimum(index, size - 1).tolist()
-        chunk = source.decode(present, lambda content, _: eval_image(content, shape, random))
+        chunk = split.decode(present, lambda content, _: eval_image(content, info.image_shape, info.eval_resize))
         return {**chunk, "weight": (index < size).astype(np.float32)}
 
     return grain.MapDataset.range(-(-size // batch_size) * len(chunks)).map(read)
@@ -128,33 +126,35 @@ def _random_box(rng: np.random.Generator, height: int, width: int) -> tuple[int,
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def train_batches(dataset: Dataset, config: Any, *, start_step: int, sharding: NamedSharding | None) -> Iterator[Batch]:
-    """Iterate as `pipeline.train_batches` does, two batches ahead on the device."""
-    chunks_per_batch = len(_rows(config.batch_size))
-    chunks = train_chunks(dataset, config)[start_step * chunks_per_batch :]
-    workers = _workers(config, dataset.train_size)
+def train_batches(
+    dataset: Dataset, data: Any, *, batch_size: int, seed: int, start_step: int, sharding: NamedSharding | None
+) -> Iterator[Batch]:
+    """Iterate as `input_pipeline.train_batches` does, two batches ahead on the device."""
+    chunks_per_batch = len(_rows(batch_size))
+    chunks = train_chunks(dataset, data, batch_size=batch_size, seed=seed)[start_step * chunks_per_batch :]
+    workers = _workers(dataset.num_workers, dataset.train_size)
     where = f"{workers} processes" if workers else "threads"
     _LOG.info("images are decoded in %s (data.num_workers); cores: %d", where, cpu_count())
     batches = _read_batches(chunks, chunks_per_batch, workers)
     transferred = _ahead(_to_device((batch["image"], batch["label"]), sharding) for batch in batches)
-    train = functools.partial(_augment, preprocessing=Preprocessing.of(dataset, config.data), sharding=sharding)
+    train = functools.partial(_augment, preprocessing=Preprocessing.of(dataset, data), sharding=sharding)
     steps = itertools.count(start_step)
-    return (train(arrays, np.uint32(config.seed), np.uint32(next(steps))) for arrays in transferred)
+    return (train(arrays, np.uint32(seed), np.uint32(next(steps))) for arrays in transferred)
 
 
-def eval_batches(dataset: Dataset, config: Any, *, sharding: NamedSharding | None, batch_size: int) -> Iterator[Batch]:
-    """Iterate as `pipeline.eval_batches` does, two batches ahead on the device."""
-    chunks = eval_chunks(dataset, config, batch_size)
-    batches = _read_batches(chunks, len(_rows(batch_size)), _workers(config, dataset.validation_size))
+def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding | None) -> Iterator[Batch]:
+    """Iterate as `input_pipeline.eval_batches` does, two batches ahead on the device."""
+    workers = _workers(dataset.num_workers, dataset.validation_size)
+    batches = _read_batches(eval_chunks(dataset, batch_size), len(_rows(batch_size)), workers)
     transferred = _ahead(_to_device((b["image"], b["label"], b["weight"]), sharding) for b in batches)
     preprocessing = Preprocessing.of(dataset)
     return (_normalize(arrays, preprocessing=preprocessing, sharding=sharding) for arrays in transferred)
 
 
-def _workers(config: Any, images: int) -> int:
-    """How many processes decode: by the cores, but none that takes longer to start than it works."""
-    if config.data.num_workers is not None:
-        return config.data.num_workers
+def _workers(num_workers: int | None, images: int) -> int:
+    """Count the processes that decode: one a core, but none that takes longer to start than it works."""
+    if num_workers is not None:
+        return num_workers
     return min(cpu_count(), images // jax.process_count() // _IMAGES_PER_WORKER)
 
 

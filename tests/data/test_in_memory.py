@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from conftest import train_batches
 from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
 import input_pipeline
-from simplest_vit.data import device
+from simplest_vit.data import in_memory
 from simplest_vit.data.augment import Preprocessing
 from simplest_vit.errors import UserError
 
@@ -24,7 +25,7 @@ def digits(make_config, data_dir):
 
 
 def take(dataset, config, count, start_step=0, sharding=None):
-    batches = input_pipeline.train_batches(dataset, config, start_step=start_step, sharding=sharding)
+    batches = train_batches(dataset, config, start_step=start_step, sharding=sharding)
     return [next(batches) for _ in range(count)]
 
 
@@ -35,11 +36,11 @@ def pixels(dataset, batch):
 
 
 def test_digits_are_scikit_learns_with_a_stratified_split(digits):
-    dataset, config = digits
+    dataset, _ = digits
     assert (dataset.train_size, dataset.validation_size, dataset.num_classes) == (1437, 360, 10)
     assert dataset.image_shape == (8, 8, 1)
     assert dataset.class_names == tuple("0123456789")
-    (batch,) = input_pipeline.eval_batches(dataset, config, sharding=None, batch_size=360)
+    (batch,) = input_pipeline.eval_batches(dataset, batch_size=360, sharding=None)
     train = np.asarray(dataset.train.images)[..., 0]
     both = np.concatenate([train, pixels(dataset, batch)[..., 0]]).reshape(1797, 64)
     original = np.round(load_digits().images * 255 / 16).astype(np.uint8).reshape(1797, 64)
@@ -51,7 +52,7 @@ def test_digits_are_scikit_learns_with_a_stratified_split(digits):
 
 def test_every_epoch_is_a_new_permutation_without_the_remainder(digits):
     dataset, config = digits
-    steps = input_pipeline.steps_per_epoch(dataset, config)
+    steps = input_pipeline.steps_per_epoch(dataset.train_size, config.batch_size)
     assert steps == 14
     known = {image.tobytes() for image in np.asarray(dataset.train.images)}
     assert len(known) == 1437  # so an image tells which example it is
@@ -87,19 +88,19 @@ def test_the_mesh_does_not_change_a_batch(digits, make_config, data_dir):
     (alone,), (sharded,) = take(dataset, config, 1), take(dataset, config, 1, sharding=sharding)
     assert sharded["image"].sharding.is_equivalent_to(sharding, 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), alone, sharded)
-    evaluated = list(input_pipeline.eval_batches(dataset, config, sharding=sharding, batch_size=64))
+    evaluated = list(input_pipeline.eval_batches(dataset, batch_size=64, sharding=sharding))
     assert sum(float(batch["weight"].sum()) for batch in evaluated) == 360
 
 
 def test_a_split_is_copied_to_the_devices_once_not_at_every_evaluation(digits, monkeypatch):
-    dataset, config = digits
+    dataset, _ = digits
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     copied = []
     original = jax.device_put
     monkeypatch.setattr(jax, "device_put", lambda x, device: [copied.append((x.shape, device)), original(x, device)][1])
     for _ in range(3):
         batches = input_pipeline.eval_batches(
-            dataset, config, sharding=NamedSharding(mesh, PartitionSpec("batch")), batch_size=360
+            dataset, batch_size=360, sharding=NamedSharding(mesh, PartitionSpec("batch"))
         )
         assert next(batches)["image"].sharding.device_set == set(mesh.devices.flat)
     assert sorted(copied, key=str) == sorted(
@@ -108,8 +109,8 @@ def test_a_split_is_copied_to_the_devices_once_not_at_every_evaluation(digits, m
 
 
 def test_evaluation_covers_each_example_once(digits):
-    dataset, config = digits
-    batches = list(input_pipeline.eval_batches(dataset, config, sharding=None, batch_size=100))
+    dataset, _ = digits
+    batches = list(input_pipeline.eval_batches(dataset, batch_size=100, sharding=None))
     assert [batch["image"].shape for batch in batches] == [(100, 8, 8, 1)] * 4
     weight = np.concatenate([batch["weight"] for batch in batches])
     np.testing.assert_array_equal(weight, np.arange(400) < 360)
@@ -121,19 +122,19 @@ def test_evaluation_covers_each_example_once(digits):
 
 def test_one_trace_serves_the_run(digits):
     dataset, config = digits
-    device.train_batch.clear_cache()
-    device.eval_batch.clear_cache()
+    in_memory.train_batch.clear_cache()
+    in_memory.eval_batch.clear_cache()
     take(dataset, config, 5)
     take(dataset, config, 3, start_step=1000)
     for _ in range(2):
-        list(input_pipeline.eval_batches(dataset, config, sharding=None, batch_size=128))
-    assert device.train_batch._cache_size() == 1
-    assert device.eval_batch._cache_size() == 1
+        list(input_pipeline.eval_batches(dataset, batch_size=128, sharding=None))
+    assert in_memory.train_batch._cache_size() == 1
+    assert in_memory.eval_batch._cache_size() == 1
 
 
 def test_the_data_is_no_constant_of_the_program(digits):
     dataset, _ = digits
-    lowered = device.train_batch.lower(
+    lowered = in_memory.train_batch.lower(
         dataset.train.images, dataset.train.labels, np.uint32(0), np.uint32(0),
         preprocessing=Preprocessing(dataset.mean, dataset.std, 10), batch_size=8, sharding=None,
     )  # fmt: skip
@@ -145,7 +146,7 @@ def test_too_few_examples_for_a_batch(digits, make_config, data_dir):
     dataset, _ = digits
     config = make_config("digits", dir=data_dir, batch_size=1438)
     with pytest.raises(UserError, match=r"batch_size=1438.*1437 training examples"):
-        input_pipeline.train_batches(dataset, config, start_step=0, sharding=None)
+        train_batches(dataset, config, start_step=0, sharding=None)
 
 
 @pytest.mark.parametrize(

@@ -16,28 +16,29 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from simplest_vit.data import augment
 from simplest_vit.data.augment import Batch, Preprocessing
-from simplest_vit.data.dataset import Arrays, Dataset
+from simplest_vit.data.dataset import Dataset, InMemorySplit
 from simplest_vit.data.order import shuffled
 
 
-def train_batches(dataset: Dataset, config: Any, *, start_step: int, sharding: NamedSharding | None) -> Iterator[Batch]:
-    """Iterate as `pipeline.train_batches` does; the split is on the device."""
+def train_batches(
+    dataset: Dataset, data: Any, *, batch_size: int, seed: int, start_step: int, sharding: NamedSharding | None
+) -> Iterator[Batch]:
+    """Iterate as `input_pipeline.train_batches` does; the split is on the device."""
     arrays = _replicate(dataset.train, sharding)
-    static = {"preprocessing": Preprocessing.of(dataset, config.data), "batch_size": config.batch_size}
-    sample = functools.partial(train_batch, arrays.images, arrays.labels, np.uint32(config.seed), **static)
-    return (sample(np.uint32(step), sharding=sharding) for step in itertools.count(start_step))
+    static = {"preprocessing": Preprocessing.of(dataset, data), "batch_size": batch_size, "sharding": sharding}
+    sample = functools.partial(train_batch, arrays.images, arrays.labels, np.uint32(seed), **static)
+    return (sample(np.uint32(step)) for step in itertools.count(start_step))
 
 
-def eval_batches(dataset: Dataset, config: Any, *, sharding: NamedSharding | None, batch_size: int) -> Iterator[Batch]:
-    """Iterate as `pipeline.eval_batches` does; the split is on the device."""
-    del config
+def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding | None) -> Iterator[Batch]:
+    """Iterate as `input_pipeline.eval_batches` does; the split is on the device."""
     arrays = _replicate(dataset.validation, sharding)
     static = {"preprocessing": Preprocessing.of(dataset), "batch_size": batch_size, "sharding": sharding}
     sample = functools.partial(eval_batch, arrays.images, arrays.labels, **static)
     return (sample(np.int32(start)) for start in range(0, dataset.validation_size, batch_size))
 
 
-def _replicate(arrays: Any, sharding: NamedSharding | None) -> Arrays:
+def _replicate(arrays: Any, sharding: NamedSharding | None) -> InMemorySplit:
     """Put a whole split on every device of a mesh, so that each samples its part of a batch alone.
 
     Each process has loaded the split and copies it to its own devices; once, for every evaluation asks anew.
@@ -51,7 +52,7 @@ def _replicate(arrays: Any, sharding: NamedSharding | None) -> Arrays:
         return jax.make_array_from_single_device_arrays(array.shape, everywhere, copies)
 
     if sharding.mesh not in arrays.copies:
-        arrays.copies[sharding.mesh] = Arrays(replicate(arrays.images), replicate(arrays.labels))
+        arrays.copies[sharding.mesh] = InMemorySplit(replicate(arrays.images), replicate(arrays.labels))
     return arrays.copies[sharding.mesh]
 
 
