@@ -78,8 +78,8 @@ _FLAG = Values(lambda value: isinstance(value, bool), "True or False")
 _TEXT = Values(lambda value: isinstance(value, str), "a name")
 _FOLDER = _optional(Values(_folder, "the path of a folder"))
 
-# Names, and ranges that depend on other fields, are checked by what they are for: `model_arguments`, `check_settings`,
-# `image_shape`.
+# Names, and ranges that depend on other fields, are checked by what they are for: `model_arguments`, `image_shape`,
+# `create_optimizer`.
 FIELDS = {
     "seed": Field(3407, _integer(0, 2**32 - 1), "of initialization, order of the examples, augmentation and dropout"),
     "epochs": Field(90, _positive(1e6), "passes over the training split"),
@@ -165,23 +165,17 @@ FIELDS = {
     "data.num_workers": Field(
         None, _optional(_integer(0, 1024)), "processes that decode larger ones; 0: threads of this one; None: by cores"
     ),
-    "optimizer.name": Field("adam", _TEXT, "or muon, shampoo, soap"),
+    "optimizer.name": Field("adam", _TEXT, "or muon, shampoo, soap, or any optimizer of optax by its name there"),
     "optimizer.learning_rate": Field(1e-3, _positive(1000), "at its peak"),
 }
 
-# Settings beside name and learning rate. Shampoo and SOAP declare and check their own: `optimizers/factory.py`.
-OPTIMIZER_FIELDS = {
-    "adam": {
-        "b1": Field(0.9, _DECAY, "decay of the momentum"),
-        "b2": Field(0.999, _DECAY, "decay of the second moment"),
-        "eps": Field(1e-8, _positive(1), "added to the root of the second moment"),
-    },
-    "muon": {
-        "beta": Field(0.95, _DECAY, "decay of the momentum"),
-        "adam_learning_rate": Field(
-            None, _optional(_positive(1000)), "of what is not a kernel of a block; None: the same"
-        ),
-    },
+# An optimizer's own fields come from its signature (`optimizers.factory.declared`). Ranges that optax does not check:
+OPTIMIZER_RANGES = {
+    **dict.fromkeys(("b1", "b2", "b3", "beta", "decay", "momentum", "adam_b1", "adam_b2"), _DECAY),
+    "eps": _positive(1),
+    "adam_learning_rate": _positive(1000),
+    "weight_decay": _number(0, 100),
+    "ns_steps": _integer(1, 100),
 }
 
 # What makes a vanilla network trainable: the fields of `config.model` that belong together.
@@ -192,16 +186,16 @@ METHODS = {
 
 
 def fields(optimizer: str) -> dict[str, Field]:
-    """The table with the settings of one optimizer, by dotted name."""
-    own = OPTIMIZER_FIELDS.get(optimizer)
-    if own is None:
-        from simplest_vit.optimizers.factory import declared  # here, for a recipe is read before JAX is needed
+    """Return the table with the settings of one optimizer, by dotted name."""
+    from simplest_vit.optimizers.factory import declared  # here, because it needs JAX
 
-        own = {
-            name: Field(value, Values(lambda value: True, "anything", kind), "None: the preset's")
-            for name, (value, kind) in declared(optimizer).items()
-        }
-    return FIELDS | {f"optimizer.{name}": field for name, field in own.items()}
+    own = {}
+    for name, (value, kind) in declared(optimizer).items():
+        values = Values(lambda value: True, "anything", kind)
+        if name in OPTIMIZER_RANGES and optimizer not in ("shampoo", "soap"):  # which check their own
+            values = OPTIMIZER_RANGES[name] if value is not None else _optional(OPTIMIZER_RANGES[name])
+        own[f"optimizer.{name}"] = Field(value, values, f"an argument of {optimizer}")
+    return FIELDS | own
 
 
 def default(optimizer: str = "adam") -> ConfigDict:
@@ -271,7 +265,7 @@ def check(config: ConfigDict) -> None:
     """
     from simplest_vit.data.dataset import image_shape
     from simplest_vit.models.factory import model_arguments
-    from simplest_vit.optimizers.factory import check_settings
+    from simplest_vit.optimizers.factory import create_optimizer
 
     flat = flatten(config.to_dict())
     table = fields(str(flat.get("optimizer.name", "adam")))
@@ -293,4 +287,4 @@ def check(config: ConfigDict) -> None:
     if config.data.label == "coarse" and config.data.name != "cifar100":
         raise UserError(f"config.data.label='coarse' must be 'fine' for {config.data.name}")
     model_arguments(config.model, image_shape(config.data))
-    check_settings(config.optimizer)
+    create_optimizer(**config.optimizer)

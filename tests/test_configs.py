@@ -1,7 +1,5 @@
 import importlib
 import itertools
-import subprocess
-import sys
 
 import pytest
 
@@ -9,8 +7,8 @@ from simplest_vit.config import FIELDS, check, default
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import model_arguments
-from simplest_vit.optimizers.factory import OPTIMIZERS, create_optimizer
 
+OPTIMIZERS = ("adam", "muon", "shampoo", "soap")
 IMAGES = {
     "digits": (8, 8, 1),
     "cifar10": (32, 32, 3),
@@ -35,7 +33,6 @@ def test_every_choice_of_every_config_describes_a_run(name):
         assert config.data.name == name
         assert model_arguments(config.model, IMAGES[name])["depth"] == 12
         assert config.model.name == model.split(",")[0]
-        create_optimizer(config, lambda step: 1.0)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +64,7 @@ def test_a_mistyped_argument_is_one_line(arguments):
 
 
 def test_defaults_are_values_that_their_rows_allow():
-    for optimizer in OPTIMIZERS:
+    for optimizer in (*OPTIMIZERS, "lion", "adamw", "sgd"):
         config = default(optimizer)
         check(config)
         assert config.optimizer.name == optimizer
@@ -86,15 +83,10 @@ def test_a_flag_can_set_what_has_no_default():
 
 
 def test_an_unknown_optimizer_is_one_line():
-    with pytest.raises(UserError, match=r"config.optimizer.name='lion' is unknown; expected one of adam, muon"):
-        default("lion")
+    with pytest.raises(UserError, match=r"config.optimizer.name='adamm' is unknown; try [^\n]*adam"):
+        default("adamm")
 
 
 def test_the_data_sets_of_the_table_are_those_that_can_be_prepared():
     field = FIELDS["data.name"]
     assert [field.default, *field.meaning.removeprefix("or ").split(", ")] == list(BUILDERS)
-
-
-def test_a_recipe_imports_nothing_that_takes_seconds():
-    code = "import sys; from configs import digits; digits.get_config(); assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

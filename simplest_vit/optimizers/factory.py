@@ -1,134 +1,167 @@
-"""The optimizer of a run: the whole optax chain in one place."""
+"""The optimizer of a run: by its name, as one optax chain."""
 
-import contextlib
+import difflib
+import functools
 import inspect
+import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import optax
+import optax.contrib
 from jax.sharding import Mesh
 
 from simplest_vit.errors import UserError
-from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers import paths
+from simplest_vit.optimizers.schedules import WarmupCosine
 from simplest_vit.optimizers.shampoo import shampoo, soap, view_as
 
-# Optimizers by name: the config, the schedule and the mesh -> a transformation of clipped, decayed gradients.
+# Optimizers of optax that a run cannot use: they need the loss, its Hessian or a key in each update, or parameters for
+# evaluation that are not those of the gradient; `optimistic_adam` is deprecated.
+_UNUSABLE = {"lbfgs", "momo", "momo_adam", "noisy_sgd", "optimistic_adam", "sophia"}
+_UNUSABLE |= {"schedule_free_adamw", "schedule_free_sgd"}
+# Arguments that come from the run, not from the user. The mask says which parameters decay.
+_MASKS = ("mask", "weight_decay_mask")
+_FROM_THE_RUN = {"learning_rate", "weight_decay", "stack_axes", "mesh", "muon_weight_dimension_numbers", *_MASKS}
+# Their weight decay is in the run's chain, so that it can be L2 as well; others that have one apply it themselves.
+_DECAYED_OUTSIDE = {"muon", "shampoo", "soap"}
+_FUNCTIONS = (types.FunctionType, functools.partial)
 
 
-def _adam(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
-    settings = config.optimizer
-    return optax.adam(learning_rate, settings.b1, settings.b2, settings.eps)
+@functools.cache
+def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
+    """Return every optimizer by its name: those of optax, of `optax.contrib`, Shampoo and SOAP."""
+    found = {
+        name: function
+        for module in (optax, optax.contrib)
+        for name, function in vars(module).items()
+        if isinstance(function, _FUNCTIONS) and not name.startswith(("_", "scale_by_")) and name not in _UNUSABLE
+    }
+    usable = {name: function for name, function in found.items() if _takes_only_a_rate(function)}
+    return usable | {"shampoo": shampoo, "soap": soap}
 
 
-def _muon(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
-    settings = config.optimizer
-    ratio = (settings.adam_learning_rate or settings.learning_rate) / settings.learning_rate
-    return optax.contrib.muon(
-        learning_rate,
-        beta=settings.beta,
-        adam_learning_rate=lambda step: ratio * learning_rate(step),
-        muon_weight_dimension_numbers=paths.muon_dimension_numbers,
-    )
-
-
-def _shampoo(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
-    options = options_of(config.optimizer)
-    if config.optimizer.preset != "reference":
-        return shampoo(learning_rate, stack_axes=paths.stack_axes, mesh=mesh, **options)
-    if (config.model.name, config.model.attention) == ("simplest_vit", "value_skipinit"):
-        raise ValueError(
-            "preset='reference' has no layout for model.attention='value_skipinit'; choose another of them"
-        )
-    # Which dimensions the reference merges depends on its layout: q, k and v fused, layers apart, [out, in].
-    model, patch_size = config.model.name, config.model.patch_size
-    tx = shampoo(learning_rate, mesh=mesh, **options)
-    return view_as(lambda params: pytorch_layout(params, model, patch_size), tx)
-
-
-def _soap(config: Any, learning_rate: optax.Schedule, mesh: Mesh | None) -> optax.GradientTransformation:
-    return soap(learning_rate, stack_axes=paths.stack_axes, mesh=mesh, **options_of(config.optimizer))
-
-
-def options_of(settings: Any) -> dict[str, Any]:
-    """The settings of `config.optimizer` that are arguments of Shampoo or SOAP; None leaves the preset's."""
-    beside = ("name", "learning_rate")
-    return {name: value for name, value in settings.items() if name not in beside and value is not None}
-
-
-OPTIMIZERS = {"adam": _adam, "muon": _muon, "shampoo": _shampoo, "soap": _soap}
-
-# Optimizers that declare their settings as arguments, and check them.
-_DECLARE: dict[str, Callable[..., Any]] = {"shampoo": shampoo, "soap": soap}
-_NOT_SETTINGS = ("learning_rate", "stack_axes", "mesh", "mask", "weight_decay")
+def _takes_only_a_rate(function: Callable[..., Any]) -> bool:
+    parameters = list(inspect.signature(function).parameters.values())
+    needed = [parameter.name for parameter in parameters[1:] if parameter.default is inspect.Parameter.empty]
+    return bool(parameters) and parameters[0].name == "learning_rate" and not needed
 
 
 def declared(name: str) -> dict[str, tuple[Any, type]]:
-    """The default and the type of each setting that an optimizer declares.
+    """Read the settings of an optimizer from its signature.
+
+    Args:
+      name: As in optax, such as 'adamw'.
+
+    Returns:
+      For each setting its default and the type of its values; settings that are no number, name or flag are left out.
 
     Raises:
-      UserError: If there is no such optimizer.
+      UserError: If there is no such optimizer; the message suggests near names.
     """
-    if name not in _DECLARE:
-        raise UserError(f"config.optimizer.name={name!r} is unknown; expected one of {', '.join(OPTIMIZERS)}")
-    parameters = inspect.signature(_DECLARE[name]).parameters
-    return {key: (p.default, _type(p.annotation)) for key, p in parameters.items() if key not in _NOT_SETTINGS}
+    settings = {}
+    for key, parameter in inspect.signature(_named(name)).parameters.items():
+        kind = _kind(parameter)
+        if kind is not None and key not in _FROM_THE_RUN:
+            settings[key] = parameter.default, kind
+    return settings
 
 
-def _type(annotation: Any) -> type:
-    """The type of a value that is not None, as a flag reads it."""
-    first = (typing.get_args(annotation) or (annotation,))[0]
-    if typing.get_origin(annotation) is typing.Literal:
-        return type(first)
-    return first if first in (bool, int, float) else _type(first) if typing.get_args(annotation) else str
+def _named(name: str) -> Callable[..., optax.GradientTransformation]:
+    if name in optimizers():
+        return optimizers()[name]
+    near = difflib.get_close_matches(str(name).lower(), optimizers(), 3) or ["adam", "adamw", "muon", "shampoo", "soap"]
+    raise UserError(
+        f"config.optimizer.name={name!r} is unknown; try {', '.join(near)}, or another optimizer of optax by its name"
+    )
 
 
-def check_settings(settings: Any) -> None:
-    """Check `config.optimizer` as far as its optimizer declares it.
+def _kind(parameter: inspect.Parameter) -> type | None:
+    """Return the type of a setting's values, None if a flag cannot give them."""
+    if isinstance(parameter.default, bool | int | float | str):
+        return type(parameter.default)
+    choices = typing.get_args(parameter.annotation) or (parameter.annotation,)
+    if parameter.default is not None:
+        return None
+    numbers = [kind for kind in (bool, float, int) if kind in choices]
+    if float in numbers:  # in optax, bool, int and float together mean any number
+        return float
+    return numbers[0] if numbers else str if parameter.name.endswith("dtype") or _is_text(choices) else None
 
-    Raises:
-      UserError: If a setting is unknown or out of range.
-    """
-    if settings.name in _DECLARE:
-        with _told():
-            _DECLARE[settings.name](settings.learning_rate, **options_of(settings))
 
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:  # its message begins with the field
-        raise UserError(f"config.optimizer.{error}") from error
+def _is_text(choices: tuple[Any, ...]) -> bool:
+    return any(
+        choice is str or isinstance(choice, str) or typing.get_origin(choice) is typing.Literal for choice in choices
+    )
 
 
 def create_optimizer(
-    config: Any, learning_rate: optax.Schedule, mesh: Mesh | None = None
+    name: str,
+    learning_rate: optax.ScalarOrSchedule | WarmupCosine,
+    *,
+    grad_clip: float = 0.0,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    mesh: Mesh | None = None,
+    layout: Callable[[optax.Params], Any] | None = None,
+    **arguments: Any,
 ) -> optax.GradientTransformation:
     """Chain: clip by global norm -> L2 decay -> optimizer with its learning rate -> decoupled decay.
 
     Args:
-      config: The run's config; reads `grad_clip`, `weight_decay`, `decoupled_weight_decay`, `optimizer` and `model`.
-      learning_rate: The schedule.
+      name: An optimizer of optax, 'shampoo' or 'soap'.
+      learning_rate: A number or a schedule.
+      grad_clip: The largest global norm of a gradient; 0 does not clip.
+      weight_decay: Of kernels only. An optimizer of optax that takes a weight decay, such as AdamW, takes this one.
+      decoupled_weight_decay: For the others: False adds the decay to the gradient (L2), True to the update, times the
+        learning rate.
       mesh: Devices that share the work of Shampoo and SOAP; None for one.
+      layout: Parameters -> the layout in which Shampoo's reference preset sees them; None for their own.
+      **arguments: The optimizer's own, as `declared` lists them; None stands for its default.
 
     Returns:
       The transformation; its updates are added to the parameters.
 
     Raises:
-      UserError: If the optimizer refuses its settings.
+      UserError: If the optimizer is unknown or refuses an argument.
     """
-    settings = config.optimizer
-    with _told():
-        chain = [OPTIMIZERS[settings.name](config, learning_rate, mesh)]
-    if config.weight_decay and config.decoupled_weight_decay:
+    function = _named(name)
+    given = {key: value for key, value in arguments.items() if value is not None}
+    parameters = inspect.signature(function).parameters
+    given |= {key: paths.decay_mask for key in _MASKS if key in parameters and name not in ("shampoo", "soap")}
+    if name in ("shampoo", "soap"):
+        given["mesh"] = mesh
+    if name == "muon":
+        given |= _of_muon(learning_rate, given)
+    is_reference = name == "shampoo" and given.get("preset") == "reference"
+    if name in ("shampoo", "soap") and not is_reference:
+        given["stack_axes"] = paths.stack_axes
+    decays_itself = "weight_decay" in parameters and name not in _DECAYED_OUTSIDE
+    if decays_itself:
+        given["weight_decay"] = weight_decay
+    try:
+        tx = function(learning_rate, **given)
+    except (TypeError, ValueError) as error:  # its message begins with the field
+        raise UserError(f"config.optimizer.{error}") from error
+    # Which dimensions the reference merges depends on its layout: q, k and v fused, layers apart, [out, in].
+    chain = [view_as(layout, tx) if is_reference and layout is not None else tx]
+    if decays_itself:
+        pass
+    elif weight_decay and decoupled_weight_decay:
         # Behind the optimizer, whose updates already have the learning rate and its sign.
-        chain.append(
-            optax.add_decayed_weights(lambda step: -config.weight_decay * learning_rate(step), paths.decay_mask)
-        )
-    elif config.weight_decay:
-        chain.insert(0, optax.add_decayed_weights(config.weight_decay, paths.decay_mask))
-    if config.grad_clip:
-        chain.insert(0, optax.clip_by_global_norm(config.grad_clip))
+        rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
+        chain.append(optax.add_decayed_weights(lambda step: -weight_decay * rate(step), paths.decay_mask))
+    elif weight_decay:
+        chain.insert(0, optax.add_decayed_weights(weight_decay, paths.decay_mask))
+    if grad_clip:
+        chain.insert(0, optax.clip_by_global_norm(grad_clip))
     return optax.chain(*chain)
+
+
+def _of_muon(learning_rate: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Say which parameters are Muon's; Adam's learning rate follows the run's schedule from a peak of its own."""
+    peak = given.get("adam_learning_rate")
+    if peak is not None and isinstance(learning_rate, WarmupCosine):
+        peak = learning_rate.at_peak(peak)
+    return {"adam_learning_rate": peak, "muon_weight_dimension_numbers": paths.muon_dimension_numbers}

@@ -1,22 +1,35 @@
 """The learning rate over a run."""
 
+import dataclasses
+
+import jax
 import optax
 
 
-def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, then a cosine to 0 at `total_steps`.
+@dataclasses.dataclass(frozen=True)
+class WarmupCosine:
+    """A schedule: linear warm-up from 0, then a cosine to 0.
 
-    Args:
-      peak: Highest learning rate.
-      warmup_steps: Steps of warm-up; shortened to `total_steps` in a shorter run.
+    Step t (from 0) gets peak * (t + 1) / warmup_steps in the warm-up, so that the first step is not lost on 0. The last
+    step of the run gets 0, or the peak if all steps are warm-up.
+
+    Attributes:
+      peak: The highest learning rate.
+      warmup_steps: Steps of warm-up; a run of fewer steps shortens it to all of its own.
       total_steps: Steps of the run.
-
-    Returns:
-      The schedule; step t (from 0) gets peak * (t + 1) / warmup_steps in the warm-up, so that the first is not lost on
-      0, and the last of the run gets 0, or the peak where all steps are warm-up.
     """
-    warmup_steps = min(warmup_steps, total_steps)
-    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-    cosine = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1))
-    joined = optax.join_schedules([warmup, cosine], [warmup_steps])
-    return lambda step: joined(step + 1)
+
+    peak: float
+    warmup_steps: int
+    total_steps: int
+
+    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
+        """Return the learning rate of a step, from 0."""
+        warmup_steps = min(self.warmup_steps, self.total_steps)
+        warmup = optax.linear_schedule(0.0, self.peak, warmup_steps)
+        cosine = optax.cosine_decay_schedule(self.peak, max(self.total_steps - warmup_steps, 1))
+        return optax.join_schedules([warmup, cosine], [warmup_steps])(step + 1)
+
+    def at_peak(self, peak: float) -> "WarmupCosine":
+        """Return the same schedule with another peak."""
+        return dataclasses.replace(self, peak=peak)

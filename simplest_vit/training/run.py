@@ -17,10 +17,11 @@ from simplest_vit.errors import UserError
 from simplest_vit.models import attention
 from simplest_vit.models.factory import model_arguments
 from simplest_vit.models.layers import token_grid
+from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.models.simple_vit import SimpleViT
 from simplest_vit.models.simplest_vit import SimplestViT
 from simplest_vit.optimizers.factory import create_optimizer
-from simplest_vit.optimizers.schedules import warmup_cosine
+from simplest_vit.optimizers.schedules import WarmupCosine
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.metrics import Sums
 from simplest_vit.training.sharding import create_mesh
@@ -88,6 +89,20 @@ class Run:
         return min(self.total_steps, *((step // n + 1) * n for n in every))
 
 
+def reference_layout(config: Any) -> Callable[[Any], Any]:
+    """Return the function from parameters to their layout in PyTorch, which Shampoo's reference preset sees.
+
+    Raises:
+      UserError: If that preset is chosen for an attention without such a layout.
+    """
+    if config.optimizer.get("preset") == "reference" and config.model.attention == "value_skipinit":
+        raise UserError(
+            "config.optimizer.preset='reference' has no layout for model.attention='value_skipinit'; choose another "
+            "of them"
+        )
+    return functools.partial(pytorch_layout, model=config.model.name, patch_size=config.model.patch_size)
+
+
 def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
     """Construct a run; there is no other way to one.
 
@@ -109,8 +124,15 @@ def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
         raise UserError(
             f"config.profile.first_step={config.profile.first_step} must be less than the run's {total_steps} steps"
         )
-    learning_rate = warmup_cosine(config.optimizer.learning_rate, config.warmup_steps, total_steps)
-    tx = create_optimizer(config, learning_rate, mesh)
+    learning_rate = WarmupCosine(config.optimizer.learning_rate, config.warmup_steps, total_steps)
+    tx = create_optimizer(
+        **{**config.optimizer, "learning_rate": learning_rate},
+        grad_clip=config.grad_clip,
+        weight_decay=config.weight_decay,
+        decoupled_weight_decay=config.decoupled_weight_decay,
+        mesh=mesh,
+        layout=reference_layout(config),
+    )
     settings = config.copy_and_resolve_references()
     sizes = model_arguments(config.model, data.image_shape)
     settings.model.attention_kernel = attention.choose(

@@ -7,9 +7,10 @@ import pytest
 from simplest_vit.errors import UserError
 from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers import paths
-from simplest_vit.optimizers.factory import create_optimizer
-from simplest_vit.optimizers.schedules import warmup_cosine
+from simplest_vit.optimizers.factory import create_optimizer, declared, optimizers
+from simplest_vit.optimizers.schedules import WarmupCosine
 from simplest_vit.optimizers.shampoo import shampoo
+from simplest_vit.training.run import reference_layout
 from simplest_vit.training.state import state_initializer
 from tests.tiny import tiny_config
 
@@ -45,9 +46,8 @@ def test_only_stacked_kernels_go_to_muon():
 
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_adam_chain_equals_float64_numpy(decoupled):
-    config = tiny_config(weight_decay=0.1, grad_clip=1.0, decoupled_weight_decay=decoupled)
-    schedule = warmup_cosine(0.1, 2, 8)
-    tx = create_optimizer(config, schedule)
+    schedule = WarmupCosine(0.1, 2, 8)
+    tx = create_optimizer("adam", schedule, grad_clip=1.0, weight_decay=0.1, decoupled_weight_decay=decoupled)
     params, state = PARAMS, tx.init(PARAMS)
     expected = {name: np.ones(p.shape) for name, p in leaves(PARAMS).items()}
     m = {name: np.zeros(p.shape) for name, p in expected.items()}
@@ -70,7 +70,7 @@ def test_adam_chain_equals_float64_numpy(decoupled):
 
 
 def test_muon_orthogonalizes_each_block_and_leaves_biases_to_adam():
-    tx = create_optimizer(tiny_config("optimizer=muon", grad_clip=0.0), lambda step: 1.0)
+    tx = create_optimizer("muon", lambda step: 1.0)
     updates, _ = tx.update(random_like(PARAMS, 0), tx.init(PARAMS), PARAMS)
     for kernel in updates["blocks"]["mlp"]["dense1"]["kernel"]:
         singular = np.linalg.svd(kernel, compute_uv=False) / np.sqrt(4 / 3)
@@ -81,27 +81,87 @@ def test_muon_orthogonalizes_each_block_and_leaves_biases_to_adam():
 
 def test_muon_has_the_settings_of_the_run():
     """Without momentum a step depends on its own gradient alone; what is Adam's has a learning rate of its own."""
-    config = tiny_config("optimizer=muon", grad_clip=0.0)
-    config.optimizer.update(beta=0.0, learning_rate=0.5)
-    same = create_optimizer(config, lambda step: 0.5)
-    config.optimizer.adam_learning_rate = 0.125
-    tx = create_optimizer(config, lambda step: 0.5)
+    schedule = WarmupCosine(0.5, 1, 100)
+    same = create_optimizer("muon", schedule, beta=0.0)
+    tx = create_optimizer("muon", schedule, beta=0.0, adam_learning_rate=0.125)
     first, second = random_like(PARAMS, 0), random_like(PARAMS, 1)
     alone, _ = tx.update(second, tx.init(PARAMS), PARAMS)
     _, state = tx.update(first, tx.init(PARAMS), PARAMS)
     after, _ = tx.update(second, state, PARAMS)
     by_muon = [tree["blocks"]["mlp"]["dense1"]["kernel"] for tree in (after, alone)]
-    np.testing.assert_allclose(*by_muon, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(by_muon[0] / float(schedule(1)), by_muon[1] / float(schedule(0)), rtol=1e-3, atol=1e-4)
     at_one_rate, _ = same.update(second, same.init(PARAMS), PARAMS)
     np.testing.assert_allclose(alone["head"]["kernel"], at_one_rate["head"]["kernel"] / 4, rtol=1e-5)
+
+
+def first_update(name, steps=3, **arguments):
+    """The updates of a few steps, as one vector."""
+    tx = create_optimizer(name, 0.1, **arguments)
+    state, found = tx.init(PARAMS), []
+    for seed in range(steps):
+        updates, state = jax.jit(tx.update)(random_like(PARAMS, seed), state, PARAMS)
+        found += [np.ravel(x).astype(float) for x in jax.tree.leaves(updates)]
+    return np.concatenate(found)
+
+
+# Another value of each setting of optimizers that many runs use; it must change the updates.
+OTHER = {
+    "adam": {"b1": 0.0, "b2": 0.5, "eps": 0.1, "eps_root": 0.1, "mu_dtype": "bfloat16", "nesterov": True},
+    "adamw": {"b1": 0.0, "b2": 0.5, "eps": 0.1, "nesterov": True},
+    "lion": {"b1": 0.0, "b2": 0.0},
+    "sgd": {"momentum": 0.5},
+    "muon": {"beta": 0.0, "ns_steps": 1, "nesterov": False, "adam_b1": 0.0, "adam_b2": 0.5},
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, others in OTHER.items() for key in others])
+def test_every_setting_reaches_optax(name, key):
+    """Falsy ones too."""
+    assert key in declared(name)
+    assert np.abs(first_update(name, **{key: OTHER[name][key]}) - first_update(name)).max() > 1e-6
+
+
+def test_every_setting_of_adam_has_a_row():
+    assert set(OTHER["adam"]) == set(declared("adam"))
+
+
+def test_an_optimizer_of_optax_is_optax_s_own():
+    """By its name there, with its defaults; of AdamW only kernels decay."""
+    ours = create_optimizer("adamw", 0.1, weight_decay=0.3)
+    theirs = optax.adamw(0.1, weight_decay=0.3, mask=paths.decay_mask)
+    gradient = random_like(PARAMS, 0)
+    updates, _ = ours.update(gradient, ours.init(PARAMS), PARAMS)
+    expected, _ = theirs.update(gradient, theirs.init(PARAMS), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in optimizers() if name not in ("shampoo", "soap")])
+def test_every_optimizer_takes_a_step_with_its_declared_defaults(name):
+    defaults = {key: value for key, (value, _) in declared(name).items()}
+    assert np.all(np.isfinite(first_update(name, steps=1, **defaults)))
+
+
+def test_declared_types_are_those_of_flags():
+    assert declared("lion")["b1"] == (0.9, float)
+    assert declared("adamw")["mu_dtype"] == (None, str)
+    assert declared("sgd")["momentum"] == (None, float)
+    assert declared("muon")["ns_steps"] == (5, int)
+    assert declared("muon")["adam_learning_rate"] == (None, float)
+    assert not {"mask", "weight_decay", "weight_decay_mask", "learning_rate"} & set(declared("adamw"))
+    assert declared("shampoo")["precondition_frequency"][1] is int
+
+
+@pytest.mark.parametrize(("name", "hint"), [("adamW", "adamw"), ("soup", "soap"), ("lbfgs", "try "), ("chain", "try ")])
+def test_an_unknown_optimizer_is_one_line_with_near_names(name, hint):
+    with pytest.raises(UserError, match=rf"^config.optimizer.name='{name}' is unknown; try [^\n]*$") as error:
+        create_optimizer(name, 0.1)
+    assert hint in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["shampoo", "soap"])
 def test_stacked_layers_are_preconditioned_apart(name):
     """What one layer's gradient is changes nothing in another layer."""
-    config = tiny_config(f"optimizer={name}", grad_clip=0.0)
-    config.optimizer.update(precondition_frequency=1, start_preconditioning_step=1)
-    tx = create_optimizer(config, lambda step: 0.1)
+    tx = create_optimizer(name, 0.1, precondition_frequency=1, start_preconditioning_step=1)
     update, steps = jax.jit(tx.update), []
     for change in (1.0, 3.0):
         state = tx.init(PARAMS)
@@ -118,12 +178,12 @@ def test_stacked_layers_are_preconditioned_apart(name):
 @pytest.mark.parametrize("model", ["simplest_vit", "simple_vit"])
 def test_reference_shampoo_sees_the_parameters_as_pytorch_lays_them_out(model):
     config = tiny_config(f"optimizer=shampoo,model={model}", grad_clip=0.0)
-    config.optimizer.update(preset="reference", precondition_frequency=2, start_preconditioning_step=2)
+    settings = {"preset": "reference", "precondition_frequency": 2, "start_preconditioning_step": 2}
     _, initialize = state_initializer(config, image_shape=(8, 8, 1), num_classes=10, tx=optax.sgd(1.0))
     params = jax.jit(initialize)().params
-    ours = create_optimizer(config, lambda step: 0.1)
-    theirs = shampoo(0.1, preset="reference", precondition_frequency=2, start_preconditioning_step=2)
+    theirs = shampoo(0.1, **settings)
     view = lambda tree: pytorch_layout(tree, model, config.model.patch_size)  # noqa: E731
+    ours = create_optimizer("shampoo", 0.1, layout=view, **settings)
     viewed = view(params)
     assert {name: tensor.shape for name, tensor in viewed.items()}["to_patch_embedding.weight"] == (16, 1, 2, 2)
     ours_state, theirs_state = ours.init(params), theirs.init(viewed)
@@ -138,11 +198,11 @@ def test_reference_shampoo_has_no_layout_for_value_skipinit():
     config = tiny_config("optimizer=shampoo", model__attention="value_skipinit")
     config.optimizer.preset = "reference"
     with pytest.raises(UserError, match=r"^config.optimizer.preset='reference' has no layout for .*'value_skipinit'; "):
-        create_optimizer(config, lambda step: 0.1)
+        reference_layout(config)
 
 
 def test_schedule_warms_up_linearly_and_ends_at_zero():
-    schedule = warmup_cosine(2.0, 4, 12)
+    schedule = WarmupCosine(2.0, 4, 12)
     rates = np.array([schedule(step) for step in range(12)])
     np.testing.assert_allclose(rates[:4], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
     np.testing.assert_allclose(rates[4:], 1 + np.cos(np.pi * np.arange(1, 9) / 8), atol=1e-6)
@@ -150,7 +210,7 @@ def test_schedule_warms_up_linearly_and_ends_at_zero():
 
 @pytest.mark.parametrize("warmup_steps", [0, 5, 9])
 def test_schedule_of_a_run_shorter_than_its_warmup(warmup_steps):
-    rates = np.array([warmup_cosine(1.0, warmup_steps, 5)(step) for step in range(5)])
+    rates = np.array([WarmupCosine(1.0, warmup_steps, 5)(step) for step in range(5)])
     assert np.all(np.isfinite(rates))
     assert rates.max() <= 1.0
     if warmup_steps:

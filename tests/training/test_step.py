@@ -137,7 +137,7 @@ def test_dropout_changes_training_but_not_evaluation():
 @pytest.mark.parametrize("optimizer", ["adam", "shampoo"])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step(optimizer, devices):
     config = tiny_config(f"optimizer={optimizer}", ema__decay=0.9, ema__every=1, sam__rho=0.05)
-    tx = create_optimizer(config, optax.constant_schedule(1e-3))
+    tx = create_optimizer(optimizer, 1e-3)
     graphdef, state = start(config, tx, devices)
     train_step = make_train_step(graphdef, tx, config, jax.tree.map(lambda x: x.sharding, state))
     good = jax.device_put(batch_of(), batch_sharding(create_mesh(devices=jax.devices()[:devices])))
