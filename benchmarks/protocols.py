@@ -204,8 +204,7 @@ def recipe_arguments(preset: str, optimizer: str, augmentation: str = "basic") -
     """Return what stands behind the colon of `--config configs/DATA.py:`."""
     method = "isometric" if preset in ("isometric_vit", "shift_mlp") else "espa_tat"
     model = "simple_vit" if preset == "simple_vit" else "simplest_vit"
-    setup = {"basic": "tat", "strong": "simple_vit"}[augmentation]
-    return f"model={model},method={method},optimizer={optimizer},setup={setup}"
+    return f"model={model},method={method},optimizer={optimizer},augmentation={augmentation}"
 
 
 def recipe(data: str, preset: str, optimizer: str, augmentation: str = "basic") -> Any:

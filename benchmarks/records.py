@@ -33,7 +33,7 @@ import numpy as np
 from benchmarks import protocols
 from simplest_vit.analysis.runs import Run, find_runs, read_curves
 from simplest_vit.config import flatten
-from simplest_vit.errors import UserError, tell
+from simplest_vit.errors import UserError, print_error
 from simplest_vit.training.workdir import may_change
 
 PATH = pathlib.Path(__file__).parent.parent / "results" / "runs.csv"
@@ -314,7 +314,7 @@ def main() -> None:
         write(merge(old, new), options.output)
         print(f"{options.output}: {len(new)} runs recorded, {len(problems)} refused")
     except UserError as error:
-        sys.exit(tell(error))
+        sys.exit(print_error(error))
 
 
 if __name__ == "__main__":
