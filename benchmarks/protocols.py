@@ -161,7 +161,10 @@ TABLES: dict[str, Table] = {
     ),
     "baseline": Table(
         "what makes SimpleViT stronger",
-        ("SimpleViT", *(row for row in NETWORKS if row.startswith("SimpleViT, ") and "blocks" not in row)),
+        (
+            *("SimpleViT", "SimpleViT, 4 heads", "SimpleViT, 8 heads", "SimpleViT, shifts"),
+            *("SimpleViT, orthogonal", "SimpleViT, warm-up 200", "SimpleViT, no clipping"),
+        ),
         _SOAP,
         steps=CHOOSING_STEPS,
         seeds=(),

@@ -155,7 +155,6 @@ CONFIGS = {
 
 IMPORT = "simplest_vit.interop.import_reference --config configs/digits.py --workdir {new}/run"
 EXPORT = "simplest_vit.interop.export_reference --config configs/digits.py --workdir {new}/run"
-DEPTH_STUDY = "benchmarks.depth_study --config configs/digits.py --workdir {new}/run"
 SWEEP = "simplest_vit sweep --config configs/digits.py"
 DIGITS = "main.py --config configs/digits.py --workdir {new}/run"
 INIT_FROM = DIGITS + " --config.data.dir={old}/data --config.init_from"
@@ -283,7 +282,8 @@ COMMANDS = [
     (SWEEP + " --workdir {old}/run", "is the folder of a run; a sweep needs one of its own"),
     ("simplest_vit report", "no runs named; usage: "),
     ("simplest_vit report {new}/nowhere", "nowhere is no folder"),
-    (DEPTH_STUDY + " --depths=8,x", "--depths=8,x"),
+    ("benchmarks.reproduce nothing --workdir {new}/run", "unknown table nothing; usage: "),
+    ("benchmarks.reproduce headline", "--workdir is missing"),
     ("simplest_vit.analysis.signal_propagation --config configs/digits.py --workdir {new}/run --seeds=0", "--seeds=0"),
     (
         "simplest_vit.analysis.signal_propagation --config configs/digits.py --workdir {new}/run --inputs=noise",
@@ -296,8 +296,7 @@ COMMANDS = [
     (EXPORT, "--output is missing"),
     (EXPORT + " --output={new}/x.pth --config.data.image_size=-5", "config.data.image_size=-5 must be"),
     (EXPORT + " --output={new}/x.pth", "holds no checkpoint; train there first"),
-    (DEPTH_STUDY + " --config.data.image_size=-5", "config.data.image_size=-5 must be"),
-    (DEPTH_STUDY.replace("{new}/run", "{old}/text.jpg"), "text.jpg is a file"),
+    ("benchmarks.records {new}/nowhere", "nowhere is no folder"),
     ("benchmarks.checkpoint --config configs/digits.py --config.batch_size=0", "config.batch_size=0 must be"),
     ("benchmarks.train_step --config configs/digits.py --config.model.depth=0", "config.model.depth=0 must be"),
     (

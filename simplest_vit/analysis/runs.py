@@ -1,4 +1,4 @@
-"""Finds runs on disk: their results, and their training curves from the TensorBoard files."""
+"""Find runs on disk: their results, and their training curves from the TensorBoard files."""
 
 import dataclasses
 import json
@@ -13,9 +13,9 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from simplest_vit.config import flatten
 from simplest_vit.errors import UserError
-from simplest_vit.training.workdir import CONFIG, RESULTS, may_change
+from simplest_vit.training.workdir import CONFIG, DATASET, RESULTS, may_change
 
-# What a report needs of `results.json`; a run of a version that writes others is told, not guessed at.
+# What a report needs of `results.json`; a run of another version is reported, not guessed at.
 _NEEDED = ("validation_accuracy", "best_validation_accuracy", "steps", "seed", "config")
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -33,6 +33,20 @@ class Run:
         """The run's config, by dotted name."""
         return flatten(self.results["config"])
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The part of the config that decides the result, without the seed."""
+        return {name: value for name, value in self.config.items() if name != "seed" and not may_change(name)}
+
+    @property
+    def data(self) -> str:
+        """The data set by its content, such as `cifar10 (d2fbfae3)`."""
+        try:
+            info = json.loads((self.path / DATASET).read_text())
+            return f"{info['name']} ({info['fingerprint'][:8]})"
+        except (OSError, ValueError, TypeError, KeyError):
+            return str(self.config.get("data.name"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -44,6 +58,11 @@ class Group:
     def config(self) -> dict[str, Any]:
         """The config of the first run, by dotted name."""
         return self.runs[0].config
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the runs have in common and their result depends on."""
+        return self.runs[0].settings
 
     def mean(self, name: str = "validation_accuracy") -> float:
         """Mean of a result over the seeds."""
@@ -93,13 +112,20 @@ def find_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
     return runs, problems
 
 
-def group_by_config(runs: Iterable[Run]) -> list[Group]:
-    """Put runs together that differ only in their seed, in the order in which they come."""
-    groups: dict[str, list[Run]] = {}
+def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
+    """Group runs of one data set and one config that differ only in their seed, in the order in which they come.
+
+    Returns:
+      The groups, in which a seed counts once, and one line for each run that repeats a seed.
+    """
+    groups: dict[str, dict[int, Run]] = {}
+    repeated = []
     for run in runs:
-        same = {name: value for name, value in run.config.items() if name != "seed" and not may_change(name)}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
-    return [Group(members) for members in groups.values()]
+        members = groups.setdefault(json.dumps([run.data, run.settings], sort_keys=True), {})
+        first = members.setdefault(run.results["seed"], run)
+        if first is not run:
+            repeated.append(f"{run.path}: repeats seed {run.results['seed']} of {first.path}, which counts")
+    return [Group(list(members.values())) for members in groups.values()], repeated
 
 
 def read_curves(path: pathlib.Path) -> dict[str, Curve]:

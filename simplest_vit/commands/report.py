@@ -1,12 +1,9 @@
-"""Compare finished runs with the published results of the PyTorch reference.
+"""Print a table of finished runs: what differs between them, and their accuracies over seeds.
 
     simplest-vit report runs/
 
-Prints the tables and writes RESULTS.md (its part between two markers, the rest of the file stays), docs/results.csv and
-docs/training_curves.png to --output.
+Runs of one config and one data set that differ only in their seed share a row.
 """
-
-from absl import flags
 
 from simplest_vit import cli
 from simplest_vit.errors import UserError
@@ -14,18 +11,16 @@ from simplest_vit.errors import UserError
 
 def main() -> None:
     """Run the command."""
-    output = flags.DEFINE_string("output", ".", "Folder to write RESULTS.md and docs/ to.")
     usage = "simplest-vit report FOLDER..."
 
     def report(arguments: list[str]) -> None:
         if not arguments:
             raise UserError(f"no runs named; usage: {usage}")
-        from simplest_vit.analysis.report import markdown, write
-        from simplest_vit.analysis.runs import find_runs, group_by_config
+        from simplest_vit.analysis.report import markdown
+        from simplest_vit.analysis.runs import find_runs, group_runs
 
         runs, problems = find_runs(arguments)
-        groups = group_by_config(runs)
-        print(markdown(groups, problems))
-        print(f"\nwritten: {write(groups, problems, output.value)}")
+        groups, repeated = group_runs(runs)
+        print(markdown(groups, problems + repeated))
 
     cli.run(report, usage, required=(), positional=True)

@@ -1,0 +1,129 @@
+"""Records as the cells of tables: means over seeds, and differences with their 95 % intervals."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable
+
+from benchmarks import intervals, records
+from benchmarks.protocols import Network
+from benchmarks.records import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Runs that differ only in their seed, with their lines in the file of records."""
+
+    runs: dict[int, Record]
+
+    @property
+    def values(self) -> dict[int, float]:
+        """Accuracies in % by seed."""
+        return {run.seed or 0: round(100 * run.validation_accuracy, 6) for run in self.runs.values()}
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy in %."""
+        return statistics.fmean(self.values.values())
+
+    @property
+    def basis(self) -> tuple[bool, bool]:
+        """What only runs of the same kind may be compared by: from an old page, on the hold-out."""
+        first = next(iter(self.runs.values()))
+        return first.from_page, first.on_hold_out
+
+    def text(self, page: str) -> str:
+        """Mean, deviation and number of seeds, with a link to the records."""
+        values = list(self.values.values())
+        spread = f"±{statistics.stdev(values):.1f} ({len(values)})" if len(values) > 1 else ""
+        old = "†" if self.basis[0] else ""
+        up = "../" * page.count("/")
+        lines = f"L{min(self.runs)}-L{max(self.runs)}" if len(values) > 1 else f"L{min(self.runs)}"
+        return f"[{self.mean + 1e-9:.1f}{spread}{old}]({up}results/runs.csv?plain=1#{lines})"
+
+
+class Results:
+    """The records, as cells of tables."""
+
+    def __init__(self, found: Iterable[Record]) -> None:
+        """Group the records by what only differs in the seed."""
+        self.cells: dict[tuple, Cell] = {}
+        for line, record in enumerate(found, start=2):
+            self.cells.setdefault(record.setting, Cell({})).runs[line] = record
+
+    def find(
+        self,
+        network: Network,
+        *,
+        data: str = "cifar10",
+        optimizer: str = "soap",
+        steps: int = 1500,
+        protocol: str = "small",
+        like: Cell | None = None,
+        hold_out: bool = False,
+    ) -> Cell | None:
+        """Find the runs of a network: recorded ones before those of an old page, most seeds, then best rate.
+
+        Args:
+          network: Of `NETWORKS`.
+          data: Data set.
+          optimizer: Its name.
+          steps: Of the run.
+          protocol: Of `PROTOCOLS`.
+          like: Take only runs that may be compared with these.
+          hold_out: Take runs on the hold-out.
+
+        Returns:
+          The cell, or None without a run.
+        """
+        changes = records.changes_text(network.fields)
+        wanted = (protocol, data, network.preset, changes, optimizer, steps)
+        found = []
+        for cell in self.cells.values():
+            run = next(iter(cell.runs.values()))
+            own = (run.protocol, run.data, run.network, run.changes, run.optimizer, run.steps)
+            same_basis = cell.basis == like.basis if like else cell.basis[1] == hold_out
+            if own == wanted and same_basis:
+                found.append(cell)
+        return _best(found)
+
+    def of_recipe(self, preset: str, data: str, optimizer: str, protocol: str, steps: int) -> Cell | None:
+        """Find the best runs by the recipe itself, whatever else differs in them."""
+        wanted = (preset, data, optimizer, protocol, steps, False)
+        found = []
+        for cell in self.cells.values():
+            run = next(iter(cell.runs.values()))
+            if (run.network, run.data, run.optimizer, run.protocol, run.steps, run.on_hold_out) == wanted:
+                found.append(cell)
+        return _best(found)
+
+
+def _best(cells: list[Cell]) -> Cell | None:
+    return max(cells, key=lambda cell: (not cell.basis[0], len(cell.runs), cell.mean), default=None)
+
+
+def compare(first: Cell | None, second: Cell | None) -> tuple[float, list[intervals.Difference]] | None:
+    """Compare two cells: over the seeds that both have, else by their means.
+
+    Returns:
+      The difference in points with its intervals (paired by seed, Welch) as far as there are seeds for them; None if
+      one cell was not run.
+    """
+    if first is None or second is None:
+        return None
+    a, b = first.values, second.values
+    common = sorted(a.keys() & b.keys())
+    mean = statistics.fmean(a[seed] - b[seed] for seed in common) if common else first.mean - second.mean
+    paired = intervals.paired([a[seed] for seed in common], [b[seed] for seed in common])
+    found = [paired, intervals.welch(list(a.values()), list(b.values()))]
+    return mean, [difference for difference in found if difference]
+
+
+def difference_text(first: Cell | None, second: Cell | None) -> str:
+    """Return a difference in points with its wider 95 % interval."""
+    found = compare(first, second)
+    if not found:
+        return ""
+    mean, differences = found
+    widest = max((difference.half_width for difference in differences), default=math.inf)
+    return f"{mean:+.1f}" + (f"±{widest:.1f}" if math.isfinite(widest) else "")

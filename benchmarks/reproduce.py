@@ -1,0 +1,165 @@
+"""Rerun a table of the evidence, from the choice of the learning rates to the accuracy on the test images.
+
+    python -m benchmarks.reproduce headline --workdir runs/headline --data_dir ~/tensorflow_datasets
+    python -m benchmarks.reproduce controls --workdir runs/check --check
+
+The rate of each row is chosen on a hold-out of 5,000 training images (seed 1, 500 steps). Then fresh seeds train on all
+training images, and the test images are read once, at the end. Tables without seeds end with the choice.
+Rerun the command to resume; `python -m benchmarks.records WORKDIR --selected_on hold-out` keeps the runs. --check makes
+two steps of each row, with the first data set, rate and seed.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from benchmarks.protocols import (
+    CHOOSING_SEED,
+    CHOOSING_STEPS,
+    HOLD_OUT,
+    PROTOCOLS,
+    TABLES,
+    Network,
+    Table,
+    networks,
+    recipe_arguments,
+)
+from simplest_vit import cli
+from simplest_vit.commands.sweep import Point, check_points, execute, find_devices, share_devices
+from simplest_vit.errors import TrainingError, UserError
+
+# Huge pages, kept by the allocator: a step touches its arrays for the first time, and half of its time were page
+# faults. Other C libraries ignore these; results are the same.
+_ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+}
+Key = tuple[str, str, str]  # data, optimizer, row
+
+
+def smallest(table: Table) -> Table:
+    """Return the version of a table that only shows that it runs: one data set, rate and seed, two steps."""
+    rates = {optimizer: rates[:1] for optimizer, rates in table.learning_rates.items()}
+    return table._replace(data=table.data[:1], learning_rates=rates, seeds=table.seeds[:1], steps=2)
+
+
+def cells(table: Table) -> Iterator[tuple[Key, Network]]:
+    """Yield the rows of a table for each data set and optimizer."""
+    for data in table.data:
+        for optimizer in table.learning_rates:
+            for row in table.rows:
+                yield (data, optimizer, row), networks(table.protocol)[row]
+
+
+def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[int, ...], **run: Any) -> Point:
+    """Lay out the runs of one rate.
+
+    Args:
+      table: The table.
+      key: Data set, optimizer and row.
+      network: Of the row.
+      rate: Learning rate.
+      seeds: One run each.
+      **run: `stage`, the name of a folder; `root`, the folder of the table; `fields`, which differ from the protocol.
+
+    Returns:
+      The runs.
+    """
+    data, optimizer, row = key
+    fields = PROTOCOLS[table.protocol] | network.fields | {"optimizer.learning_rate": rate} | run["fields"]
+    if network.preset == "shift_mlp":  # until it is a preset of the package
+        fields["model.attention"] = "fixed_shift"
+    result = Point({"data": data, "optimizer": optimizer, "row": row, "learning rate": f"{rate:g}"}, [], [])
+    for seed in seeds:
+        folder = pathlib.Path(run["root"], run["stage"], data, optimizer, row, f"{rate:g}", f"seed={seed}")
+        arguments = recipe_arguments(network.preset, optimizer)
+        overrides = (f"--config.{name}={value}" for name, value in {**fields, "seed": seed}.items())
+        command = [sys.executable, "-m", "simplest_vit", "train", f"--config=configs/{data}.py:{arguments}"]
+        result.workdirs.append(folder)
+        result.commands.append([*command, *overrides, f"--workdir={folder}"])
+    return result
+
+
+def choices(table: Table, root: str, fields: dict[str, Any], check: bool) -> dict[Key, list[Point]]:
+    """Lay out a run on the hold-out for each rate of each row."""
+    steps = 2 if check else CHOOSING_STEPS if table.protocol == "small" else None
+    fields = HOLD_OUT | _length(steps) | fields
+    found: dict[Key, list[Point]] = {}
+    for key, network in cells(table):
+        rates = network.learning_rates[: 1 if check else None] or table.learning_rates[key[1]]
+        run = {"stage": "choose", "root": root, "fields": fields}
+        found[key] = [point(table, key, network, rate, (CHOOSING_SEED,), **run) for rate in rates]
+    return found
+
+
+def reported(table: Table, chosen: dict[Key, float], root: str, fields: dict[str, Any]) -> list[Point]:
+    """Lay out the runs of fresh seeds at the chosen rates, which read the test images once, at the end."""
+    run = {"stage": "test", "root": root, "fields": _length(table.steps) | fields}
+    return [point(table, key, network, chosen[key], table.seeds, **run) for key, network in cells(table)]
+
+
+def _length(steps: int | None) -> dict[str, Any]:
+    """Return the fields of a run of so many steps, or of the recipe's epochs, that is evaluated once."""
+    once = {"eval_every": 2**31 - 1, "checkpoint_every": 500, "log_every": min(steps or 100, 100)}
+    return once | ({"steps": steps} if steps else {})
+
+
+def best_rates(found: dict[Key, list[Point]]) -> dict[Key, float]:
+    """Return the rate of each row with the highest accuracy on the hold-out, of those that finished.
+
+    Raises:
+      TrainingError: If no run of a row finished.
+    """
+    best = {}
+    for key, points in found.items():
+        accuracies = {}
+        for tried in points:
+            path = tried.workdirs[0] / "results.json"
+            if path.exists():
+                rate = float(tried.values["learning rate"])
+                accuracies[rate] = json.loads(path.read_text())["validation_accuracy"]
+        if not accuracies:
+            raise TrainingError(f"no run of {', '.join(key)} finished; see the lines above")
+        best[key] = max(accuracies, key=lambda rate: accuracies[rate])
+        shown = ", ".join(f"{rate:g}: {accuracy:.2%}" for rate, accuracy in accuracies.items())
+        print(f"{', '.join(key)}: {shown}; chosen {best[key]:g}", flush=True)
+    return best
+
+
+def main() -> None:
+    """Run as a program."""
+    data_dir = flags.DEFINE_string("data_dir", "~/tensorflow_datasets", "Folder of the prepared data sets.")
+    check = flags.DEFINE_bool("check", False, "Make two steps of each row.")
+    at_once = flags.DEFINE_integer("at_once", 1, "Runs at the same time.", lower_bound=1)
+    usage = f"python -m benchmarks.reproduce {'|'.join(TABLES)} --workdir FOLDER"
+
+    def program(arguments: list[str]) -> None:
+        if len(arguments) != 1 or arguments[0] not in TABLES:
+            raise UserError(f"unknown table {' '.join(arguments) or '(none)'}; usage: {usage}")
+        table = TABLES[arguments[0]]
+        if check.value:
+            table = smallest(table)
+        root, fields = str(cli.WORKDIR.value), {"data.dir": data_dir.value}
+        found = choices(table, root, fields, check.value)
+        points = [tried for tries in found.values() for tried in tries]
+        check_points(points)
+        environments = [_ENVIRONMENT | share for share in share_devices(*find_devices(), at_once.value)]
+        failed = execute(points, environments)
+        chosen = best_rates(found)
+        if table.seeds:
+            failed += execute(reported(table, chosen, root, fields), environments)
+        if failed:
+            raise TrainingError(f"{failed} runs failed, see above; rerun the command for these")
+        print(f"done; keep the runs: python -m benchmarks.records {root} --selected_on hold-out")
+
+    cli.run(program, usage, required=("workdir",), positional=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Fill the tables of RESULTS.md, docs/isometric.md and README.md from results/runs.csv.
+
+    python -m benchmarks.results_page          # rewrite the blocks
+    python -m benchmarks.results_page --check  # fail if a page says anything else
+
+A block stands between `<!-- results: NAME -->` and `<!-- results: end -->`; `BLOCKS` has the names. Numbers of results
+stand only there, so that every one is recomputed.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+
+from benchmarks import intervals, records, verdict
+from benchmarks.cells import Cell, Results, compare, difference_text
+from benchmarks.protocols import NETWORKS, RECIPE_NETWORKS, TABLES, Network
+from benchmarks.verdict import DATA
+from simplest_vit.errors import UserError, print_error
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ("RESULTS.md", "README.md")
+OPTIMIZERS = {"soap": "SOAP", "muon": "Muon", "adam": "Adam", "shampoo": "Shampoo@25"}
+_BLOCK = re.compile(r"(<!-- results: (?!end)([\w-]+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
+_NUMBER = re.compile(r"\d+(?:\.\d+)?\s?(?:%|points)")
+NOT_RUN = "not run"
+RECIPE_STEPS = {"cifar10": 2160, "cifar100": 2160, "tiny_imagenet": 4320}  # 90 epochs of batches of 2,048
+
+
+def table(header: list[str], body: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join("|" + "|".join(line) + "|" for line in [header, ["---"] * len(header), *body])
+
+
+def _text(cell: Cell | None, page: str) -> str:
+    return cell.text(page) if cell else NOT_RUN
+
+
+ISOMETRIC, FROZEN, SIMPLE_VIT = (NETWORKS[row] for row in ("isometric", "isometric, attention frozen", "SimpleViT"))
+
+
+def headline(results: Results, page: str) -> str:
+    """Compare the isometric network with SimpleViT and with itself without attention, by data and optimizer."""
+    rows, tests = [], []
+    for data in DATA:
+        for optimizer in ("soap", "muon", "adam"):
+            ours, frozen, theirs = (
+                results.find(network, data=data, optimizer=optimizer) for network in (ISOMETRIC, FROZEN, SIMPLE_VIT)
+            )
+            if not ours and not theirs:
+                continue
+            found = compare(ours, theirs)
+            tests.append(max((test.p for test in found[1]), default=math.nan) if found else math.nan)
+            cells = [_text(cell, page) for cell in (ours, frozen, theirs)]
+            differences = [difference_text(ours, theirs), difference_text(ours, frozen)]
+            rows.append([f"{DATA[data]}, {OPTIMIZERS[optimizer]}", *cells, *differences])
+    known = [p for p in tests if not math.isnan(p)]
+    adjusted = iter(intervals.holm(known))
+    for row, p in zip(rows, tests, strict=True):
+        row.append("" if math.isnan(p) else _p_text(next(adjusted)))
+    header = ["", "isometric", "attention frozen", "SimpleViT", "over SimpleViT", "over frozen", "p (Holm)"]
+    return table(header, rows)
+
+
+def _p_text(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
+def controls(results: Results, page: str) -> str:
+    """List every control, also those that were not run, with its distance to the isometric network."""
+    rows = []
+    for row in TABLES["controls"].rows:
+        line = [row]
+        for data in DATA:
+            ours = results.find(ISOMETRIC, data=data)
+            cell = results.find(NETWORKS[row], data=data)
+            line += [_text(cell, page), "" if row == "isometric" else difference_text(cell, ours)]
+        rows.append(line)
+    return table(["SOAP", *(text for name in DATA.values() for text in (name, "to isometric"))], rows)
+
+
+def replaced(results: Results, page: str) -> str:
+    """Compare networks with one thing replaced, after 500 steps of SOAP."""
+    rows = []
+    tables = (TABLES[name] for name in ("ablation", "uniform", "time", "baseline"))
+    for row in dict.fromkeys(row for table in tables for row in table.rows):
+        for hold_out in (True, False):
+            cell = results.find(NETWORKS[row], steps=500, hold_out=hold_out)
+            if cell:
+                ours = results.find(ISOMETRIC, steps=500, like=cell)
+                rows.append([row, cell.text(page), "" if row == "isometric" else difference_text(cell, ours)])
+                break
+    return table(["500 steps of SOAP", "CIFAR-10", "to isometric"], rows)
+
+
+def depth(results: Results, page: str) -> str:
+    """List 12, 24 and 64 blocks on CIFAR-10."""
+    rows = []
+    for row in ("isometric", "isometric, attention frozen", "SimpleViT", "E-SPA + TAT"):
+        networks = [NETWORKS[row], *(NETWORKS[f"{row}, {blocks} blocks"] for blocks in (24, 64))]
+        rows.append([row, *(_text(results.find(network, steps=500), page) for network in networks)])
+    small = [NETWORKS[f"isometric{blocks}, uniform fraction 0.002"] for blocks in ("", ", 64 blocks")]
+    first, last = (_text(results.find(network, steps=500), page) for network in small)
+    rows.insert(1, ["isometric, uniform fraction 0.002", first, NOT_RUN, last])
+    return table(["500 steps of SOAP", "12 blocks", "24 blocks", "64 blocks"], rows)
+
+
+def digits(results: Results, page: str) -> str:
+    """List 8 to 64 blocks on digits, 200 steps of Muon."""
+    unshaped = Network("simplest_vit", {"model.attention": "softmax", "model.activation": "relu"})
+    rows = []
+    for row, network in (RECIPE_NETWORKS | {"unshaped": unshaped}).items():
+        cells = []
+        for blocks in (8, 12, 24, 64):
+            deep = network._replace(fields=network.fields | ({"model.depth": blocks} if blocks != 12 else {}))
+            cell = results.find(deep, data="digits", optimizer="muon", steps=200, protocol="recipe")
+            cells.append(_text(cell, page))
+        if cells.count(NOT_RUN) < len(cells):
+            rows.append([row, *cells])
+    return table(["200 steps of Muon", *(f"{blocks} blocks" for blocks in (8, 12, 24, 64))], rows)
+
+
+def width(results: Results, page: str) -> str:
+    """List width 128 after 500 steps and after ten epochs."""
+    rows = []
+    for row in ("isometric", "isometric, attention frozen", "SimpleViT"):
+        network = NETWORKS[f"{row}, width 128"]
+        rows.append([row, *(_text(results.find(network, steps=steps), page) for steps in (500, 7812))])
+    return table(["width 128, SOAP", "500 steps", "7,812 steps"], rows)
+
+
+def choosing(results: Results, page: str) -> str:
+    """List every rate that was tried on the hold-out."""
+    lines: dict[tuple, dict[float, Cell]] = {}
+    names = {(network.preset, records.changes_text(network.fields)): row for row, network in reversed(NETWORKS.items())}
+    for cell in results.cells.values():
+        run = next(iter(cell.runs.values()))
+        row = names.get((run.network, run.changes))
+        if run.on_hold_out and run.protocol == "small" and row:
+            key = (run.data, row, run.optimizer, run.steps)
+            lines.setdefault(key, {})[run.learning_rate or 0] = cell
+    body = [
+        [
+            f"{row}: {DATA[data]}, {OPTIMIZERS[optimizer]}, {steps:,} steps",
+            ", ".join(f"{rate:g}: {cell.text(page)}" for rate, cell in sorted(cells.items())),
+        ]
+        for (data, row, optimizer, steps), cells in sorted(lines.items())
+    ]
+    return table(["chosen on the hold-out", "learning rate: accuracy"], body)
+
+
+def reference(results: Results, page: str) -> str:
+    """Set our runs by the recipe of the PyTorch reference beside what it publishes, single runs."""
+    published = json.loads((ROOT / "results" / "reference.json").read_text())
+    rows = []
+    for augmentation, setup in (("basic", "tat"), ("strong", "simple_vit")):
+        protocol = "recipe" + ", strong augmentation" * (augmentation == "strong")
+        methods = [*published["small_data"][setup], "isometric_vit/soap", "simple_vit/soap"]
+        for method in methods:
+            preset, optimizer = method.removesuffix("25").split("/")
+            row = next(name for name, network in RECIPE_NETWORKS.items() if network.preset == preset)
+            theirs = published["small_data"][setup].get(method, {})
+            line = [f"{augmentation}: {row}, {OPTIMIZERS[optimizer]}"]
+            ran = False
+            for data in ("cifar10", "cifar100", "tiny_imagenet"):
+                ours = results.of_recipe(preset, data, optimizer, protocol, RECIPE_STEPS[data])
+                ran |= ours is not None
+                value = f"{100 * theirs[data]:.1f}" if data in theirs else "-"
+                line.append(f"{value} / {ours.text(page) if ours else '-'}")
+            if ran or theirs:
+                rows.append(line)
+    imagenet = published["imagenet"]["simplest_vit/shampoo25"]
+    text = table(["reference / ours", "CIFAR-10", "CIFAR-100", "TinyImageNet"], rows)
+    return (
+        f"{text}\n\nImageNet-1k, S/16, Shampoo@25: the reference has {100 * imagenet['tat']:.1f} (basic) and "
+        f"{100 * imagenet['simple_vit']:.1f} (strong); ours was not run."
+    )
+
+
+def judged(results: Results, page: str) -> str:
+    """Judge the claim, with the criteria and what was measured of each."""
+    del page
+    criteria = verdict.criteria(results)
+    body = [[criterion.text, criterion.found, criterion.state] for criterion in criteria]
+    return f"{verdict.sentence(criteria)}\n\n" + table(["criterion (SOAP, 1,500 steps)", "measured", ""], body)
+
+
+BLOCKS: dict[str, Callable[[Results, str], str]] = {
+    "verdict": judged,
+    "headline": headline,
+    "controls": controls,
+    "replaced": replaced,
+    "depth": depth,
+    "digits": digits,
+    "width": width,
+    "choosing": choosing,
+    "reference": reference,
+}
+
+
+def fill(text: str, results: Results, page: str) -> str:
+    """Return a page with its blocks made anew.
+
+    Raises:
+      UserError: If a block is unknown, or a page of results has a result outside of its blocks.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        if match[2] not in BLOCKS:
+            raise UserError(f"{page}: unknown block {match[2]}; expected one of {', '.join(BLOCKS)}")
+        return f"{match[1]}{BLOCKS[match[2]](results, page)}\n{match[3]}"
+
+    if page != "README.md" and (number := _NUMBER.search(_BLOCK.sub("", text))):
+        raise UserError(f"{page}: {number[0]!r} stands outside of the blocks, where no record vouches for it")
+    return _BLOCK.sub(block, text)
+
+
+def main() -> None:
+    """Run as a program."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
+    options = parser.parse_args()
+    try:
+        results = Results(records.read())
+        for page in PAGES:
+            path = ROOT / page
+            old = path.read_text()
+            new = fill(old, results, page)
+            if new != old and options.check:
+                raise UserError(f"{page} is not what results/runs.csv gives; run python -m benchmarks.results_page")
+            if new != old:
+                temporary = path.with_name(path.name + ".tmp")
+                temporary.write_text(new)
+                os.replace(temporary, path)
+    except UserError as error:
+        sys.exit(print_error(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The claim, judged by criteria that were set before the runs.
+
+The claim: a vision transformer without normalization and skip connections, initialized as an isometry, trains better
+than SimpleViT with the same optimizer, in equal steps and in equal time.
+"""
+
+from typing import NamedTuple
+
+from benchmarks.cells import Cell, Results, compare
+from benchmarks.protocols import NETWORKS, TABLES
+
+DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+ADD_BACK = tuple(row for row in TABLES["controls"].rows if row.startswith("isometric + "))
+SEEDS, ENOUGH = 5, 3  # of a lead, and of a refutation
+
+# What a criterion does when it holds.
+REFUTES, NARROWS, SUPPORTS = "refutes the claim", 'takes "attention" out of it', "supports the claim"
+
+
+class Criterion(NamedTuple):
+    """A condition, and how it stands.
+
+    Attributes:
+      text: The condition.
+      effect: What it does when it holds: `REFUTES`, `NARROWS` or `SUPPORTS`.
+      found: The measured differences in points.
+      holds: None where it was not measured.
+    """
+
+    text: str
+    effect: str
+    found: str
+    holds: bool | None
+
+    @property
+    def state(self) -> str:
+        """How it stands, for the table."""
+        if self.holds is None:
+            return "open"
+        return self.effect if self.holds else "does not hold"
+
+
+def criteria(results: Results) -> list[Criterion]:
+    """Measure every criterion on CIFAR-10 and CIFAR-100; it holds if it does on one of them, a support on both."""
+
+    def cell(row: str, data: str) -> Cell | None:
+        return results.find(NETWORKS[row], data=data)
+
+    def criterion(text: str, effect: str, rows: tuple[str, ...], above: float) -> Criterion:
+        """Compare the best of these rows with the isometric network; few seeds are enough to narrow, not to refute."""
+        shown, holds = [], []
+        for data, name in DATA.items():
+            ours = cell("isometric", data)
+            compared = [(compare(theirs, ours), theirs) for row in rows if (theirs := cell(row, data))]
+            found = [(comparison[0], len(theirs.runs)) for comparison, theirs in compared if comparison]
+            if not ours or not found:
+                continue
+            distance, seeds = max(found)
+            seeds = min(seeds, len(ours.runs))
+            shown.append(f"{distance:+.1f} ({name}, {_seeds(seeds)})")
+            holds.append(distance >= above if effect == NARROWS or seeds >= ENOUGH else None)
+        known = True if True in holds else None if None in holds or not holds else False
+        return Criterion(text, effect, ", ".join(shown) or "not run", known)
+
+    strong = tuple(row for row in TABLES["baseline"].rows if row != "SimpleViT")
+    refuting = [
+        criterion("a norm or skip put back is more than 1 point above", REFUTES, ADD_BACK, 1.0),
+        criterion(
+            "SimpleViT with constant shifts is level (within 0.5)", REFUTES, ("SimpleViT, constant shifts",), -0.5
+        ),
+        criterion("a strengthened SimpleViT is within 1 point", REFUTES, strong, -1.0),
+        criterion("frozen attention is within 0.5", NARROWS, ("isometric, attention frozen",), -0.5),
+    ]
+    return [*refuting, _lead(results)]
+
+
+def _lead(results: Results) -> Criterion:
+    """The lead over plain SimpleViT with five seeds, its intervals off zero."""
+    found, holds = [], []
+    for data, name in DATA.items():
+        ours, theirs = (results.find(NETWORKS[row], data=data) for row in ("isometric", "SimpleViT"))
+        compared = compare(ours, theirs)
+        if compared and ours and theirs:
+            mean, differences = compared
+            seeds = min(len(ours.runs), len(theirs.runs))
+            off_zero = bool(differences) and all(test.mean > test.half_width for test in differences)
+            found.append(f"{mean:+.1f} ({name}, {_seeds(seeds)})")
+            holds.append(None if seeds < SEEDS else off_zero)
+    known = None if not holds or None in holds else len(holds) == len(DATA) and all(holds)
+    return Criterion(
+        "it leads plain SimpleViT, five fresh seeds, interval off zero", SUPPORTS, ", ".join(found) or "not run", known
+    )
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed" + "s" * (count > 1)
+
+
+def sentence(found: list[Criterion]) -> str:
+    """Return the verdict in one sentence."""
+    holding = [criterion for criterion in found if criterion.holds]
+    missing = [criterion for criterion in found if criterion.holds is None]
+    if refuted := [criterion.text for criterion in holding if criterion.effect == REFUTES]:
+        return f"**Verdict: refuted.** {refuted[0][0].upper()}{refuted[0][1:]}."
+    if any(criterion.effect == NARROWS for criterion in holding):
+        rest = f"; {len(missing)} of {len(found)} criteria are not measured yet" if missing else ""
+        return (
+            "**Verdict: narrowed.** The network does as well with its attention frozen: what trains well without "
+            f"normalization and skip connections is an isometric shift network, not attention{rest}."
+        )
+    if missing:
+        return f"**Verdict: open.** {len(missing)} of {len(found)} criteria are not measured yet."
+    if any(criterion.effect == SUPPORTS for criterion in holding):
+        return "**Verdict: proven.** Every criterion is met."
+    return "**Verdict: not shown.** No criterion refutes the claim, and its lead is within noise."

@@ -1,0 +1,77 @@
+"""The runs that a table is made of, and the choice of their rates."""
+
+import json
+
+import pytest
+
+from benchmarks import reproduce
+from benchmarks.protocols import HOLD_OUT, NETWORKS, RECIPE_NETWORKS, TABLES
+from simplest_vit import cli
+from simplest_vit.errors import TrainingError
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
+
+ROWS = ("isometric", "SimpleViT", "E-SPA + TAT, 24 blocks")
+TABLE = TABLES["headline"]._replace(rows=ROWS, learning_rates={"soap": (1e-3, 2e-3)}, data=("cifar10",), seeds=(11, 12))
+
+
+def config(point, run=0):
+    """The config of a run, as the command line gives it."""
+    command = point.commands[run]
+    return cli.load_config(command[command.index("train") + 1 : -1])
+
+
+def test_rates_are_chosen_on_the_hold_out_and_each_row_may_have_its_own(tmp_path):
+    found = reproduce.choices(TABLE, str(tmp_path), {"data.dir": "/data"}, check=False)
+    assert list(found) == [("cifar10", "soap", row) for row in ROWS]
+    rates = [[config(point).optimizer.learning_rate for point in points] for points in found.values()]
+    assert rates == [[1e-3, 2e-3], [1e-3, 2e-3], [5e-4, 1e-3, 2e-3]]
+    run = config(found["cifar10", "soap", "isometric"][0])
+    assert (run.data.train_split, run.data.validation_split) == tuple(HOLD_OUT.values())
+    assert (run.seed, run.steps, run.warmup_steps, run.batch_size, run.data.dir) == (1, 500, 75, 64, "/data")
+    assert (run.model.num_heads, run.model.width) == (8, 64)
+
+
+def test_fresh_seeds_train_on_everything_and_read_the_test_images_once(tmp_path):
+    chosen = {key: 2e-3 for key, _ in reproduce.cells(TABLE)}
+    points = reproduce.reported(TABLE, chosen, str(tmp_path), {})
+    assert len(points) == len(ROWS)
+    runs = [config(points[0], run) for run in (0, 1)]
+    assert [run.seed for run in runs] == [11, 12]
+    assert runs[0].data.train_split == "train"
+    assert runs[0].data.validation_split is None
+    assert runs[0].steps == 1500
+    assert runs[0].eval_every > runs[0].steps
+    folders = {folder for point in points for folder in point.workdirs}
+    assert len(folders) == 2 * len(ROWS)
+
+
+def test_the_best_rate_is_that_of_the_hold_out_and_a_row_without_a_run_is_named(tmp_path, capsys):
+    found = reproduce.choices(TABLE, str(tmp_path), {}, check=False)
+    for points in found.values():
+        for point, accuracy in zip(points, (0.5, 0.7, 0.6), strict=False):
+            point.workdirs[0].mkdir(parents=True)
+            (point.workdirs[0] / "results.json").write_text(json.dumps({"validation_accuracy": accuracy}))
+    assert set(reproduce.best_rates(found).values()) == {2e-3, 1e-3}
+    assert "0.0005: 50.00%, 0.001: 70.00%, 0.002: 60.00%; chosen 0.001" in capsys.readouterr().out
+    for point in found["cifar10", "soap", "SimpleViT"]:
+        (point.workdirs[0] / "results.json").unlink()
+    with pytest.raises(TrainingError, match="no run of cifar10, soap, SimpleViT finished"):
+        reproduce.best_rates(found)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_smallest_version_of_a_table_is_two_steps_of_each_row(name, tmp_path):
+    table = reproduce.smallest(TABLES[name])
+    points = list(reproduce.choices(table, str(tmp_path), {}, check=True).values())
+    assert {len(tries) for tries in points} == {1}
+    assert len(points) == len(table.rows) * len(table.learning_rates)
+    assert config(points[0][0]).steps == table.steps == 2
+
+
+def test_every_row_of_every_table_is_a_network_of_its_own():
+    for table in TABLES.values():
+        assert set(table.rows) <= set(reproduce.networks(table.protocol))
+    settings = [(network.preset, str(sorted(network.fields.items()))) for network in NETWORKS.values()]
+    assert len(set(settings)) == len(settings)
+    assert set(RECIPE_NETWORKS) <= set(NETWORKS)

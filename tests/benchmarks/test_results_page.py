@@ -1,0 +1,165 @@
+"""The pages from made-up records, whose means, intervals and verdicts are known."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks import records, results_page, verdict
+from benchmarks.cells import Results, compare, difference_text
+from benchmarks.protocols import NETWORKS
+from simplest_vit.errors import UserError
+
+NAMES = ("isometric", "SimpleViT")
+FRESH = (11, 12, 13, 14, 15)
+
+
+def row(name="isometric", accuracy=0.7, seed=11, **fields):
+    network = NETWORKS[name]
+    record = records.Record(
+        protocol="small",
+        data="cifar10",
+        network=network.preset,
+        changes=records.changes_text(network.fields),
+        optimizer="soap",
+        learning_rate=2e-3,
+        seed=seed,
+        steps=1500,
+        train_split="train",
+        validation_split="",
+        selected_on="hold-out",
+        validation_accuracy=accuracy,
+        train_loss=1.0,
+        accuracy_at={},
+        train_loss_at={},
+        step_time_s=0.5,
+        device="1 x cpu",
+        commit="0123456",
+        source="runs/x",
+    )
+    return dataclasses.replace(record, **fields)
+
+
+def rows(name, *accuracies, **fields):
+    return [row(name, accuracy, seed, **fields) for seed, accuracy in zip(FRESH, accuracies, strict=False)]
+
+
+def cell(name, *accuracies):
+    return Results(rows(name, *accuracies)).find(NETWORKS[name])
+
+
+def test_a_cell_is_mean_deviation_and_seeds_with_the_lines_of_its_records():
+    found = Results([row("SimpleViT"), *rows("isometric", 0.70, 0.72, 0.74)]).find(NETWORKS["isometric"])
+    assert found.text("RESULTS.md") == "[72.0±2.0 (3)](results/runs.csv?plain=1#L3-L5)"
+    assert cell("isometric", 0.8755).text("docs/isometric.md") == "[87.6](../results/runs.csv?plain=1#L2)"
+
+
+def test_recorded_runs_come_before_old_pages_then_most_seeds_then_the_best_rate():
+    page = rows("isometric", 0.9, 0.9, 0.9, source="RESULTS.md@884f800: x")
+    one = [row(accuracy=0.8, learning_rate=4e-3)]
+    two = rows("isometric", 0.6, 0.6)
+    better = rows("isometric", 0.7, 0.7, learning_rate=1e-3)
+    hold_out = rows("isometric", 0.95, validation_split="train[45000:]")
+    results = Results([*page, *one, *two, *better, *hold_out])
+    assert results.find(NETWORKS["isometric"]).mean == pytest.approx(70)
+    assert results.find(NETWORKS["isometric"], hold_out=True).mean == pytest.approx(95)
+    assert Results(page).find(NETWORKS["isometric"]).text("x").startswith("[90.0±0.0 (3)†]")
+    assert results.find(NETWORKS["isometric"], steps=500) is None
+    first = Results(page).find(NETWORKS["isometric"])
+    assert results.find(NETWORKS["isometric"], like=first).mean == pytest.approx(90)
+
+
+def test_differences_are_over_common_seeds_with_the_wider_interval():
+    ours, theirs = cell("isometric", 0.70, 0.72, 0.74), cell("SimpleViT", 0.69, 0.70, 0.71)
+    mean, (paired, welch) = compare(ours, theirs)
+    assert mean == pytest.approx(2)
+    assert paired.half_width == pytest.approx(4.302653 / 3**0.5)  # differences of 1, 2 and 3
+    assert welch.half_width > paired.half_width
+    assert difference_text(ours, theirs) == f"+2.0±{welch.half_width:.1f}"
+    assert difference_text(ours, cell("SimpleViT", 0.71)) == "-1.0"
+    assert difference_text(ours, None) == ""
+    other_seed = Results([row("SimpleViT", 0.7, seed=1)]).find(NETWORKS["SimpleViT"])
+    assert compare(ours, other_seed) == (pytest.approx(2), [])
+
+
+def judged(*found):
+    return verdict.sentence(verdict.criteria(Results([record for part in found for record in part])))
+
+
+OURS = rows("isometric", 0.72, 0.721, 0.722, 0.723, 0.724)
+THEIRS = rows("SimpleViT", 0.69, 0.691, 0.692, 0.692, 0.694)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ((OURS,), "open"),
+        ((OURS, rows("isometric, attention frozen", 0.716)), "narrowed"),
+        ((OURS, rows("isometric, attention frozen", 0.714)), "open"),
+        ((OURS, rows("isometric + skip", 0.74, 0.74, 0.74)), "refuted"),
+        ((OURS, rows("isometric + skip", 0.74, 0.74)), "open"),
+        ((OURS, rows("SimpleViT, constant shifts", 0.718, 0.718, 0.718)), "refuted"),
+        ((OURS, rows("SimpleViT, shifts", 0.712, 0.712, 0.713)), "refuted"),
+    ],
+)
+def test_the_verdict_follows_the_criteria(found, expected):
+    assert judged(*found).startswith(f"**Verdict: {expected}.**")
+
+
+def both(*found):
+    """The same on both data sets."""
+    everything = [record for part in found for record in part]
+    return [*everything, *(dataclasses.replace(record, data="cifar100") for record in everything)]
+
+
+def test_a_lead_off_zero_with_everything_measured_is_a_proof_and_one_within_noise_is_not():
+    measured = (
+        *(rows(name, *[0.70] * 3) for name in ("isometric + LayerNorm", "isometric, attention frozen")),
+        *(rows(name, *[0.68] * 3) for name in ("SimpleViT, constant shifts", "SimpleViT, shifts")),
+    )
+    assert judged(both(OURS, THEIRS, *measured)).startswith("**Verdict: proven.**")
+    assert judged(both(OURS, rows("SimpleViT", 0.6, 0.9, 0.6, 0.7, 0.75), *measured)).startswith("**Verdict: not shown")
+    assert judged(both(OURS, THEIRS[:3], *measured)).startswith("**Verdict: open.** 1 of 5")
+
+
+def test_a_page_keeps_its_text_and_gets_its_blocks():
+    results = Results(both(OURS, THEIRS))
+    text = "# A\n<!-- results: headline -->\nold\n<!-- results: end -->\nafter\n"
+    filled = results_page.fill(text, results, "RESULTS.md")
+    assert filled.startswith("# A\n<!-- results: headline -->\n||isometric|")
+    assert filled.endswith("|\n<!-- results: end -->\nafter\n")
+    assert "[72.2±0.2 (5)](results/runs.csv?plain=1#L2-L6)|not run|[69.2±0.1 (5)]" in filled
+    assert "old" not in filled
+    assert results_page.fill(filled, results, "RESULTS.md") == filled
+
+
+def test_the_headline_has_the_larger_p_value_by_holm_over_all_tests():
+    theirs = rows("SimpleViT", 0.70, 0.73, 0.68, 0.74, 0.66)
+
+    def last(found):
+        return [line.split("|")[-2] for line in results_page.headline(Results(found), "RESULTS.md").splitlines()[2:]]
+
+    largest = max(test.p for test in compare(*(Results([*OURS, *theirs]).find(NETWORKS[n]) for n in NAMES))[1])
+    assert last([*OURS, *theirs]) == [f"{largest:.3f}"]
+    assert last(both(OURS, theirs)) == [f"{min(1, 2 * largest):.3f}"] * 2
+    assert last([*OURS, *THEIRS]) == ["<0.001"]
+    assert last(OURS) == [""]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- results: nothing -->\n<!-- results: end -->", "unknown block nothing; expected one of verdict"),
+        ("It has 71.7 % there.", "'71.7 %' stands outside of the blocks"),
+        ("It is 3 points ahead.", "'3 points' stands outside"),
+    ],
+)
+def test_a_page_that_no_record_vouches_for_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        results_page.fill(text, Results([]), "RESULTS.md")
+
+
+def test_the_pages_of_the_repository_say_what_the_records_give():
+    results = Results(records.read())
+    for page in results_page.PAGES:
+        text = (results_page.ROOT / page).read_text()
+        assert results_page.fill(text, results, page) == text, "run python -m benchmarks.results_page"
