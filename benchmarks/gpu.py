@@ -1,144 +1,103 @@
-"""Everything that only a GPU can tell, the most valuable first, within a budget of minutes.
+"""Measure what only a GPU can tell, the most valuable first, within a budget of minutes.
 
-python -m benchmarks.gpu --workdir results --data_dir ~/tensorflow_datasets --minutes 30
+    python -m benchmarks.gpu --plan
+    python -m benchmarks.gpu --workdir results --data_dir ~/tensorflow_datasets --minutes 30
 
-1. The fused attention kernel: exact, and faster than XLA's form?
-2. The train step of S/4 at batch 2048 beside PyTorch's, eager and compiled.
-3. CIFAR-10 for 90 epochs by the reference's recipe: `CELLS`, in this order, several at once with --at_once.
-4. What Shampoo and SOAP add to a step.
-5. The small runs of `benchmarks.vanilla`, whose steps leave most of the GPU idle: eight at once.
+1. kernel: is the fused attention kernel exact, and faster than XLA's form?
+2. step: a step of the isometric network at S/4 and batch 2,048 beside SimpleViT's.
+3. s4: `benchmarks.reproduce s4`, three runs at a time: 30 epochs on the hold-out for each rate, then 90 for each seed.
+4. optimizers: what Shampoo and SOAP add to a step.
+5. headline: `benchmarks.reproduce headline`, whose steps leave most of the GPU idle: eight runs at a time.
 
-Each part leaves its lines in WORKDIR/NAME.log and prints the last ones. What is under way when the time is over is told
-to stop; a run of part 3 goes on with the same command. `python -m simplest_vit report WORKDIR/cifar10` makes tables.
+Each part writes WORKDIR/NAME.log and prints the last lines. When the time is over, the part under way is told to stop;
+rerun the command to resume it. `--toy` tries the whole plan at tiny sizes, on any machine.
 """
 
 import argparse
-import os
 import pathlib
 import shlex
 import subprocess
 import sys
 import time
 
-CONFIG = "configs/cifar10.py"
+from benchmarks.protocols import recipe_arguments
 
-# Name -> arguments of the config file, and what differs from the recipe. Refreshes by turns would pay the latency of a
-# whole one in every step.
-CELLS: dict[str, tuple[str, list[str]]] = {
-    "isometric-soap": (
-        "model=simplest_vit,method=isometric,optimizer=soap",
-        ["optimizer.learning_rate=1e-3", "optimizer.stagger=False"],
-    ),
-    "simple_vit-soap": (
-        "model=simple_vit,optimizer=soap",
-        ["optimizer.learning_rate=1e-3", "optimizer.stagger=False"],
-    ),
-    "espa_tat-shampoo": ("model=simplest_vit,optimizer=shampoo", []),
-    "simple_vit-adam": ("model=simple_vit,optimizer=adam", []),
-    "espa_tat-adam": ("model=simplest_vit,optimizer=adam", []),
-}
-ROWS = ("isometric", "SimpleViT", "E-SPA + TAT", "E-SPA + TAT, reference")
-# A run that only shows that all of it works, on any machine.
-TOY = ["model.depth=7", "model.width=64", "model.num_heads=2", "model.mlp_dim=128", "batch_size=32"]
-TOY_STEPS = ["steps=4", "warmup_steps=1", "log_every=2", "eval_every=2", "checkpoint_every=2"]
+# Sizes that only show that a part works.
+_TOY = ["model.depth=7", "model.width=64", "model.num_heads=2", "model.mlp_dim=128", "batch_size=32"]
 
 
-class Part:
-    """A program under way, whose lines go to a file and, when it ends, to the terminal."""
+def plan(folder: pathlib.Path, data_dir: str, toy: bool) -> dict[str, list[str]]:
+    """Return the command of each part, in order."""
+    sizes = _TOY if toy else []
 
-    def __init__(self, name: str, command: list[str], folder: pathlib.Path) -> None:
-        print(f"== {name}: {shlex.join(command)}", flush=True)
-        self.name, self.log, self.begin = name, folder / f"{name}.log", time.monotonic()
-        with self.log.open("a") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    def config(preset: str, flag: str = "config") -> list[str]:
+        kernel = [] if toy else ["model.attention_kernel=fused"]
+        file = f"--{flag}=configs/cifar10.py:{recipe_arguments(preset, 'adam')}"
+        return [file, *(f"--{flag}.{field}" for field in (*sizes, *kernel))]
 
-    def end(self) -> bool:
-        """Print how it ended and its last lines; whether it ended well."""
-        code = self.process.wait()
-        print(f"== {self.name}: exit code {code} after {time.monotonic() - self.begin:.0f} s")
-        print("\n".join(self.log.read_text().splitlines()[-15:]), flush=True)
-        return code == 0
+    def reproduce(table: str, at_once: int) -> list[str]:
+        return [
+            *("benchmarks.reproduce", table, f"--workdir={folder / table}", f"--data_dir={data_dir}"),
+            *(f"--at_once={at_once}", *(["--check"] if toy else [])),
+        ]
+
+    modules = {
+        "kernel": ["benchmarks.attention_kernel", *(["--interpret", "--batch_size=2"] if toy else [])],
+        "step": ["benchmarks.train_step", *config("isometric_vit"), *config("simple_vit", "against")],
+        "s4": reproduce("s4", 3),
+        "optimizers": ["benchmarks.optimizers", "--direct", *config("simplest_vit")],
+        "headline": reproduce("headline", 8),
+    }
+    return {name: [sys.executable, "-m", *words] for name, words in modules.items()}
 
 
-def run(waiting: list[tuple[str, list[str]]], folder: pathlib.Path, end: float, at_once: int = 1) -> bool:
-    """Run programs until the time is over; whether all ended well."""
-    running: list[Part] = []
-    good = True
-    while running or (waiting and time.monotonic() < end):
-        while waiting and len(running) < at_once and time.monotonic() < end:
-            running.append(Part(*waiting.pop(0), folder))
-        for part in list(running):
-            if part.process.poll() is not None:
-                running.remove(part)
-                good &= part.end()
-        if time.monotonic() > end:
-            for part in running:
-                part.process.terminate()  # a run saves its step
-            for part in running:
-                try:
-                    part.process.wait(30)
-                except subprocess.TimeoutExpired:
-                    part.process.kill()
-        time.sleep(0.2)
-    for name, _ in waiting:
-        print(f"== {name}: not begun, the time is over")
-    return good and not waiting
+def run(name: str, command: list[str], folder: pathlib.Path, end: float) -> bool:
+    """Run a part until it ends or the time is over, and return whether it ended well."""
+    print(f"== {name}: {shlex.join(command)}", flush=True)
+    log, begin = folder / f"{name}.log", time.monotonic()
+    with log.open("a") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        code = process.wait(max(end - begin, 0))
+    except subprocess.TimeoutExpired:
+        process.terminate()  # a run saves its step
+        try:
+            code = process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+    print(f"== {name}: exit code {code} after {time.monotonic() - begin:.0f} s")
+    print("\n".join(log.read_text().splitlines()[-15:]), flush=True)
+    return code == 0
 
 
 def main() -> None:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the results")
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="prepared CIFAR-10")
-    parser.add_argument("--minutes", type=float, default=60, help="time for all of it")
-    parser.add_argument("--at_once", type=int, default=1, help="runs of part 3 at the same time on the GPU")
-    parser.add_argument(
-        "--parts", nargs="*", type=int, default=[1, 2, 3, 4, 5], choices=range(1, 6), help="some of them"
-    )
-    parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=CELLS, help="some of those of part 3")
+    parser.add_argument("--workdir", default="results", type=pathlib.Path, help="folder of the logs and runs")
+    parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="prepared CIFAR-10 and CIFAR-100")
+    parser.add_argument("--minutes", type=float, default=30, help="time for all of it")
+    parser.add_argument("--parts", nargs="*", help="some of the parts, by name")
+    parser.add_argument("--plan", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to try it on any machine")
     options = parser.parse_args()
+    parts = plan(options.workdir, options.data_dir, options.toy)
+    chosen = options.parts or list(parts)
+    if unknown := set(chosen) - parts.keys():
+        parser.error(f"--parts: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(parts)}")
+    if options.plan:
+        print("\n".join(f"{name}: {shlex.join(parts[name])}" for name in chosen))
+        return
+    options.workdir.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
-    folder = options.workdir
-    (folder / "cifar10").mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(0.9 / options.at_once))
-
+    left = list(chosen)
     good = True
-    toy = [f"--config.{field}" for field in TOY] if options.toy else []
-
-    def program(module: str, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", module, *arguments]
-
-    if 1 in options.parts:
-        arguments = ["--interpret", "--batch_size=2"] if options.toy else []
-        good &= run([("attention_kernel", program("benchmarks.attention_kernel", *arguments))], folder, end)
-    if 2 in options.parts:
-        kernel = ".model.attention_kernel="
-        fused = [] if options.toy else [f"--config{kernel}fused", f"--against={CONFIG}", f"--against{kernel}xla"]
-        step = program("benchmarks.train_step", f"--config={CONFIG}", *fused, *toy)
-        good &= run([("train_step", step)], folder, end)
-    if 3 in options.parts:
-        cells = []
-        for name in options.cells:
-            arguments, fields = CELLS[name]
-            fields = [*fields, f"data.dir={options.data_dir}"]
-            fields += ["eval_every=720", "checkpoint_every=720", *(TOY_STEPS if options.toy else [])]
-            command = program("simplest_vit", "train", f"--config={CONFIG}:augmentation=basic,{arguments}")
-            command += [f"--workdir={folder / 'cifar10' / name}", *(f"--config.{field}" for field in fields), *toy]
-            cells.append((name, command))
-        good &= run(cells, folder, end, options.at_once)
-    if 4 in options.parts:
-        direct = program("benchmarks.optimizers", "--direct", f"--config={CONFIG}", *toy)
-        good &= run([("optimizers", direct)], folder, end)
-    if 5 in options.parts:
-        small = program("benchmarks.vanilla", f"--workdir={folder / 'vanilla'}", f"--data_dir={options.data_dir}")
-        small += ["--rows", *ROWS, "--at_once=8", *(["--steps=2"] if options.toy else [])]
-        rates = {"soap": "1e-3,2e-3,4e-3,8e-3", "adam": "3e-4,1e-3,3e-3", "muon": "3e-3,1e-2,3e-2"}
-        for name, values in rates.items():
-            seeds = "1" if options.toy else "1,2,3"
-            command = [*small, f"--optimizers={name}", f"--learning_rates={values}", f"--seeds={seeds}"]
-            good &= run([(f"vanilla-{name}", command)], folder, end)
-    sys.exit(not good)
+    while left and time.monotonic() < end:
+        name = left.pop(0)
+        good &= run(name, parts[name], options.workdir, end)
+    for name in left:
+        print(f"== {name}: not begun, the time is over")
+    sys.exit(not good or bool(left))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {"small": SMALL, "recipe": {}}
 
 # Choices are made on images that are neither trained on nor reported.
 HOLD_OUT = {"data.train_split": "train[:45000]", "data.validation_split": "train[45000:]"}
-CHOOSING_SEED, CHOOSING_STEPS = 1, 500
+CHOOSING_SEED, CHOOSING_STEPS, CHOOSING_EPOCHS = 1, 500, 30
 FRESH_SEEDS = (11, 12, 13, 14, 15)
 
 
@@ -194,6 +194,7 @@ TABLES: dict[str, Table] = {
         {"soap": (5e-4, 1e-3, 2e-3, 4e-3)},
         protocol="recipe",
         steps=None,
+        seeds=FRESH_SEEDS[:2],
     ),
 }
 

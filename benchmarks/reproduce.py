@@ -3,10 +3,10 @@
     python -m benchmarks.reproduce headline --workdir runs/headline --data_dir ~/tensorflow_datasets
     python -m benchmarks.reproduce controls --workdir runs/check --check
 
-The rate of each row is chosen on a hold-out of 5,000 training images (seed 1, 500 steps). Then fresh seeds train on all
-training images, and the test images are read once, at the end. Tables without seeds end with the choice.
-Rerun the command to resume; `python -m benchmarks.records WORKDIR --selected_on hold-out` keeps the runs. --check makes
-two steps of each row, with the first data set, rate and seed.
+The rate of each row is chosen on a hold-out of 5,000 training images: seed 1, 500 steps (30 epochs of a recipe). Then
+fresh seeds train on all training images, and the test images are read once, at the end. Tables without seeds end with
+the choice. Rerun the command to resume; `python -m benchmarks.records WORKDIR --selected_on hold-out` keeps the runs.
+--check makes two steps of each row, with the first data set, rate and seed.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks.protocols import (
+    CHOOSING_EPOCHS,
     CHOOSING_SEED,
     CHOOSING_STEPS,
     HOLD_OUT,
@@ -88,8 +89,8 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
 
 def choices(table: Table, root: str, fields: dict[str, Any], check: bool) -> dict[Key, list[Point]]:
     """Lay out a run on the hold-out for each rate of each row."""
-    steps = 2 if check else CHOOSING_STEPS if table.protocol == "small" else None
-    fields = HOLD_OUT | _length(steps) | fields
+    length = _length(2 if check else CHOOSING_STEPS if table.protocol == "small" else None)
+    fields = HOLD_OUT | ({"epochs": CHOOSING_EPOCHS} if table.protocol == "recipe" else {}) | length | fields
     found: dict[Key, list[Point]] = {}
     for key, network in cells(table):
         rates = network.learning_rates[: 1 if check else None] or table.learning_rates[key[1]]

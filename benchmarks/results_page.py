@@ -18,12 +18,12 @@ from collections.abc import Callable
 
 from benchmarks import intervals, records, verdict
 from benchmarks.cells import Cell, Results, compare, difference_text
-from benchmarks.protocols import NETWORKS, RECIPE_NETWORKS, TABLES, Network
+from benchmarks.protocols import NETWORKS, RECIPE_NETWORKS, TABLES
 from benchmarks.verdict import DATA
 from simplest_vit.errors import UserError, print_error
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ("RESULTS.md", "README.md")
+PAGES = ("RESULTS.md", "README.md", "docs/isometric.md")
 OPTIMIZERS = {"soap": "SOAP", "muon": "Muon", "adam": "Adam", "shampoo": "Shampoo@25"}
 _BLOCK = re.compile(r"(<!-- results: (?!end)([\w-]+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?\s?(?:%|points)")
@@ -109,21 +109,6 @@ def depth(results: Results, page: str) -> str:
     return table(["500 steps of SOAP", "12 blocks", "24 blocks", "64 blocks"], rows)
 
 
-def digits(results: Results, page: str) -> str:
-    """List 8 to 64 blocks on digits, 200 steps of Muon."""
-    unshaped = Network("simplest_vit", {"model.attention": "softmax", "model.activation": "relu"})
-    rows = []
-    for row, network in (RECIPE_NETWORKS | {"unshaped": unshaped}).items():
-        cells = []
-        for blocks in (8, 12, 24, 64):
-            deep = network._replace(fields=network.fields | ({"model.depth": blocks} if blocks != 12 else {}))
-            cell = results.find(deep, data="digits", optimizer="muon", steps=200, protocol="recipe")
-            cells.append(_text(cell, page))
-        if cells.count(NOT_RUN) < len(cells):
-            rows.append([row, *cells])
-    return table(["200 steps of Muon", *(f"{blocks} blocks" for blocks in (8, 12, 24, 64))], rows)
-
-
 def width(results: Results, page: str) -> str:
     """List width 128 after 500 steps and after ten epochs."""
     rows = []
@@ -195,7 +180,6 @@ BLOCKS: dict[str, Callable[[Results, str], str]] = {
     "controls": controls,
     "replaced": replaced,
     "depth": depth,
-    "digits": digits,
     "width": width,
     "choosing": choosing,
     "reference": reference,

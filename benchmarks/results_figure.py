@@ -1,0 +1,60 @@
+"""Draw docs/results.png from results/runs.csv: the headline with its seeds, and accuracy by depth.
+
+python -m benchmarks.results_figure
+"""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks import records
+from benchmarks.cells import Cell, Results
+from benchmarks.protocols import NETWORKS
+from benchmarks.results_page import OPTIMIZERS, ROOT
+from benchmarks.verdict import DATA
+from simplest_vit.analysis import figures
+
+ROWS = ("isometric", "isometric, attention frozen", "SimpleViT", "E-SPA + TAT")
+BLOCKS = (12, 24, 64)
+
+
+def draw(results: Results) -> Figure:
+    """Draw two panels: every seed of the headline, and the mean accuracy after 500 steps by depth."""
+    figure = figures.create(height=3.4)
+    seeds, depth = figure.subplots(1, 2, width_ratios=(3, 2))
+    every = [(data, optimizer) for data in DATA for optimizer in ("soap", "muon", "adam")]
+    settings = [pair for pair in every if results.find(NETWORKS[ROWS[0]], data=pair[0], optimizer=pair[1])]
+    for row, color, marker in figures.styled(ROWS):
+        shift = 0.16 * (ROWS.index(row) - 1.5)
+        style: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "none", "markersize": 5}
+        label = row
+        for at, (data, optimizer) in enumerate(settings):
+            cell = results.find(NETWORKS[row], data=data, optimizer=optimizer)
+            if cell:
+                values = list(cell.values.values())
+                seeds.plot([at + shift] * len(values), values, label=label, alpha=0.8, **style)
+                label = ""
+        deep = [NETWORKS[row if blocks == BLOCKS[0] else f"{row}, {blocks} blocks"] for blocks in BLOCKS]
+        found: list[Cell | None] = [results.find(network, steps=500) for network in deep]
+        points = [(blocks, cell.mean) for blocks, cell in zip(BLOCKS, found, strict=True) if cell]
+        if points:
+            depth.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5)
+    ticks = [f"{DATA[data]}\n{OPTIMIZERS[optimizer]}" for data, optimizer in settings]
+    seeds.set_xticks(range(len(settings)), ticks, fontsize=7.5)
+    seeds.set(title="1,500 steps: each point is a seed", ylabel="test accuracy (%)")
+    depth.set_xscale("log")
+    depth.set_xticks(BLOCKS, [str(blocks) for blocks in BLOCKS])
+    depth.minorticks_off()
+    depth.set(title="500 steps of SOAP, CIFAR-10", xlabel="blocks")
+    figure.legend(loc="outside upper center", ncols=len(ROWS))
+    return figure
+
+
+def main() -> None:
+    """Run as a program."""
+    with figures.style():
+        draw(Results(records.read())).savefig(ROOT / "docs" / "results.png")
+
+
+if __name__ == "__main__":
+    main()
