@@ -1,6 +1,6 @@
 """The training losses of this project beside plain PyTorch's: same weights, same batches, the reference's settings.
 
-    python -m benchmarks.beside_torch --config configs/cifar10.py:optimizer=adam --steps 100 \
+    python -m benchmarks.torch_parity --config configs/cifar10.py:optimizer=adam --steps 100 \
         --config.data.dir=DIR --config.compute_dtype=float32 --config.model.attention=espa_reference \
         --config.model.init=reference
 
@@ -34,4 +34,4 @@ def _main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage="python -m benchmarks.beside_torch --config FILE", required=("config",))
+    cli.run(_main, usage="python -m benchmarks.torch_parity --config FILE", required=("config",))
