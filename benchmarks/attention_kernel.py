@@ -1,4 +1,4 @@
-"""The fused attention kernel beside XLA's form on the GPU at hand: errors against float64, and time.
+"""Compare the fused attention kernel with XLA's form on the GPU at hand: errors against float64, and time.
 
 python -m benchmarks.attention_kernel
 
@@ -28,7 +28,7 @@ ROUNDS = 5
 
 
 def forms(num_heads: int, bias: Any, scale: Any, interpret: bool) -> dict[str, Callable[..., tuple[jax.Array, ...]]]:
-    """Output and gradients by query, key and value, from these and the gradient of the output, by each form."""
+    """Build each form: (query, key, value, gradient of the output) -> output and three gradients."""
 
     def by_kernel(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         qkv = jnp.concatenate([query, key, value], axis=-1)
@@ -45,7 +45,7 @@ def forms(num_heads: int, bias: Any, scale: Any, interpret: bool) -> dict[str, C
 
 
 def errors(size: tuple[int, int, int], dtype: Any, interpret: bool) -> dict[str, tuple[float, float]]:
-    """Relative error of the output and of the worst gradient, for each form."""
+    """Return the relative error of the output and of the worst gradient, for each form."""
     tokens, num_heads, head_width = size
     arrays, bias, scale = oracle.inputs(0, 4, tokens, num_heads, head_width, bias=num_heads, scaled=True)
     rounded = [jnp.asarray(x, dtype) for x in arrays]
@@ -62,7 +62,7 @@ def errors(size: tuple[int, int, int], dtype: Any, interpret: bool) -> dict[str,
 
 
 def milliseconds(size: tuple[int, int, int], batch_size: int, dtype: Any, interpret: bool) -> dict[str, float]:
-    """Time of forward and backward for each form, the median of rounds that take turns."""
+    """Time forward and backward of each form: the median of rounds that take turns."""
     tokens, num_heads, head_width = size
     shape = batch_size, tokens, num_heads * head_width
     arrays = [jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 4)]

@@ -1,11 +1,11 @@
-"""What checkpoints cost: the share of a run's time, and how long a resume takes to its first step.
+"""Measure what checkpoints cost: the share of a run's time, and the time of a resume to its first step.
 
 python -m benchmarks.checkpoint --config configs/digits.py
 python -m benchmarks.checkpoint --config configs/cifar10.py --config.batch_size=16 --steps 1
 
-Steps run on noise. A save is timed as the loop waits for it (`blocking`) and to its end on the disk (`whole`), which
-goes on beside the next steps. The share of a run is that of `blocking` among `config.checkpoint_every` steps. On a CPU
-the whole save competes with the steps, so its share is told as well: the truth is between the two.
+Steps run on fake data. A save is timed as long as the loop waits for it (`blocking`) and to its end on the disk
+(`whole`), which continues beside the next steps. The share of a run is that of `blocking` among
+`config.checkpoint_every` steps. On a CPU the whole save competes with the steps, so the truth is between the two.
 """
 
 import pathlib

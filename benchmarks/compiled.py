@@ -1,27 +1,19 @@
-"""What XLA makes of a training step on an H200, compiled here without a GPU: nothing runs, nothing is timed.
+"""Estimate a training step on an H200 from what XLA compiles for it, without a GPU: nothing runs or is timed.
 
 python -m benchmarks.compiled --config configs/cifar10.py
-python -m benchmarks.compiled --config configs/cifar10.py --config.model.attention_kernel=fused --commit=HEAD~10
 python -m benchmarks.compiled --config configs/cifar10.py --against configs/cifar10.py:model=simple_vit
 
-A row tells the least time of a step by an estimate (`roofline.py`), model FLOPs over what the chip's data sheet
-promises in that time, launches, bytes moved, temporaries, waits for the host and custom calls. Then come the costliest
-kernels.
-
-It needs the CUDA plugin of the version of jaxlib, in a folder of its own (docs/gpu.md), and no GPU.
+A row has the estimated least time of a step (`roofline.py`), model FLOPs over the peak of the data sheet in that time,
+launches, bytes moved, temporaries, waits for the host and custom calls. The costliest kernels follow. It needs the CUDA
+plugin of jaxlib's version in a folder of its own (docs/gpu.md).
 """
 
 import collections
 import functools
 import importlib.metadata
-import json
 import os
 import pathlib
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from typing import Any
 
@@ -39,10 +31,8 @@ from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
 
 _AGAINST = cli.define_config("against", "Another config, to compare with.")
-_COMMIT = flags.DEFINE_string("commit", None, "An earlier commit, to compare with.")
 _OPTIONS = flags.DEFINE_multi_string("xla", [], "Flags for XLA, e.g. xla_gpu_enable_triton_gemm=false.")
 _TOP = flags.DEFINE_integer("top", 10, "Kernels to list, those of the same shape together.", lower_bound=0)
-_JSON = flags.DEFINE_bool("json", False, "Print the first row as JSON, for programs.")
 
 DATA_SHEET = 989e12  # bfloat16 FLOP/s, dense
 _HERE = pathlib.Path(__file__).parent
@@ -50,10 +40,10 @@ _HERE = pathlib.Path(__file__).parent
 
 @functools.cache  # what is compiled together must be for the same device
 def target() -> jax.Device:
-    """The chip to compile for.
+    """Return the chip to compile for.
 
     Raises:
-      UserError: If JAX has not the plugin.
+      UserError: If JAX lacks the plugin.
     """
     try:
         importlib.metadata.version("jax-cuda13-pjrt")
@@ -87,7 +77,7 @@ def compile_for(device: jax.Device, function: Any, *arguments: Any, options: dic
 
 
 def describe(settings: Any, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """One row of the table, and the kernels, of the step of `simplest-vit train`."""
+    """Return a row of the table and the kernels of the step of `simplest-vit train`."""
     run = build(settings, fake_data.info_of(settings), create_mesh(devices=[target()]))
     batch = fake_data.abstract_batch(run.data, settings.batch_size)
     start = time.perf_counter()
@@ -108,7 +98,7 @@ def describe(settings: Any, options: dict[str, Any]) -> tuple[dict[str, Any], An
 
 
 def costliest(kernels: list[roofline.Kernel], top: int) -> list[str]:
-    """Lines on the kernels that cost most, those of one kind, shape and origin together."""
+    """Describe the costliest kernels, a line for those of one kind, shape and origin."""
     groups: dict[Any, list[roofline.Kernel]] = collections.defaultdict(list)
     for kernel in kernels:
         origin = re.search(r'op_name="([^"]*)"', kernel.instruction.line)
@@ -123,42 +113,11 @@ def costliest(kernels: list[roofline.Kernel], top: int) -> list[str]:
     return lines
 
 
-def at_commit(commit: str) -> dict[str, Any]:
-    """The first row as an earlier commit gives it, from this version of the benchmark.
-
-    Raises:
-      UserError: If the commit is unknown, or has no such config.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        tree = pathlib.Path(folder, "tree")
-        git = ["git", "-C", str(_HERE), "worktree"]
-        added = subprocess.run([*git, "add", "--detach", str(tree), commit], capture_output=True, text=True)
-        if added.returncode:
-            raise UserError(f"--commit={commit}: {added.stderr.strip().splitlines()[-1]}")
-        try:
-            for name in ("compiled.py", "roofline.py", "fake_data.py", "flops.py", "h200.txtpb"):
-                shutil.copy(_HERE / name, tree / "benchmarks" / name)
-            arguments = [*cli.config_arguments(sys.argv[1:]), *(f"--xla={text}" for text in _OPTIONS.value)]
-            command = [sys.executable, "-m", "benchmarks.compiled", *arguments, "--json"]
-            result = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-        finally:
-            subprocess.run([*git, "remove", "--force", str(tree)], capture_output=True)
-        if result.returncode:
-            raise UserError(f"--commit={commit}: {(result.stderr.strip().splitlines() or ['it failed'])[-1]}")
-        return json.loads(result.stdout.strip().splitlines()[-1])
-
-
 def _main(_: list[str]) -> None:
-    """Prints the table and the costliest kernels."""
     options = dict(_parse_option(text) for text in _OPTIONS.value)
     target()
     row, kernels = describe(cli.CONFIG.value, options)
-    if _JSON.value:
-        print(json.dumps(row))
-        return
     rows = {"this": row}
-    if _COMMIT.value:
-        rows[_COMMIT.value] = at_commit(_COMMIT.value)
     if _AGAINST.present:
         rows["against"] = describe(_AGAINST.value, options)[0]
     print(f"batch {cli.CONFIG.value.batch_size}, compiled for an H200, not run: estimates")
@@ -173,7 +132,7 @@ def _main(_: list[str]) -> None:
 
 
 def _parse_option(text: str) -> tuple[str, Any]:
-    """A flag of XLA as its compiler wants it."""
+    """Return a flag of XLA as its compiler expects it."""
     name, _, value = text.lstrip("-").partition("=")
     if value in ("true", "false"):
         return name, value == "true"

@@ -1,4 +1,4 @@
-"""What a model computes, by the shapes of its parameters."""
+"""Count what a model computes, by the shapes of its parameters."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from simplest_vit.training.run import Run
 
 
 def forward_flops(params: Any, tokens: int) -> float:
-    """Floating-point operations for one image: products with kernels, and attention.
+    """Count floating-point operations for one image: products with kernels, and attention.
 
     Args:
       params: The model's parameters, or their shapes.
@@ -31,6 +31,6 @@ def forward_flops(params: Any, tokens: int) -> float:
 
 
 def step_flops(run: Run) -> float:
-    """FLOPs of the products of a step: backward takes twice as many as forward."""
+    """Count the FLOPs of the products of a step: backward takes twice as many as forward."""
     tokens = math.prod(token_grid(run.data.image_shape, run.config.model.patch_size))
     return 3 * forward_flops(run.abstract.params, tokens) * run.config.batch_size

@@ -1,4 +1,4 @@
-"""Input rates: images/s of each data set and stage, beside a PIL pipeline in the same run.
+"""Measure images/s of each stage of the input, beside a PIL pipeline in the same run.
 
 python -m benchmarks.input_pipeline cifar10 --data_dir=/data/tfds
 python -m benchmarks.input_pipeline imagenet --data_dir=/data/tfds --num_workers=2
@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import io
-import multiprocessing
 import os
 import statistics
 import sys
@@ -22,7 +21,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-import psutil
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -42,7 +40,7 @@ STAGES = {
 
 
 def rate(batches: Iterator[input_pipeline.Batch], batch_size: int, seconds: float) -> float:
-    """Returns images/s: the median over the batches of a few seconds, after two to warm up."""
+    """Return images/s: the median over the batches of a few seconds, after two to warm up."""
     for _ in range(2):
         jax.block_until_ready(next(batches))
     times = []
@@ -55,7 +53,7 @@ def rate(batches: Iterator[input_pipeline.Batch], batch_size: int, seconds: floa
 
 
 def alternate(stages: list[Callable[[], object]], images: int, seconds: float) -> np.ndarray:
-    """Returns images/s of each stage and round, [stages, rounds >= 5]; they take turns, after one round to warm up."""
+    """Return images/s of each stage and round, [stages, rounds >= 5]; they take turns, after one round to warm up."""
     rounds: list[list[float]] = []
     begin = time.perf_counter()
     while len(rounds) < 6 or time.perf_counter() - begin < len(stages) * seconds:
@@ -68,7 +66,7 @@ def alternate(stages: list[Callable[[], object]], images: int, seconds: float) -
 
 
 def median(ratios: np.ndarray) -> str:
-    """Returns median and quartiles."""
+    """Return median and quartiles."""
     low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
@@ -77,7 +75,7 @@ def median(ratios: np.ndarray) -> str:
 
 
 def pil_operations(image: Image.Image, sign: int) -> list[Callable[[], Image.Image]]:
-    """Returns RandAugment's 14 operations of magnitude 10, as torchvision applies them to a PIL image."""
+    """Return RandAugment's 14 operations of magnitude 10, as torchvision applies them to a PIL image."""
     affine = functools.partial(image.transform, image.size, Image.Transform.AFFINE)
     shift_x, shift_y = (int(sign * size * 50 / 331) for size in image.size)
     factor = 1 + 0.3 * sign
@@ -102,7 +100,7 @@ def pil_operations(image: Image.Image, sign: int) -> list[Callable[[], Image.Ima
 def pil_example(
     content: bytes | np.ndarray, rng: np.random.Generator, size: int | None, augment: bool, mean: tuple, std: tuple
 ) -> np.ndarray:
-    """Returns one example as the reference makes it: pad-4 crop of an array, or random resized crop of a file."""
+    """Return one example as the reference makes it: pad-4 crop of an array, or random resized crop of a file."""
     if isinstance(content, bytes):
         with Image.open(io.BytesIO(content)) as file:
             image = file.convert("RGB")
@@ -122,21 +120,21 @@ def pil_example(
 
 
 def mixed(x: np.ndarray, seed: int) -> np.ndarray:
-    """Returns a batch after mixup."""
+    """Return a batch after mixup."""
     z = np.random.default_rng(seed).beta(0.2, 0.2)
     weight = np.float32(min(z, 1 - z))
     return (1 - weight) * x + weight * x[::-1]
 
 
 def pil_batch(contents: list, seed: int, **options: object) -> np.ndarray:
-    """Returns a batch of all examples, after mixup."""
+    """Return a batch of all examples, after mixup."""
     rng = np.random.default_rng(seed)
     return mixed(np.stack([pil_example(content, rng, **options) for content in contents]), seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class PilExamples:
-    """The peer's data set: endless examples of a few images."""
+    """Endless examples of a few images: the peer's data set."""
 
     contents: list
     options: dict
@@ -150,7 +148,7 @@ class PilExamples:
 
 
 def loaded_batches(contents: list, batch_size: int, **options: object) -> Iterator[np.ndarray]:
-    """Returns batches of the peer: made and stacked by PyTorch's DataLoader, a worker process a core."""
+    """Return batches of the peer: made and stacked by PyTorch's DataLoader, a worker process a core."""
     from torch.utils.data import DataLoader
 
     workers = os.cpu_count() or 1
@@ -160,27 +158,11 @@ def loaded_batches(contents: list, batch_size: int, **options: object) -> Iterat
     return (mixed(batch.numpy(), seed) for seed, batch in enumerate(loader))
 
 
-def _work(seconds: float, seed: int, contents: list, options: dict) -> float:
-    """Returns images/s of one process."""
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        pil_batch(contents, seed + done, **options)
-        done += 1
-    return done * len(contents) / (time.perf_counter() - start)
-
-
-def pil_rate(contents: list, seconds: float, processes: int, **options: object) -> float:
-    """Returns images/s of the bare work in several processes, which are not even asked to hand over what they made."""
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        work = [(seconds, seed, contents, options) for seed in range(processes)]
-        return sum(pool.starmap(_work, work, chunksize=1))
-
-
 # Reports.
 
 
 def config_of(arguments: argparse.Namespace, **data: object) -> ConfigDict:
-    """Returns `config.data` with everything off but what is given."""
+    """Return `config.data` with everything off but what is given."""
     config = default().data
     fields = {"name": arguments.name, "dir": arguments.data_dir, "manual_dir": arguments.manual_dir}
     config.update({**fields, "num_workers": arguments.num_workers, "crop_padding": 0, "flip": False, **data})
@@ -188,26 +170,20 @@ def config_of(arguments: argparse.Namespace, **data: object) -> ConfigDict:
 
 
 def train_batches(dataset: input_pipeline.Dataset, data: ConfigDict, batch_size: int) -> Iterator[input_pipeline.Batch]:
-    """Returns the batches from the first one on, on one device."""
+    """Return the batches from the first one on, on one device."""
     return input_pipeline.train_batches(dataset, data, batch_size=batch_size, seed=0, start_step=0, sharding=None)
 
 
-def memory_mib() -> float:
-    """Returns the memory of this process and its children, pages that they share counted once."""
-    process = psutil.Process()
-    return sum(p.memory_full_info().pss for p in (process, *process.children(recursive=True))) / 2**20
-
-
 def report(name: str, value: float, extra: str = "") -> None:
-    """Prints a line."""
+    """Print a line."""
     print(f"  {name:<44} {value:>10,.0f} images/s  {extra}", flush=True)
 
 
 def benchmark_device(arguments: argparse.Namespace) -> None:
-    """A data set that lives on the device."""
+    """Measure a data set that lives on the device."""
     start = time.perf_counter()
     dataset = input_pipeline.load(config_of(arguments))
-    print(f"  loading {time.perf_counter() - start:.1f} s, then {memory_mib():,.0f} MiB in all")
+    print(f"  loading {time.perf_counter() - start:.1f} s")
     options: dict = {}
     for stage, more in STAGES.items():
         options |= more
@@ -226,15 +202,13 @@ def benchmark_device(arguments: argparse.Namespace) -> None:
             report(name, peer, f"ours is {ours / peer:.1f} times as fast")
         except ImportError:
             print("  without PyTorch, whose DataLoader is the peer")
-        bare = pil_rate(images, arguments.seconds, os.cpu_count() or 1, **options)
-        report("its bare work, handed over to nobody", bare, f"ours is {ours / bare:.1f} times as fast")
     if arguments.train_step_s:
         share = arguments.batch_size / ours / arguments.train_step_s
         print(f"  share of a train step of {arguments.train_step_s:.3f} s: {share:.1%}")
 
 
 def benchmark_host(arguments: argparse.Namespace) -> None:
-    """A data set that is streamed; every rate is per core, from as many processes as there are cores."""
+    """Measure a data set that is streamed from disk: each stage on one core, then the whole pipeline."""
     config = config_of(arguments, flip=True, random_resized_crop=True, image_size=224)
     dataset = input_pipeline.load(config)
     cores = os.cpu_count() or 1
@@ -252,14 +226,14 @@ def benchmark_host(arguments: argparse.Namespace) -> None:
         report(name, float(np.median(rounds)), extra)
     batches = train_batches(dataset, config, arguments.batch_size)
     whole = rate(batches, arguments.batch_size, arguments.seconds)
-    report(f"whole pipeline, {arguments.num_workers} workers, {cores} cores", whole, f"{memory_mib():,.0f} MiB in all")
+    report(f"whole pipeline, {arguments.num_workers} workers, {cores} cores", whole)
     if arguments.train_step_s:
         share = max(0.0, arguments.batch_size / whole / arguments.train_step_s - 1)
         print(f"  waiting beyond a train step of {arguments.train_step_s:.3f} s: {share:.1%}")
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run as a program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="data set, as in data.name")
     parser.add_argument("--data_dir")

@@ -1,4 +1,4 @@
-"""The least time of a program that XLA compiled for a GPU, estimated from its optimized HLO.
+"""Estimate the least time of a program that XLA compiled for a GPU from its optimized HLO.
 
 Every kernel takes its FLOPs over the rate of the unit that does them, or its bytes, each operand read once and each
 result written once, over the bandwidth of the memory, whichever is longer. Launches, tails and waiting come on top. The
@@ -54,7 +54,7 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """Something that is launched.
+    """A launch.
 
     Attributes:
       instruction: Its line.
@@ -119,7 +119,7 @@ def read(text: str, flops_of_calls: dict[str, dict[str, float]] | None = None) -
 
 
 def pallas_flops(jaxpr: Any) -> dict[str, dict[str, float]]:
-    """FLOPs by unit of the matrix products in each Pallas kernel of a jaxpr, padding included, by the kernel's name."""
+    """Count FLOPs by unit of the matrix products in each Pallas kernel of a jaxpr, padding included, by kernel name."""
     found: dict[str, dict[str, float]] = {}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
@@ -152,7 +152,7 @@ def _dot_flops(jaxpr: Any) -> collections.Counter:
 def _kernel(
     i: Instruction, times: int, computation: dict[str, Instruction], computations: Any, flops_of_calls: Any
 ) -> Kernel:
-    """What an instruction launches."""
+    """Describe what an instruction launches."""
     kind = i.op
     flops: collections.Counter = collections.Counter()
     if i.op == "custom-call":
@@ -178,7 +178,7 @@ def _kernel(
 
 
 def _product(i: Instruction, computation: dict[str, Instruction]) -> dict[str, float]:
-    """FLOPs of a matrix product by unit."""
+    """Count the FLOPs of a matrix product by unit."""
     dtype, lhs = computation[i.operands[0]].shapes[0]
     dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.line) or re.search(
         r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.line
@@ -190,7 +190,7 @@ def _product(i: Instruction, computation: dict[str, Instruction]) -> dict[str, f
 
 
 def _traffic(i: Instruction, computation: dict[str, Instruction], computations: Any) -> float:
-    """Bytes read and written; of what is only sliced or gathered the slices, of an update in place the update."""
+    """Count bytes read and written: of a slice or gather its result, of an update in place the update."""
     written = float(i.bytes)
     if i.op in _SLICES:
         return 2 * written
@@ -208,12 +208,12 @@ def _traffic(i: Instruction, computation: dict[str, Instruction], computations: 
 
 
 def _update(i: Instruction) -> str:
-    """The operand with what is written."""
+    """Return the operand that holds what is written."""
     return i.operands[1] if i.op == "dynamic-update-slice" else i.operands[-1]
 
 
 def _needed(body: dict[str, Instruction]) -> dict[str, float]:
-    """The part of each instruction of a fusion, in [0, 1], that its results are computed from, by name.
+    """Return, by name, the part in [0, 1] of each instruction of a fusion that its results need.
 
     What a slice leaves out of an elementwise chain is neither computed nor read.
     """
@@ -234,7 +234,7 @@ def _needed(body: dict[str, Instruction]) -> dict[str, float]:
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """Computations by name, and the name of the first to run."""
+    """Return computations by name, and the name of the first to run."""
     computations: dict[str, dict[str, Instruction]] = {}
     current: dict[str, Instruction] = {}
     entry = ""
@@ -255,13 +255,13 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def _split_type(text: str) -> tuple[str, str]:
-    """Part `(f32[2], s32[]) fusion(...)` after the type."""
+    """Split `(f32[2], s32[]) fusion(...)` after the type."""
     end = _closing(text, 0) if text.startswith("(") else text.index(" ")
     return text[:end], text[end:].lstrip()
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` has closed."""
+    """Return the position after the parenthesis that opens at `start`."""
     depth = 0
     for position in range(start, len(text)):
         depth += (text[position] == "(") - (text[position] == ")")

@@ -1,11 +1,11 @@
-"""The training losses of this project beside plain PyTorch's: same weights, same batches, the reference's settings.
+"""Compare training losses with plain PyTorch's: same weights, same batches, the reference's settings.
 
     python -m benchmarks.torch_parity --config configs/cifar10.py:optimizer=adam --steps 100 \
         --config.data.dir=DIR --config.compute_dtype=float32 --config.model.attention=espa_reference \
         --config.model.init=reference
 
-Prints every tenth loss of both, and how far they are apart, beside how far this project is from itself where the first
-weights are changed by a relative 1e-7: training amplifies any rounding.
+Prints every tenth loss of both and their distance, beside the distance of this project from itself when its first
+weights change by a relative 1e-7, because training amplifies any rounding.
 """
 
 import numpy as np

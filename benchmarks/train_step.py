@@ -1,10 +1,10 @@
-"""Time of a training step beside another config's and plain PyTorch's, by turns in one run: the ratio is the figure.
+"""Time a training step beside another config's and plain PyTorch's, by turns in one run: read the ratio.
 
 python -m benchmarks.train_step --config configs/cifar10.py --config.batch_size=64 --config.compute_dtype=float32
 python -m benchmarks.train_step --config configs/cifar10.py --against configs/cifar10.py:method=isometric --notorch
 
-The batch is noise on the device, so that no data is needed: what is timed is forward, backward and optimizer. Ours is
-the train step of `main.py` with every setting of the config. The peer (`tests/torch_reference.py`) is there for E-SPA +
+The batch is fake data on the device: forward, backward and optimizer are timed. Ours is the train step of `main.py`
+with every setting of the config. The peer (`tests/torch_reference.py`) is there for E-SPA +
 TAT and for SimpleViT, with the config's sizes, gradient clipping and weight decay, and always PyTorch's fused Adam: a
 config with another optimizer is compared with that.
 """
@@ -34,7 +34,7 @@ _AGAINST = cli.define_config("against", "Another config, to compare with.")
 
 
 class Program(NamedTuple):
-    """Something to time.
+    """A program to time.
 
     Attributes:
       name: For the table.
@@ -54,7 +54,7 @@ class Program(NamedTuple):
 
 
 def ours(name: str, run: Run) -> Program:
-    """The train step of `main.py`, compiled."""
+    """Compile the train step of `main.py`."""
     batch = fake_data.batch(run.data, run.config.batch_size)
     state = run.create_state()
     start = time.perf_counter()
@@ -74,7 +74,7 @@ def ours(name: str, run: Run) -> Program:
 
 
 def pytorch(run: Run, compiled: bool) -> Program:
-    """The plain PyTorch peer with Adam, eager or by `torch.compile`."""
+    """Build the plain PyTorch peer with Adam, eager or by `torch.compile`."""
     import torch
 
     from tests import torch_reference
