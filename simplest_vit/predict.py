@@ -15,7 +15,8 @@ from simplest_vit.data.augment import normalize
 from simplest_vit.data.builders.image_folder import image_files
 from simplest_vit.data.decode import eval_image
 from simplest_vit.errors import UserError
-from simplest_vit.training.run import Run, restore_best
+from simplest_vit.training.evaluate import restore_best
+from simplest_vit.training.run import Run
 
 log = logging.getLogger("simplest_vit")
 # Images computed at once.

@@ -21,7 +21,7 @@ from simplest_vit.analysis.attention_rollout import attention_rollout
 from simplest_vit.errors import UserError
 from simplest_vit.interop.import_reference import import_reference
 from simplest_vit.predict import as_text, find_images, predict
-from simplest_vit.training.run import restore_best
+from simplest_vit.training.evaluate import restore_best
 from tests.tiny import tiny_config
 
 CHECKPOINT = pathlib.Path(__file__).parent / "interop" / "fixtures" / "simplest_vit.pth"

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import tensorflow_datasets as tfds
 from jax.sharding import Mesh
 
+from simplest_vit import preemption
 from simplest_vit.data.builders import builder_of
 from simplest_vit.data.decode import eval_image
 from simplest_vit.data.prepare import damaged, prepare
@@ -261,7 +262,8 @@ def _prepare_once(data: Any) -> tfds.core.DatasetBuilder:
     several, key = jax.process_count() > 1, f"simplest_vit/prepared/{next(_LOADED)}"
     client: Any = ocp.multihost.get_jax_distributed_client() if several else None
     while several and jax.process_index() > 0:
-        try:  # for a short time each, for signals come in between; it may take hours
+        preemption.check()  # it may take hours
+        try:
             if error := client.blocking_key_value_get(key, 1000):
                 raise UserError(error)
             break

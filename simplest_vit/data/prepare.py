@@ -22,6 +22,7 @@ from simplest_vit.data.builders import builder_of
 from simplest_vit.data.builders.base import Builder, Content, Shard
 from simplest_vit.data.progress import Progress
 from simplest_vit.errors import UserError
+from simplest_vit.files import local_path
 
 _LEASE = 60  # seconds of silence after which a process that prepares counts as gone; it tells of itself every 20
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another")
@@ -49,8 +50,8 @@ def prepare(
     """
     builder = builder_of(name)
     try:
-        root = Path(data_dir or "~/tensorflow_datasets").expanduser()
-        originals = Path(manual_dir).expanduser() if manual_dir else root / "downloads"
+        root = Path(local_path(data_dir or "~/tensorflow_datasets"))
+        originals = Path(local_path(manual_dir)) if manual_dir else root / "downloads"
     except RuntimeError as error:  # of an unknown user
         raise UserError(f"data.dir={data_dir}, data.manual_dir={manual_dir}: {error} Name another folder") from error
     try:
