@@ -24,7 +24,7 @@ from simplest_vit.analysis.signals import Signals, analyse, initial_models
 from simplest_vit.data import input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.models.factory import model_arguments
-from simplest_vit.training.evaluate import restore_best
+from simplest_vit.training.run import restore_best
 from simplest_vit.training.workdir import check_workdir
 from simplest_vit.training.writers import SummaryWriter
 

@@ -5,8 +5,6 @@ import sys
 import time
 from collections.abc import Callable
 
-from simplest_vit import preemption
-
 _TELL_EVERY = 5  # seconds
 
 
@@ -29,8 +27,7 @@ class Progress:
         self._start = self._told = time.monotonic()
 
     def add(self, count: float, amount: float) -> None:
-        """Count some, and how much of the total they were; a point at which a signal can stop the program."""
-        preemption.check()
+        """Count some, and how much of the total they were."""
         self._count += count
         self._done += amount
         now = time.monotonic()

@@ -13,8 +13,8 @@ import pytest
 from simplest_vit.errors import UserError
 from simplest_vit.interop.import_reference import import_reference
 from simplest_vit.interop.torch_file import Checkpoint
-from simplest_vit.training import evaluate, train
-from simplest_vit.training.evaluate import restore_best
+from simplest_vit.training import loop
+from simplest_vit.training.run import restore_best
 from tests.tiny import tiny_config
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -49,8 +49,8 @@ def test_an_imported_checkpoint_gives_the_logits_of_pytorch(tmp_path, data_dir, 
 def test_an_imported_run_is_evaluated_and_trained_on_quick(tmp_path, data_dir):
     config = config_of("simplest_vit", data_dir)
     import_reference(config, str(tmp_path), str(FIXTURES / "simplest_vit.pth"))
-    assert evaluate.evaluate(str(tmp_path), config)["best"]["step"] == 1
-    assert train.train(config, str(tmp_path))["steps"] == 6
+    assert loop.evaluate(str(tmp_path), config)["best"]["step"] == 1
+    assert loop.train_and_evaluate(config, str(tmp_path))["steps"] == 6
 
 
 @pytest.mark.parametrize("name", ["simplest_vit", "simple_vit"])
