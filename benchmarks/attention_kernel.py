@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simplest_vit.models import attention, layers
+from simplest_vit.models import attention, fused_attention
 from tests.models import attention_oracle as oracle
 
 # Tokens, heads and head width: S/4 at 32 pixels, S/16 at 224, and sizes that do not fill their tiles.
@@ -32,10 +32,10 @@ def forms(num_heads: int, bias: Any, scale: Any, interpret: bool) -> dict[str, C
 
     def by_kernel(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         qkv = jnp.concatenate([query, key, value], axis=-1)
-        return attention.fused(qkv, None, num_heads, bias, scale, interpret=interpret)
+        return fused_attention.fused(qkv, None, num_heads, bias, scale, interpret=interpret)
 
     def by_xla(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return layers.attend(query, key, value, num_heads, bias, scale)
+        return attention.attend(query, key, value, num_heads, bias, scale)
 
     def both(form: Callable[..., jax.Array], *arrays: jax.Array) -> tuple[jax.Array, ...]:
         output, pullback = jax.vjp(form, *arrays[:3])

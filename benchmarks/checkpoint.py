@@ -18,9 +18,10 @@ from absl import flags
 
 from benchmarks import fake_data
 from simplest_vit import cli
-from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
+from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
+from simplest_vit.training.state import RunProgress
 
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=1)
 _SAVES = flags.DEFINE_integer("saves", 5, "Timed saves.", lower_bound=2)
@@ -48,7 +49,7 @@ def _main(arguments: list[str]) -> None:
         with Checkpoints(pathlib.Path(folder), create=True) as checkpoints:
             for step in range(1, _SAVES.value + 1):
                 start = time.perf_counter()
-                checkpoints.save(state, AT_THE_START, step)
+                checkpoints.save(state, RunProgress(), step)
                 blocking.append(time.perf_counter() - start)
                 checkpoints.wait()
                 whole.append(time.perf_counter() - start)

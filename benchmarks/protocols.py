@@ -206,9 +206,7 @@ def networks(protocol: str) -> dict[str, Network]:
 
 def recipe_arguments(preset: str, optimizer: str, augmentation: str = "basic") -> str:
     """Return what stands behind the colon of `--config configs/DATA.py:`."""
-    method = "isometric" if preset in ("isometric_vit", "shift_mlp") else "espa_tat"
-    model = "simple_vit" if preset == "simple_vit" else "simplest_vit"
-    return f"model={model},method={method},optimizer={optimizer},augmentation={augmentation}"
+    return f"model={preset},optimizer={optimizer},augmentation={augmentation}"
 
 
 def recipe(data: str, preset: str, optimizer: str, augmentation: str = "basic") -> Any:
@@ -216,7 +214,4 @@ def recipe(data: str, preset: str, optimizer: str, augmentation: str = "basic") 
     arguments = recipe_arguments(preset, optimizer, augmentation)
     if data == "digits":  # it has one augmentation
         arguments = arguments.rsplit(",", 1)[0]
-    config = importlib.import_module(f"configs.{data}").get_config(arguments)
-    if preset == "shift_mlp":
-        config.model.attention = "fixed_shift"
-    return config
+    return importlib.import_module(f"configs.{data}").get_config(arguments)

@@ -34,7 +34,7 @@ from benchmarks import protocols
 from simplest_vit.analysis.runs import Run, find_runs, read_curves
 from simplest_vit.config import flatten
 from simplest_vit.errors import UserError, print_error
-from simplest_vit.training.workdir import may_change
+from simplest_vit.training.workdir import is_resumable
 
 PATH = pathlib.Path(__file__).parent.parent / "results" / "runs.csv"
 FORMAT = 1
@@ -163,7 +163,7 @@ def describe(flat: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             field: value
             for field, value in flat.items()
             if field not in _COLUMNS_OF_FIELDS
-            and not may_change(field)
+            and not is_resumable(field)
             and value != expected.get(field)
             and not (value is None and field not in expected)
         }

@@ -1,7 +1,7 @@
 """Time a training step beside another config's and plain PyTorch's, by turns in one run: read the ratio.
 
 python -m benchmarks.train_step --config configs/cifar10.py --config.batch_size=64 --config.compute_dtype=float32
-python -m benchmarks.train_step --config configs/cifar10.py --against configs/cifar10.py:method=isometric --notorch
+python -m benchmarks.train_step --config configs/cifar10.py --against configs/cifar10.py:model=isometric_vit --notorch
 
 The batch is fake data on the device: forward, backward and optimizer are timed. Ours is the train step of `main.py`
 with every setting of the config. The peer (`tests/torch_reference.py`) is there for E-SPA +
@@ -24,8 +24,7 @@ from benchmarks import fake_data
 from benchmarks.flops import step_flops
 from simplest_vit import cli
 from simplest_vit.analysis.contrasts import name_of
-from simplest_vit.models import attention
-from simplest_vit.models.factory import model_arguments
+from simplest_vit.models import fused_attention, model_arguments
 from simplest_vit.training.run import Run, build
 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed steps of each program.", lower_bound=1)
@@ -84,7 +83,7 @@ def pytorch(run: Run, compiled: bool) -> Program:
     image, label = np.array(batch["image"]), np.array(batch["label"])  # copies: PyTorch wants to write
     torch.set_float32_matmul_precision("high")  # on a GPU TF32, as JAX's default is
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
-    arguments = model_arguments(options.model, image.shape[1:])
+    arguments = model_arguments(**options.model, image_shape=image.shape[1:])
     known = ("patch_size", "depth", "width", "num_heads", "mlp_dim", "gamma_max_depth", "c_val_0_target")
     model = torch_reference.ViT(
         options.model.name,
@@ -129,7 +128,7 @@ def _main(_: list[str]) -> None:
     if _AGAINST.present:
         configs["against"] = _AGAINST.value
     for options in configs.values():
-        attention.check_devices(options.model.attention_kernel, jax.devices())
+        fused_attention.check_devices(options.model.attention_kernel, jax.devices())
     runs = {name: build(options, fake_data.info_of(options)) for name, options in configs.items()}
     programs = [ours(*item) for item in runs.items()]
     own = len(programs)

@@ -8,7 +8,7 @@ papers, see `model.attention` and `model.init` in `simplest_vit/config.py`):
     model=simple_vit, Adam           83.34 / 87.33 %
 
 Ours, basic augmentation, one seed (RESULTS.md): 82.69 % (Shampoo@25), and with SOAP
-87.55 % (method=isometric) and 85.98 % (model=simple_vit).
+87.55 % (model=isometric_vit) and 85.98 % (model=simple_vit).
 
     python main.py --config configs/cifar10.py:optimizer=adam --workdir runs/cifar10
 

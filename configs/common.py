@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from simplest_vit.config import METHODS, default, parse_arguments
+from simplest_vit.config import default, parse_arguments
 
 # Peak learning rates for SimplEsT-ViT-S of the reference's recipe; Muon and SOAP are not in it.
 LEARNING_RATES = {"adam": 5e-4, "muon": 1e-2, "shampoo": 7e-4, "soap": 7e-4}
@@ -13,8 +13,8 @@ def small_data(arguments: str | None) -> ConfigDict:
     """The reference's recipe for CIFAR-10/100 and TinyImageNet-200: 90 epochs of batches of 2048.
 
     Args:
-      arguments: `augmentation=basic|strong`, `model=simplest_vit|simple_vit`, `method=espa_tat|isometric` (of
-        simplest_vit), `optimizer=adam|...`.
+      arguments: `augmentation=basic|strong`, `model=simplest_vit|isometric_vit|shift_mlp|simple_vit`,
+        `optimizer=adam|...`.
 
     Returns:
       The config.
@@ -22,13 +22,11 @@ def small_data(arguments: str | None) -> ConfigDict:
     choice = parse_arguments(
         arguments,
         augmentation=("basic", "strong"),
-        model=("simplest_vit", "simple_vit"),
-        method=tuple(METHODS),
+        model=("simplest_vit", "isometric_vit", "shift_mlp", "simple_vit"),
         optimizer=tuple(LEARNING_RATES),
     )
     config = default(choice["optimizer"])
     config.model.name = choice["model"]
-    config.model.update(METHODS[choice["method"]])
     config.weight_decay = 5e-5
     config.optimizer.learning_rate = LEARNING_RATES[choice["optimizer"]]
     if (choice["model"], choice["optimizer"]) == ("simple_vit", "adam"):

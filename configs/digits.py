@@ -5,13 +5,12 @@ Isometric (98.9 to 99.4 % of the 360 validation images, by three seeds), or shap
 
     python main.py --config configs/digits.py --workdir runs/digits
 
-Arguments: `model=simplest_vit|simple_vit`, `method=isometric|espa_tat` (of simplest_vit),
-`optimizer=muon|adam|shampoo|soap`.
+Arguments: `model=isometric_vit|simplest_vit|shift_mlp|simple_vit`, `optimizer=muon|adam|shampoo|soap`.
 """
 
 from ml_collections import ConfigDict
 
-from simplest_vit.config import METHODS, default, parse_arguments
+from simplest_vit.config import default, parse_arguments
 
 LEARNING_RATES = {"muon": 1e-2, "adam": 1e-3, "shampoo": 3e-3, "soap": 1e-2}
 
@@ -20,8 +19,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     """Return the config."""
     choice = parse_arguments(
         arguments,
-        model=("simplest_vit", "simple_vit"),
-        method=("isometric", "espa_tat"),
+        model=("isometric_vit", "simplest_vit", "shift_mlp", "simple_vit"),
         optimizer=tuple(LEARNING_RATES),
     )
     config = default(choice["optimizer"])
@@ -34,7 +32,6 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.compute_dtype = "float32"  # bfloat16 is slower on most CPUs
 
     config.model.name = choice["model"]
-    config.model.update(METHODS[choice["method"]])
     config.model.depth = 12
     config.model.width = 48
     config.model.num_heads = 3

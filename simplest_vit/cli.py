@@ -1,9 +1,13 @@
-"""What all programs of the project share: the flags of a run, and one line for what a user can mend."""
+"""What all commands share: the flags of a run, streams and signals, and one line for each mistake of a user."""
 
+import atexit
+import errno
 import logging
 import os
+import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -13,19 +17,40 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from simplest_vit import preemption
-from simplest_vit.errors import Interrupted, TrainingError, UserError, not_installed, print_error
+from simplest_vit.errors import Interrupted, TrainingError, UserError, not_installed, one_line, print_error
+from simplest_vit.files import local_path
 
 _CONFIGS: list[flags.FlagHolder] = []
 
 
+class _PathParser(flags.ArgumentParser):
+    """Expand and check paths where they are given: see `local_path`."""
+
+    def parse(self, argument: str) -> str:
+        return local_path(argument) if argument else argument
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(name: str, default: str | None, description: str) -> flags.FlagHolder:
+    """Define a flag `--NAME=PATH`."""
+    return flags.DEFINE(_PathParser(), name, default, description)
+
+
+def define_paths(name: str, description: str) -> flags.FlagHolder:
+    """Define a flag `--NAME=PATH` that may be repeated."""
+    return flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, [], description)
+
+
 def define_config(name: str, description: str) -> flags.FlagHolder:
-    """Define a flag `--NAME=FILE`, with `--NAME.FIELD=VALUE`; `run` loads and checks its config where it is given."""
+    """Define a flag `--NAME=FILE`, with `--NAME.FIELD=VALUE`; `run` loads and checks its config if it is given."""
     _CONFIGS.append(config_flags.DEFINE_config_file(name, None, description))
     return _CONFIGS[-1]
 
 
 CONFIG = define_config("config", "Config file, with its arguments behind a colon: configs/cifar10.py:model=simple_vit")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, TensorBoard files, results.json.")
+WORKDIR = define_path("workdir", None, "Folder of the run: checkpoints, TensorBoard files, results.json.")
 
 
 def load_config(arguments: list[str]) -> ConfigDict:
@@ -80,57 +105,115 @@ def run(
     Exit codes: 0, 2 for a `UserError`, 3 for a `TrainingError`, 75 for an `Interrupted`.
 
     Args:
-      program: Gets the positional arguments.
-      usage: An example of the command, told where a flag is missing.
+      program: Takes the positional arguments.
+      usage: An example of the command, printed when a flag is missing.
       required: Names of flags that must be given.
-      optional: Which of --config and --workdir may be given, besides.
+      optional: Which of --config and --workdir may also be given.
       positional: Whether arguments without a flag are allowed.
     """
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print(_help(program, (*required, *optional)))
-        return
-    # The libraries tell what goes wrong, this project also what goes on.
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    # Orbax logs whatever it raises as well, with a traceback for each of its threads, and TensorStore prints another
-    # (needed by tests/faults/test_disk.py).
-    absl_logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    log = logging.getLogger("simplest_vit")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    heard: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        heard.append(number)
-        interrupt(number, frame)
-
-    preemption.watch((signal.SIGTERM, signal.SIGINT), handler=stop)
+    preemption.install()
+    sys.stdout, sys.stderr = _Stdout(sys.stdout), _Stderr(sys.stderr)
+    _configure_logging()
     try:
+        # Overrides of a config, and the commands of a sweep, are read from sys.argv.
+        sys.argv[1:] = flags.FLAGS.read_flags_from_files(sys.argv[1:])
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print(_help(program, (*required, *optional)))
+            return
         app.run(
             lambda arguments: _run_program(program, arguments[1:]),
             flags_parser=lambda argv: _parse(argv, usage, required, optional, positional),
         )
-    except (UserError, TrainingError, Interrupted) as error:
+    except (UserError, TrainingError) as error:
         sys.exit(print_error(error))
-    except BrokenPipeError:  # of `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except ImportError:
-        if not heard:
-            raise
-        # Where the import of an extension module is interrupted, it fails with an error of its own.
-        sys.exit(print_error(_interrupted(heard[0])))
+    except flags.Error as error:
+        sys.exit(print_error(UserError(str(error))))
+    except Interrupted as error:
+        code = print_error(error)
+        atexit._run_exitfuncs()
+        os._exit(code)  # XLA's threads may still be at work, and crash when the interpreter is torn down around them
+    except _StdoutError as error:
+        if error.errno == errno.EPIPE:  # of `| head`: nobody reads any more
+            sys.exit(128 + signal.SIGPIPE)
+        sys.exit(print_error(TrainingError(f"standard output cannot be written ({error})")))
 
 
-def interrupt(number: int, frame: Any) -> None:
-    """Stop what is under way; training itself notes signals instead (`training/interrupt.py`)."""
-    raise _interrupted(number)
+def print_saved(text: str) -> None:
+    """Print what is on the disk as well, so that a full disk or a closed pipe does not matter."""
+    try:
+        print(text, flush=True)
+    except _StdoutError as error:
+        logging.getLogger("simplest_vit").warning("standard output cannot be written (%s)", error)
 
 
-def _interrupted(number: int) -> Interrupted:
-    return Interrupted(f"{signal.Signals(number).name}; the same command starts again")
+class _StdoutError(Exception):
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error.strerror)
+        self.errno = error.errno
+
+
+class _Stream:
+    """A standard stream that handles what cannot be written by `_fail`; names that are not UTF-8 are escaped."""
+
+    def __init__(self, stream: Any) -> None:
+        stream.reconfigure(errors="backslashreplace")
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._fail(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # for what is flushed at the exit
+
+
+class _Stderr(_Stream):
+    """Drops what cannot be written: a log line is not worth a run."""
+
+
+class _Stdout(_Stream):
+    def _fail(self, error: OSError) -> None:
+        super()._fail(error)
+        raise _StdoutError(error)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(one_line, super().format(record).split("\n")))
+
+
+def _configure_logging() -> None:
+    # Libraries report what goes wrong, this project also its progress.
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    # Orbax logs whatever it raises as well, with a traceback for each of its threads, and TensorStore prints another
+    # (needed by tests/faults/test_disk.py).
+    absl_logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    threading.excepthook = _report_thread
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s  %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("simplest_vit")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _report_thread(arguments: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, except for system errors, which Orbax raises again in the main thread."""
+    if not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)
 
 
 def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> None:
@@ -141,9 +224,13 @@ def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> 
 
             for config in configs:
                 check(config.value)
+        preemption.check()
         program(arguments)
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
+    except MemoryError as error:
+        raise TrainingError("the process is out of memory; end what else uses it, or raise its limit") from error
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or ["there is no such device"])[0]
         if reason.startswith("RESOURCE_EXHAUSTED"):
@@ -214,9 +301,12 @@ def _explain(error: BaseException, flag: str, arguments: list[str]) -> str:
     innermost = chain[-1]
     name = str(innermost.args[0] if innermost.args else "").strip("\"'")
     if isinstance(innermost, KeyError) and any(f".{name}" in word.partition("=")[0] for word in arguments):
-        return f"a --config.FIELD flag names {name!r}, which is no field; all are in simplest_vit/config.py"
+        from simplest_vit.config import suggest
+
+        return f"a --config.FIELD flag names {name!r}, which is no field; {suggest(name)}"
     if isinstance(innermost, UserError):
-        return str(innermost)
+        named = re.match(r"flag --([\w.]+)=", str(error))  # of a path
+        return f"--{named[1]}={innermost}" if named else str(innermost)
     message = (str(innermost).splitlines() or [""])[-1].strip()
     if not isinstance(error, flags.Error) or isinstance(innermost, SyntaxError | ImportError | OSError):
         return f"--{flag} cannot be loaded: {type(innermost).__name__}: {message}"

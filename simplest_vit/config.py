@@ -13,14 +13,14 @@ A config file is Python: its `get_config(arguments)` starts from `default()` and
 
 import difflib
 import numbers
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from simplest_vit.errors import UserError
+from simplest_vit.files import local_path
 
 
 class Values(NamedTuple):
@@ -65,8 +65,10 @@ def _one_of(*choices: str) -> Values:
 
 
 def _folder(path: Any) -> bool:
-    # What is left of a leading ~ names no user's home.
-    return isinstance(path, str) and bool(path) and "\0" not in path and os.path.expanduser(path)[0] != "~"
+    if not isinstance(path, str) or not path:
+        return False
+    local_path(path)  # raises
+    return True
 
 
 def _optional(values: Values) -> Values:
@@ -82,7 +84,7 @@ _FOLDER = _optional(Values(_folder, "the path of a folder"))
 # `create_optimizer`.
 FIELDS = {
     "seed": Field(3407, _integer(0, 2**32 - 1), "of initialization, order of the examples, augmentation and dropout"),
-    "epochs": Field(90, _positive(1e6), "passes over the training split"),
+    "epochs": Field(90.0, _positive(1e6), "passes over the training split"),
     "steps": Field(None, _optional(_integer(1)), "steps of the run, in place of epochs"),
     "batch_size": Field(2048, _integer(1), "examples in a step, over all devices"),
     "warmup_steps": Field(75, _integer(0), "of the learning rate, linear from 0; then cosine to 0"),
@@ -111,7 +113,7 @@ FIELDS = {
     "profile.first_step": Field(0, _integer(0), "where a profile begins; 0: off"),
     "profile.num_steps": Field(5, _integer(1), "steps of a profile"),
     "init_from": Field(None, _FOLDER, "fine-tuning: the folder of a run, whose best weights are the first of this one"),
-    "model.name": Field("simplest_vit", _TEXT, "or simple_vit"),
+    "model.name": Field("simplest_vit", _TEXT, "network: simplest_vit, isometric_vit, shift_mlp or simple_vit"),
     "model.variant": Field("S", _TEXT, "Ti, S, B or L: sets the four sizes below where they are None"),
     "model.depth": Field(None, _optional(_integer(1, 1000)), "blocks"),
     "model.width": Field(None, _optional(_integer(1, 2**16)), "channels of a token"),
@@ -125,31 +127,36 @@ FIELDS = {
         _one_of("auto", "xla", "fused"),
         "fused: attention as one kernel, for NVIDIA GPUs from Ampere on; auto: where it is faster (docs/gpu.md)",
     ),
+    # None leaves the choice to the network.
     "model.attention": Field(
-        "espa", _TEXT, "or espa_causal, espa_2d, espa_reference, uspa, shift, fixed_shift, value_skipinit, unshaped"
+        None,
+        _optional(_TEXT),
+        "espa, espa_causal, espa_2d, espa_reference, uspa, shift, fixed_shift, value_skipinit or softmax",
     ),
     # Beyond these, kernels of tokens are singular in float64 or the identity in float32.
     "model.gamma_max_depth": Field(0.005, _number(1e-9, 10), "E-SPA: decay at the last block"),
     "model.rho_max_depth": Field(0.8, _number(1e-9, 0.999999), "U-SPA: correlation at the last block"),
     # At 0 no query could ever reach another token.
-    "model.shift_eps": Field(0.01, _inside(0, 1), "shift attention: share of uniform attention"),
-    "model.shift_in_place": Field(0.75, _positive(1), "shift attention: share of the heads that start in place"),
-    "model.mlp": Field("shaped", _TEXT, "or mirrored: an orthogonal map at initialization"),
-    "model.activation": Field("tailored_relu", _TEXT, "or relu; gelu, silu or relu where the MLP is mirrored"),
+    "model.uniform_fraction": Field(0.01, _inside(0, 1), "shift attention: share of uniform attention"),
+    "model.identity_head_fraction": Field(
+        0.75, _positive(1), "shift attention: share of the heads that start in place"
+    ),
+    "model.mlp": Field(None, _optional(_TEXT), "tat, looks_linear (orthogonal at initialization) or plain"),
+    "model.activation": Field(
+        None, _optional(_TEXT), "tailored_relu or relu for mlp='tat'; gelu, silu or relu for the others"
+    ),
     "model.c_val_0_target": Field(0.9, _number(1e-6, 0.9999), "TAT: eta"),
     "model.init": Field(
-        "paper", _TEXT, "or reference: the reference's scale of orthogonal kernels; isometric: all orthogonal"
-    ),
-    "data.name": Field(
-        "digits", _TEXT, "or cifar10, cifar100, tiny_imagenet, imagenet, image_folder; or a set that TFDS prepared"
-    ),
-    "data.dir": Field(None, _FOLDER, "of prepared data sets; None: ~/tensorflow_datasets"),
-    "data.manual_dir": Field(None, _FOLDER, "of the original files, where they are not downloaded"),
-    "data.label": Field(
         None,
         _optional(_TEXT),
-        "class label to learn, such as coarse_label of cifar100; None: label, or the only one",
+        "espa_tat, reference (its scale of orthogonal kernels), orthogonal (all but queries and keys) or pytorch",
     ),
+    "model.norm": Field(None, _optional(_TEXT), "none, or layer_norm before attention, MLP and head"),
+    "model.skip": Field(None, _optional(_TEXT), "none, residual (x + f(x)) or scaled ((x + f(x)) / sqrt 2)"),
+    "data.name": Field("digits", _TEXT, "or cifar10, cifar100, tiny_imagenet, imagenet, image_folder"),
+    "data.dir": Field(None, _FOLDER, "of prepared data sets; None: ~/tensorflow_datasets"),
+    "data.manual_dir": Field(None, _FOLDER, "of the original files, where they are not downloaded"),
+    "data.label": Field("fine", _one_of("fine", "coarse"), "coarse: the 20 superclasses of CIFAR-100"),
     "data.train_split": Field("train", _TEXT, "in TFDS's syntax, such as train[:45000]"),
     "data.validation_split": Field(
         None, _optional(_TEXT), "in TFDS's syntax, such as train[45000:]; None: validation, or else test"
@@ -182,12 +189,6 @@ OPTIMIZER_RANGES = {
     "adam_learning_rate": _positive(1000),
     "weight_decay": _number(0, 100),
     "ns_steps": _integer(1, 100),
-}
-
-# What makes a vanilla network trainable: the fields of `config.model` that belong together.
-METHODS = {
-    "espa_tat": {"attention": "espa", "mlp": "shaped", "activation": "tailored_relu", "init": "paper"},
-    "isometric": {"attention": "shift", "mlp": "mirrored", "activation": "gelu", "init": "isometric"},
 }
 
 
@@ -260,6 +261,35 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def from_settings(settings: dict[str, Any]) -> ConfigDict:
+    """Create and check a config from nested dicts, as a run's folder stores them.
+
+    Raises:
+      UserError: See `check`.
+    """
+    flat = flatten(settings)
+    config = default(str(flat.get("optimizer.name", "adam")))
+    with config.ignore_type():
+        config.update_from_flattened_dict(flat)
+    check(config)
+    return config
+
+
+def suggest(name: str, table: Iterable[str] | None = None) -> str:
+    """Suggest the field that was meant by an unknown one: learning_rate -> config.optimizer.learning_rate."""
+    names = [*(FIELDS if table is None else table)]
+    last = name.rsplit(".", 1)[-1]
+    near = [
+        *(each for each in names if each.rsplit(".", 1)[-1] == last),
+        *difflib.get_close_matches(name, names, 1),
+        *difflib.get_close_matches(last, [each.rsplit(".", 1)[-1] for each in names], 1),
+    ]
+    if not near:
+        return "the fields are in simplest_vit/config.py"
+    full = next(each for each in names if each == near[0] or each.endswith(f".{near[0]}"))
+    return f"did you mean config.{full}?"
+
+
 def check(config: ConfigDict) -> None:
     """Check everything that can be judged without the data; `cli.run` does so once, before anything else.
 
@@ -270,25 +300,38 @@ def check(config: ConfigDict) -> None:
       UserError: Names the field, its value and the values allowed.
     """
     from simplest_vit.data.dataset import image_shape
-    from simplest_vit.models.factory import model_arguments
+    from simplest_vit.models import model_arguments
     from simplest_vit.optimizers.factory import create_optimizer
 
     flat = flatten(config.to_dict())
     table = fields(str(flat.get("optimizer.name", "adam")))
-    for name in flat:
-        if name not in table:
-            near = difflib.get_close_matches(name, table, 1)
-            hint = f"did you mean config.{near[0]}?" if near else "the fields are in simplest_vit/config.py"
-            raise UserError(f"config.{name} is unknown; {hint}")
+    unknown = [name for name in flat if name not in table]
+    optimizer = flat.get("optimizer.name")
+    if any(name.startswith("optimizer.") for name in unknown) and any(
+        name.startswith("optimizer.") for name in table.keys() - flat.keys()
+    ):
+        raise UserError(
+            f"config.optimizer.name={optimizer} does not fit its other settings, which are those of another optimizer; "
+            f"choose it behind the config file: --config FILE:optimizer={optimizer}, or in one of your own by "
+            f'default("{optimizer}")'
+        )
+    for name in unknown:
+        raise UserError(f"config.{name} is unknown; {suggest(name, table)}")
     for name, (value, values, meaning) in table.items():
         if name not in flat:
             raise UserError(f"config.{name} is missing; its default is {value!r} ({meaning})")
-        if not values.allows(flat[name]):
+        try:
+            allowed = values.allows(flat[name])
+        except UserError as error:  # of `local_path`
+            raise UserError(f"config.{name}={error}") from error
+        if not allowed:
             raise UserError(f"config.{name}={flat[name]!r} must be {values.expected} ({meaning})")
     if config.batch_size % config.accumulation_steps:
         raise UserError(
             f"config.accumulation_steps={config.accumulation_steps} must be a divisor of "
             f"config.batch_size={config.batch_size}"
         )
-    model_arguments(config.model, image_shape(config.data))
+    if config.data.label == "coarse" and config.data.name != "cifar100":
+        raise UserError(f"config.data.label='coarse' must be 'fine' for {config.data.name}")
+    model_arguments(**config.model, image_shape=image_shape(config.data))
     create_optimizer(**config.optimizer)

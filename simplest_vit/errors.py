@@ -1,23 +1,22 @@
-"""How a run ends when it cannot go on: one line, no traceback, and an exit code."""
+"""How a program ends when it cannot continue: one line on standard error, no traceback, and an exit code."""
 
 import os
 import sys
 
 
 class UserError(ValueError):
-    """A mistake in a config, flag, file or environment, told in one line.
+    """A mistake in a config, flag, file or environment. The program exits with code 2.
 
-    The message names what was wrong, what was expected and what to do. `main.py` prints it without a
-    traceback and exits with code 2.
+    The message is one line: what is wrong, what was expected, what to do.
     """
 
     exit_code = 2
 
 
 class TrainingError(RuntimeError):
-    """A run that must stop, told in one line: what happened, what is safe, what to do.
+    """A run that must stop. The program exits with code 3.
 
-    `main.py` prints it without a traceback and exits with code 3.
+    The message is one line: what happened, what is safe, what to do.
     """
 
     exit_code = 3
@@ -28,25 +27,31 @@ class DivergenceError(TrainingError):
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint that cannot be written or read, perhaps by this process alone of several."""
+    """A checkpoint that cannot be written or read, perhaps by only one of several processes."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run or program that was told to stop by SIGTERM or SIGINT; the same command goes on with it.
-
-    `main.py` prints the message and exits with code 75 (EX_TEMPFAIL).
-    """
+    """A program that was asked to stop by a signal. It exits with code 75 (EX_TEMPFAIL); rerun it to resume."""
 
     exit_code = os.EX_TEMPFAIL
 
 
 def not_installed(error: ModuleNotFoundError) -> UserError:
-    """What to say where a program misses a library."""
+    """Describe a missing library and how to install it."""
     remedy = 'pip install "simplest-vit[train]", or in a clone: pip install -r requirements.txt'
-    return UserError(f"{error}; install what the programs need: {remedy}")
+    return UserError(f"{error}; install what the commands need: {remedy}")
+
+
+def one_line(text: object) -> str:
+    r"""Escape what would break a line or a terminal: "a\nb" -> "a\\nb", a byte that is not UTF-8 -> "\\udcff"."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def print_error(error: UserError | TrainingError | Interrupted) -> int:
-    """Print the line of an error; its exit code."""
-    print(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr, flush=True)
+    """Print the line of an error and return its exit code."""
+    print(
+        f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {one_line(error)}",
+        file=sys.stderr,
+        flush=True,
+    )
     return error.exit_code

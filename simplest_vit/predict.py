@@ -15,7 +15,8 @@ from simplest_vit.data.augment import normalize
 from simplest_vit.data.builders.image_folder import image_files
 from simplest_vit.data.decode import eval_image
 from simplest_vit.errors import UserError
-from simplest_vit.training.run import Run, restore_best
+from simplest_vit.training.evaluate import restore_best
+from simplest_vit.training.run import Run
 
 log = logging.getLogger("simplest_vit")
 # Images computed at once.
@@ -82,7 +83,7 @@ def find_images(paths: list[str]) -> list[pathlib.Path]:
     for name in paths:
         path = pathlib.Path(name)
         try:
-            found, exists = list(map(pathlib.Path, image_files(path))) if path.is_dir() else [path], path.exists()
+            found, exists = image_files(path) if path.is_dir() else [path], path.exists()
         except OSError as error:
             raise UserError(f"--images: {name} cannot be read ({error.strerror}); give another") from error
         if not exists:

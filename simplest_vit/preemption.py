@@ -1,66 +1,133 @@
-"""Signals that end a program: the first one is noted at once, a second SIGINT ends the process at once."""
+"""Signals that ask a program to stop: noted when they come, obeyed at safe points, never lost.
 
+Nothing is raised where a signal happens to arrive, because JAX swallows exceptions in its callbacks and extension
+modules crash when their import is interrupted. A thread notes the signal, whatever the main thread is busy with.
+Programs call `check` where they can stop. A program that reaches no such point within a few seconds has nothing to save
+(training has, see `deferred`), and the thread ends the process. A second SIGINT ends it immediately.
+"""
+
+import contextlib
+import multiprocessing
 import os
+import select
 import signal
 import threading
-from collections.abc import Callable, Collection
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+
+from simplest_vit.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+GRACE_S = 5.0  # to reach a safe point
 
 
-def watch(
-    numbers: Collection[signal.Signals],
-    *,
-    note: Callable[[signal.Signals], Any] = lambda number: None,
-    handler: Callable[[int, Any], Any] = lambda number, frame: None,
-) -> Callable[[], None]:
-    """Watch for some signals by a thread, for the main one may be deep in a compilation, or waiting for others.
+class _Watch:
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.obeyed = False  # a safe point was reached: the program is on its way out
+        self.listeners: list[Callable[[signal.Signals], object]] = []  # of those who stop the program themselves
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        # `nohup` ignores SIGHUP, and that shall stay so.
+        numbers = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        # Python writes the number of a signal that has a handler to the pipe, whatever it is busy with.
+        self._handlers = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
 
-    At a second SIGINT the process exits with 130. Others after the first signal pass: a scheduler sends SIGTERM to all
-    processes, and one that has started others hands its own on to them.
+    def stop(self) -> None:
+        """Restore what was there before."""
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._writer)
+        self._thread.join()
+        os.close(self._reader)
+
+    def _listen(self) -> None:
+        interrupts, deadline = 0, None
+        while True:
+            timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
+            if select.select([self._reader], [], [], timeout)[0]:
+                if not (byte := os.read(self._reader, 1)):
+                    return
+                if byte[0] not in SIGNALS:
+                    continue
+                number = signal.Signals(byte[0])
+                interrupts += number == signal.SIGINT
+                if interrupts > 1:
+                    _exit(128 + number)
+                if self.received is None:
+                    self.received, deadline = number, time.monotonic() + GRACE_S
+                    for note in self.listeners:
+                        note(number)
+            else:
+                deadline = None
+                if not self.obeyed and not self.listeners:
+                    os.write(2, f"interrupted: {_message(self.received)}\n".encode())
+                    _exit(Interrupted.exit_code)
+
+
+_watch: _Watch | None = None
+
+
+def install() -> None:
+    """Watch for signals until the process ends; must be called by the main thread."""
+    global _watch
+    _watch = _watch or _Watch()
+
+
+def received() -> signal.Signals | None:
+    """Return the first signal that came, or None."""
+    return _watch.received if _watch else None
+
+
+def check() -> None:
+    """Mark a point at which the program can stop.
+
+    Raises:
+      Interrupted: If a signal came.
+    """
+    if _watch and _watch.received and not _watch.listeners:
+        _watch.obeyed = True
+        raise Interrupted(_message(_watch.received))
+
+
+@contextlib.contextmanager
+def deferred(note: Callable[[signal.Signals], object] = lambda number: None) -> Iterator[None]:
+    """Leave it to the caller to stop, who asks `received` and takes the time to save.
 
     Args:
-      numbers: The signals.
-      note: Called by the thread with the first of them.
-      handler: Called by the main thread with the first of them, once it runs Python again.
-
-    Returns:
-      A function that ends the watch and restores the handlers before it.
+      note: Called by the thread with the first signal, or immediately if it came before.
     """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    global _watch
+    own = None
+    if _watch is None and threading.current_thread() is threading.main_thread():
+        own = _watch = _Watch()
+    watch = _watch
+    if watch is None:  # in another thread, which cannot watch for signals
+        yield
+        return
+    watch.listeners.append(note)
+    if watch.received:
+        note(watch.received)
+    try:
+        yield
+    finally:
+        watch.obeyed = watch.obeyed or watch.received is not None
+        watch.listeners.remove(note)
+        if own:
+            _watch = None
+            own.stop()
 
-    def read() -> None:
-        seen: set[int] = set()
-        while received := os.read(reader, 1):
-            number = received[0]
-            if number not in numbers:
-                continue
-            if number == signal.SIGINT and number in seen:
-                os._exit(128 + number)
-            if not seen:
-                note(signal.Signals(number))
-            seen.add(number)
 
-    handled = False
+def _message(number: signal.Signals | None) -> str:
+    return f"{number.name if number else 'signal'}; rerun the command"
 
-    def handle(number: int, frame: Any) -> None:
-        nonlocal handled
-        if not handled:
-            handled = True
-            handler(number, frame)
 
-    # Python writes the number of a signal that has a handler to the pipe, whatever it is busy with.
-    handlers = {number: signal.signal(number, handle) for number in numbers}
-    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    thread = threading.Thread(target=read, name="signals", daemon=True)
-    thread.start()
-
-    def stop() -> None:
-        signal.set_wakeup_fd(wakeup)
-        for number, earlier in handlers.items():
-            signal.signal(number, earlier)
-        os.close(writer)
-        thread.join()
-        os.close(reader)
-
-    return stop
+def _exit(code: int) -> None:
+    """End the process and its children without waiting for anything."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)

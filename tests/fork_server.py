@@ -93,7 +93,7 @@ def _serve():
     import input_pipeline  # noqa: F401
     from simplest_vit import config, predict  # noqa: F401
     from simplest_vit.analysis import report, signal_propagation  # noqa: F401
-    from simplest_vit.training import loop  # noqa: F401
+    from simplest_vit.training import evaluate, train  # noqa: F401
 
     warnings.filterwarnings("ignore", "os.fork|.*found in sys.modules")
     for line in sys.stdin:

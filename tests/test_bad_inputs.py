@@ -63,7 +63,7 @@ FIELDS = [
     ("adam", "ema.every", "0", "an integer from 1"),
     ("adam", "profile.first_step", "-1", "an integer from 0"),
     ("adam", "profile.num_steps", "0", "an integer from 1"),
-    ("adam", "model.name", "'resnet'", "is unknown; expected one of simplest_vit, simple_vit"),
+    ("adam", "model.name", "'resnet'", "is unknown; expected one of simplest_vit, isometric_vit"),
     ("adam", "model.name", "None", "a name"),
     ("adam", "model.variant", "'XXL'", "is unknown; expected one of Ti, S, B, L"),
     ("adam", "model.depth", "0", "an integer from 1"),
@@ -76,23 +76,26 @@ FIELDS = [
     ("adam", "model.patch_size", "0", "an integer from 1"),
     ("adam", "model.dropout", "1.0", "a number in [0, 1)"),
     ("adam", "model.remat", "'yes'", "True or False"),
-    ("adam", "model.attention", "'softmax'", "is unknown; expected one of espa"),
+    ("adam", "model.attention", "'unshaped'", "is unknown; expected one of espa"),
     ("adam", "model.activation", "'gelu'", "is unknown; expected one of"),
-    ("adam", "model.init", "'xavier'", "is unknown; expected one of paper, reference"),
+    ("adam", "model.init", "'xavier'", "is unknown; expected one of espa_tat, reference"),
     ("adam", "model.gamma_max_depth", "0.0", "a number from 1e-09 to 10"),
     ("adam", "model.gamma_max_depth", "50.0", "a number from 1e-09 to 10"),
     ("adam", "model.rho_max_depth", "1.0", "a number from 1e-09 to 0.999999"),
     ("adam", "model.c_val_0_target", "1.5", "a number from 1e-06 to 0.9999"),
     ("adam", "model.c_val_0_target", "0.9999", "is out of reach for depth 12"),
-    ("adam", "model.shift_eps", "0.0", "a number in (0, 1)"),
-    ("adam", "model.shift_eps", "1.0", "a number in (0, 1)"),
-    ("adam", "model.shift_in_place", "0.0", "a number above 0, at most 1"),
+    ("adam", "model.uniform_fraction", "0.0", "a number in (0, 1)"),
+    ("adam", "model.uniform_fraction", "1.0", "a number in (0, 1)"),
+    ("adam", "model.identity_head_fraction", "0.0", "a number above 0, at most 1"),
     ("adam", "model.c_val_0_target", "0.99", "is out of reach for depth 12"),
     ("adam", "model", "3", "config.model is unknown"),
     ("adam", "data.name", "'mnist'", "one of digits, cifar10"),
     ("adam", "data.dir", "3", "the path of a folder, or None"),
-    ("adam", "data.dir", "'~nobody-of-this-name/data'", "the path of a folder"),
+    ("adam", "data.dir", "'~nobody-of-this-name/data'", "there is no such user; give another path"),
+    ("adam", "data.dir", "'gs://bucket/data'", "config.data.dir=gs://bucket/data: gs: is not supported; give"),
     ("adam", "data.manual_dir", "''", "the path of a folder"),
+    ("adam", "data.label", "'coarse'", "must be 'fine' for digits"),
+    ("adam", "data.label", "'superclass'", "one of fine, coarse"),
     ("adam", "data.image_size", "-8", "an integer from 1"),
     ("adam", "data.image_size", "9", "does not divide the image size 9 x 9"),
     ("adam", "data.random_resized_crop", "0.5", "True or False"),
@@ -189,7 +192,7 @@ COMMANDS = [
     (DIGITS + " --mode predict --images {old}/empty", "has no images"),
     (DIGITS + " --mode predict --images {old}/text.jpg", "holds no checkpoint; train there first"),
     ("main.py --workdir {old}/run --mode predict --images {old}/cut.jpg", "cut.jpg: not a complete image"),
-    (OLD + "/old_version", "was made by version 0.1 of this project"),
+    (OLD + "/old_version", "was made by version 0.1 of this project, this is 0."),
     ("main.py --workdir {old}/damaged_dataset --mode predict --images {old}/cut.jpg", "dataset.json"),
     ("main.py --workdir {old}/lost_dataset --mode predict --images {old}/cut.jpg", "dataset.json cannot be read"),
     (
@@ -211,9 +214,18 @@ COMMANDS = [
     # Folders and files.
     ("main.py --config configs/digits.py --workdir {old}/text.jpg", "text.jpg is a file; name a folder"),
     ("main.py --config configs/digits.py --workdir {old}/text.jpg/run", "text.jpg is a file; name a folder"),
-    ("main.py --config configs/digits.py --workdir ~nobody-of-this-name/run", "is no path of a folder"),
+    (
+        "main.py --config configs/digits.py --workdir ~nobody-of-this-name/run",
+        "--workdir=~nobody-of-this-name/run: there is",
+    ),
     ("main.py --config configs/digits.py --workdir {new}/" + 300 * "x", "is no path of a folder"),
+    ("main.py --config configs/digits.py --workdir gs://bucket/run", "--workdir=gs://bucket/run: gs: is not supported"),
+    ("main.py --config configs/digits.py --workdir {new}/" + 20 * (240 * "x" + "/"), "is longer than 3,500 bytes"),
+    ("main.py --config configs/digits.py --workdir {new}/\udcff", "is not valid UTF-8; rename it or give another path"),
     ("main.py --config configs/digits.py --workdir {old}/orphan", "has checkpoints but no config.json"),
+    ("main.py --config configs/digits.py --workdir {old}/foreign", "has results.json but no config.json"),
+    (OLD + "/deep", "config.json cannot be read (it is nested too deeply)"),
+    (DIGITS + " --flagfile={new}/none.txt", "none.txt"),
     ("main.py --config configs/digits.py --workdir {old}/torn", "config.json cannot be read"),
     ("main.py --config configs/digits.py --workdir {old}/list", "config.json cannot be read"),
     (OLD + "/run --config.seed=4", "holds another run: its config.seed is 3407, now 4"),
@@ -221,7 +233,7 @@ COMMANDS = [
     (OLD + "/damaged_checkpoint --mode evaluate", "checkpoint"),
     (OLD + "/lost_checkpoint --mode evaluate", "checkpoint"),
     (INIT_FROM + "={old}/empty", "/empty holds no checkpoint; train there first, or name another folder"),
-    (INIT_FROM + "={old}/torn", "; choose another run, or remove the damaged run"),
+    (INIT_FROM + "={old}/torn", "the file is damaged"),
     (INIT_FROM + "={old}/lost_dataset", "dataset.json cannot be read"),
     (INIT_FROM + "={old}/run", "holds another model: its config.model.depth is 2, here 12"),
     (INIT_FROM + "=3", "config.init_from"),
@@ -235,11 +247,8 @@ COMMANDS = [
     (CIFAR + " --config.data.manual_dir={old}/cifar", "batches.meta.txt: 9 class names, expected 10"),
     (CIFAR + " --config.model.patch_size=5", "does not divide the image size 32 x 32"),
     (CIFAR + " --config.data.name=image_folder", "data.manual_dir: not set"),
-    (
-        CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/zips",
-        "no class folders; expected CLASS/*.jpg",
-    ),
-    (CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/photos", "1 unreadable images"),
+    (CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/zips", "no class folders in train/"),
+    (CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/photos", "1 corrupt image"),
     (CIFAR + " --config.data.name=tiny_imagenet --config.data.manual_dir={old}/zips", "not a complete zip file"),
     (CIFAR + " --config.data.name=imagenet --config.data.manual_dir={old}/zips", "ILSVRC2012_img_train.tar"),
     # The other programs.
@@ -255,7 +264,7 @@ COMMANDS = [
     (PREPARE + " mnist", "data.name=mnist: unknown; expected one of"),
     (PREPARE + " digits --force", "Unknown command line flag 'force'"),
     (PREPARE + " digits --data_dir={old}/text.jpg", "cannot prepare digits there"),
-    (PREPARE + " digits --data_dir=~nobody-of-this-name/x", "Name another folder"),
+    (PREPARE + " digits --data_dir=~nobody-of-this-name/x", "there is no such user; give another path"),
     (PREPARE + " cifar10 --data_dir={new}/data --manual_dir={new}/nowhere", "no such folder"),
     (PREPARE + " image_folder --data_dir={new}/data", "data.manual_dir: not set"),
     (PREPARE + " image_folder --data_dir={new}/data --manual_dir={old}/hollow", "a class folder without images"),
@@ -278,7 +287,7 @@ COMMANDS = [
     ),
     (SWEEP + " --workdir {new}/run --grid config.epochs=3,x", "--grid: at config.epochs=x: flag --config.epochs=x"),
     (SWEEP + " --workdir {new}/run --grid config.optimizer.name=muon,adam", "config.optimizer.name=adam: config.optim"),
-    (SWEEP + " --workdir {new}/run --config.epochs=0", "config.epochs=0 must be"),
+    (SWEEP + " --workdir {new}/run --config.epochs=0", "config.epochs=0.0 must be"),
     (SWEEP + " --workdir {old}/text.jpg", "text.jpg is a file"),
     (SWEEP + " --workdir {old}/run", "is the folder of a run; a sweep needs one of its own"),
     ("simplest_vit report", "no runs named; usage: "),
@@ -336,7 +345,7 @@ PROCESSES = [
         "--grid=x: expected config.FIELD",
     ),
     ("-m simplest_vit prepare digits --data_dir {old}/text.jpg", "cannot prepare digits there"),
-    ("-m simplest_vit preview --config configs/digits.py --config.data.label=x", "data.label=x: "),
+    ("-m simplest_vit preview --config configs/digits.py --config.data.label=x", "config.data.label='x' must be"),
     ("-m benchmarks.train_step --config configs/digits.py --config.seed=-1", "config.seed=-1 must be"),
 ]
 
@@ -346,7 +355,7 @@ from configs import digits
 
 def get_config(arguments):
     optimizer, _, assignment = arguments.partition(";")
-    config = section = digits.get_config(f"method=espa_tat,optimizer={optimizer}")
+    config = section = digits.get_config(f"model=simplest_vit,optimizer={optimizer}")
     path, _, value = assignment.partition("=")
     *sections, last = path.split(".")
     for name in sections:
@@ -388,10 +397,21 @@ def old(tmp_path_factory, server):
     (old / "cut.jpg").write_bytes(jpeg[:-400])
     (old / "text.jpg").write_text("no image")
     (old / "folder.png").mkdir()
-    for name in ("empty", "orphan/checkpoints", "torn", "list", "cifar/cifar-10-batches-bin", "zips"):
+    for name in (
+        "empty",
+        "orphan/checkpoints",
+        "torn",
+        "list",
+        "deep",
+        "foreign",
+        "cifar/cifar-10-batches-bin",
+        "zips",
+    ):
         (old / name).mkdir(parents=True)
     (old / "torn/config.json").write_text('{"seed": 3')
     (old / "list/config.json").write_text("[]")
+    (old / "deep/config.json").write_text(100_000 * "[")
+    (old / "foreign/results.json").write_text("{}")
     for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
         (old / f"cifar/cifar-10-batches-bin/{name}.bin").write_bytes(b"")
     (old / "cifar/cifar-10-batches-bin/batches.meta.txt").write_text("\n".join("abcdefghi"))
@@ -404,7 +424,7 @@ def old(tmp_path_factory, server):
         if content is not None:
             (old / folder / "train" / "cat" / "cut.jpg").write_bytes(content)
 
-    data = pathlib.Path(prepare("digits", old / "data").folder).relative_to(old / "data")
+    data = pathlib.Path(prepare("digits", old / "data").data_path).relative_to(old / "data")
     shutil.copytree(old / "data", old / "tfrecord")
     for path in (old / "tfrecord" / data).glob("*.array_record*"):
         path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))

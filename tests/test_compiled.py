@@ -38,7 +38,7 @@ def small(arguments, **overrides):
         small("optimizer=muon", accumulation_steps=2),
         small("optimizer=shampoo", optimizer__precondition_frequency=4),
         small("optimizer=soap", optimizer__precondition_frequency=4),
-        small("method=isometric,optimizer=adam"),
+        small("model=isometric_vit,optimizer=adam"),
         small("model=simple_vit,optimizer=adam"),
     ],
     ids=["adam", "muon", "shampoo", "soap", "isometric", "simple_vit"],

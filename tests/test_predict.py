@@ -21,7 +21,7 @@ from simplest_vit.analysis.attention_rollout import attention_rollout
 from simplest_vit.errors import UserError
 from simplest_vit.interop.import_reference import import_reference
 from simplest_vit.predict import as_text, find_images, predict
-from simplest_vit.training.run import restore_best
+from simplest_vit.training.evaluate import restore_best
 from tests.tiny import tiny_config
 
 CHECKPOINT = pathlib.Path(__file__).parent / "interop" / "fixtures" / "simplest_vit.pth"
@@ -125,10 +125,10 @@ def test_mistakes_are_one_line(run, tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
-    def scandir(path):
+    def iterdir(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
     with pytest.raises(UserError, match=rf"^--images: {tmp_path} cannot be read \(Permission denied\)"):
         find_images([str(tmp_path)])
 

@@ -47,8 +47,7 @@ print(simplest_vit.__file__)
 """
 MODEL = """
 import importlib.util
-from simplest_vit.models.simple_vit import SimpleViT
-from simplest_vit.models.simplest_vit import SimplestViT
+from simplest_vit.models import ViT, create_model
 import simplest_vit
 
 assert not importlib.util.find_spec("ml_collections")

@@ -11,9 +11,6 @@ from simplest_vit.data.dataset import DatasetInfo
 DIGITS = DatasetInfo(
     name="digits",
     version="1.0.0",
-    description="",
-    train_split="train",
-    validation_split="validation",
     train_size=1437,
     validation_size=360,
     class_names=tuple("0123456789"),
@@ -27,7 +24,7 @@ DIGITS = DatasetInfo(
 
 def tiny_config(arguments: str = "optimizer=adam", **overrides: Any) -> ConfigDict:
     """Digits, E-SPA and TAT, with a tiny model and six steps; `overrides` by dotted name, with "__" for the dot."""
-    config = digits.get_config(f"method=espa_tat,{arguments}")
+    config = digits.get_config(f"model=simplest_vit,{arguments}")
     tiny = {
         "steps": 6,
         "batch_size": 64,

@@ -18,7 +18,7 @@ from torch import nn
 
 from simplest_vit.data.input_pipeline import train_batches
 from simplest_vit.interop.convert import to_reference
-from simplest_vit.models.factory import model_arguments
+from simplest_vit.models import model_arguments
 from simplest_vit.training.run import Run
 from simplest_vit.training.state import TrainState
 from tests.interop.make_fixtures import reference_name
@@ -105,7 +105,7 @@ class Shampoo(torch.optim.Optimizer):
 def peer(run: Run, state: TrainState) -> ViT:
     """The plain model with the weights of a state; its constants are its own."""
     model = run.config.model
-    arguments = model_arguments(model, run.data.image_shape)
+    arguments = model_arguments(**model, image_shape=run.data.image_shape)
     names = ("patch_size", "depth", "width", "num_heads", "mlp_dim", "gamma_max_depth", "c_val_0_target")
     vit = ViT(
         model.name,

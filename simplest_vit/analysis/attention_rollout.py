@@ -1,7 +1,7 @@
-"""Which patches the classification rests on, by attention rollout (Abnar and Zuidema, arXiv 2005.00928).
+"""Attention rollout (Abnar and Zuidema, arXiv 2005.00928): the share of each patch in a classification.
 
-The attention matrices of all blocks are averaged over heads and multiplied; where the model has skip connections, each
-is first averaged with the identity. The head reads the mean over tokens, so the rows of the product are averaged.
+The attention matrices of all blocks are averaged over heads and multiplied. If the model has skip connections, each is
+first averaged with the identity. The head reads the mean over tokens, so the rows of the product are averaged.
 """
 
 import functools
@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplest_vit.analysis import measure
+from simplest_vit.models import ViT
 from simplest_vit.models.layers import token_grid
-from simplest_vit.models.simple_vit import SimpleViT
 
 
-def attention_rollout(model: measure.Model, image: jax.Array) -> np.ndarray:
-    """Share of each patch in what the head reads.
+def attention_rollout(model: ViT, image: jax.Array) -> np.ndarray:
+    """Compute the share of each patch in the tokens that the head reads.
 
     Args:
       model: The model.
@@ -36,17 +35,16 @@ def attention_rollout(model: measure.Model, image: jax.Array) -> np.ndarray:
 def _rollout(graphdef: nnx.GraphDef, state: Any, image: jax.Array) -> jax.Array:
     model = nnx.merge(graphdef, state)
     blocks_def, blocks = nnx.split(model.blocks)
-    x = measure.embed(model, image)
+    x = model.embed(image)
     eye = jnp.eye(x.shape[1])[None]
 
     def body(carry: tuple[jax.Array, jax.Array], layer: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
         x, product = carry
         block = nnx.merge(blocks_def, layer)
-        weights = measure.attention_weights(block.attention, x)
-        # Value-SkipInit may weigh negatively; what counts is how much.
-        matrix = jnp.abs(measure.attention_matrix(block.attention, weights).mean(axis=1))
+        # Value-SkipInit may have negative weights; their size counts.
+        matrix = jnp.abs(block.attention.matrix(x).mean(axis=1))
         matrix = matrix / matrix.sum(axis=-1, keepdims=True)
-        if isinstance(model, SimpleViT):
+        if model.has_skip:
             matrix = (matrix + eye) / 2
         return (block(x), matrix @ product), None
 

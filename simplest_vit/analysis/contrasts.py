@@ -1,38 +1,31 @@
-"""The models that explain the method, each one step away from it."""
+"""The networks that explain the method, each one step away from it."""
 
 import copy
 from typing import Any
 
-from simplest_vit.config import METHODS
-
-
-def _simplest(method: str = "espa_tat", **fields: str) -> dict[str, str]:
-    return {"name": "simplest_vit", **METHODS[method], **fields}
-
-
-# Name -> what differs in `config.model`.
+# Name -> fields of `config.model`; fields of `_CHOICES` that are absent are the network's own.
 CONTRASTS: dict[str, dict[str, str]] = {
-    "E-SPA + TAT": _simplest(),
-    "isometric": _simplest("isometric"),
-    "vanilla, unshaped": _simplest(attention="unshaped", activation="relu"),
-    "E-SPA, ReLU": _simplest(activation="relu"),
-    "U-SPA + TAT": _simplest(attention="uspa"),
-    "Value-SkipInit + TAT": _simplest(attention="value_skipinit"),
+    "E-SPA + TAT": {"name": "simplest_vit"},
+    "isometric": {"name": "isometric_vit"},
+    "vanilla, unshaped": {"name": "simplest_vit", "attention": "softmax", "activation": "relu"},
+    "E-SPA, ReLU": {"name": "simplest_vit", "activation": "relu"},
+    "U-SPA + TAT": {"name": "simplest_vit", "attention": "uspa"},
+    "Value-SkipInit + TAT": {"name": "simplest_vit", "attention": "value_skipinit"},
     "SimpleViT": {"name": "simple_vit"},
-    "reference's bias + TAT": _simplest(attention="espa_reference"),
+    "reference's bias + TAT": {"name": "simplest_vit", "attention": "espa_reference"},
 }
+_CHOICES = ("attention", "mlp", "activation", "init", "norm", "skip")
 
 
 def name_of(model: Any) -> str:
-    """The name in `CONTRASTS` of a `config.model`, or one made of its fields."""
-    for name, fields in CONTRASTS.items():
-        if all(model[field] == value for field, value in fields.items()):
-            return name
-    return f"{model.attention}, {model.mlp} MLP, {model.activation}, init {model.init}"
+    """Return the name in `CONTRASTS` of a `config.model`, or one made of its fields."""
+    chosen = {field: model[field] for field in ("name", *_CHOICES) if model[field] is not None}
+    names = [name for name, fields in CONTRASTS.items() if fields == chosen]
+    return names[0] if names else ", ".join(chosen.values())
 
 
 def with_contrast(config: Any, name: str) -> Any:
-    """A copy of `config` whose model is the contrast `name`, of the same sizes."""
+    """Return a copy of `config` whose network is the contrast `name`, of the same sizes."""
     config = copy.deepcopy(config)
-    config.model.update(CONTRASTS[name])
+    config.model.update(dict.fromkeys(_CHOICES) | CONTRASTS[name])
     return config

@@ -13,16 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from simplest_vit.analysis import measure
-from simplest_vit.models import layers
+from simplest_vit.models import ViT, layers
 
-# Products with J^T J for each of the random starts.
+# Products with J^T J for each random start.
 _ITERATIONS = 48
 _STARTS = 4
 
 
-def jacobian_spectrum(model: measure.Model, image: jax.Array, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The distribution of singular values at one image.
+def jacobian_spectrum(model: ViT, image: jax.Array, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Estimate the distribution of singular values at one image.
 
     Args:
       model: The model, in float32.
@@ -35,15 +34,15 @@ def jacobian_spectrum(model: measure.Model, image: jax.Array, seed: int = 0) -> 
     """
     graphdef, state = nnx.split(model.blocks)
     with jax.default_matmul_precision("float32"):
-        x = measure.embed(model, image)
+        x = model.embed(image)
         iterations = min(_ITERATIONS, x.size)
         keys = jax.random.split(jax.random.key(seed), _STARTS)
         lanczos = [np.asarray(_lanczos(graphdef, nnx.as_pure(state), x, key, iterations), np.float64) for key in keys]
-    return pooled([_quadrature(diagonal, off_diagonal) for diagonal, off_diagonal in lanczos])
+    return merge_spectra([_quadrature(diagonal, off_diagonal) for diagonal, off_diagonal in lanczos])
 
 
-def pooled(spectra: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Put distributions of equal weight together, each as `jacobian_spectrum` returns it."""
+def merge_spectra(spectra: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Merge distributions of equal weight, each as `jacobian_spectrum` returns it."""
     values, weights = (np.concatenate(parts) for parts in zip(*spectra, strict=True))
     order = np.argsort(values)
     return values[order], weights[order] / len(spectra)
@@ -51,7 +50,7 @@ def pooled(spectra: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _lanczos(graphdef: nnx.GraphDef, state: Any, x: jax.Array, key: jax.Array, iterations: int) -> jax.Array:
-    """Diagonal and off-diagonal of the tridiagonal form of J^T J at tokens x [1, T, D]: [2, iterations]."""
+    """Compute the diagonal and off-diagonal of the tridiagonal form of J^T J at tokens x [1, T, D]: [2, iterations]."""
 
     def network(x: jax.Array) -> jax.Array:
         return layers.scan(nnx.merge(graphdef, state), x)
@@ -81,7 +80,7 @@ def _lanczos(graphdef: nnx.GraphDef, state: Any, x: jax.Array, key: jax.Array, i
 
 
 def _quadrature(diagonal: np.ndarray, off_diagonal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes (as singular values) and weights of a tridiagonal matrix."""
+    """Return the nodes (as singular values) and weights of a tridiagonal matrix."""
     matrix = np.diag(diagonal) + np.diag(off_diagonal[:-1], 1) + np.diag(off_diagonal[:-1], -1)
     eigenvalues, vectors = np.linalg.eigh(matrix)
     return np.sqrt(np.maximum(eigenvalues, 0.0)), vectors[0] ** 2

@@ -1,6 +1,6 @@
-"""What a model does to the signal, block by block: kernels, attention and gradients of one batch.
+"""Measurements of the signal in a model, block by block: kernels, attention and gradients of one batch.
 
-The models are used as they are: their stacked blocks are sliced and applied one after another.
+The stacked blocks of the model are sliced and applied one after another.
 """
 
 import functools
@@ -12,112 +12,79 @@ import numpy as np
 import optax
 from flax import nnx
 
-from simplest_vit.models.layers import patchify
-from simplest_vit.models.simple_vit import SimpleViT
-from simplest_vit.models.simplest_vit import ShapedAttention, SimplestViT, ValueSkipInit
-
-Model = SimplestViT | SimpleViT
-
-
-def attention_weights(attention: Any, x: jax.Array) -> jax.Array:
-    """The softmax of an attention layer of either model for tokens [B, T, D]: float32 [B, H, T, T]."""
-    if hasattr(attention, "norm"):
-        x = attention.norm(x)
-    b, t, d = x.shape
-    heads = attention.num_heads
-    q, k = (dense(x).reshape(b, t, heads, d // heads) for dense in (attention.query, attention.key))
-    logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * (d // heads) ** -0.5
-    if isinstance(attention, ShapedAttention):
-        logits = logits + attention.attention_bias[...].reshape(1, -1, t, t)
-    return jax.nn.softmax(logits, axis=-1)
-
-
-def attention_matrix(attention: Any, weights: jax.Array) -> jax.Array:
-    """What the layer multiplies values with: `weights` after its row scale or its skip; float32 [B, H, T, T]."""
-    if isinstance(attention, ShapedAttention) and attention.row_scale is not None:
-        return weights * attention.row_scale[...][None, None, :, None]
-    if isinstance(attention, ValueSkipInit):
-        eye = jnp.eye(weights.shape[-1])[None, None]
-        return attention.alpha[...] * eye + attention.beta[...] * weights
-    return weights
-
-
-def embed(model: Model, image: jax.Array) -> jax.Array:
-    """Tokens [B, T, D] before the first block for images [B, H, W, C]."""
-    x = model.patch_embedding(patchify(image, model.patch_size))
-    return x + model.position_embedding[...].astype(model.dtype)[None]
-
-
-def classify(model: Model, x: jax.Array) -> jax.Array:
-    """Logits, float32 [B, num_classes], for tokens [B, T, D] after the last block."""
-    pooled = x.astype(jnp.float32).mean(axis=1)
-    return model.head(model.norm(pooled) if isinstance(model, SimpleViT) else pooled)
+from simplest_vit.models import ViT
 
 
 def _kernel(x: jax.Array) -> jax.Array:
-    """`kernel_theory.token_kernel` on the device: float32 [2, B, T, T]."""
+    """Compute `kernel_theory.token_kernel` on the device: float32 [2, B, T, T]."""
     pairs = jnp.stack([x, jnp.roll(x, -1, axis=0)])
     return jnp.einsum("btd,pbsd->pbts", x, pairs) / x.shape[-1]
 
 
-def measure(model: Model, image: jax.Array, label: jax.Array, target: np.ndarray) -> dict[str, np.ndarray]:
-    """Run a batch forward and backward, and keep what each block does to it.
+def measure_propagation(
+    model: ViT, image: jax.Array, label: jax.Array, start: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Run a batch forward and backward, and measure it at each block.
 
     Args:
       model: The model, in float32.
       image: Normalized images [B, H, W, C].
       label: Class distributions, float32 [B, num_classes], for the loss whose gradients are taken.
-      target: Attention matrices A_l to compare with, [L, H, T, T], or [L, 1, T, T] where all heads are alike.
+      start: Attention matrices at initialization, [L, H or 1, T, T], or None if they depend on the weights drawn.
 
     Returns:
       NumPy arrays, with block 0 for the embedding:
         kernel: [L + 1, 2, B, T, T], see `kernel_theory`.
-        attention_entropy: [L], mean entropy of the rows of the softmax, nats.
-        attention_distance: [L], root mean square over images and heads of |A - A_l| / |A_l| (Frobenius).
+        attention_entropy: [L], mean entropy in nats of the rows |A| / sum |A| of the attention matrices A.
+        attention_distance: [L], root mean square over images and heads of |A - A_start| / |A_start| (Frobenius); absent
+          without `start`.
         token_gradient: [L + 1], norm of the loss's gradient at the tokens.
         parameter_gradient: [L], norm of the loss's gradient at the parameters of the block.
         logits: [B, num_classes].
     """
     graphdef, state = nnx.split(model)
     with jax.default_matmul_precision("float32"):
-        measured = _measure(graphdef, nnx.to_pure_dict(state), image, label, jnp.asarray(target, jnp.float32))
+        matrices = None if start is None else jnp.asarray(start, jnp.float32)
+        measured = _measure(graphdef, nnx.to_pure_dict(state), image, label, matrices)
     return jax.tree.map(np.asarray, measured)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _measure(
-    graphdef: nnx.GraphDef, state: Any, image: jax.Array, label: jax.Array, target: jax.Array
+    graphdef: nnx.GraphDef, state: Any, image: jax.Array, label: jax.Array, start: jax.Array | None
 ) -> dict[str, jax.Array]:
     model = nnx.merge(graphdef, state)
     blocks_def, *parts = nnx.split(model.blocks, nnx.Param, ...)
     params, constants = (nnx.as_pure(part) for part in parts)
-    x = embed(model, image)
-    depth = len(target)
+    x = model.embed(image)
 
     def loss(params: Any, probes: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean cross-entropy; the gradient at `probes` (zeros, one for each point between blocks) is the tokens'."""
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            params, constants, probe, target = layer
+            params, constants, probe, start = layer
             block = nnx.merge(blocks_def, params, constants)
-            weights = attention_weights(block.attention, x)
-            difference = attention_matrix(block.attention, weights) - target[None]
-            distance = jnp.mean(jnp.sum(difference**2, axis=(-2, -1))) / jnp.mean(jnp.sum(target**2, axis=(-2, -1)))
-            entropy = -jnp.sum(jax.scipy.special.xlogy(weights, weights), axis=-1)
+            matrix = block.attention.matrix(x)
+            share = jnp.abs(matrix) / jnp.sum(jnp.abs(matrix), axis=-1, keepdims=True)
             y = block(x) + probe
-            return y, {
+            measured = {
                 "kernel": _kernel(y),
-                "attention_entropy": jnp.mean(entropy),
-                "attention_distance": jnp.sqrt(distance),
+                "attention_entropy": -jnp.mean(jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)),
             }
+            if start is not None:
+                squares = jnp.sum((matrix - start[None]) ** 2, axis=(-2, -1))
+                measured["attention_distance"] = jnp.sqrt(
+                    jnp.mean(squares) / jnp.mean(jnp.sum(start**2, axis=(-2, -1)))
+                )
+            return y, measured
 
         first = x + probes[0]
-        last, measured = jax.lax.scan(body, first, (params, constants, probes[1:], target))
-        logits = classify(model, last)
+        last, measured = jax.lax.scan(body, first, (params, constants, probes[1:], start))
+        logits = model.classify(last)
         measured["kernel"] = jnp.concatenate([_kernel(first)[None], measured["kernel"]])
         return optax.softmax_cross_entropy(logits, label).mean(), measured | {"logits": logits}
 
-    probes = jnp.zeros((depth + 1, *x.shape), x.dtype)
+    probes = jnp.zeros((model.depth + 1, *x.shape), x.dtype)
     (params_gradient, tokens_gradient), measured = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, probes)
     squares = [jnp.sum(g**2, axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(params_gradient)]
     return measured | {
@@ -126,8 +93,8 @@ def _measure(
     }
 
 
-def attention_alone(model: Model) -> np.ndarray:
-    """Kernels that the attention layers give to orthogonal tokens of unit mean square, without the MLPs.
+def attention_alone(model: ViT) -> np.ndarray:
+    """Compute the kernels that attention gives to orthogonal tokens of unit mean square, without the MLPs.
 
     Args:
       model: The model, in float32; no more tokens than `width`.

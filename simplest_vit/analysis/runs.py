@@ -13,7 +13,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from simplest_vit.config import flatten
 from simplest_vit.errors import UserError
-from simplest_vit.training.workdir import CONFIG, DATASET, RESULTS, may_change
+from simplest_vit.training.workdir import CONFIG, DATASET, RESULTS, is_resumable
 
 # What a report needs of `results.json`; a run of another version is reported, not guessed at.
 _NEEDED = ("validation_accuracy", "best_validation_accuracy", "steps", "seed", "config")
@@ -36,7 +36,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The part of the config that decides the result, without the seed."""
-        return {name: value for name, value in self.config.items() if name != "seed" and not may_change(name)}
+        return {name: value for name, value in self.config.items() if name != "seed" and not is_resumable(name)}
 
     @property
     def data(self) -> str:

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from simplest_vit.analysis import figures
-from simplest_vit.analysis.signals import Signals
+from simplest_vit.analysis.propagation import Propagation
 
 # Quantity -> title, label of the y axis, logarithmic.
 PANELS = {
@@ -18,7 +18,7 @@ PANELS = {
     "mean_square": ("Size of the signal", "mean squared activation q", True),
     "kernel_error": ("Distance of token cosines from theory", "greatest |cosine - theory|", True),
     "attention_entropy": ("How wide attention looks", "entropy of a row (nats)", False),
-    "attention_distance": ("Distance of attention from $A_l$", "$\\|A - A_l\\| \\, / \\, \\|A_l\\|$", True),
+    "attention_distance": ("Distance of attention from its start", "$\\|A - A_0\\| \\, / \\, \\|A_0\\|$", True),
     "token_gradient": ("Gradient at the tokens", "gradient norm", True),
     "parameter_gradient": ("Gradient at the parameters", "gradient norm", True),
 }
@@ -36,7 +36,7 @@ def shown(quantity: str, values: np.ndarray) -> np.ndarray:
     return np.maximum(values, _FLOOR) if PANELS[quantity][2] else values
 
 
-def draw(results: list[Signals], title: str) -> Figure:
+def draw(results: list[Propagation], title: str) -> Figure:
     """Draw all quantities over the blocks.
 
     Args:
@@ -51,9 +51,9 @@ def draw(results: list[Signals], title: str) -> Figure:
     axes[5, 1].remove()
     _draw_kernel(
         axes[0, 0],
-        "Attention alone: token kernel against $\\Sigma_l$",
+        "Attention alone: token kernel against theory",
         results[0].alone_rows,
-        results[0].sigma_rows,
+        results[0].alone_theory_rows,
         first_block=1,
     )
     _draw_kernel(
@@ -70,7 +70,7 @@ def draw(results: list[Signals], title: str) -> Figure:
     return figure
 
 
-def draw_overview(results: list[Signals], title: str) -> Figure:
+def draw_overview(results: list[Propagation], title: str) -> Figure:
     """Draw how tokens and images lose their differences, and the Jacobian: the picture of the README."""
     figure = figures.create(height=4.0)
     *cosines, jacobian = figure.subplots(1, 3)
@@ -83,7 +83,7 @@ def draw_overview(results: list[Signals], title: str) -> Figure:
     return figure
 
 
-def _add_legend(figure: Figure, results: list[Signals], title: str) -> None:
+def _add_legend(figure: Figure, results: list[Propagation], title: str) -> None:
     """One legend for all panels, above them, under the title."""
     handles = [
         Line2D([], [], color=color, marker=marker, label=result.name)
@@ -94,7 +94,7 @@ def _add_legend(figure: Figure, results: list[Signals], title: str) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=3, title=title, title_fontproperties={"size": 11})
 
 
-def draw_quantity(axis: Axes, quantity: str, results: list[Signals]) -> None:
+def draw_quantity(axis: Axes, quantity: str, results: list[Propagation]) -> None:
     """Draw one quantity over the blocks: measured with markers, theory dashed, the C-map alone dotted."""
     title, label, logarithmic = PANELS[quantity]
     # The first model is drawn last, over the others.
@@ -116,7 +116,7 @@ def draw_quantity(axis: Axes, quantity: str, results: list[Signals]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def draw_jacobian(axis: Axes, results: list[Signals]) -> None:
+def draw_jacobian(axis: Axes, results: list[Propagation]) -> None:
     """Draw singular values of the Jacobian over the share of directions that have at most so much, without rounding."""
     for result, color, _ in [*figures.styled(results)][::-1]:
         values, weights = result.jacobian
@@ -137,7 +137,7 @@ def _draw_kernel(
     """Draw the middle token's row of a kernel at four depths."""
     axis.set(title=title, xlabel="token", ylabel="with the middle token")
     if measured is None:
-        axis.text(0.5, 0.5, "this attention has no $\\Sigma_l$", ha="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "no theory for this attention", ha="center", transform=axis.transAxes)
         return
     tokens = np.arange(measured.shape[1])
     indices = sorted({0, math.ceil(len(measured) / 4), len(measured) // 2, len(measured) - 1})

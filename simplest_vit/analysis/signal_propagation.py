@@ -19,12 +19,12 @@ from absl import flags
 from simplest_vit import cli
 from simplest_vit.analysis import figures
 from simplest_vit.analysis.contrasts import CONTRASTS, name_of, with_contrast
+from simplest_vit.analysis.propagation import Propagation, analyse, initial_models
 from simplest_vit.analysis.signal_figure import draw, draw_overview
-from simplest_vit.analysis.signals import Signals, analyse, initial_models
 from simplest_vit.data import input_pipeline
 from simplest_vit.errors import UserError
-from simplest_vit.models.factory import model_arguments
-from simplest_vit.training.run import restore_best
+from simplest_vit.models import model_arguments
+from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.workdir import check_workdir
 from simplest_vit.training.writers import SummaryWriter
 
@@ -37,7 +37,7 @@ log = logging.getLogger("simplest_vit")
 
 def signal_propagation(
     config: Any, workdir: str, *, trained: bool = False, inputs: str = "images", seeds: int = 1
-) -> list[Signals]:
+) -> list[Propagation]:
     """Analyse the model of a config, and the contrasts at initialization; write figure, table and scalars.
 
     Args:
@@ -70,24 +70,24 @@ def signal_propagation(
     variants = {own: config} | {name: with_contrast(config, name) for name in CONTRASTS if name != own}
     for name, variant in variants.items():
         try:
-            sizes = model_arguments(variant.model, dataset.image_shape)
+            sizes = model_arguments(**variant.model, image_shape=dataset.image_shape)
         except UserError as error:
             raise UserError(f"{name}, which it is compared with: {error}" if name != own else str(error)) from error
     results = []
     if trained:
         run, state = restore_best(workdir, config)
-        results.append(analyse(f"{own}, trained", [run.model(state)], config.model, image, label))
+        results.append(analyse(f"{own}, trained", [run.model(state)], image, label))
     for name, variant in variants.items():
         log.info("signal propagation: %s", name)
         models = initial_models(variant, dataset.info, seeds)
-        results.append(analyse(name, models, variant.model, image, label))
+        results.append(analyse(name, models, image, label))
     data = f"images of {dataset.name}" if inputs == "images" else "Gaussian images"
     title = f"depth {sizes['depth']}, width {sizes['width']}, {NUM_IMAGES} {data}, initializations: {seeds}"
     write(results, path / "signal_propagation", title)
     return results
 
 
-def write(results: list[Signals], folder: pathlib.Path, title: str) -> None:
+def write(results: list[Propagation], folder: pathlib.Path, title: str) -> None:
     """Write what `signal_propagation` promises to a folder.
 
     Raises:
@@ -112,7 +112,7 @@ def write(results: list[Signals], folder: pathlib.Path, title: str) -> None:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir") from error
 
 
-def rows(results: list[Signals]) -> list[tuple[str, int, str, float | None, float | None]]:
+def rows(results: list[Propagation]) -> list[tuple[str, int, str, float | None, float | None]]:
     """The table: model, block, quantity, measured, theory; None where there is none."""
     table = []
     for result in results:
@@ -125,7 +125,7 @@ def rows(results: list[Signals]) -> list[tuple[str, int, str, float | None, floa
     return table
 
 
-def _write_scalars(result: Signals, folder: pathlib.Path) -> None:
+def _write_scalars(result: Propagation, folder: pathlib.Path) -> None:
     """One TensorBoard run for each model, so that models lie over one another."""
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()

@@ -20,13 +20,13 @@ def evaluate(arguments: list[str]) -> None:
     del arguments
     import jax
 
-    from simplest_vit.training import distributed, loop
+    from simplest_vit.training import distributed, evaluate
 
     config = cli.CONFIG.value
     # JAX would take SIGTERM so that all processes stop after the same step, and an evaluation has no steps.
     jax.config.update("jax_enable_preemption_service", False)
     with processes.connected(config):
-        outcome = loop.evaluate(str(cli.WORKDIR.value), config)
+        outcome = evaluate.evaluate(str(cli.WORKDIR.value), config)
     if distributed.is_primary():
         print(json.dumps(outcome, indent=2))
 

@@ -15,8 +15,8 @@ from simplest_vit.errors import UserError
 
 def main() -> None:
     """Run the command."""
-    data_dir = flags.DEFINE_string("data_dir", None, "Where TFDS data sets live; else ~/tensorflow_datasets.")
-    manual_dir = flags.DEFINE_string("manual_dir", None, "Folder with the original files; else they are downloaded.")
+    data_dir = cli.define_path("data_dir", None, "Where TFDS data sets live; else ~/tensorflow_datasets.")
+    manual_dir = cli.define_path("manual_dir", None, "Folder with the original files; else they are downloaded.")
     skip_corrupt = flags.DEFINE_bool("skip_corrupt", False, "Leave damaged images out instead of failing.")
     usage = "simplest-vit prepare NAME"
 

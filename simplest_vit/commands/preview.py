@@ -6,15 +6,13 @@ simplest-vit preview --config my_config.py --output preview.png
 import os
 import pathlib
 
-from absl import flags
-
 from simplest_vit import cli
 from simplest_vit.errors import UserError
 
 
 def main() -> None:
     """Run the command."""
-    picture = flags.DEFINE_string("output", "preview.png", "The picture to write.")
+    picture = cli.define_path("output", "preview.png", "The picture to write.")
 
     def preview(arguments: list[str]) -> None:
         del arguments

@@ -7,6 +7,7 @@ Runs of one config and one data set that differ only in their seed share a row.
 
 from simplest_vit import cli
 from simplest_vit.errors import UserError
+from simplest_vit.files import local_path
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
         from simplest_vit.analysis.report import markdown
         from simplest_vit.analysis.runs import find_runs, group_runs
 
-        runs, problems = find_runs(arguments)
+        runs, problems = find_runs([local_path(folder) for folder in arguments])
         groups, repeated = group_runs(runs)
         print(markdown(groups, problems + repeated))
 

@@ -8,12 +8,13 @@ they are N, on an equal share of the GPUs each. Rerun the command to resume what
 --print_commands the commands are printed instead, for a cluster to run.
 """
 
+import contextlib
 import dataclasses
 import itertools
-import logging
 import math
 import os
 import pathlib
+import queue
 import shlex
 import shutil
 import subprocess
@@ -25,13 +26,14 @@ from typing import IO, Any
 
 from absl import flags
 
-from simplest_vit import cli
+from simplest_vit import cli, preemption
 from simplest_vit.analysis.runs import Group, Run, find_runs
 from simplest_vit.config import flatten
 from simplest_vit.errors import Interrupted, UserError
 from simplest_vit.training.workdir import CONFIG, RESULTS, check_workdir
 
-log = logging.getLogger("simplest_vit")
+_READER_TIMEOUT_S = 5
+_LONGEST_NAME = 255  # bytes of a folder's name
 _TRAIN = (sys.executable, "-m", "simplest_vit", "train")
 
 
@@ -91,9 +93,15 @@ def plan(grid: dict[str, list[str]], seeds: int, first_seed: int, workdir: str, 
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
         name = ",".join(f"{field.rsplit('.', 1)[-1]}={value}" for field, value in values.items()) or "config"
+        name = urllib.parse.quote(name, safe="=,")
+        if len(name) > _LONGEST_NAME:
+            raise UserError(
+                f"--grid: the folder name {name[:40]}... has {len(name)} characters, at most {_LONGEST_NAME} are "
+                "possible; vary fewer fields at a time"
+            )
         point = Point(values, [], [])
         for seed in range(first_seed, first_seed + seeds):
-            folder = pathlib.Path(workdir, urllib.parse.quote(name, safe="=,"), f"seed={seed}")
+            folder = pathlib.Path(workdir, name, f"seed={seed}")
             overrides = [f"--config.{field}={value}" for field, value in {**values, "seed": str(seed)}.items()]
             point.workdirs.append(folder)
             point.commands.append([*_TRAIN, *arguments, *overrides, f"--workdir={folder}"])
@@ -116,7 +124,7 @@ def check_points(points: list[Point]) -> None:
 
 
 def find_devices() -> tuple[str, list[int]]:
-    """The platform that JAX chooses here, and its devices' numbers.
+    """Return the platform that JAX chooses here, and the numbers of its devices.
 
     Raises:
       UserError: If there is none.
@@ -157,16 +165,16 @@ def share_devices(platform: str, devices: list[int], at_once: int | None) -> lis
 
 
 def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
-    """Run all, several at once; told to stop, have those that are under way save their step.
+    """Run all, several at once. A signal makes those that are running save their step.
 
-    A run that was finished before ends at once, or refuses if its config was another.
+    A run that was finished before ends immediately, or refuses if its config was another.
 
     Args:
       points: The runs.
       environments: Variables of each of the runs that are at work at the same time.
 
     Returns:
-      The number of runs that failed; the sweep goes on after them.
+      The number of runs that failed; the sweep continues after them.
 
     Raises:
       Interrupted: If a signal came.
@@ -174,54 +182,77 @@ def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
     waiting = [run for point in points for run in zip(point.workdirs, point.commands, strict=True)]
     failed = 0
     running: dict[int, _Process] = {}
-    try:
+    with contextlib.closing(_Printer()) as printer, preemption.deferred():
         while waiting or running:
             for slot, environment in enumerate(environments):
                 if slot in running and running[slot].poll() is not None:
                     process = running.pop(slot)
                     if process.end():
                         failed += 1
-                        log.error("failed: %s", process.folder)
+                        printer.print(f"failed: {process.folder}\n")
                 if slot not in running and waiting:
-                    running[slot] = _Process(*waiting.pop(0), environment)
+                    running[slot] = _Process(*waiting.pop(0), environment, printer)
+            if preemption.received():
+                for process in running.values():
+                    process.terminate()
+                for process in running.values():
+                    process.end()
+                raise Interrupted("rerun the command to resume what is not finished")
             time.sleep(0.1)
-    except Interrupted as interrupted:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.end()
-        raise Interrupted("the same command goes on with what is not finished") from interrupted
     return failed
 
 
-class _Process(subprocess.Popen[str]):
-    """A run, whose lines on standard error are handed on after its name."""
+class _Printer:
+    """Prints lines on standard error by a thread, so that no run waits for whoever reads them."""
 
-    def __init__(self, folder: pathlib.Path, line: list[str], environment: dict[str, str]) -> None:
-        log.info("%s", shlex.join(line))
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
+    def print(self, line: str) -> None:
+        self._lines.put(line)
+
+    def _write(self) -> None:
+        for line in iter(self._lines.get, None):
+            print(line, end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Wait until all is printed, but not for a reader that has paused."""
+        self._lines.put(None)
+        self._thread.join(_READER_TIMEOUT_S)
+
+
+class _Process(subprocess.Popen[str]):
+    """A run, whose lines on standard error are printed after its name."""
+
+    def __init__(
+        self, folder: pathlib.Path, command: list[str], environment: dict[str, str], printer: _Printer
+    ) -> None:
+        printer.print(f"{shlex.join(command)}\n")
         super().__init__(
-            line,
+            command,
             env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
         )
         self.folder = folder
-        self._reader = threading.Thread(target=self._hand_on, daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(printer,), daemon=True)
         self._reader.start()
 
     stderr: IO[str]
 
-    def _hand_on(self) -> None:
-        for said in self.stderr:
-            sys.stderr.write(f"{self.folder.parent.name}/{self.folder.name}: {said}")
+    def _read(self, printer: _Printer) -> None:
+        for line in self.stderr:
+            printer.print(f"{self.folder.parent.name}/{self.folder.name}: {line}")
 
     def end(self) -> int:
-        """Wait for its end and its last line: the exit code."""
+        """Wait for its end and its last line, and return its exit code."""
         code = self.wait()
-        self._reader.join()
-        self.stderr.close()
+        self._reader.join(_READER_TIMEOUT_S)  # a process that it started may keep the pipe open
         return code
 
 
@@ -290,6 +321,6 @@ def main() -> None:
         if project.value is not None:
             sync_to_wandb(points, project.value)
         if failed:
-            raise UserError(f"{failed} runs failed, see above; mend what they say and start the same command again")
+            raise UserError(f"{failed} runs failed, see above; correct what they report and rerun the command")
 
     cli.run(program, "simplest-vit sweep --config FILE --workdir FOLDER --grid config.FIELD=VALUE,VALUE")

@@ -17,13 +17,14 @@ def train(arguments: list[str]) -> None:
     """Train, and print the results."""
     del arguments
     # Imported here, so that a mistyped flag is reported immediately; likewise in the other commands.
-    from simplest_vit.training import distributed, loop
+    from simplest_vit.training import distributed, train
 
     config = cli.CONFIG.value
     with processes.connected(config):
-        outcome = loop.train_and_evaluate(config, str(cli.WORKDIR.value))
+        outcome = train.train(config, str(cli.WORKDIR.value))
     if distributed.is_primary():
-        print(json.dumps({name: value for name, value in outcome.items() if not isinstance(value, dict)}, indent=2))
+        results = {name: value for name, value in outcome.items() if not isinstance(value, dict)}
+        cli.print_saved(json.dumps(results, indent=2))
 
 
 def main() -> None:

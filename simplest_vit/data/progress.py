@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from simplest_vit import preemption
+
 _TELL_EVERY = 5  # seconds
 
 
@@ -27,7 +29,8 @@ class Progress:
         self._start = self._told = time.monotonic()
 
     def add(self, count: float, amount: float) -> None:
-        """Count some, and how much of the total they were."""
+        """Count some, and how much of the total they were; a point at which a signal can stop the program."""
+        preemption.check()
         self._count += count
         self._done += amount
         now = time.monotonic()

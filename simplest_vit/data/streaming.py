@@ -25,13 +25,13 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
+from simplest_vit import preemption
 from simplest_vit.data import augment
 from simplest_vit.data.augment import Batch, Preprocessing
-from simplest_vit.data.dataset import Dataset
+from simplest_vit.data.dataset import Dataset, cpu_count
 from simplest_vit.data.decode import decode_image, eval_image, image_size, resize_box
 from simplest_vit.data.in_memory import constrain
 from simplest_vit.data.order import shuffled
-from simplest_vit.data.records import cpu_count
 from simplest_vit.errors import TrainingError, UserError
 
 _LOG = logging.getLogger(__name__)
@@ -194,8 +194,8 @@ def _start_workers(iterator: grain.DatasetIterator) -> None:
     A terminal sends SIGINT to all processes of a command, and a cluster may send SIGTERM to all. A new process inherits
     what is blocked in the thread that starts it: it is deaf from its first moment, not only once it has imported all.
     """
-    iterator.get_state()  # makes the queues between the processes, where multiprocessing unblocks both signals
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    iterator.get_state()  # makes the queues between the processes, where multiprocessing unblocks SIGINT and SIGTERM
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
     try:
         iterator.start_prefetch()
     finally:

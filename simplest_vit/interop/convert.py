@@ -7,10 +7,16 @@ from flax import traverse_util
 
 from simplest_vit.errors import UserError
 from simplest_vit.interop.torch_file import Checkpoint
-from simplest_vit.models import reference_layout
-from simplest_vit.models.espa import FORMS
+from simplest_vit.models import PRESETS, reference_layout
 from simplest_vit.models.layers import sincos_position_embedding, token_grid
+from simplest_vit.models.mlp import MLPS
 from simplest_vit.training.state import ModelState
+
+# Networks of the reference, and the kinds of attention whose parameters and constants are those of its checkpoints.
+_ATTENTIONS = {
+    "simplest_vit": ("espa", "espa_causal", "espa_2d", "espa_reference", "uspa"),
+    "simple_vit": ("softmax",),
+}
 
 
 def _flat(state: ModelState) -> dict[str, Any]:
@@ -19,14 +25,20 @@ def _flat(state: ModelState) -> dict[str, Any]:
 
 
 def _tensors(config: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]:
-    if config.name == "simplest_vit":
-        for field, expected in (("attention", FORMS), ("mlp", ("shaped",)), ("activation", ("tailored_relu",))):
-            if config[field] not in expected:
-                raise UserError(
-                    f"config.model.{field}={config[field]!r} is none of the PyTorch reference; "
-                    f"expected {', '.join(expected)}"
-                )
-    return list(reference_layout.tensors(config.name, flat["blocks/mlp/dense1/kernel"].shape[0], config.patch_size))
+    """List the tensors of a model of the reference, which has two networks and few of our choices."""
+    if config.name not in _ATTENTIONS:
+        networks = ", ".join(_ATTENTIONS)
+        raise UserError(f"config.model.name={config.name!r} is not in the PyTorch reference; expected {networks}")
+    preset = PRESETS[config.name]
+    own = {"activation": MLPS[preset["mlp"]].activations[0], **preset}
+    allowed = {field: (own[field],) for field in ("mlp", "activation", "norm", "skip")}
+    for field, values in (allowed | {"attention": _ATTENTIONS[config.name]}).items():
+        if config[field] not in (None, *values):
+            expected = ", ".join(values)
+            raise UserError(
+                f"config.model.{field}={config[field]!r} is not in the PyTorch reference; expected {expected}"
+            )
+    return list(reference_layout.tensors(flat, flat["blocks/mlp/dense1/kernel"].shape[0], config.patch_size))
 
 
 def to_reference(config: Any, state: ModelState) -> dict[str, np.ndarray]:

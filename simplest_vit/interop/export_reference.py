@@ -9,12 +9,10 @@ import os
 import pathlib
 from typing import Any
 
-from absl import flags
-
 from simplest_vit import cli
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import to_reference
-from simplest_vit.training.run import restore_best
+from simplest_vit.training.evaluate import restore_best
 
 
 def export_reference(workdir: str, output: str, config: Any = None) -> None:
@@ -50,7 +48,7 @@ def export_reference(workdir: str, output: str, config: Any = None) -> None:
 
 def main() -> None:
     """Run as a program."""
-    output = flags.DEFINE_string("output", None, "The .pth file to write.")
+    output = cli.define_path("output", None, "The .pth file to write.")
 
     def program(arguments: list[str]) -> None:
         del arguments

@@ -10,17 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
 from simplest_vit import cli
 from simplest_vit.data import input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import from_reference
 from simplest_vit.interop.torch_file import Checkpoint
-from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
+from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.run import build
-from simplest_vit.training.state import TrainState
-from simplest_vit.training.workdir import check_workdir, claim_workdir
+from simplest_vit.training.state import RunProgress, TrainState
+from simplest_vit.training.workdir import check_workdir, lock_workdir
 
 # Steps made, for a run that has a checkpoint has made some: training goes on with the second.
 _STEP = 1
@@ -55,14 +54,14 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
         skipped_in_a_row=jnp.int32(0),
     )
     # Not evaluated yet: any later checkpoint of this run counts as better.
-    progress = AT_THE_START | {"evaluated_step": _STEP}
-    with claim_workdir(folder, config.to_dict(), run.data), Checkpoints(folder, create=True) as checkpoints:
+    progress = RunProgress(last_evaluation=_STEP)
+    with lock_workdir(folder, config.to_dict(), run.data), Checkpoints(folder, create=True) as checkpoints:
         checkpoints.save(state, progress, _STEP)
 
 
 def main() -> None:
     """Run as a program."""
-    source = flags.DEFINE_string("checkpoint", None, "The .pth file of the PyTorch reference.")
+    source = cli.define_path("checkpoint", None, "The .pth file of the PyTorch reference.")
 
     def program(arguments: list[str]) -> None:
         del arguments

@@ -1,25 +1,27 @@
 """Weight initializers by the papers' names. Kernels are [in, out]; keys and dtypes as in `jax.nn.initializers`."""
 
+import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import variance_scaling
+from jax.nn.initializers import variance_scaling, zeros
 
 # N(0, 1 / fan_in), not truncated.
 gaussian_fan_in = variance_scaling(1.0, "fan_in", "normal")
 
 
 def _orthogonal(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype, scale: float) -> jax.Array:
-    # Stacked blocks would make this a batched QR, and two of those at once wait for each other for ever on a CPU of two
-    # cores (jaxlib 0.10.2: a batched QR blocks a thread of the pool that its parts need).
+    # Stacked blocks would make this a batched QR, and two of those at once deadlock on a CPU of two cores (jaxlib
+    # 0.10.2: a batched QR blocks a thread of the pool that its parts need).
     draw = jax.custom_batching.sequential_vmap(lambda key: jax.nn.initializers.orthogonal(scale)(key, shape, dtype))
     return draw(key)
 
 
 def scaled_uniform_orthogonal(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """SUO (DKS, arXiv 2110.01765, appendix B): orthogonal times max(sqrt(out / in), 1).
+    """Draw from SUO (DKS, arXiv 2110.01765, appendix B): orthogonal times max(sqrt(out / in), 1).
 
     All singular values are equal, and random inputs keep their mean square in expectation.
     """
@@ -28,17 +30,16 @@ def scaled_uniform_orthogonal(key: jax.Array, shape: tuple[int, int], dtype: jnp
 
 
 def reference_orthogonal(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """The SUO of the PyTorch reference, which swaps in and out: orthogonal times max(sqrt(in / out), 1)."""
+    """Draw from the SUO of the PyTorch reference, which swaps in and out: orthogonal times max(sqrt(in / out), 1)."""
     fan_in, fan_out = shape
     return _orthogonal(key, shape, dtype, max(math.sqrt(fan_in / fan_out), 1.0))
 
 
-def mirrored_kernels(key: jax.Array, width: int, hidden: int) -> tuple[jax.Array, jax.Array]:
-    """Kernels [W, -W] and [V; -V] of an MLP that starts as the orthogonal map W V.
+def looks_linear_kernels(key: jax.Array, width: int, hidden: int) -> tuple[jax.Array, jax.Array]:
+    """Draw kernels [W, -W] and [V; -V] of an MLP that starts as the orthogonal map W V (arXiv 1702.08591).
 
-    With an activation phi(z) - phi(-z) = z the halves cancel everything but the linear part (looks-linear
-    initialization, arXiv 1702.08591): (phi(x W) - phi(-x W)) V = x W V. W has orthonormal rows, and V = W^T Q with Q
-    orthogonal.
+    With an activation phi(z) - phi(-z) = z the halves cancel everything but the linear part:
+    (phi(x W) - phi(-x W)) V = x W V. W has orthonormal rows, and V = W^T Q with Q orthogonal.
 
     Args:
       key: Random key.
@@ -48,13 +49,47 @@ def mirrored_kernels(key: jax.Array, width: int, hidden: int) -> tuple[jax.Array
     Returns:
       float32 [D, M] and [M, D].
     """
-    for_w, for_q = jax.random.split(key)
-    w = _orthogonal(for_w, (width, hidden // 2), jnp.float32, 1.0)
-    v = w.T @ _orthogonal(for_q, (width, width), jnp.float32, 1.0)
+    w_key, q_key = jax.random.split(key)
+    w = _orthogonal(w_key, (width, hidden // 2), jnp.float32, 1.0)
+    v = w.T @ _orthogonal(q_key, (width, width), jnp.float32, 1.0)
     return jnp.concatenate([w, -w], axis=1), jnp.concatenate([v, -v], axis=0)
 
 
-def uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
-    """PyTorch's default for linear layers, kernels and biases alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-    bound = 1.0 / math.sqrt(fan_in)
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+def uniform_fan_in(
+    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32, fan_in: int | None = None
+) -> jax.Array:
+    """Draw PyTorch's default for linear layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `fan_in` defaults to shape[0]."""
+    bound = 1.0 / math.sqrt(fan_in or shape[0])
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Init(NamedTuple):
+    """Initializers of a network.
+
+    Attributes:
+      linear: Kernels with nothing nonlinear behind them: patch embedding, values, output projection.
+      keys: Kernels of keys, and of queries that do not start at zero.
+      dense: Kernels of MLP and head.
+      bias: fan_in -> initializer of a bias.
+      preserves_kernels: Whether `linear` keeps mean products of tokens in the limit of infinite width.
+    """
+
+    linear: Callable
+    keys: Callable
+    dense: Callable
+    bias: Callable[[int], Callable] = lambda fan_in: zeros
+    preserves_kernels: bool = True
+
+
+INITS = {
+    "espa_tat": Init(gaussian_fan_in, gaussian_fan_in, scaled_uniform_orthogonal),
+    "reference": Init(gaussian_fan_in, gaussian_fan_in, reference_orthogonal),
+    "orthogonal": Init(scaled_uniform_orthogonal, gaussian_fan_in, scaled_uniform_orthogonal),
+    "pytorch": Init(
+        uniform_fan_in,
+        uniform_fan_in,
+        uniform_fan_in,
+        bias=lambda fan_in: functools.partial(uniform_fan_in, fan_in=fan_in),
+        preserves_kernels=False,
+    ),
+}

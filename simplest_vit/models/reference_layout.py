@@ -1,11 +1,11 @@
-"""Which tensor of the PyTorch reference is which array here, and how the layouts differ.
+"""The tensors of the PyTorch reference and the arrays here that they are made of.
 
 Linear layers are [out, in] there and [in, out] here; the patch convolution is [out, in, row, column] there and
 [(row, column, in), out] here; queries, keys and values are one fused layer there; blocks are stacked here.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ Arrays = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of the reference and the arrays of one block, or outside of the blocks, that it is made of.
+    """A tensor of the reference, and the arrays of one block or outside of the blocks that it is made of.
 
     Attributes:
       name: In the reference's state dict.
       paths: Paths of the arrays here, such as `blocks/mlp/dense1/kernel`.
-      block: Index along the first axis of these arrays; None where they are not stacked.
+      block: Index along the first axis of these arrays; None if they are not stacked.
       here: Turns the tensor into the arrays.
       there: Turns the arrays into the tensor.
     """
@@ -34,7 +34,7 @@ class Tensor:
     there: Callable[..., Any]
 
     def arrays(self, flat: dict[str, Any]) -> list[Any]:
-        """The arrays that it is made of, among those of a model by path."""
+        """Return the arrays that it is made of, from those of a model by path."""
         return [flat[path] if self.block is None else flat[path][self.block] for path in self.paths]
 
 
@@ -55,7 +55,7 @@ def _convolution(patch_size: int) -> tuple[Callable, Callable]:
 
 
 def _layer(there: str, here: str, block: int | None = None, layout: tuple[Callable, Callable] = _DENSE) -> list[Tensor]:
-    """A layer with a weight and a bias."""
+    """List the weight and the bias of a layer."""
     return [
         Tensor(f"{there}.weight", (f"{here}/kernel",), block, *layout),
         Tensor(f"{there}.bias", (f"{here}/bias",), block, *_SAME),
@@ -69,59 +69,65 @@ def _norm(there: str, here: str, block: int | None = None) -> list[Tensor]:
     ]
 
 
-def _qkv(kind: str) -> tuple[str, ...]:
-    return tuple(f"blocks/attention/{part}/{kind}" for part in ("query", "key", "value"))
+def _each(projections: tuple[str, ...], kind: str) -> tuple[str, ...]:
+    return tuple(f"blocks/attention/{projection}/{kind}" for projection in projections)
 
 
-def tensors(model: str, depth: int, patch_size: int) -> Iterator[Tensor]:
-    """All tensors of a model of the reference.
+def tensors(paths: Collection[str], depth: int, patch_size: int) -> Iterator[Tensor]:
+    """Yield the tensors of a model of the reference.
 
     Args:
-      model: `simplest_vit` or `simple_vit`.
+      paths: Of all parameters and constants here. With normalizations, the layout is that of the reference's SimpleViT.
       depth: Number of blocks.
       patch_size: Side of a patch in pixels.
 
     Yields:
-      The tensors; together they make up all parameters and, but for the position embedding, all constants.
+      Tensors that together hold all parameters and, but for the position embedding, all constants.
     """
+    normalized = "norm/scale" in paths
     yield from _layer("to_patch_embedding", "patch_embedding", layout=_convolution(patch_size))
     for block in range(depth):
-        if model == "simplest_vit":
+        if normalized:
+            attention, mlp = f"transformer.layers.{block}.0", f"transformer.layers.{block}.1.ff"
+            yield from _norm(f"{attention}.norm", "blocks/attention/norm", block)
+            yield from _norm(f"{mlp}.0", "blocks/mlp/norm", block)
+            dense1, dense2 = f"{mlp}.1", f"{mlp}.3"
+        else:
             attention, mlp = f"transformer.layers.{2 * block}", f"transformer.layers.{2 * block + 1}"
             yield Tensor(f"{attention}.d", ("blocks/attention/row_scale",), block, *_ROW_SCALE)
             yield Tensor(f"{attention}.B", ("blocks/attention/attention_bias",), block, *_ATTENTION_BIAS)
-            yield Tensor(f"{attention}.to_qkv.bias", _qkv("bias"), block, *_QKV_BIAS)
             dense1, dense2 = f"{mlp}.layer1.lin", f"{mlp}.layer2.lin"
-        else:
-            attention, mlp = f"transformer.layers.{block}.0", f"transformer.layers.{block}.1.ff"
-            yield from _norm(f"{attention}.norm", "blocks/attention/norm", block)
+        projections = tuple(name for name in ("query", "key", "value") if f"blocks/attention/{name}/kernel" in paths)
+        if "query" in projections:
+            qkv, weight, bias = f"{attention}.to_qkv", _QKV_WEIGHT, _QKV_BIAS
+        else:  # not in the reference: values alone
+            qkv, weight, bias = f"{attention}.to_v", _DENSE, _SAME
+        yield Tensor(f"{qkv}.weight", _each(projections, "kernel"), block, *weight)
+        if "blocks/attention/out/kernel" in paths:
             yield Tensor(f"{attention}.to_out.weight", ("blocks/attention/out/kernel",), block, *_DENSE)
-            yield from _norm(f"{mlp}.0", "blocks/mlp/norm", block)
-            dense1, dense2 = f"{mlp}.1", f"{mlp}.3"
-        yield Tensor(f"{attention}.to_qkv.weight", _qkv("kernel"), block, *_QKV_WEIGHT)
+        else:
+            yield Tensor(f"{qkv}.bias", _each(projections, "bias"), block, *bias)
         yield from _layer(dense1, "blocks/mlp/dense1", block)
         yield from _layer(dense2, "blocks/mlp/dense2", block)
-    if model == "simplest_vit":
-        yield from _layer("linear_head", "head")
-    else:
+    if normalized:
         yield from _norm("linear_head.0", "norm")
-        yield from _layer("linear_head.1", "head")
+    yield from _layer("linear_head.1" if normalized else "linear_head", "head")
 
 
-def pytorch_layout(params: Any, model: str, patch_size: int) -> dict[str, Any]:
-    """Lay parameters out as the reference does, which is how its Shampoo merges their dimensions.
+def pytorch_layout(params: Any, patch_size: int) -> dict[str, Any]:
+    """Lay parameters out as the reference does, because its Shampoo merges their dimensions.
 
     Args:
       params: Nested dict of parameters.
-      model: `simplest_vit` or `simple_vit`.
       patch_size: Side of a patch in pixels.
 
     Returns:
-      The same arrays, in another order, by the names of the reference's state dict.
+      The same numbers by the names of the reference's state dict.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    layout: dict[str, Any] = {}
-    for tensor in tensors(model, flat["blocks/mlp/dense1/kernel"].shape[0], patch_size):
-        if tensor.paths[0] in flat:  # E-SPA's constants are no parameters
-            layout[tensor.name] = tensor.there(*tensor.arrays(flat))
-    return layout
+    depth = flat["blocks/mlp/dense1/kernel"].shape[0]
+    return {
+        tensor.name: tensor.there(*tensor.arrays(flat))
+        for tensor in tensors(flat, depth, patch_size)
+        if tensor.paths[0] in flat  # constants are no parameters
+    }

@@ -4,33 +4,35 @@ Head h looks at the token that lies `offset_h` away, on a grid whose opposite bo
 
     A_h = (1 - eps) P_h + eps / T 1 1^T = softmax(log A_h)
 
-P_h is a permutation. Heads own disjoint columns of the values: at eps = 0 the output has the norm of the input,
-whatever the input is, sum_h |P_h X W_h|^2 = |X W|^2 = |X|^2 for orthogonal values W = [W_1 .. W_H]. Rows of A_h sum to
-1, so that no row scale is needed. `eps` keeps every token in reach of learning: log(eps / T) is what a query has to
-overcome.
+P_h is a permutation and eps the `uniform_fraction`. Heads own disjoint columns of the values: at eps = 0 the output has
+the norm of the input for any input, sum_h |P_h X W_h|^2 = |X W|^2 = |X|^2 for orthogonal values W = [W_1 .. W_H]. Rows
+of A_h sum to 1, so no row scale is needed. eps keeps every token in reach of learning: a query has to overcome
+log(eps / T).
 
-Most heads stay in place and the others move by a token, three of four by default: what a channel holds is then some
-sqrt(L / 4) tokens from where it was after L blocks, and would be anywhere on a small grid if all heads moved.
+By default three of four heads stay in place and the others move by one token. After L blocks the content of a channel
+has then moved by about sqrt(L / 4) tokens; if all heads moved, it would be anywhere on a small grid.
 
-Impulse initialization (arXiv 2505.19985) starts heads alike, in networks with skip connections and normalization.
+Impulse initialization (arXiv 2505.19985) starts heads in this way in networks with skip connections and normalization.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
-def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, in_place: float = 0.75) -> np.ndarray:
-    """Offsets of the heads of each block: none for those that stay in place, near ones for the others.
+def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, identity_head_fraction: float = 0.75) -> np.ndarray:
+    """Choose the offsets of the heads of each block: zero for heads that stay in place, near ones for the others.
 
-    The heads of all blocks that move are spread evenly over the blocks; so a share that is not a whole number of heads
-    is kept over some blocks. The m nearest offsets, for the m heads of the block where most move, and all that are as
-    near as the last of these, are taken in turn by one head after the other, through all blocks. Opposite ones follow
-    each other: one head that moves looks left, right, up and down in four blocks, two left and right, then up and down.
+    The moving heads are spread evenly over the blocks, so that a share that is not a whole number of heads holds over
+    several blocks. Moving heads take turns, through all blocks, over the m nearest offsets and all that are as near as
+    the last of these; m is the largest number of moving heads in a block. Opposite offsets follow each other: one
+    moving head looks left, right, up and down in four blocks; two look left and right, then up and down.
 
     Args:
       num_heads: H, at most T = rows * columns.
       grid: Rows and columns of tokens.
       depth: L.
-      in_place: Share of the heads of all blocks that stay, in (0, 1]; rounded up to whole ones.
+      identity_head_fraction: Share of the heads of all blocks that stay, in (0, 1]; their number is rounded up.
 
     Returns:
       int [L, H, 2], rows and columns to look away; those of the heads that move are different within a block.
@@ -42,7 +44,7 @@ def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, in_place: fl
     if num_heads > num_tokens:
         raise ValueError(f"num_heads={num_heads} must be at most the number of tokens, {grid[0]} x {grid[1]}")
     result = np.zeros((depth, num_heads, 2), int)
-    per_block = min((1.0 - in_place) * num_heads, num_tokens - 1)
+    per_block = min((1.0 - identity_head_fraction) * num_heads, num_tokens - 1)
     moving = np.diff(np.floor(per_block * np.arange(depth + 1) + 1e-6)).astype(int)
     if moving.any():
         rows, columns = (np.arange(n) - (n - 1) // 2 for n in grid)  # one representative of each offset on the torus
@@ -54,28 +56,45 @@ def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, in_place: fl
     return result
 
 
-def attention_matrices(offsets: np.ndarray, grid: tuple[int, int], eps: float) -> np.ndarray:
-    """Attention matrices A_h = (1 - eps) P_h + eps / T 1 1^T.
+def sources(offsets: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Return the token at each offset from each token: int [..., 2] -> int32 [..., T], tokens in raster order."""
+    y, x = np.indices(grid).reshape(2, -1)
+    dy, dx = np.moveaxis(offsets, -1, 0)[..., None]
+    return ((y + dy) % grid[0] * grid[1] + (x + dx) % grid[1]).astype(np.int32)
+
+
+def attention_matrices(source: np.ndarray, uniform_fraction: float) -> np.ndarray:
+    """Return A_h = (1 - uniform_fraction) P_h + uniform_fraction / T 1 1^T.
 
     Args:
-      offsets: int [..., 2], rows and columns to look away.
-      grid: Rows and columns of tokens; T = rows * columns, in raster order.
-      eps: Share of uniform attention, in [0, 1).
+      source: From `sources`, int [..., T].
+      uniform_fraction: Share of uniform attention, in [0, 1).
 
     Returns:
       float64 [..., T, T].
     """
-    y, x = np.indices(grid).reshape(2, -1)
-    dy, dx = np.moveaxis(offsets, -1, 0)[..., None]
-    target = (y + dy) % grid[0] * grid[1] + (x + dx) % grid[1]
-    return eps / y.size + (1.0 - eps) * np.eye(y.size)[target]
+    num_tokens = source.shape[-1]
+    return uniform_fraction / num_tokens + (1.0 - uniform_fraction) * np.eye(num_tokens)[source]
 
 
-def attention_bias(offsets: np.ndarray, grid: tuple[int, int], eps: float) -> np.ndarray:
-    """The constant B_h = log A_h with softmax(B_h) = A_h; arguments as in `attention_matrices`.
+@jax.custom_vjp
+def translate(heads: jax.Array, source: jax.Array) -> jax.Array:
+    """Move tokens by head: output[b, t, h] = heads[b, source[h, t], h].
+
+    The gradient moves them back; left to JAX it would be a scatter.
+
+    Args:
+      heads: [B, T, H, d].
+      source: A permutation of the tokens for each head, int [H, T].
 
     Returns:
-      float64 [..., T, T]; -inf off the permutation where `eps` is 0, which no query can overcome.
+      [B, T, H, d].
     """
-    with np.errstate(divide="ignore"):
-        return np.log(attention_matrices(offsets, grid, eps))
+    return jnp.take_along_axis(heads, source.T[None, :, :, None], axis=1, mode="clip")
+
+
+def _translate_back(source: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return translate(gradient, jnp.argsort(source, axis=-1)), None
+
+
+translate.defvjp(lambda heads, source: (translate(heads, source), source), _translate_back)

@@ -1,9 +1,8 @@
-"""The checkpoints of a run: asynchronous, atomic, numbered by step, proved by checksums when they are read."""
+"""The checkpoints of a run by Orbax: asynchronous, atomic, numbered by step, and proved when they are read."""
 
 import contextlib
+import dataclasses
 import glob
-import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -11,9 +10,10 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
@@ -22,35 +22,28 @@ from orbax.checkpoint import checkpoint_managers
 
 from simplest_vit.errors import CheckpointError, UserError
 from simplest_vit.training import distributed
-from simplest_vit.training.state import TrainState
-from simplest_vit.training.workdir import write_json
+from simplest_vit.training.integrity import UNREADABLE, find_damage, read_record, rewrite_progress, write_record
+from simplest_vit.training.state import RunProgress, TrainState
 
 log = logging.getLogger("simplest_vit")
 
-# Facts of the run that a resume goes on with, beside the arrays: plain JSON.
-Progress = dict[str, Any]
 _State = TypeVar("_State", TrainState, dict[str, Any])
-AT_THE_START: Progress = {
-    "best_validation_accuracy": 0.0,  # of the checkpoints in turn, those that an interruption leaves not among them
-    "evaluated_step": 0,
-    "ranked_step": 0,  # the last that was saved in turn, and evaluated: only such can be the best
-    "unreported": {},  # sums over the steps since the last report: an interruption leaves no gap between reports
-    "wall_time_s": 0.0,
-}
 
-_RECORD = "record.json"  # in each checkpoint, beside the folder of Orbax: the progress, and checksums of all
+_RESUME = "the checkpoints before it are intact; make room on the disk and rerun the command to resume"
+# A training may remove a checkpoint while another process reads it.
+_TRIES = 5
+_REMOVAL_S = 0.5
 
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:
-    """Whether a run has saved anything, damaged or not."""
+    """Return whether a run has saved anything, damaged or not."""
     return any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
 
 
 class Checkpoints:
-    """The folders `checkpoints/STEP` of a run: the latest two and the best, by Orbax. Leaving waits for the last save.
+    """The folders `checkpoints/STEP` of a run: the latest two and the best. Leaving waits for the last save.
 
-    Orbax does not notice a flipped byte. So the last file of a checkpoint has the checksums of the others, and what
-    does not fit them is damaged. Of several processes the first decides what is, for all may see the disk differently.
+    Of several processes the first decides which are damaged, because each may see another state of the disk.
     """
 
     def __init__(self, workdir: pathlib.Path, *, create: bool):
@@ -65,21 +58,21 @@ class Checkpoints:
             raise UserError(f"--workdir={workdir} holds no checkpoint; train there first, or name another folder")
         self._writable = create
         self._best = _Best()
-        self._saving: tuple[int, Progress] = (-1, AT_THE_START)
+        self._saving = (-1, RunProgress())
         self._whole: set[int] = set()  # steps whose checkpoint was found whole
-        self._damaged: set[int] = set()  # or damaged, and told
+        self._damaged: set[int] = set()  # or damaged, and reported
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(2), self._best]),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_record, barrier_sync_fn=_barrier),
             cleanup_tmp_directories=create,
             create=create,
         )
-        with self._told("cannot be opened"):
+        with self._translate_errors("cannot be opened"):
             handlers = {"state": ocp.PyTreeCheckpointHandler()}
             self._manager = _Manager(self._alias(), options=options, item_handlers=handlers)
 
     def _alias(self) -> pathlib.Path:
-        """A path of the folder that Orbax, which looks for files by patterns, does not take for one itself."""
+        """Return a path of the folder that Orbax, which looks for files by patterns, does not take for one itself."""
         if glob.escape(str(self.directory)) == str(self.directory):
             return self.directory
         folder = tempfile.mkdtemp(prefix="simplest-vit-")
@@ -99,7 +92,7 @@ class Checkpoints:
         if error is not None and jax.process_count() > 1:
             return  # to close would wait for the others, of which one may have gone
         try:
-            with self._told("cannot be written"):
+            with self._translate_errors("cannot be written"):
                 self._manager.close()
         except CheckpointError:
             with contextlib.suppress(Exception):  # Orbax raises an error once for each of its threads
@@ -108,11 +101,11 @@ class Checkpoints:
                 raise
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, damaged or not, in order."""
+        """Return the steps that have a checkpoint, damaged or not, in order."""
         return list(self._manager.all_steps())
 
     def newest(self) -> int | None:
-        """Find the newest checkpoint that is whole; newer ones are damaged: reported, and set aside where we may write.
+        """Find the newest whole checkpoint; newer ones are damaged, which is reported, and renamed if we may write.
 
         Returns:
           Its step, or None if there is no checkpoint yet.
@@ -130,29 +123,27 @@ class Checkpoints:
         Raises:
           UserError: If all checkpoints are damaged.
         """
-        return distributed.broadcast_from_primary(
-            lambda: self._first_whole(sorted(self.steps(), key=self._rank, reverse=True))
-        )
+        ranked = lambda: sorted(self.steps(), key=self._rank, reverse=True)  # noqa: E731
+        return distributed.broadcast_from_primary(lambda: self._first_whole(ranked()))
 
-    def progress(self, step: int) -> Progress:
-        """The progress of a checkpoint that is whole."""
-        return self._record(step)["progress"]
+    def progress(self, step: int) -> RunProgress:
+        """Read the progress of a checkpoint that is whole."""
+        return RunProgress(**read_record(self.directory / str(step))["progress"])
 
-    def save(self, state: TrainState, progress: Progress, step: int) -> None:
-        """Save in the background; where the step is saved already, only its progress, at once and atomically.
+    def save(self, state: TrainState, progress: RunProgress, step: int) -> None:
+        """Save in the background; if the step is saved already, only its progress, immediately and atomically.
 
-        That is after an interruption during an evaluation: the state is the same, and may be the only one there is.
+        That happens after an interruption during an evaluation: the state is the same, and may be the only one.
 
         Raises:
           CheckpointError: If this one, or the one before, cannot be written.
         """
         self.wait()
-        with self._told("cannot be written"):
-            self._saving = step, dict(progress)
+        with self._translate_errors("cannot be written"):
+            self._saving = step, dataclasses.replace(progress)
             if step in self.steps():
                 if distributed.is_primary():
-                    checksums = self._record(step)["checksums"] | {"progress": _progress_checksum(progress)}
-                    write_json(self.directory / str(step) / _RECORD, {"progress": progress, "checksums": checksums})
+                    rewrite_progress(self.directory / str(step), dataclasses.asdict(progress))
                 return
             self._best.step = max([*self.steps(), step], key=self._rank)
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True)
@@ -163,10 +154,10 @@ class Checkpoints:
         Raises:
           CheckpointError: If it cannot be written.
         """
-        with self._told("cannot be written"):
+        with self._translate_errors("cannot be written"):
             self._manager.wait_until_finished()
 
-    def restore(self, abstract: _State, step: int) -> tuple[_State, Progress]:
+    def restore(self, abstract: _State, step: int) -> tuple[_State, RunProgress]:
         """Load a checkpoint onto the devices that `abstract` names.
 
         Args:
@@ -183,7 +174,7 @@ class Checkpoints:
         """
         reason = distributed.broadcast_from_primary(lambda: self._damage(step))
         if reason is None:
-            with self._told("cannot be read"):
+            with self._translate_errors("cannot be read", "check the disk and rerun the command"):
                 found = self._manager.item_metadata(step)["state"].tree
             if isinstance(abstract, dict):
                 found = {name: found.get(name) for name in abstract}
@@ -191,39 +182,62 @@ class Checkpoints:
         if reason is not None:
             raise UserError(
                 f"checkpoint {self.directory / str(step)} cannot be restored ({reason}); expected one written by this "
-                "config; remove it to go on from an older one, or choose another --workdir"
+                "config; remove it to resume from an older one, or choose another --workdir"
             )
-        with self._told("cannot be read"):
+        with self._translate_errors("cannot be read", "check the disk and rerun the command"):
             arguments = ocp.args.PyTreeRestore(
                 abstract,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
                 partial_restore=isinstance(abstract, dict),
             )
             restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
-        return restored["state"], distributed.broadcast_from_primary(lambda: self.progress(step))
+        record = distributed.broadcast_from_primary(lambda: read_record(self.directory / str(step)))
+        return restored["state"], RunProgress(**record["progress"])
+
+    def load(self, choose: Callable[[], int | None], abstract: dict[str, Any]) -> dict[str, Any]:
+        """Load what `abstract` names of the checkpoint that `choose` finds, beside a training that may remove it.
+
+        Raises:
+          UserError: If there is no whole checkpoint, or it holds another state.
+        """
+        for tries_left in reversed(range(_TRIES)):
+            step = choose() or 0
+            try:
+                return self.restore(abstract, step)[0]
+            except (UserError, CheckpointError):
+                if tries_left == 0 or not self._is_removed(step):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _is_removed(self, step: int) -> bool:
+        """Return whether a checkpoint was just removed, by the training whose folder is only read here."""
+        if self._writable:
+            return False
+        time.sleep(_REMOVAL_S)
+        if (self.directory / str(step)).exists():
+            return False
+        self._manager.reload()
+        self._whole.discard(step)
+        return True
 
     def _write_record(self) -> None:
         """Called by Orbax when all files are written, before the folder gets its name."""
         if distributed.is_primary():
             step, progress = self._saving
             (folder,) = self.directory.glob(f"{step}.*tmp*")
-            checksums = _state_checksums(folder) | {"progress": _progress_checksum(progress)}
-            write_json(folder / _RECORD, {"progress": progress, "checksums": checksums})
-
-    def _record(self, step: int) -> dict[str, Any]:
-        return json.loads((self.directory / str(step) / _RECORD).read_text())
+            write_record(folder, dataclasses.asdict(progress))
 
     def _rank(self, step: int) -> tuple[float, int]:
-        """What the best checkpoint has most of: accuracy, if it was evaluated, and steps."""
+        """Return what the best checkpoint has most of: accuracy, if it was evaluated, and steps."""
         try:
             progress = self._saving[1] if step == self._saving[0] else self.progress(step)
-            ranked = progress["ranked_step"] == step
-            return (progress.get("validation_accuracy", -1.0) if ranked else -1.0), step
-        except (OSError, LookupError, TypeError, ValueError):  # damaged
+            evaluated = progress.last_evaluation == step and progress.validation_accuracy is not None
+            return (progress.validation_accuracy if evaluated else -1.0), step  # type: ignore[return-value]
+        except UNREADABLE:  # damaged
             return -1.0, step
 
     def _first_whole(self, steps: Iterable[int]) -> int | None:
-        """The first of these steps whose checkpoint is whole."""
+        """Find the first of these steps whose checkpoint is whole."""
         damages: dict[int, str] = {}
         for step in steps:
             if step in self._damaged:
@@ -242,47 +256,37 @@ class Checkpoints:
                     )
                 self._damaged |= damages.keys()
                 return step
-            damages[step] = damage
-        if not self._writable and not damages:
-            raise UserError(f"{self.directory} holds no finished checkpoint; go on training there first")
+            if not self._is_removed(step):
+                damages[step] = damage
         if damages:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damages.items())
             raise UserError(
-                f"every checkpoint in {self.directory} is damaged ({reasons}); "
-                "remove that folder to start anew, or choose another --workdir"
+                f"every checkpoint in {self.directory} is damaged ({reasons}); remove that folder to restart the run, "
+                "or choose another --workdir"
             )
+        if not self._writable:
+            raise UserError(f"{self.directory} holds no finished checkpoint; resume training there first")
         return None
 
     def _set_aside(self, step: int) -> pathlib.Path:
-        """Rename a checkpoint so that Orbax does not see it: not removed, for it may only be unreadable for now."""
+        """Rename a checkpoint so that Orbax does not see it: not removed, because it may only be unreadable now."""
         folder = self.directory / str(step)
         aside = folder.with_name(f"{step}.damaged")
-        with self._told("cannot be renamed"):
+        with self._translate_errors("cannot be renamed"):
             if aside.exists():
                 shutil.rmtree(aside)
             return folder.rename(aside)
 
     def _damage(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint, or None."""
-        if step in self._whole:
-            return None
-        try:
-            record = self._record(step)
-            expected = dict(record["checksums"])
-            found = _state_checksums(self.directory / str(step)) | {"progress": _progress_checksum(record["progress"])}
-        except OSError as error:
-            return str(error)
-        except (LookupError, TypeError, ValueError):
-            return f"{_RECORD} is changed"
-        for name in sorted(expected.keys() | {"progress"}):
-            if found.get(name) != expected.get(name):
-                return f"{name} is {'changed' if name in found else 'missing'}"
-        self._whole.add(step)
-        return None
+        """Describe what is wrong with the files of a checkpoint; None if it is whole, which is found out once."""
+        damage = None if step in self._whole else find_damage(self.directory / str(step))
+        if damage is None:
+            self._whole.add(step)
+        return damage
 
     @contextlib.contextmanager
-    def _told(self, failure: str) -> Iterator[None]:
-        """Tell in one line what Orbax raises; it wraps a full disk in errors of many kinds."""
+    def _translate_errors(self, failure: str, remedy: str = _RESUME) -> Iterator[None]:
+        """Make one line of what Orbax raises; it wraps a full disk in errors of many kinds."""
         try:
             yield
         except Exception as error:
@@ -291,10 +295,7 @@ class Checkpoints:
                 if isinstance(cause, jax.errors.JaxRuntimeError):
                     raise cause from None  # not of the disk: of a computation, or of another process that has gone
                 cause = cause.__cause__ or cause.__context__
-            raise CheckpointError(
-                f"checkpoint in {self.directory} {failure} ({_reason(error)}): the run stops, the checkpoints before "
-                "it are intact; make room or mend the disk and start the same command again"
-            ) from error
+            raise CheckpointError(f"checkpoint in {self.directory} {failure} ({_reason(error)}): {remedy}") from error
 
 
 class _Manager(ocp.CheckpointManager):
@@ -305,7 +306,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class _Best:
-    """Orbax's preservation policy for one step."""
+    """Orbax's preservation policy for one step. Its own `BestN` knows only metrics that never change."""
 
     step: int | None = None
 
@@ -315,27 +316,13 @@ class _Best:
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's own; but a process that has failed does not wait for the others first (20 minutes): it shall tell."""
+    """Orbax's own; but a process that has failed does not wait for the others (20 minutes) before it reports."""
     if sys.exception() is None:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
-def _progress_checksum(progress: Progress) -> str:
-    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()
-
-
-def _state_checksums(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of every file of the arrays in a checkpoint."""
-    sums = {}
-    for path in (folder / "state").rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
-
-
 def _difference(found: Any, expected: Any) -> str | None:
-    """The first difference between two trees of what has a shape and a dtype, or None."""
+    """Describe the first difference between two trees of what has a shape and a dtype, or None."""
 
     def leaves(tree: Any) -> dict[str, str]:
         return {
@@ -351,6 +338,6 @@ def _difference(found: Any, expected: Any) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong in few words: the system's, without a path, where it is an error of the system."""
+    """Say what went wrong in few words: the system's, without a path, if it is a system error."""
     code = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))  # as TensorStore and Python quote it
     return os.strerror(int(code[1])) if code else " ".join(str(error).split()) or type(error).__name__

@@ -167,7 +167,7 @@ def abort_together() -> Iterator[None]:
         elif several:
             what = "another process of the run has gone" if _GONE.search(reason) else "the computation failed"
             line = (
-                f"{what} ({reason}); the last checkpoint is intact: start the same command again for all processes to "
+                f"{what} ({reason}); the last checkpoint is intact: rerun the command for all processes to "
                 "go on from it"
             )
         else:

@@ -1,12 +1,13 @@
-"""Fine-tuning: a run starts from the weights of another one (`config.init_from`)."""
+"""Fine-tuning: a run starts from the weights of another run (`config.init_from`)."""
 
 import logging
 from typing import Any
 
 from simplest_vit.errors import UserError
-from simplest_vit.models.factory import model_arguments
+from simplest_vit.models import model_arguments
 from simplest_vit.models.layers import token_grid
-from simplest_vit.training.run import Run, restore_best
+from simplest_vit.training.evaluate import restore_best
+from simplest_vit.training.run import Run
 
 log = logging.getLogger("simplest_vit")
 
@@ -14,14 +15,15 @@ log = logging.getLogger("simplest_vit")
 _MAY_DIFFER = ("attention_kernel", "dropout", "init", "remat")
 
 
-def weights_to_start_from(run: Run) -> dict[str, Any]:
-    """Load what a run takes over from the best checkpoint of the run in `config.init_from`.
+def load_initial_params(run: Run, folder: str) -> dict[str, Any]:
+    """Load parameters from the best checkpoint of another run. Writes nothing.
 
-    That are all parameters but the head, which begins anew unless the classes are the same. Constants (E-SPA's
-    matrices, the position embedding) belong to the grid of tokens and are those of the new run. Writes nothing.
+    Loads all parameters but the head, which is reinitialized unless the classes match. Constants (E-SPA's matrices, the
+    position embedding) belong to the grid of tokens and are those of the new run.
 
     Args:
       run: The new run.
+      folder: The folder of the other run.
 
     Returns:
       Parameters by module, for `Run.create_state`.
@@ -29,7 +31,6 @@ def weights_to_start_from(run: Run) -> dict[str, Any]:
     Raises:
       UserError: If there is no checkpoint, or it holds another model.
     """
-    folder = run.config.init_from
     try:
         source, state = restore_best(folder, mesh=run.mesh)
     except UserError as error:
@@ -48,20 +49,20 @@ def weights_to_start_from(run: Run) -> dict[str, Any]:
             f"config.init_from={folder} was trained on images of {channels} channels, expected {expected} as in "
             f"{run.data.name}; choose another run"
         )
-    weights = dict(state.params)
-    head = "is taken, too"
+    params = dict(state.params)
+    head = "too"
     if source.data.class_names != run.data.class_names:
-        del weights["head"]
-        head = f"begins anew: {run.data.num_classes} classes, there {source.data.num_classes} others"
-    taken = ", ".join(name for name in weights if name != "head")
-    log.info("starting from step %d of %s: %s are taken, the head %s", state.step, folder, taken, head)
+        del params["head"]
+        head = f"reinitialized for {run.data.num_classes} classes, there are {source.data.num_classes} others"
+    loaded = ", ".join(name for name in params if name != "head")
+    log.info("starting from step %d of %s: %s loaded, the head %s", state.step, folder, loaded, head)
     log.info("constants of attention and positions are those of %s tokens, there %s", _grid(run), _grid(source))
-    return weights
+    return params
 
 
 def _function(run: Run) -> dict[str, Any]:
-    """What the model computes from its parameters."""
-    arguments = model_arguments(run.config.model, run.data.image_shape)
+    """Describe what the model computes from its parameters."""
+    arguments = model_arguments(**run.config.model, image_shape=run.data.image_shape)
     return {"name": run.config.model.name} | {k: v for k, v in arguments.items() if k not in _MAY_DIFFER}
 
 

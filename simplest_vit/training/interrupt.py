@@ -1,9 +1,9 @@
-"""SIGTERM and SIGINT during training: the run ends after the step it is in, at a second SIGINT at once."""
+"""Signals during training: the step reached is saved, by all processes of the run at the same one."""
 
+import contextlib
 import os
 import signal
-import types
-from typing import Self
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -12,40 +12,37 @@ from simplest_vit import preemption
 
 
 class Interruption:
-    """Notes the first SIGTERM or SIGINT while it is entered; a second SIGINT ends the process (`preemption.watch`).
+    """Asks whether the run was told to stop.
 
-    With several processes JAX takes SIGTERM and has all of them stop after the same step; SIGINT is handed on as one.
+    With several processes JAX takes SIGTERM and makes all of them stop after the same step; other signals are forwarded
+    as SIGTERM.
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._calls = 0
-
-    def __enter__(self) -> Self:
         self._alone = jax.process_count() == 1
-        numbers = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
-        self._stop = preemption.watch(numbers, note=self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        self._stop()
-
-    def _note(self, number: signal.Signals) -> None:
-        self.signal = number
-        if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)
+        self._calls = 0
 
     @property
     def pending(self) -> bool:
-        """Whether a signal came; with several processes never, for they may only stop together."""
-        return self._alone and self.signal is not None
+        """Whether a signal came; with several processes always False, because they may only stop together."""
+        return self._alone and preemption.received() is not None
 
     def reached(self) -> bool:
-        """Whether the run ends here; to be asked once after each step, by all processes."""
+        """Return whether the run ends here. All processes must ask once after each step."""
         if self._alone:
             return self.pending
         # All stop at a call that none has made yet: a number that the steps of a resumed run would never be equal to.
         self._calls += 1
         return multihost_utils.reached_preemption_sync_point(self._calls)
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[Interruption]:
+    """Take the decision where to stop from the rest of the program."""
+
+    def forward(number: signal.Signals) -> None:
+        if jax.process_count() > 1 and number != signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with preemption.deferred(forward):
+        yield Interruption()

@@ -1,4 +1,4 @@
-"""What a run tells of itself: sums over examples, the steps between two reports, and lines of progress.
+"""What a run reports: sums over examples, the steps between two reports, and lines of progress.
 
 Loss and accuracy are sums and counts, so that parts add up to the whole whatever their sizes.
 """
@@ -89,7 +89,7 @@ class Meter:
     """Collects what training steps return, without waiting for them, until it is asked to report."""
 
     def __init__(self, batch_size: int, max_skipped_steps: int, earlier: Mapping[str, float] | None = None):
-        """Start with nothing but the sums of an interrupted run since its last report (`unreported`)."""
+        """Start with the sums of an interrupted run since its last report (`pending_sums`)."""
         self._batch_size = batch_size
         self._max_skipped_steps = max_skipped_steps
         self._earlier = [earlier] if earlier else []
@@ -108,7 +108,7 @@ class Meter:
         if len(self._steps) > _STEPS_IN_FLIGHT:
             jax.block_until_ready(self._steps[-1 - _STEPS_IN_FLIGHT])
 
-    def unreported(self) -> dict[str, float]:
+    def pending_sums(self) -> dict[str, float]:
         """Sum the steps since the last report, for a checkpoint; empty if there is none."""
         steps = [*self._earlier, *jax.device_get(self._steps)]
         worst = max((int(metrics["skipped_in_a_row"]) for metrics in steps), default=0)
@@ -128,7 +128,7 @@ class Meter:
         Raises:
           DivergenceError: If as many steps in a row were skipped as are allowed.
         """
-        total = self.unreported()
+        total = self.pending_sums()
         steps = [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(self._steps)]
         step_time = (time.monotonic() - self._start) / len(steps)
         if self._compiled:
@@ -138,9 +138,9 @@ class Meter:
         self.start()
         if total["skipped_in_a_row"] >= self._max_skipped_steps:
             raise DivergenceError(
-                f"{self._max_skipped_steps} steps in a row up to step {step} were skipped, for their loss or gradient "
-                "is not finite: the run stops, its last checkpoint is intact; lower config.optimizer.learning_rate or "
-                "set config.grad_clip, in a new --workdir"
+                f"{self._max_skipped_steps} steps in a row up to step {step} were skipped because their loss or "
+                "gradient is not finite: the run stops, its last checkpoint is intact; lower "
+                "config.optimizer.learning_rate or set config.grad_clip, in a new --workdir"
             )
         gauges = {"skipped_steps": steps[-1]["skipped_steps"]}
         if made := [metrics for metrics in steps if metrics["count"]]:
@@ -184,10 +184,9 @@ def train_line(step: int, total_steps: int, scalars: dict[str, Any]) -> str:
     )
 
 
-def validation_line(step: int, progress: dict[str, Any]) -> str:
-    """Describe an evaluation, and the best of those that belong to a checkpoint, once there is one."""
-    best = f"  best saved {progress['best_validation_accuracy']:.2%}" if progress["ranked_step"] else ""
+def validation_line(step: int, result: Mapping[str, float], best: float) -> str:
+    """Describe an evaluation and the best accuracy so far."""
     return (
-        f"step {step}  validation loss {progress['validation_loss']:.4f}  "
-        f"accuracy {progress['validation_accuracy']:.2%}{best}"
+        f"step {step}  validation loss {result['validation_loss']:.4f}  "
+        f"accuracy {result['validation_accuracy']:.2%}  best {best:.2%}"
     )

@@ -7,27 +7,24 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.data.input_pipeline import steps_per_epoch
 from simplest_vit.errors import UserError
-from simplest_vit.models import attention
-from simplest_vit.models.factory import model_arguments
+from simplest_vit.models import ViT, create_model, fused_attention, model_arguments
 from simplest_vit.models.layers import token_grid
 from simplest_vit.models.reference_layout import pytorch_layout
-from simplest_vit.models.simple_vit import SimpleViT
-from simplest_vit.models.simplest_vit import SimplestViT
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.optimizers.schedules import WarmupCosine
-from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.metrics import Sums
 from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.state import ModelState, TrainState, abstract_state, create_state, state_initializer
 from simplest_vit.training.step import Batch, make_eval_step, make_train_step
-from simplest_vit.training.workdir import read_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +35,19 @@ class Run:
       config: The config.
       data: What is known of the data; the examples are not needed.
       mesh: The devices.
+      steps_per_epoch: Steps in a pass over the training split.
       total_steps: Steps of the whole run.
       learning_rate: The schedule.
       tx: The optimizer.
       graphdef: The model.
-      initialize: A pure function that makes the state at step 0, of some parameters by module or none.
+      initialize: See `state_initializer`.
       abstract: Shapes, dtypes and shardings of the state.
     """
 
-    config: Any
+    config: ConfigDict
     data: DatasetInfo
     mesh: Mesh
+    steps_per_epoch: int
     total_steps: int
     learning_rate: optax.Schedule
     tx: optax.GradientTransformation
@@ -56,40 +55,61 @@ class Run:
     initialize: Callable[..., TrainState]
     abstract: TrainState
 
-    def create_state(self, weights: dict[str, Any] | None = None) -> TrainState:
-        """Compute the state at step 0 on the devices, with parameters by module (consumed) in place of its own."""
-        return create_state(self.initialize, self.abstract, weights)
+    def create_state(self, initial_params: dict[str, Any] | None = None) -> TrainState:
+        """Compute the state at step 0 on the devices; parameters by module (consumed) take the place of its own."""
+        return create_state(self.initialize, self.abstract, initial_params)
 
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The jitted training step: see `make_train_step`."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        return make_train_step(self.graphdef, self.tx, self.config, shardings)
+        config = self.config
+        return make_train_step(
+            self.graphdef,
+            self.tx,
+            seed=config.seed,
+            label_smoothing=config.label_smoothing,
+            accumulation_steps=config.accumulation_steps,
+            sam_rho=config.sam.rho,
+            sam_every=config.sam.every,
+            ema_decay=config.ema.decay,
+            ema_every=config.ema.every,
+            shardings=jax.tree.map(lambda x: x.sharding, self.abstract),
+        )
 
     @functools.cached_property
     def eval_step(self) -> Callable[[Any, Any, Batch], Sums]:
         """The jitted evaluation step: see `make_eval_step`."""
         return make_eval_step(self.graphdef, self.mesh)
 
-    def model(self, state: ModelState) -> SimplestViT | SimpleViT:
-        """The model itself."""
+    @property
+    def abstract_model(self) -> dict[str, Any]:
+        """The fields of the state that the model is made of: what an optimizer left is not read."""
+        params = "params" if self.abstract.ema_params is None else "ema_params"
+        return {name: getattr(self.abstract, name) for name in ("step", "constants", params)}
+
+    def model_state(self, found: dict[str, Any]) -> ModelState:
+        """Make what `abstract_model` describes a `ModelState`."""
+        params = found["params"] if self.abstract.ema_params is None else found["ema_params"]
+        return ModelState(step=found["step"], params=params, constants=found["constants"])
+
+    def model(self, state: ModelState) -> ViT:
+        """Make the model itself."""
         return nnx.merge(self.graphdef, state.params, state.constants)
 
-    def is_saved(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step."""
+    def should_save(self, step: int) -> bool:
+        """Return whether a checkpoint is due after this step."""
         return step >= self.total_steps or step % self.config.checkpoint_every == 0
 
-    def is_evaluated(self, step: int) -> bool:
-        """Whether an evaluation is due after this step."""
-        return self.is_saved(step) or step % self.config.eval_every == 0
+    def should_evaluate(self, step: int) -> bool:
+        """Return whether an evaluation is due after this step: every checkpoint in turn is evaluated."""
+        return self.should_save(step) or step % self.config.eval_every == 0
 
-    def next_event(self, step: int) -> int:
-        """The first step after this one that is reported, evaluated or saved."""
-        every = (self.config.log_every, self.config.eval_every, self.config.checkpoint_every)
-        return min(self.total_steps, *((step // n + 1) * n for n in every))
+    def should_log(self, step: int) -> bool:
+        """Return whether a report is due after this step: before every evaluation one is."""
+        return self.should_evaluate(step) or step % self.config.log_every == 0
 
 
-def reference_layout(config: Any) -> Callable[[Any], Any]:
+def reference_layout(config: ConfigDict) -> Callable[[Any], Any]:
     """Return the function from parameters to their layout in PyTorch, which Shampoo's reference preset sees.
 
     Raises:
@@ -100,10 +120,10 @@ def reference_layout(config: Any) -> Callable[[Any], Any]:
             "config.optimizer.preset='reference' has no layout for model.attention='value_skipinit'; choose another "
             "of them"
         )
-    return functools.partial(pytorch_layout, model=config.model.name, patch_size=config.model.patch_size)
+    return functools.partial(pytorch_layout, patch_size=config.model.patch_size)
 
 
-def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
+def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
     """Construct a run; there is no other way to one.
 
     Args:
@@ -117,6 +137,8 @@ def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
     Raises:
       UserError: If the config does not fit the data.
     """
+    if jax.config.values["jax_disable_jit"]:
+        raise UserError("JAX_DISABLE_JIT is set, and a run needs jit; unset it")
     mesh = create_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
     per_epoch = steps_per_epoch(data.train_size, config.batch_size)
     total_steps = config.steps or max(round(config.epochs * per_epoch), 1)
@@ -133,21 +155,29 @@ def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
         mesh=mesh,
         layout=reference_layout(config),
     )
-    settings = config.copy_and_resolve_references()
-    sizes = model_arguments(config.model, data.image_shape)
-    settings.model.attention_kernel = attention.choose(
+    sizes = model_arguments(**config.model, image_shape=data.image_shape)
+    kernel = fused_attention.choose(
         config.model.attention_kernel,
         mesh.devices.flatten().tolist(),
         tokens=math.prod(token_grid(data.image_shape, sizes["patch_size"])),
         head_width=sizes["width"] // sizes["num_heads"],
     )
-    graphdef, initialize = state_initializer(
-        settings, image_shape=data.image_shape, num_classes=data.num_classes, tx=tx
-    )
+
+    def create(rngs: nnx.Rngs) -> ViT:
+        return create_model(
+            **{**config.model, "attention_kernel": kernel},
+            image_shape=data.image_shape,
+            num_classes=data.num_classes,
+            dtype=jnp.dtype(config.compute_dtype),
+            rngs=rngs,
+        )
+
+    graphdef, initialize = state_initializer(create, tx, seed=config.seed, average=bool(config.ema.decay))
     return Run(
         config=config,
         data=data,
         mesh=mesh,
+        steps_per_epoch=per_epoch,
         total_steps=total_steps,
         learning_rate=learning_rate,
         tx=tx,
@@ -155,33 +185,3 @@ def build(config: Any, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
         initialize=initialize,
         abstract=abstract_state(initialize, mesh),
     )
-
-
-def restore_best(workdir: str, config: Any = None, mesh: Mesh | None = None) -> tuple[Run, ModelState]:
-    """Load the checkpoint with the highest validation accuracy, from a run's folder alone.
-
-    Args:
-      workdir: The folder; nothing is written to it.
-      config: None for the run's own; another is refused.
-      mesh: The devices; None for one.
-
-    Returns:
-      The run, whose model computes in float32, and what it is made of.
-
-    Raises:
-      UserError: If the folder holds no checkpoint, or one of another config.
-    """
-    path, config, data = read_run(workdir, config)
-    config.compute_dtype = "float32"
-    config.model.attention_kernel = "xla"  # on any device
-    run = build(config, data, mesh)
-    with Checkpoints(path, create=False) as checkpoints:
-        return run, restore_model(run, checkpoints, checkpoints.best() or 0)
-
-
-def restore_model(run: Run, checkpoints: Checkpoints, step: int) -> ModelState:
-    """Load what a model is made of; what an optimizer left, perhaps of another version, is not read."""
-    params = "params" if run.abstract.ema_params is None else "ema_params"
-    part = {name: getattr(run.abstract, name) for name in ("step", "constants", params)}
-    found, _ = checkpoints.restore(part, step)
-    return ModelState(step=found["step"], params=found[params], constants=found["constants"])

@@ -1,4 +1,4 @@
-"""The two jitted functions of a run: a training step and an evaluation step. Pure, one trace each."""
+"""The two jitted functions of a run: a training step and an evaluation step. Pure, traced once each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,72 +16,82 @@ from simplest_vit.training.metrics import Sums, classification_sums
 from simplest_vit.training.sharding import replicated
 from simplest_vit.training.state import TrainState, apply_model
 
-# Sets dropout's keys apart from those of augmentation, which are the seed's by the step: no step has this number.
+# Separates the keys of dropout from those of augmentation, which are folded from the seed by the step: no step has
+# this number.
 _DROPOUT = 2**32 - 1
+
+# (part of a batch, dropout key) -> (sums over its examples, gradient of the summed loss)
+_GradientOfPart = Callable[[Batch, jax.Array], tuple[Sums, Any]]
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: Any, shardings: Any = None
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int,
+    label_smoothing: float = 0.0,
+    accumulation_steps: int = 1,
+    sam_rho: float = 0.0,
+    sam_every: int = 1,
+    ema_decay: float = 0.0,
+    ema_every: int = 1,
+    shardings: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """Compile-once training step.
+    """Create the training step.
 
     Args:
       graphdef: The model.
       tx: The optimizer.
-      config: Reads `seed`, `label_smoothing`, `accumulation_steps`, `sam` and `ema`.
-      shardings: From `state_shardings`, so that a state comes out as it went in; None on one device.
+      seed: Determines the masks of dropout.
+      label_smoothing: See `classification_sums`.
+      accumulation_steps: Micro-batches in a step.
+      sam_rho: Radius of sharpness-aware minimization; 0 turns it off.
+      sam_every: Period in steps of sharpness-aware minimization.
+      ema_decay: Decay of the average of the parameters.
+      ema_every: Period in steps of the average.
+      shardings: From `state_shardings`, so that a state is returned as it was given; None on one device.
 
     Returns:
       A jitted function of the state, which it consumes, and a batch. It returns the new state and metrics: the sums of
       `classification_sums` over the batch, `grad_norm` before clipping, the state's counts of skipped steps, and the
-      metrics of Shampoo or SOAP. Where loss or gradient are not finite, the step is skipped: the sums are 0, and of the
+      metrics of Shampoo or SOAP. If loss or gradient are not finite, the step is skipped: the sums are 0, and of the
       state only `step` and the counts change.
     """
     mesh = None if shardings is None else shardings.step.mesh
 
     def loss(params: Any, constants: Any, batch: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Sums]:
         logits = apply_model(graphdef, params, constants, batch["image"], dropout_key, mesh=mesh)
-        sums = classification_sums(logits, batch["label"], batch["weight"], config.label_smoothing)
+        sums = classification_sums(logits, batch["label"], batch["weight"], label_smoothing)
         return sums["loss"], sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _DROPOUT), state.step)
+        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
 
-        def gradient(params: Any) -> tuple[Sums, Any]:
-            """Sums over the batch and the gradient of the mean loss."""
-
+        # 1. The gradient of the mean loss, or with SAM the one at the worst point near by.
+        def mean_gradient(params: Any) -> tuple[Sums, Any]:
             def of_part(part: Batch, key: jax.Array) -> tuple[Sums, Any]:
                 gradient, sums = jax.grad(loss, has_aux=True)(params, state.constants, part, key)
                 return sums, gradient
 
-            if config.accumulation_steps == 1:
-                sums, total = of_part(batch, dropout_key)
-            else:
-                parts = _split(batch, config.accumulation_steps)
-                keys = jax.random.split(dropout_key, config.accumulation_steps)
-                first = jax.tree.map(lambda x: x[0], (parts, keys))
-                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, *first))
-
-                def add(carry: Any, part: Any) -> tuple[Any, None]:
-                    return jax.tree.map(jnp.add, carry, of_part(*part)), None
-
-                (sums, total), _ = jax.lax.scan(add, zeros, (parts, keys))
+            sums, total = _accumulate(of_part, batch, dropout_key, accumulation_steps)
             return sums, jax.tree.map(lambda g: g / sums["count"], total)
 
-        if config.sam.rho:
-            sums, updates = sam(gradient, config.sam.rho, config.sam.every, state.step)(state.params)
-        else:
-            sums, updates = gradient(state.params)
-        grad_norm = optax.tree.norm(updates)
-        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
-        updates, opt_state = tx.update(updates, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        gradient = sam(mean_gradient, sam_rho, sam_every, state.step) if sam_rho else mean_gradient
+        sums, gradients = gradient(state.params)
+        grad_norm = optax.tree.norm(gradients)
+
+        # 2. The update, and the average of the parameters.
         step = state.step + 1
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_params is not None:
-            rate = jnp.where(step % config.ema.every == 0, 1.0 - config.ema.decay, 0.0)
+            rate = jnp.where(step % ema_every == 0, 1.0 - ema_decay, 0.0)
             ema_params = optax.incremental_update(params, ema_params, rate)
-        # Loss and gradient are sums over all devices, so all decide alike; XLA fuses the choice into the update.
+
+        # 3. A step that is not finite is skipped. Loss and gradient are sums over all devices, so all decide alike; XLA
+        # fuses the choice into the update.
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
         params, opt_state, ema_params = optax.tree.where(
             finite, (params, opt_state, ema_params), (state.params, state.opt_state, state.ema_params)
         )
@@ -108,20 +118,28 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
-def _split(batch: Batch, parts: int) -> Batch:
-    """Reshape [B, ...] to [parts, B / parts, ...]; every device splits its own share of the batch."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+def _accumulate(of_part: _GradientOfPart, batch: Batch, key: jax.Array, steps: int) -> tuple[Sums, Any]:
+    """Add up sums and gradients over `steps` micro-batches, of which one at a time is in memory."""
+    if steps == 1:
+        return of_part(batch, key)
+    # [B, ...] -> [steps, B / steps, ...]; every device splits its own share of the batch.
+    parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(key, steps)
+    first = jax.tree.map(lambda x: x[0], (parts, keys))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, *first))
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_part(*part)), None
+
+    return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> Callable[[Any, Any, Batch], Sums]:
-    """Jitted function of parameters, constants and a batch that returns `classification_sums`, without smoothing.
+    """Create a jitted function of parameters, constants and a batch that returns `classification_sums`, unsmoothed.
 
     Args:
       graphdef: The model.
       mesh: The devices; None for one.
-
-    Returns:
-      The function.
     """
 
     def eval_step(params: Any, constants: Any, batch: Batch) -> Sums:

@@ -1,9 +1,8 @@
-"""The folder of a run: the config and the data it belongs to, checkpoints (`checkpoint.py`), and its results."""
+"""The folder of a run: its config, what it was trained on, checkpoints (`checkpoint.py`), and its results."""
 
 import contextlib
 import fcntl
 import importlib.metadata
-import json
 import logging
 import os
 import pathlib
@@ -13,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from simplest_vit.config import check, default, flatten
+from simplest_vit.config import default, flatten, from_settings
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.files import local_path, read_json, write_json
 
 log = logging.getLogger("simplest_vit")
 
@@ -27,11 +26,11 @@ RESULTS = "results.json"
 _LOCK = ".lock"
 
 # The version of the project at which what a folder holds last changed, so that older folders are refused. A new field
-# of the config needs none where its default is what the code did before: folders without it are read with the default.
-VERSION = "0.2"
+# of the config needs none if its default is what the code did before: folders without it are read with the default.
+VERSION = "0.3"
 
-# Fields that do not change what is computed, and may differ when a run goes on.
-MAY_CHANGE = (
+# Fields that do not change what is computed, and may differ when a run is resumed.
+RESUMABLE_FIELDS = (
     "checkpoint_every",
     "checkpoint_minutes",
     "compilation_cache",
@@ -50,82 +49,45 @@ MAY_CHANGE = (
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def may_change(field: str) -> bool:
-    """Whether a field, by dotted name, is one of `MAY_CHANGE` or in a section that is."""
-    return any(f"{field}.".startswith(f"{name}.") for name in MAY_CHANGE)
+def is_resumable(field: str) -> bool:
+    """Return whether a field, by dotted name, is one of `RESUMABLE_FIELDS` or in a section that is."""
+    return any(f"{field}.".startswith(f"{name}.") for name in RESUMABLE_FIELDS)
 
 
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all, also where the power fails."""
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name
-    except OSError:
-        pass  # a file system that cannot
-    finally:
-        os.close(folder)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a file of a run.
-
-    Raises:
-      UserError: If it is damaged.
-    """
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); choose another --workdir, or remove the damaged run"
-        ) from error
-    return content
-
-
-def check_workdir(workdir: str, config: dict[str, Any]) -> pathlib.Path:
-    """Find that a folder is free for a config's run, or holds just that run. Writes nothing.
+def check_workdir(workdir: str, settings: dict[str, Any]) -> pathlib.Path:
+    """Check that a folder is free for a run, or holds just that run. Writes nothing.
 
     Args:
       workdir: Path of the folder, which may be missing.
-      config: The run's config as nested dicts.
+      settings: The run's config as nested dicts.
 
     Returns:
       The folder.
 
     Raises:
-      UserError: If it cannot be written, is a file, or belongs to another config.
+      UserError: If it cannot be written, is a file, or belongs to another run.
     """
     path, existing = _locate(workdir)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir} cannot be written ({existing}); choose a folder you may write to")
     if (path / CONFIG).exists():
-        _check_same(path, config)
-    elif (path / "checkpoints").exists():
-        raise UserError(f"--workdir={workdir} has checkpoints but no {CONFIG}; choose another folder")
+        _check_same(path, settings)
+        return path
+    for name in ("checkpoints", RESULTS):
+        if (path / name).exists():
+            raise UserError(f"--workdir={workdir} has {name} but no {CONFIG}; choose another folder")
     return path
 
 
-def read_run(workdir: str, config: ConfigDict | None = None) -> tuple[pathlib.Path, ConfigDict, DatasetInfo]:
+def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[pathlib.Path, dict[str, Any], DatasetInfo]:
     """Read what a folder remembers of its run. Writes nothing.
 
     Args:
       workdir: The folder.
-      config: A config that must be that run's; None takes the run's own.
+      settings: A config, as nested dicts, that must be that run's; None takes the run's own.
 
     Returns:
-      The folder, a copy of the config, and what the run was trained on.
+      The folder, the config, and what the run was trained on.
 
     Raises:
       UserError: If the folder holds no run, a damaged one, or one of another config or version.
@@ -133,23 +95,19 @@ def read_run(workdir: str, config: ConfigDict | None = None) -> tuple[pathlib.Pa
     path, _ = _locate(workdir)
     if not (path / CONFIG).exists():
         raise UserError(f"--workdir={workdir} holds no checkpoint; train there first, or name another folder")
-    if config is None:
-        flat = _read_config(path)
-        config = default(str(flat["optimizer.name"]))
-        with config.ignore_type():
-            config.update_from_flattened_dict(flat)
+    if settings is None:
+        own = _read_settings(path)
         try:
-            check(config)
+            settings = from_settings(own).to_dict()
         except UserError as error:
             raise UserError(f"{path / CONFIG} is damaged ({error}); choose another --workdir") from error
     else:
-        _check_same(path, config.to_dict())
-        config = config.copy_and_resolve_references()
-    return path, config, DatasetInfo.from_json(read_json(path / DATASET), path / DATASET)
+        _check_same(path, settings)
+    return path, settings, DatasetInfo.from_json(read_json(path / DATASET), path / DATASET)
 
 
 @contextlib.contextmanager
-def claim_workdir(path: pathlib.Path, config: dict[str, Any], data: DatasetInfo) -> Iterator[None]:
+def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo) -> Iterator[None]:
     """Create the folder, record whose run it holds, and keep it from other processes until the end.
 
     Raises:
@@ -158,7 +116,7 @@ def claim_workdir(path: pathlib.Path, config: dict[str, Any], data: DatasetInfo)
     with contextlib.ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            # Of a file that is open for writing, NFS keeps a lock between hosts as well.
+            # NFS keeps a lock between hosts only for a file that is open for writing.
             file = stack.enter_context((path / _LOCK).open("w"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,36 +125,36 @@ def claim_workdir(path: pathlib.Path, config: dict[str, Any], data: DatasetInfo)
                     f"--workdir={path} is in use: another process trains there; wait for its end, or choose another"
                 ) from error
             except OSError as error:
-                log.warning("%s cannot be locked (%s): see to it that no other process trains there", path, error)
+                log.warning("%s cannot be locked (%s): make sure that no other process trains there", path, error)
             if (path / CONFIG).exists():  # perhaps only since `check_workdir`, which was not alone
-                _check_same(path, config)
+                _check_same(path, settings)
                 check_data(path, data)
             else:
                 write_json(path / DATASET, data.to_json())
-            write_json(path / CONFIG, {"version": VERSION, "config": config})
+            write_json(path / CONFIG, {"version": VERSION, "config": settings})
         except OSError as error:
             raise UserError(f"--workdir={path} cannot be written ({error.strerror}); choose another folder") from error
         yield
 
 
 def check_data(path: pathlib.Path, data: DatasetInfo) -> None:
-    """Check that a run goes on with the data that it began with.
+    """Check that a run is resumed with the data that it was started with.
 
     Raises:
       UserError: Names the first thing that differs.
     """
-    began, now = DatasetInfo.from_json(read_json(path / DATASET), path / DATASET).to_json(), data.to_json()
-    for name, value in began.items():
+    before, now = DatasetInfo.from_json(read_json(path / DATASET), path / DATASET).to_json(), data.to_json()
+    for name, value in before.items():
         if now[name] != value:
             was, found = (text if len(text) <= 60 else text[:60] + " ..." for text in (repr(value), repr(now[name])))
             raise UserError(
-                f"--workdir={path} began with other data: their {name} was {was}, now {found}; set the data back to go "
-                "on with that run, or choose another --workdir"
+                f"--workdir={path} was started with other data: their {name} was {was}, now {found}; restore the data "
+                "to resume that run, or choose another --workdir"
             )
 
 
 def write_results(path: pathlib.Path, outcome: dict[str, Any]) -> None:
-    """Record what a run came to in its folder.
+    """Write `results.json`.
 
     Raises:
       TrainingError: If it cannot be written.
@@ -206,12 +164,12 @@ def write_results(path: pathlib.Path, outcome: dict[str, Any]) -> None:
     except OSError as error:
         raise TrainingError(
             f"{path / RESULTS} cannot be written ({error.strerror}): training is done and its last checkpoint is "
-            "intact; make room or mend the disk and start the same command again"
+            "intact; make room on the disk and rerun the command"
         ) from error
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and commit of this process.
+    """Describe device, versions and commit of this process.
 
     Returns:
       `device`, such as "1 x NVIDIA H200"; `versions` of Python and the packages that compute; `commit` of the code,
@@ -240,25 +198,27 @@ def _commit() -> str | None:
 
 
 def _locate(workdir: str) -> tuple[pathlib.Path, pathlib.Path]:
-    """The folder, and as much of its path as exists."""
+    """Return the folder, and as much of its path as exists."""
     try:
-        path = pathlib.Path(workdir).expanduser().absolute()
+        path = pathlib.Path(local_path(workdir)).absolute()
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, not text
-        raise UserError(f"--workdir={workdir} is no path of a folder ({error}); choose another") from error
+    except UserError as error:
+        raise UserError(f"--workdir={error}") from error
+    except OSError as error:  # a name that is too long
+        raise UserError(f"--workdir={workdir} is no path of a folder ({error.strerror}); choose another") from error
     if not existing.is_dir():
         raise UserError(f"--workdir={workdir}: {existing} is a file; name a folder")
     return path, existing
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    """The config of a folder's run, by dotted name."""
+def _read_settings(path: pathlib.Path) -> dict[str, Any]:
+    """Read the config of a folder's run, by dotted name."""
     content = read_json(path / CONFIG)
     version = content.get("version", "0.1")  # which wrote none
     if version != VERSION:
         raise UserError(
-            f"--workdir={path} was made by version {version} of this project; this is {VERSION} and cannot go on: "
-            f"use version {version}, or choose another --workdir"
+            f"--workdir={path} was made by version {version} of this project, this is {VERSION}; use version "
+            f"{version}, or choose another --workdir"
         )
     try:
         flat = flatten(content["config"])
@@ -267,12 +227,13 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path / CONFIG} cannot be read ({error}); choose another --workdir") from error
 
 
-def _check_same(path: pathlib.Path, config: dict[str, Any]) -> None:
-    old, new = _read_config(path), flatten(config)
+def _check_same(path: pathlib.Path, settings: dict[str, Any]) -> None:
+    old, new = _read_settings(path), flatten(settings)
     for name in sorted(old.keys() | new.keys()):
-        if may_change(name) or old.get(name) == new.get(name):
+        if is_resumable(name) or old.get(name) == new.get(name):
             continue
         raise UserError(
-            f"--workdir={path} holds another run: its config.{name} is {old.get(name)!r}, now {new.get(name)!r}; "
-            "set it back to go on with that run, or choose another --workdir"
+            f"--workdir={path} holds another run: its config.{name} is {old.get(name)!r}, now {new.get(name)!r}; set "
+            "it back to resume that run, choose another --workdir, or start there from the weights of this one: "
+            f"--config.init_from={path}"
         )

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from simplest_vit.analysis import measure
-from simplest_vit.analysis.jacobian import jacobian_spectrum, pooled
+from simplest_vit.analysis.jacobian import jacobian_spectrum, merge_spectra
 from simplest_vit.models import layers
 from tests.models import tiny
 
 IMAGE = jax.random.normal(jax.random.key(1), (1, 8, 12, 3))
-ISOMETRIC = {"attention": "shift", "mlp": "mirrored", "activation": "gelu", "init": "isometric", "mlp_dim": 32}
 
 
 def exact(model):
@@ -21,15 +19,15 @@ def exact(model):
     @jax.jit
     def jacobian(state):
         model = nnx.merge(graphdef, state)
-        return jax.jacrev(lambda x: layers.scan(model.blocks, x))(measure.embed(model, IMAGE))
+        return jax.jacrev(lambda x: layers.scan(model.blocks, x))(model.embed(IMAGE))
 
     return np.asarray(jacobian(state), np.float64).reshape(96, 96)
 
 
-@pytest.mark.parametrize("create", [tiny.simplest_vit, tiny.simple_vit])
-def test_moments_of_the_spectrum_are_those_of_the_jacobian(create):
+@pytest.mark.parametrize("name", ["simplest_vit", "simple_vit"])
+def test_moments_of_the_spectrum_are_those_of_the_jacobian(name):
     """The quadrature is exact for its starts v: moments v^T (J^T J)^k v; and so is the greatest singular value."""
-    model = create()
+    model = tiny.vit(name)
     values, weights = jacobian_spectrum(model, IMAGE, seed=3)
     jacobian = exact(model)
     starts = np.stack([jax.random.normal(key, (96,)) for key in jax.random.split(jax.random.key(3), 4)], axis=1)
@@ -43,7 +41,7 @@ def test_moments_of_the_spectrum_are_those_of_the_jacobian(create):
 
 def test_an_isometry_has_all_its_weight_at_one_and_at_its_decay():
     """1 for the mean over the 6 tokens, a sixth of directions; (1 - eps)^3 for the rest."""
-    values, weights = jacobian_spectrum(tiny.simplest_vit(shift_eps=0.2, **ISOMETRIC), IMAGE)
+    values, weights = jacobian_spectrum(tiny.vit("isometric_vit", uniform_fraction=0.2), IMAGE)
     seen = weights > 1e-6
     near = np.minimum(np.abs(values - 1), np.abs(values - 0.8**3))
     assert near[seen].max() < 1e-4
@@ -52,6 +50,6 @@ def test_an_isometry_has_all_its_weight_at_one_and_at_its_decay():
 
 
 def test_spectra_are_pooled_by_equal_weight():
-    values, weights = pooled([(np.array([1.0, 3.0]), np.array([0.5, 0.5])), (np.array([2.0]), np.array([1.0]))])
+    values, weights = merge_spectra([(np.array([1.0, 3.0]), np.array([0.5, 0.5])), (np.array([2.0]), np.array([1.0]))])
     np.testing.assert_array_equal(values, [1, 2, 3])
     np.testing.assert_array_equal(weights, [0.25, 0.5, 0.25])

@@ -4,19 +4,18 @@ import jax
 import numpy as np
 from flax import nnx
 
-from simplest_vit.analysis import measure
 from simplest_vit.analysis.attention_rollout import attention_rollout
 from tests.models import tiny
 
 
 def test_each_skip_is_half_of_its_block():
-    model = tiny.simple_vit()
+    model = tiny.vit("simple_vit")
     image = jax.random.normal(jax.random.key(0), (2, 8, 12, 3))
     graphdef, state = nnx.split(model.blocks)
-    x, product = measure.embed(model, image), np.eye(6)
+    x, product = model.embed(image), np.eye(6)
     for layer in range(3):
         block = nnx.merge(graphdef, jax.tree.map(lambda a, layer=layer: a[layer], state))
-        matrix = np.asarray(measure.attention_weights(block.attention, x), np.float64).mean(axis=1)
+        matrix = np.asarray(block.attention.matrix(x), np.float64).mean(axis=1)
         product = (matrix + np.eye(6)) / 2 @ product
         x = block(x)
     rollout = attention_rollout(model, image)

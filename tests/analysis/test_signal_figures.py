@@ -96,7 +96,7 @@ def test_every_panel_has_title_labels_and_the_data(analysed):
 def test_gaussian_inputs_are_noise_of_the_shape_of_the_images(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(signal_propagation, "CONTRASTS", {})
-    monkeypatch.setattr(signal_propagation, "analyse", lambda name, models, config, *batch: seen.append(batch))
+    monkeypatch.setattr(signal_propagation, "analyse", lambda name, models, *batch: seen.append(batch))
     monkeypatch.setattr(signal_propagation, "write", lambda results, folder, title: seen.append(title))
     for seed, inputs in ((1, "gaussian"), (1, "gaussian"), (2, "gaussian"), (1, "images")):
         config = tiny_config(data__dir=str(tmp_path / "tfds"), seed=seed)
@@ -134,7 +134,7 @@ def test_contrasts_are_known_by_name():
     for name in contrasts.CONTRASTS:
         assert contrasts.name_of(contrasts.with_contrast(config, name).model) == name
     config.model.attention = "espa_2d"
-    assert contrasts.name_of(config.model) == "espa_2d, shaped MLP, tailored_relu, init paper"
+    assert contrasts.name_of(config.model) == "simplest_vit, espa_2d"
 
 
 def test_a_folder_without_checkpoint_is_told_and_left_alone(tmp_path):

@@ -81,6 +81,16 @@ def test_a_row_of_a_table_finds_its_runs(tmp_path, row):
     assert (record.network, record.changes) == (network.preset, records.changes_text(network.fields))
 
 
+def test_of_many_evaluations_six_are_kept_with_the_first_and_the_last(tmp_path):
+    finish(tmp_path / "run", small_config())
+    writer = SummaryWriter(str(tmp_path / "run"))
+    for step in range(100, 1500, 100):
+        writer.write_scalars(step, {"validation_accuracy": step / 10_000})
+    writer.close()
+    (record,) = recorded(tmp_path)
+    assert list(record.accuracy_at) == [100, 400, 700, 900, 1200, 1500]
+
+
 def test_a_run_on_the_hold_out_says_so(tmp_path):
     hold_out = {name.replace(".", "__"): value for name, value in protocols.HOLD_OUT.items()}
     finish(tmp_path / "run", small_config(**hold_out))

@@ -42,8 +42,19 @@ def test_fresh_seeds_train_on_everything_and_read_the_test_images_once(tmp_path)
     assert runs[0].data.validation_split is None
     assert runs[0].steps == 1500
     assert runs[0].eval_every > runs[0].steps
-    folders = {folder for point in points for folder in point.workdirs}
-    assert len(folders) == 2 * len(ROWS)
+    chosen_in = [
+        point for tries in reproduce.choices(TABLE, str(tmp_path), {}, check=False).values() for point in tries
+    ]
+    folders = [folder for point in (*points, *chosen_in) for folder in point.workdirs]
+    assert len(set(folders)) == len(folders) == 2 * len(ROWS) + 7
+
+
+def test_a_recipe_is_chosen_by_a_third_of_its_epochs(tmp_path):
+    key = ("cifar10", "soap", "isometric")
+    run = config(reproduce.choices(TABLES["s4"], str(tmp_path), {}, check=False)[key][0])
+    assert (run.epochs, run.steps, run.batch_size, run.model.num_heads) == (30, None, 2048, None)
+    chosen = {key: 1e-3 for key, _ in reproduce.cells(TABLES["s4"])}
+    assert config(reproduce.reported(TABLES["s4"], chosen, str(tmp_path), {})[0]).epochs == 90
 
 
 def test_the_best_rate_is_that_of_the_hold_out_and_a_row_without_a_run_is_named(tmp_path, capsys):

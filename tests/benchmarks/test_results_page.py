@@ -119,6 +119,9 @@ def test_a_lead_off_zero_with_everything_measured_is_a_proof_and_one_within_nois
     assert judged(both(OURS, THEIRS, *measured)).startswith("**Verdict: proven.**")
     assert judged(both(OURS, rows("SimpleViT", 0.6, 0.9, 0.6, 0.7, 0.75), *measured)).startswith("**Verdict: not shown")
     assert judged(both(OURS, THEIRS[:3], *measured)).startswith("**Verdict: open.** 1 of 5")
+    level = [dataclasses.replace(record, data="cifar100") for record in rows("SimpleViT", 0.6, 0.9, 0.6, 0.7, 0.75)]
+    one_of_two = [record for record in both(OURS, THEIRS, *measured) if record not in both(THEIRS)[5:]]
+    assert judged(one_of_two, level).startswith("**Verdict: not shown")
 
 
 def test_a_page_keeps_its_text_and_gets_its_blocks():
@@ -156,6 +159,23 @@ def test_the_headline_has_the_larger_p_value_by_holm_over_all_tests():
 def test_a_page_that_no_record_vouches_for_is_refused(text, message):
     with pytest.raises(UserError, match=message):
         results_page.fill(text, Results([]), "RESULTS.md")
+
+
+def test_check_writes_nothing_and_fails_until_the_page_is_made(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results: width -->\n<!-- results: end -->\n")
+    monkeypatch.setattr(results_page, "ROOT", tmp_path)
+    monkeypatch.setattr(results_page, "PAGES", ("page.md",))
+    monkeypatch.setattr("sys.argv", ["results_page", "--check"])
+    with pytest.raises(SystemExit, match="2"):
+        results_page.main()
+    assert "page.md is not what results/runs.csv gives" in capsys.readouterr().err
+    assert len(page.read_text().splitlines()) == 2
+    monkeypatch.setattr("sys.argv", ["results_page"])
+    results_page.main()
+    assert "isometric" in page.read_text()
+    monkeypatch.setattr("sys.argv", ["results_page", "--check"])
+    results_page.main()
 
 
 def test_the_pages_of_the_repository_say_what_the_records_give():

@@ -213,7 +213,7 @@ def test_when_a_process_is_killed_the_other_stops_and_the_restart_ends_equal(who
     assert_stopped_for_the_other(code, text(workdir, other))
     assert not (workdir / "results.json").exists()
     results = train(workdir, LONG, 2, 2)
-    assert "going on from step" in text(workdir, 0)
+    assert "resuming at step" in text(workdir, 0)
     assert_same_results(results, whole)
 
 
@@ -238,7 +238,7 @@ def test_a_signal_to_one_process_stops_both_behind_the_same_step(whole, tmp_path
         assert [process.wait(TIMEOUT) for process in running] == codes, text(workdir, 0)
         (step,) = re.findall(r"^interrupted: step (\d+) of 400 is saved", text(workdir, 0), re.MULTILINE)
     results = train(workdir, LONG, 2, 2)
-    assert f"going on from step {step} of 400" in text(workdir, 0)
+    assert f"resuming at step {step} of 400" in text(workdir, 0)
     assert_same_results(results, whole)
 
 

@@ -1,5 +1,6 @@
 """Runs of main.py as real processes that can be stopped at a chosen line or moment."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import time
 import jax
 import numpy as np
 
+from simplest_vit.config import from_settings
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.run import build
 from simplest_vit.training.workdir import read_run
@@ -85,12 +87,17 @@ class Run:
     def end(self):
         """The last state and what is said of it, without times and commit: equal for runs that went the same way."""
         with Checkpoints(self.workdir, create=False) as checkpoints:
-            _, config, data = read_run(str(self.workdir))
-            state, progress = checkpoints.restore(build(config, data).abstract, checkpoints.newest())
+            _, settings, data = read_run(str(self.workdir))
+            abstract = build(from_settings(settings), data).abstract
+            state, progress = checkpoints.restore(abstract, checkpoints.newest())
             best = checkpoints.best()
         results = json.loads((self.workdir / "results.json").read_text())
         times = {"wall_time_s", "step_time_median_s", "images_per_second", "commit"}
-        said = {name: value for name, value in {**results, **progress, "best": best}.items() if name not in times}
+        said = {
+            name: value
+            for name, value in {**results, **dataclasses.asdict(progress), "best": best}.items()
+            if name not in times
+        }
         return jax.tree.map(np.asarray, state), said
 
 

@@ -46,7 +46,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(small_disk, 
     assert saved in (10, 20)
     resize(10_000)
     stderr = run.finish()
-    assert f"going on from step {saved} of 40" in stderr
+    assert f"resuming at step {saved} of 40" in stderr
     assert_same_end(run, uninterrupted.end())
 
 

@@ -92,12 +92,12 @@ def test_a_signal_ends_the_run_with_75_and_the_same_command_goes_on(uninterrupte
         assert (code, text) == (0, "step 60/")
     else:
         assert code == os.EX_TEMPFAIL, stderr
-        assert re.search(r"^interrupted: .*the same command .*\n\Z", stderr, re.MULTILINE), stderr
+        assert re.search(r"^interrupted: .*rerun the command.*\n\Z", stderr, re.MULTILINE), stderr
     assert [line for line in stderr.splitlines() if not LINE.match(line)] == []
     assert_nothing_left(run, before)
     saved = run.finished_checkpoint()
     again = run.finish() if saved < 60 or code else ""
-    assert (f"going on from step {saved} of 60" in again) == (saved > 0 and bool(again))
+    assert (f"resuming at step {saved} of 60" in again) == (saved > 0 and bool(again))
     assert_same_end(run, end)
 
 

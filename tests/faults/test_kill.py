@@ -45,7 +45,7 @@ def assert_resumed(run, stderr, checkpoint):
     if "has finished" in stderr:
         assert checkpoint == run.config.steps
     elif "parameters" in stderr:
-        found = re.search(r"going on from step (\d+)", stderr)
+        found = re.search(r"resuming at step (\d+)", stderr)
         assert int(found[1] if found else 0) == checkpoint, "progress up to a finished checkpoint was lost"
 
 

@@ -13,8 +13,8 @@ import pytest
 from simplest_vit.errors import UserError
 from simplest_vit.interop.import_reference import import_reference
 from simplest_vit.interop.torch_file import Checkpoint
-from simplest_vit.training import loop
-from simplest_vit.training.run import restore_best
+from simplest_vit.training import evaluate, train
+from simplest_vit.training.evaluate import restore_best
 from tests.tiny import tiny_config
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -49,8 +49,8 @@ def test_an_imported_checkpoint_gives_the_logits_of_pytorch(tmp_path, data_dir, 
 def test_an_imported_run_is_evaluated_and_trained_on_quick(tmp_path, data_dir):
     config = config_of("simplest_vit", data_dir)
     import_reference(config, str(tmp_path), str(FIXTURES / "simplest_vit.pth"))
-    assert loop.evaluate(str(tmp_path), config)["best"]["step"] == 1
-    assert loop.train_and_evaluate(config, str(tmp_path))["steps"] == 6
+    assert evaluate.evaluate(str(tmp_path), config)["best"]["step"] == 1
+    assert train.train(config, str(tmp_path))["steps"] == 6
 
 
 @pytest.mark.parametrize("name", ["simplest_vit", "simple_vit"])
@@ -159,12 +159,12 @@ def test_a_file_that_is_no_checkpoint_is_one_line_and_nothing_is_written(tmp_pat
         ({"model__depth": 1, "model__c_val_0_target": 0.1}, "holds transformer.layers.2"),
         ({"model__depth": 3}, "lacks transformer.layers.4.d [1, 1, 16, 1]"),
         ({"model__name": "simple_vit"}, "which a simple_vit of this config has not"),
-        ({"model__attention": "unshaped"}, "config.model.attention='unshaped' is none of the PyTorch reference"),
+        ({"model__attention": "softmax"}, "config.model.attention='softmax' is not in the PyTorch reference"),
         (
-            {"model__mlp": "mirrored", "model__activation": "gelu"},
-            "config.model.mlp='mirrored' is none of the PyTorch reference",
+            {"model__mlp": "looks_linear", "model__activation": "gelu"},
+            "config.model.mlp='looks_linear' is not in the PyTorch reference",
         ),
-        ({"model__activation": "relu"}, "config.model.activation='relu' is none of the PyTorch reference"),
+        ({"model__activation": "relu"}, "config.model.activation='relu' is not in the PyTorch reference"),
     ],
 )
 def test_another_shape_names_the_tensor_and_both_shapes(tmp_path, data_dir, overrides, message):

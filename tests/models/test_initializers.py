@@ -26,6 +26,6 @@ def test_gaussian_fan_in_is_not_truncated():
 
 def test_uniform_fan_in_bounds_kernels_and_biases_alike():
     for shape in ((100, 40), (40,)):
-        array = np.asarray(initializers.uniform_fan_in(100)(jax.random.key(0), shape))
+        array = np.asarray(initializers.uniform_fan_in(jax.random.key(0), shape, fan_in=100))
         assert np.abs(array).max() <= 0.1
         assert np.abs(array).max() > 0.08

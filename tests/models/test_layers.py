@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from scipy.stats import norm
 
-from simplest_vit.models import layers
+from simplest_vit.models import PRESETS, attention, layers
 from tests.models import attention_oracle as oracle
 from tests.models import tiny
 from tests.models.test_models import primitives
@@ -38,7 +38,7 @@ def test_attend_and_its_gradients_are_those_of_the_closed_form(bias, scaled):
     expected = oracle.attention(query, key, value, 3, bias, scale, gradient)
 
     def attend(*qkv):
-        return layers.attend(*qkv, 3, attention_bias=bias, row_scale=scale)
+        return attention.attend(*qkv, 3, attention_bias=bias, row_scale=scale)
 
     result, pullback = jax.vjp(attend, *(jnp.float32(x) for x in (query, key, value)))
     for ours, theirs in zip((result, *pullback(jnp.float32(gradient))), (expected[0], *expected[1]), strict=True):
@@ -48,7 +48,7 @@ def test_attend_and_its_gradients_are_those_of_the_closed_form(bias, scaled):
 def test_the_backward_pass_of_bfloat16_attention_has_no_product_of_float32_operands():
     qkv = jnp.ones((3, 2, 5, 12), jnp.bfloat16)
     bias, scale = jnp.zeros((5, 5)), jnp.ones(5)
-    jaxpr = jax.make_jaxpr(jax.grad(lambda qkv: layers.attend(*qkv, 3, bias, scale).sum().astype(jnp.float32)))(qkv)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda qkv: attention.attend(*qkv, 3, bias, scale).sum().astype(jnp.float32)))(qkv)
     products = [e for e in primitives(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
     assert len(products) == 6
     assert {v.aval.dtype for e in products for v in e.invars} == {jnp.dtype(jnp.bfloat16)}
@@ -60,7 +60,7 @@ def test_masked_keys_get_no_weight_and_no_gradient():
     bias = jnp.where(np.tri(4, dtype=bool), 0.0, -jnp.inf)
 
     def first_token(key, value):
-        return layers.attend(query, key, value, 2, attention_bias=bias, row_scale=jnp.ones(4))[0, 0].sum()
+        return attention.attend(query, key, value, 2, attention_bias=bias, row_scale=jnp.ones(4))[0, 0].sum()
 
     for gradient in jax.grad(first_token, argnums=(0, 1))(key, value):
         assert np.isfinite(gradient).all()
@@ -84,7 +84,7 @@ def test_gelu_is_exact(dtype):
 def test_an_activated_layer_keeps_its_product_alone(dtype):
     dense = nnx.Linear(4, 7, bias_init=nnx.initializers.normal(), dtype=dtype, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (5, 4))
-    result, pullback = jax.vjp(lambda x: layers.activate(x, dense, layers.gelu), x)
+    result, pullback = jax.vjp(lambda x: layers.dense_activation(x, dense, layers.gelu), x)
     assert result.dtype == dtype
     z = np.float64(x) @ np.float64(dense.kernel[...]) + np.float64(dense.bias[...])
     np.testing.assert_allclose(np.float64(result), z * norm.cdf(z), atol=3e-6 if dtype == jnp.float32 else 0.02)
@@ -96,9 +96,9 @@ def test_an_activated_layer_keeps_its_product_alone(dtype):
     assert [leaf.dtype for leaf in jax.tree.leaves(pullback) if leaf.shape == (5, 7)] == [dtype]
 
 
-@pytest.mark.parametrize("create", [tiny.simplest_vit, tiny.simple_vit])
-def test_scan_equals_a_loop_over_the_blocks(create):
-    blocks = create().blocks
+@pytest.mark.parametrize("name", PRESETS)
+def test_scan_equals_a_loop_over_the_blocks(name):
+    blocks = tiny.vit(name).blocks
     x = jax.random.normal(jax.random.key(1), (2, 6, 16))
     graphdef, state = nnx.split(blocks)
     apply = jax.jit(lambda layer, x: nnx.merge(graphdef, layer)(x))
@@ -109,6 +109,6 @@ def test_scan_equals_a_loop_over_the_blocks(create):
 
 
 def test_layers_of_a_stack_differ():
-    kernel = np.asarray(tiny.simplest_vit().blocks.mlp.dense1.kernel[...])
-    assert kernel.shape == (3, 16, 24)
+    kernel = np.asarray(tiny.vit().blocks.mlp.dense1.kernel[...])
+    assert kernel.shape == (3, 16, 32)
     assert not np.allclose(kernel[0], kernel[1])

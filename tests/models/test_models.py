@@ -7,10 +7,9 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from simplest_vit.models import simplest_vit
-from simplest_vit.models.factory import VARIANTS, create_model
+from simplest_vit.models import PRESETS, VARIANTS, create_model
+from simplest_vit.models.attention_kinds import KINDS
 from tests.models import tiny
-from tests.models.test_model_factory import model_config
 
 IMAGE = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
 
@@ -18,7 +17,9 @@ IMAGE = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
 def num_parameters(name, variant, image_size, patch_size, num_classes):
     model = nnx.eval_shape(
         lambda: create_model(
-            model_config(name=name, variant=variant, patch_size=patch_size),
+            name,
+            variant=variant,
+            patch_size=patch_size,
             image_shape=(image_size, image_size, 3),
             num_classes=num_classes,
             dtype=jnp.float32,
@@ -46,11 +47,12 @@ def test_parameter_counts(name, patch_size, image_size, num_classes, expected):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", ["simplest_vit", "simple_vit"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_variant_gives_float32_logits(name, variant):
     def logits():
         model = create_model(
-            model_config(name=name, variant=variant),
+            name,
+            variant=variant,
             image_shape=(16, 24, 3),
             num_classes=7,
             dtype=jnp.bfloat16,
@@ -62,9 +64,9 @@ def test_every_variant_gives_float32_logits(name, variant):
     assert (result.shape, result.dtype) == ((2, 7), jnp.float32)
 
 
-@pytest.mark.parametrize("attention", simplest_vit.ATTENTIONS)
+@pytest.mark.parametrize("attention", KINDS)
 def test_every_attention_computes_finite_logits_and_gradients(attention):
-    graphdef, params, constants = tiny.split(tiny.simplest_vit(attention=attention, dtype=jnp.bfloat16))
+    graphdef, params, constants = tiny.split(tiny.vit(attention=attention, dtype=jnp.bfloat16))
 
     def loss(params):
         logits = nnx.merge(graphdef, params, constants)(IMAGE)
@@ -78,13 +80,13 @@ def test_every_attention_computes_finite_logits_and_gradients(attention):
 
 
 def test_images_of_other_sizes_channels_and_depths():
-    model = tiny.simplest_vit(image_shape=(4, 20, 1), patch_size=2, depth=1, c_val_0_target=0.4)
+    model = tiny.vit(image_shape=(4, 20, 1), patch_size=2, depth=1, c_val_0_target=0.4)
     assert model(jnp.zeros((3, 4, 20, 1))).shape == (3, 5)
 
 
-@pytest.mark.parametrize("create", [tiny.simplest_vit, tiny.simple_vit])
-def test_bfloat16_stays_near_float32(create):
-    exact, rounded = create()(IMAGE), create(dtype=jnp.bfloat16)(IMAGE)
+@pytest.mark.parametrize("name", PRESETS)
+def test_bfloat16_stays_near_float32(name):
+    exact, rounded = tiny.vit(name)(IMAGE), tiny.vit(name, dtype=jnp.bfloat16)(IMAGE)
     np.testing.assert_allclose(rounded, exact, atol=0.05 * float(np.abs(exact).max()))
 
 
@@ -97,7 +99,7 @@ def primitives(jaxpr):
 
 
 def loss_jaxpr(**overrides):
-    graphdef, params, constants = tiny.split(nnx.eval_shape(lambda: tiny.simplest_vit(**overrides)))
+    graphdef, params, constants = tiny.split(nnx.eval_shape(lambda: tiny.vit(**overrides)))
 
     def loss(params, constants):
         return nnx.merge(graphdef, params, constants)(IMAGE).mean()
@@ -117,10 +119,10 @@ def test_depth_64_traces_the_program_of_depth_12(remat):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("create", [tiny.simplest_vit, tiny.simple_vit])
-def test_remat_changes_nothing_but_memory(create):
+@pytest.mark.parametrize("name", PRESETS)
+def test_remat_changes_nothing_but_memory(name):
     def gradient(remat):
-        graphdef, params, constants = tiny.split(create(remat=remat))
+        graphdef, params, constants = tiny.split(tiny.vit(name, remat=remat))
         return jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p, constants)(IMAGE).mean()))(params)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient(False), gradient(True))
@@ -128,7 +130,7 @@ def test_remat_changes_nothing_but_memory(create):
 
 def test_the_scan_keeps_one_array_for_each_activation():
     """Kept for the backward pass at the width of the MLP: the activation alone, not its input, a mask or a copy."""
-    b, t, depth, mlp_dim = 2, 6, 3, 24
+    b, t, depth, mlp_dim = 2, 6, 3, 32
     scans = [e for e in primitives(loss_jaxpr()) if e.primitive.name == "scan"]
     forward = scans[0]
     assert sum(v.aval.size == depth * b * t * mlp_dim for v in forward.outvars) == 1
@@ -137,9 +139,9 @@ def test_the_scan_keeps_one_array_for_each_activation():
 
 
 def test_dropout_needs_a_key_and_keeps_the_mean():
-    model = tiny.simplest_vit(dropout=0.5)
+    model = tiny.vit(dropout=0.5)
     plain = model(IMAGE)
-    np.testing.assert_array_equal(plain, tiny.simplest_vit()(IMAGE))
+    np.testing.assert_array_equal(plain, tiny.vit()(IMAGE))
     keys = jax.random.split(jax.random.key(0), 4000)
     dropped = jax.vmap(lambda key: model(IMAGE, dropout_key=key))(keys)
     assert not np.allclose(dropped[0], dropped[1])
@@ -147,7 +149,9 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
 
 
 def test_value_skipinit_starts_as_the_identity_on_values():
-    attention = simplest_vit.ValueSkipInit(16, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    blocks = tiny.vit(attention="value_skipinit", depth=1, c_val_0_target=0.1).blocks
+    graphdef, state = nnx.split(blocks.attention)
+    attention = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
     np.testing.assert_array_equal(attention(x), attention.value(x))
     attention.beta[...] = jnp.float32(1.0)
@@ -155,14 +159,14 @@ def test_value_skipinit_starts_as_the_identity_on_values():
 
 
 def test_constants_are_not_parameters():
-    _, params, constants = tiny.split(tiny.simplest_vit())
+    _, params, constants = tiny.split(tiny.vit())
     assert set(constants["blocks"]["attention"]) == {"row_scale", "attention_bias"}
     assert set(params["blocks"]["attention"]) == {"query", "key", "value"}
     assert set(constants) == {"position_embedding", "blocks"}
 
 
 def test_initialization():
-    _, params, _ = tiny.split(tiny.simplest_vit(image_shape=(32, 48, 3), width=96, mlp_dim=192, num_classes=40))
+    _, params, _ = tiny.split(tiny.vit(image_shape=(32, 48, 3), width=96, mlp_dim=192, num_classes=40))
     attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]
     assert (attention["query"]["kernel"] == 0).all()
     for layer in (attention["key"], attention["value"]):

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import softmax
 
-from simplest_vit.models import initializers, layers, shift, simplest_vit
+from simplest_vit.models import initializers, layers, mlp, shift
+from simplest_vit.models.attention_kinds import KINDS
 from tests.models import tiny
 
 GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -59,8 +60,9 @@ def test_every_head_looks_its_offset_away(grid, eps, data):
     rows, columns = grid
     num_heads = data.draw(st.integers(1, min(rows * columns, 9)))
     offsets = shift.head_offsets(num_heads, grid, 3)
-    matrices = shift.attention_matrices(offsets, grid, eps)
-    np.testing.assert_allclose(softmax(shift.attention_bias(offsets, grid, eps), axis=-1), matrices, atol=1e-14)
+    matrices = shift.attention_matrices(shift.sources(offsets, grid), eps)
+    bias = KINDS["shift"](uniform_fraction=eps).constants(grid, 3, num_heads)["attention_bias"]
+    np.testing.assert_allclose(softmax(bias, axis=-1), matrices, atol=1e-14)
     x = np.random.default_rng(0).normal(size=(rows, columns))
     for block, block_offsets in zip(matrices, offsets, strict=True):
         for matrix, (dy, dx) in zip(block, block_offsets, strict=True):
@@ -71,9 +73,7 @@ def test_every_head_looks_its_offset_away(grid, eps, data):
 
 def test_each_block_of_the_model_has_its_own_offsets():
     """Two heads, one of which moves in every second block: right in the fourth, up in the sixth."""
-    model = tiny.simplest_vit(
-        attention="shift", shift_eps=0.2, mlp="mirrored", activation="gelu", init="isometric", mlp_dim=32, depth=6
-    )
+    model = tiny.vit("isometric_vit", uniform_fraction=0.2, depth=6)
     bias = np.asarray(model.blocks.attention.attention_bias[...])
     assert bias.shape == (6, 2, 6, 6)
     looked_at = bias.argmax(axis=-1)  # tokens 0 1 2 / 3 4 5
@@ -82,7 +82,7 @@ def test_each_block_of_the_model_has_its_own_offsets():
     np.testing.assert_array_equal(looked_at[5, 1], [3, 4, 5, 0, 1, 2])
 
 
-def jacobian(depth, eps, activation):
+def jacobian(depth, eps, activation, name="isometric_vit"):
     """Of the blocks at random tokens, in float64 [T D, T D]."""
     with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
         patch.setattr(
@@ -93,12 +93,10 @@ def jacobian(depth, eps, activation):
 
         @jax.jit
         def compute():
-            model = tiny.simplest_vit(
-                attention="shift",
-                shift_eps=eps,
-                mlp="mirrored",
+            model = tiny.vit(
+                name,
+                uniform_fraction=eps,
                 activation=activation,
-                init="isometric",
                 depth=depth,
                 width=8,
                 mlp_dim=16,
@@ -111,9 +109,17 @@ def jacobian(depth, eps, activation):
         return np.asarray(compute())
 
 
-@pytest.mark.parametrize(("depth", "activation"), [(12, "gelu"), (64, "gelu"), (2, "silu"), (2, "relu")])
-def test_without_uniform_attention_the_network_is_an_isometry(depth, activation):
-    values = np.linalg.svd(jacobian(depth, 0.0, activation), compute_uv=False)
+@pytest.mark.parametrize(
+    ("name", "depth", "activation"),
+    [
+        ("isometric_vit", 64, "gelu"),
+        ("isometric_vit", 2, "silu"),
+        ("isometric_vit", 2, "relu"),
+        ("shift_mlp", 12, "gelu"),
+    ],
+)
+def test_without_uniform_attention_the_network_is_an_isometry(name, depth, activation):
+    values = np.linalg.svd(jacobian(depth, 0.0, activation, name), compute_uv=False)
     np.testing.assert_allclose(values, 1, atol=1e-5)
 
 
@@ -123,21 +129,30 @@ def test_uniform_attention_shrinks_all_but_the_mean_over_tokens():
     np.testing.assert_allclose(values, [1.0] * 8 + [0.95**12] * 40, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", simplest_vit.MLPS["mirrored"])
-def test_the_mirrored_mlp_is_orthogonal_and_its_units_are_there(name):
+@pytest.mark.parametrize("name", mlp.LooksLinearMLP.activations)
+def test_the_looks_linear_mlp_is_orthogonal_and_its_units_are_there(name):
     """At initialization linear and orthogonal; off it, the units do what any MLP's do."""
-    mlp = simplest_vit.MirroredMLP(8, 20, simplest_vit._MIRRORED[name], dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer = mlp.LooksLinearMLP(
+        8,
+        20,
+        name,
+        init=initializers.INITS["orthogonal"],
+        norm="none",
+        negative_slope=0.0,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
     x = np.random.default_rng(1).normal(size=(1, 50, 8)).astype(np.float32) * 4
-    y = np.asarray(mlp(jnp.asarray(x)))
+    y = np.asarray(layer(jnp.asarray(x)))
     np.testing.assert_allclose(y @ y.swapaxes(1, 2), x @ x.swapaxes(1, 2), rtol=1e-4, atol=1e-4)
     assert abs((x * y).sum()) < 0.7 * (x * x).sum()  # a random orthogonal map, not the identity
-    np.testing.assert_allclose(np.asarray(mlp(jnp.asarray(2 * x))), 2 * y, rtol=1e-4, atol=1e-4)
-    mlp.dense1.bias[...] = jnp.linspace(-1, 1, 20)
-    assert np.abs(np.asarray(mlp(jnp.asarray(2 * x))) - 2 * np.asarray(mlp(jnp.asarray(x)))).max() > 0.1
+    np.testing.assert_allclose(np.asarray(layer(jnp.asarray(2 * x))), 2 * y, rtol=1e-4, atol=1e-4)
+    layer.dense1.bias[...] = jnp.linspace(-1, 1, 20)
+    assert np.abs(np.asarray(layer(jnp.asarray(2 * x))) - 2 * np.asarray(layer(jnp.asarray(x)))).max() > 0.1
 
 
 def test_unit_and_mirror_part_at_the_first_step():
-    model = tiny.simplest_vit(attention="shift", mlp="mirrored", activation="gelu", init="isometric", mlp_dim=32)
+    model = tiny.vit("isometric_vit")
     graphdef, params, constants = tiny.split(model)
     image = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
 
@@ -148,3 +163,32 @@ def test_unit_and_mirror_part_at_the_first_step():
     kernel = np.asarray(gradient(params)["blocks"]["mlp"]["dense1"]["kernel"])
     unit, mirror = np.split(kernel, 2, axis=-1)
     assert np.abs(unit + mirror).max() > 0.1 * np.abs(unit).max()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_fixed_shifts_are_their_matrices(dtype):
+    """Output and gradient of the translation against products with [T, T] matrices in float64."""
+    kind = KINDS["fixed_shift"](uniform_fraction=0.2, identity_head_fraction=0.25)
+    source = kind.constants((2, 3), 3, 4)["source"]
+    rng = np.random.default_rng(0)
+    value, gradient = (jnp.asarray(rng.normal(size=(2, 6, 20)), dtype) for _ in range(2))
+    for block, matrices in zip(source, kind.initial_matrix({"source": source}, 6), strict=True):
+        output, pullback = jax.vjp(lambda v, block=block: kind.mix(v, None, 4, {"source": jnp.asarray(block)}), value)
+        for ours, x, product in (
+            (output, value, "hts,bshd->bthd"),
+            (pullback(gradient)[0], gradient, "hst,bshd->bthd"),
+        ):
+            assert ours.dtype == dtype
+            expected = np.einsum(product, matrices, np.float64(x).reshape(2, 6, 4, 5)).reshape(2, 6, 20)
+            np.testing.assert_allclose(np.float64(ours), expected, atol=8 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("name", ["isometric_vit", "simple_vit"])
+def test_a_fixed_shift_is_a_shift_whose_queries_stay_at_zero(name):
+    image = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
+    free, fixed = (tiny.vit(name, attention=kind, init="orthogonal") for kind in ("shift", "fixed_shift"))
+    params = nnx.to_pure_dict(nnx.state(free, nnx.Param))
+    for layer in ("query", "key"):
+        del params["blocks"]["attention"][layer]
+    graphdef, _, constants = tiny.split(fixed)
+    np.testing.assert_allclose(nnx.merge(graphdef, params, constants)(image), free(image), rtol=1e-5, atol=1e-5)

@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from simplest_vit.models import espa, tat
-from simplest_vit.models.layers import patchify
-from simplest_vit.models.simplest_vit import ShapedAttention
+from simplest_vit.models.attention import Attention
+from simplest_vit.models.attention_kinds import KINDS
+from simplest_vit.models.initializers import INITS
 from tests.models import tiny
 
 
@@ -48,7 +49,18 @@ def test_attention_alone_gives_the_chosen_kernels(form):
         outputs = []
         for layer in range(depth):
             rngs = nnx.Rngs(jax.random.fold_in(key, layer))
-            attention = ShapedAttention(width, 4, bias[layer], row_scale[layer], dtype=jnp.float32, rngs=rngs)
+            constants = {"attention_bias": bias[layer], "row_scale": row_scale[layer]}
+            attention = Attention(
+                KINDS[form](),
+                constants,
+                width,
+                4,
+                init=INITS["espa_tat"],
+                norm="none",
+                output_projection=False,
+                dtype=jnp.float32,
+                rngs=rngs,
+            )
             x = attention(x)
             outputs.append(x[0])
         return outputs
@@ -60,7 +72,7 @@ def test_attention_alone_gives_the_chosen_kernels(form):
 
 def blocks_in_and_out(model, image):
     """Tokens before the first block and after each block."""
-    x = model.patch_embedding(patchify(image, model.patch_size)) + model.position_embedding[...][None]
+    x = model.embed(image)
     graphdef, state = nnx.split(model.blocks)
 
     def body(x, layer):
@@ -76,7 +88,7 @@ def test_network_follows_the_kernel_recursion():
 
     @jax.jit
     def tokens():
-        model = tiny.simplest_vit(image_shape=(12, 16, 3), width=1024, mlp_dim=1024, depth=depth, rngs=nnx.Rngs(1))
+        model = tiny.vit(image_shape=(12, 16, 3), width=1024, mlp_dim=1024, depth=depth, rngs=nnx.Rngs(1))
         return blocks_in_and_out(model, jax.random.normal(jax.random.key(3), (1, 12, 16, 3)))
 
     first, outputs = tokens()
@@ -105,8 +117,8 @@ def test_the_reference_initialization_changes_the_size_of_the_signal_as_its_gain
     def mean_squares():
         x = jax.random.normal(jax.random.key(0), (1, 512, 64))
         result = []
-        for init in ("paper", "reference"):
-            model = tiny.simplest_vit(width=64, mlp_dim=256, num_classes=16, depth=2, c_val_0_target=0.4, init=init)
+        for init in ("espa_tat", "reference"):
+            model = tiny.vit(width=64, mlp_dim=256, num_classes=16, depth=2, c_val_0_target=0.4, init=init)
             graphdef, state = nnx.split(model.blocks)
             mlp = nnx.merge(graphdef, jax.tree.map(lambda array: array[0], state)).mlp
             hidden = mlp.dense1(x)

@@ -47,7 +47,7 @@ def assert_close(actual, expected):
 
 
 def create(name, **sizes):
-    return tiny.simplest_vit(**SHAPING, **sizes) if name == "simplest_vit" else tiny.simple_vit(**sizes)
+    return tiny.vit(name, **SHAPING, **sizes)
 
 
 @pytest.mark.parametrize("name", ["simplest_vit", "simple_vit"])

@@ -2,9 +2,8 @@
 
 from flax import nnx
 
+from simplest_vit.models import ViT, create_model
 from simplest_vit.models.layers import Constant
-from simplest_vit.models.simple_vit import SimpleViT
-from simplest_vit.models.simplest_vit import SimplestViT
 
 # Two by three patches: nothing is square, so that swapped axes show.
 SIZES = {
@@ -14,16 +13,14 @@ SIZES = {
     "depth": 3,
     "width": 16,
     "num_heads": 2,
-    "mlp_dim": 24,
+    "mlp_dim": 32,
+    "c_val_0_target": 0.5,
 }
 
 
-def simplest_vit(**overrides) -> SimplestViT:
-    return SimplestViT(**{**SIZES, "c_val_0_target": 0.5, "rngs": nnx.Rngs(0), **overrides})
-
-
-def simple_vit(**overrides) -> SimpleViT:
-    return SimpleViT(**{**SIZES, "rngs": nnx.Rngs(0), **overrides})
+def vit(name: str = "simplest_vit", **overrides) -> ViT:
+    """Create a tiny model of a preset."""
+    return create_model(name, **{**SIZES, "rngs": nnx.Rngs(0), **overrides})
 
 
 def split(model: nnx.Module):

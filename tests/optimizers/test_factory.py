@@ -10,9 +10,8 @@ from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.factory import create_optimizer, declared, optimizers
 from simplest_vit.optimizers.schedules import WarmupCosine
 from simplest_vit.optimizers.shampoo import shampoo
-from simplest_vit.training.run import reference_layout
-from simplest_vit.training.state import state_initializer
-from tests.tiny import tiny_config
+from simplest_vit.training.run import build, reference_layout
+from tests.tiny import DIGITS, tiny_config
 
 PARAMS = {
     "blocks": {
@@ -179,10 +178,9 @@ def test_stacked_layers_are_preconditioned_apart(name):
 def test_reference_shampoo_sees_the_parameters_as_pytorch_lays_them_out(model):
     config = tiny_config(f"optimizer=shampoo,model={model}", grad_clip=0.0)
     settings = {"preset": "reference", "precondition_frequency": 2, "start_preconditioning_step": 2}
-    _, initialize = state_initializer(config, image_shape=(8, 8, 1), num_classes=10, tx=optax.sgd(1.0))
-    params = jax.jit(initialize)().params
+    params = build(config, DIGITS).create_state().params
     theirs = shampoo(0.1, **settings)
-    view = lambda tree: pytorch_layout(tree, model, config.model.patch_size)  # noqa: E731
+    view = lambda tree: pytorch_layout(tree, config.model.patch_size)  # noqa: E731
     ours = create_optimizer("shampoo", 0.1, layout=view, **settings)
     viewed = view(params)
     assert {name: tensor.shape for name, tensor in viewed.items()}["to_patch_embedding.weight"] == (16, 1, 2, 2)

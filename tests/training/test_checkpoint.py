@@ -11,7 +11,9 @@ import pytest
 from jax.experimental import multihost_utils
 
 from simplest_vit.errors import CheckpointError, UserError
-from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
+from simplest_vit.training import integrity
+from simplest_vit.training.checkpoint import Checkpoints
+from simplest_vit.training.state import RunProgress
 
 STATE = {
     "kernel": np.random.default_rng(0).normal(size=(100, 100)).astype(np.float32),
@@ -30,7 +32,7 @@ def abstract():
 
 
 def evaluated(step, accuracy):
-    return AT_THE_START | {"evaluated_step": step, "ranked_step": step, "validation_accuracy": accuracy}
+    return RunProgress(last_evaluation=step, validation_accuracy=accuracy)
 
 
 def save(workdir, accuracies):
@@ -77,6 +79,7 @@ DAMAGES = {
     "flipped record": lambda folder: flip(folder / "record.json"),
     "truncated record": lambda folder: (folder / "record.json").write_text("{"),
     "no dict": lambda folder: (folder / "record.json").write_text("3"),
+    "deeply nested": lambda folder: (folder / "record.json").write_text(200_000 * "["),
     "not finished": lambda folder: (folder / "record.json").unlink(),
     "empty folder": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
 }
@@ -108,7 +111,7 @@ def test_what_only_could_not_be_read_is_not_lost(workdir, monkeypatch):
     folder = workdir / "checkpoints"
     for _ in range(2):  # the second time something is set aside already
         with monkeypatch.context() as patch, Checkpoints(workdir, create=True) as checkpoints:
-            patch.setattr(Checkpoints, "_record", lambda self, step: json.loads((folder / "3/record.json").read_text()))
+            patch.setattr(integrity, "read_record", lambda _: json.loads((folder / "3/record.json").read_text()))
             assert checkpoints.newest() == 3
         (folder / "6.damaged").rename(folder / "6")
         shutil.copytree(folder / "3", folder / "6.damaged")
@@ -237,7 +240,7 @@ def test_a_part_is_restored_whatever_the_rest_is(workdir):
         found, progress = checkpoints.restore({"kernel": abstract()["kernel"]}, 6)
     assert found.keys() == {"kernel"}
     np.testing.assert_array_equal(found["kernel"], STATE["kernel"])
-    assert progress["evaluated_step"] == 6
+    assert progress.last_evaluation == 6
 
 
 def test_the_latest_two_and_the_best_are_kept(tmp_path):

@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from simplest_vit.config import from_settings
 from simplest_vit.errors import UserError
 from simplest_vit.training.checkpoint import Checkpoints
-from simplest_vit.training.fine_tuning import weights_to_start_from
-from simplest_vit.training.loop import train_and_evaluate
-from simplest_vit.training.run import build, restore_best
+from simplest_vit.training.evaluate import restore_best
+from simplest_vit.training.fine_tuning import load_initial_params
+from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
+from simplest_vit.training.train import train
 from simplest_vit.training.workdir import read_run
 from tests.tiny import DIGITS, tiny_config
 
@@ -24,21 +26,21 @@ LARGER = dataclasses.replace(DIGITS, class_names=("even", "odd", "none"), image_
 def pretrained(tmp_path_factory):
     """A trained run: its average is what shall be taken, not its last parameters."""
     folder = tmp_path_factory.mktemp("pretrained")
-    train_and_evaluate(tiny_config(steps=3, ema__decay=0.5, ema__every=1), str(folder))
+    train(tiny_config(steps=3, ema__decay=0.5, ema__every=1), str(folder))
     return folder
 
 
 @pytest.fixture(scope="module")
 def best(pretrained):
     """The whole state of its best checkpoint."""
-    _, config, data = read_run(str(pretrained))
+    _, settings, data = read_run(str(pretrained))
     with Checkpoints(pretrained, create=False) as checkpoints:
-        return jax.device_get(checkpoints.restore(build(config, data).abstract, checkpoints.best())[0])
+        return jax.device_get(checkpoints.restore(build(from_settings(settings), data).abstract, checkpoints.best())[0])
 
 
 def first_state(data, **overrides):
     run = build(tiny_config(**overrides), data)
-    return jax.device_get(run.create_state(weights_to_start_from(run)))
+    return jax.device_get(run.create_state(load_initial_params(run, run.config.init_from)))
 
 
 def scratch(data, **overrides):
@@ -65,8 +67,8 @@ def test_other_classes_and_another_grid_begin_with_their_own_head_and_constants(
     assert state.constants["position_embedding"].shape[0] == 36
     for name in ("patch_embedding", "blocks"):
         assert_equal(state.params[name], best.ema_params[name])
-    assert f"starting from step 3 of {pretrained}: blocks, patch_embedding are taken" in caplog.text
-    assert "the head begins anew: 3 classes, there 10 others" in caplog.text
+    assert f"starting from step 3 of {pretrained}: blocks, patch_embedding loaded" in caplog.text
+    assert "the head reinitialized for 3 classes, there are 10 others" in caplog.text
     assert "positions are those of 6x6 tokens, there 4x4" in caplog.text
 
 
@@ -83,7 +85,7 @@ def test_optimizer_and_average_start_from_the_weights_that_were_taken(pretrained
 
 def test_devices_share_the_weights(pretrained, best):
     run = build(tiny_config(init_from=str(pretrained)), DIGITS, create_mesh(2, jax.devices()[:2]))
-    state = run.create_state(weights_to_start_from(run))
+    state = run.create_state(load_initial_params(run, run.config.init_from))
     assert_equal(jax.device_get(state.params), best.ema_params)
     kernel = state.params["blocks"]["mlp"]["dense1"]["kernel"]
     assert kernel.sharding == run.abstract.params["blocks"]["mlp"]["dense1"]["kernel"].sharding
@@ -94,7 +96,7 @@ def test_a_run_begins_there_and_goes_on_without_it(pretrained, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(pretrained, source)
     config = tiny_config(steps=3, init_from=str(source), optimizer__learning_rate=1e-9)
-    outcome = train_and_evaluate(config, str(tmp_path / "run"))
+    outcome = train(config, str(tmp_path / "run"))
     reached = restore_best(str(source))[1].params
     shutil.rmtree(source)
     with Checkpoints(tmp_path / "run", create=False) as checkpoints:
@@ -102,7 +104,7 @@ def test_a_run_begins_there_and_goes_on_without_it(pretrained, tmp_path):
     # At a rate of next to nothing the run ends where the other did.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, reached)
     (tmp_path / "run" / "results.json").unlink()
-    assert train_and_evaluate(config, str(tmp_path / "run"))["validation_accuracy"] == outcome["validation_accuracy"]
+    assert train(config, str(tmp_path / "run"))["validation_accuracy"] == outcome["validation_accuracy"]
 
 
 @pytest.mark.parametrize(
@@ -125,5 +127,5 @@ def test_what_does_not_change_the_function_may_differ(pretrained):
 
 def test_a_mistake_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"config.init_from=\S*nowhere.* holds no checkpoint"):
-        train_and_evaluate(tiny_config(init_from=str(tmp_path / "nowhere")), str(tmp_path / "run"))
+        train(tiny_config(init_from=str(tmp_path / "nowhere")), str(tmp_path / "run"))
     assert not list(tmp_path.iterdir())

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from simplest_vit.errors import UserError
-from simplest_vit.training.checkpoint import AT_THE_START, Checkpoints
+from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import batch_sharding, bytes_per_device, check_batch_size, create_mesh
+from simplest_vit.training.state import RunProgress
 from simplest_vit.training.step import make_eval_step
 from tests.tiny import DIGITS, tiny_config
 
@@ -176,7 +177,7 @@ def test_a_checkpoint_resumes_on_another_number_of_devices(tmp_path, recipe, bef
     first, second = trained(recipe, before)[0], trained(recipe, after)[0]
     state, _ = first.train(first.create(), range(12))
     with Checkpoints(tmp_path, create=True) as checkpoints:
-        checkpoints.save(state, AT_THE_START, 12)
+        checkpoints.save(state, RunProgress(), 12)
         checkpoints.wait()
         restored, _ = checkpoints.restore(second.abstract, 12)
     jax.tree.map(np.testing.assert_array_equal, restored, state)

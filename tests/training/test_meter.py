@@ -83,7 +83,7 @@ def test_what_an_interrupted_run_had_not_reported_is_in_the_next_report():
         whole.add(metrics)
     for metrics in steps[:2]:
         before.add(metrics)
-    after = Meter(8, 3, json.loads(json.dumps(before.unreported())))
+    after = Meter(8, 3, json.loads(json.dumps(before.pending_sums())))
     after.add(steps[2])
     times = {"step_time", "steps_per_second", "images_per_second"}
     expected, actual = whole.report(3), after.report(3)
@@ -96,7 +96,7 @@ def test_a_row_of_skipped_steps_before_an_interruption_counts():
     before = Meter(8, 3)
     for in_a_row in (1, 2, 3):
         before.add(sums(**SKIPPED, skipped=in_a_row, in_a_row=in_a_row))
-    after = Meter(8, 3, before.unreported())
+    after = Meter(8, 3, before.pending_sums())
     after.add(sums(1.0, 1.0, 1.0, skipped=3))
     with pytest.raises(TrainingError, match="3 steps in a row"):
         after.report(4)

@@ -2,43 +2,36 @@ import re
 
 import jax
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
-from simplest_vit.models import attention
+from simplest_vit.models import fused_attention
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
-from simplest_vit.training.state import abstract_state, create_state, state_initializer
 from tests.tiny import DIGITS, tiny_config
-
-SHAPES = {"image_shape": (8, 8, 1), "num_classes": 10}
 
 
 @pytest.fixture(scope="module")
-def initialize():
-    return state_initializer(tiny_config(), **SHAPES, tx=optax.adam(1e-3))[1]
+def run():
+    return build(tiny_config(), DIGITS, create_mesh())
 
 
-def test_initialization_is_a_function_of_the_seed(initialize):
-    abstract = abstract_state(initialize, create_mesh())
-    first, again = create_state(initialize, abstract), create_state(initialize, abstract)
+def test_initialization_is_a_function_of_the_seed(run):
+    first, again = run.create_state(), run.create_state()
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    other = create_state(state_initializer(tiny_config(seed=1), **SHAPES, tx=optax.adam(1e-3))[1], abstract)
+    other = build(tiny_config(seed=1), DIGITS, create_mesh()).create_state()
     assert not np.array_equal(first.params["head"]["kernel"], other.params["head"]["kernel"])
 
 
-def test_the_state_is_on_every_device_as_announced(initialize):
-    abstract = abstract_state(initialize, create_mesh())
-    state = create_state(initialize, abstract)
-    for leaf, announced in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+def test_the_state_is_on_every_device_as_announced(run):
+    for leaf, announced in zip(jax.tree.leaves(run.create_state()), jax.tree.leaves(run.abstract), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (announced.shape, announced.dtype, announced.sharding)
         assert len(leaf.sharding.device_set) == jax.device_count()
 
 
-def test_no_orthogonal_kernel_is_drawn_by_a_batched_qr(initialize):
+def test_no_orthogonal_kernel_is_drawn_by_a_batched_qr(run):
     """Two batched QRs at once hang for ever on a CPU of two cores (see `initializers.py`)."""
-    lowered = jax.jit(initialize).lower().as_text()
+    lowered = jax.jit(run.initialize).lower().as_text()
     results = re.findall(r"lapack_sgeqrf_ffi.*?-> \(tensor<([0-9x]+)xf32>", lowered)
     assert results
     assert all(len(shape.split("x")) == 2 for shape in results), results
@@ -52,7 +45,7 @@ def test_a_run_takes_the_attention_kernel_that_suits_its_devices(monkeypatch, ke
         asked.append((*arguments, sizes))
         return kernel
 
-    monkeypatch.setattr(attention, "choose", choose)
+    monkeypatch.setattr(fused_attention, "choose", choose)
     config = tiny_config(model__width=64)
     run = build(config, DIGITS, create_mesh(devices=jax.devices()[:2]))
     assert asked == [("auto", jax.devices()[:2], {"tokens": 16, "head_width": 32})]

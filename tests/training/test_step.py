@@ -4,12 +4,12 @@ import optax
 import pytest
 
 from simplest_vit.optimizers.factory import create_optimizer
+from simplest_vit.training import run as run_module
+from simplest_vit.training.run import build
 from simplest_vit.training.sharding import batch_sharding, create_mesh
-from simplest_vit.training.state import abstract_state, apply_model, create_state, state_initializer
-from simplest_vit.training.step import make_eval_step, make_train_step
-from tests.tiny import tiny_config
-
-SHAPES = {"image_shape": (8, 8, 1), "num_classes": 10}
+from simplest_vit.training.state import apply_model
+from simplest_vit.training.step import make_eval_step
+from tests.tiny import DIGITS, tiny_config
 
 
 def batch_of(size=16, seed=0):
@@ -20,25 +20,25 @@ def batch_of(size=16, seed=0):
 
 
 def start(config, tx, devices=1):
-    """The model and the state at step 0."""
-    graphdef, initialize = state_initializer(config, **SHAPES, tx=tx)
-    return graphdef, create_state(initialize, abstract_state(initialize, create_mesh(devices=jax.devices()[:devices])))
+    """A run with the given optimizer, and its state at step 0."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "create_optimizer", lambda *_, **__: tx)
+        made = build(config, DIGITS, create_mesh(devices=jax.devices()[:devices]))
+    return made, made.create_state()
 
 
 def run(config, tx, steps=3, devices=1, batch=None):
     """The state and the metrics after some steps."""
-    graphdef, state = start(config, tx, devices)
-    train_step = make_train_step(graphdef, tx, config, jax.tree.map(lambda x: x.sharding, state))
+    made, state = start(config, tx, devices)
     for i in range(steps):
         part = batch_of(seed=i) if batch is None else batch
-        part = jax.device_put(part, batch_sharding(create_mesh(devices=jax.devices()[:devices])))
-        state, metrics = train_step(state, part)
-    return graphdef, state, metrics, train_step
+        state, metrics = made.train_step(state, jax.device_put(part, batch_sharding(made.mesh)))
+    return made, state, metrics, made.train_step
 
 
-def mean_loss(graphdef, config, state, batch):
+def mean_loss(made, config, state, batch):
     def loss(params):
-        logits = apply_model(graphdef, params, state.constants, batch["image"])
+        logits = apply_model(made.graphdef, params, state.constants, batch["image"])
         label = (1 - config.label_smoothing) * batch["label"] + config.label_smoothing / 10
         return optax.softmax_cross_entropy(logits, label).mean()
 
@@ -51,8 +51,8 @@ def assert_close(actual, expected, rtol=2e-5, atol=1e-6):
 
 def test_a_step_is_plain_gradient_descent_on_the_smoothed_loss():
     config = tiny_config(label_smoothing=0.1)
-    graphdef, state = start(config, optax.sgd(0.1))
-    loss, gradient = jax.jit(jax.value_and_grad(mean_loss(graphdef, config, state, batch_of())))(state.params)
+    made, state = start(config, optax.sgd(0.1))
+    loss, gradient = jax.jit(jax.value_and_grad(mean_loss(made, config, state, batch_of())))(state.params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
     _, after, metrics, _ = run(config, optax.sgd(0.1), steps=1, batch=batch_of())
     assert_close(after.params, expected)
@@ -68,9 +68,9 @@ def test_the_whole_run_traces_once():
 
 def test_the_state_is_donated():
     config = tiny_config()
-    graphdef, state = start(config, optax.adam(1e-3))
+    made, state = start(config, optax.adam(1e-3))
     kernel = state.params["head"]["kernel"]
-    make_train_step(graphdef, optax.adam(1e-3), config)(state, batch_of())
+    made.train_step(state, batch_of())
     assert kernel.is_deleted()
 
 
@@ -90,9 +90,9 @@ def test_eight_devices_equal_one():
 @pytest.mark.parametrize("every", [1, 2])
 def test_sam_descends_from_the_worst_point_near_by(every):
     config = tiny_config(sam__rho=0.05, sam__every=every)
-    graphdef, state = start(config, optax.sgd(0.1))
+    made, state = start(config, optax.sgd(0.1))
     params = jax.device_get(state.params)
-    gradient_of = jax.jit(jax.grad(mean_loss(graphdef, config, state, batch_of())))
+    gradient_of = jax.jit(jax.grad(mean_loss(made, config, state, batch_of())))
     for step in range(2):
         gradient = jax.device_get(gradient_of(params))
         if step % every == 0:
@@ -122,14 +122,13 @@ def test_dropout_changes_training_but_not_evaluation():
     losses = [run(config, optax.sgd(0.1), steps=1, batch=batch_of())[2]["loss"] for config in (dry, wet)]
     assert losses[0] != losses[1]
     # Each step has a mask of its own.
-    graphdef, state = start(wet, optax.sgd(0.0))
-    train_step = make_train_step(graphdef, optax.sgd(0.0), wet)
-    state, first = train_step(state, batch_of())
-    assert first["loss"] != train_step(state, batch_of())[1]["loss"]
+    made, state = start(wet, optax.sgd(0.0))
+    state, first = made.train_step(state, batch_of())
+    assert first["loss"] != made.train_step(state, batch_of())[1]["loss"]
     sums = []
     for config in (dry, wet):
-        graphdef, state = start(config, optax.sgd(0.1))
-        sums.append(make_eval_step(graphdef)(state.params, state.constants, batch_of()))
+        made, state = start(config, optax.sgd(0.1))
+        sums.append(make_eval_step(made.graphdef)(state.params, state.constants, batch_of()))
     assert_close(*sums)
 
 
@@ -138,8 +137,8 @@ def test_dropout_changes_training_but_not_evaluation():
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step(optimizer, devices):
     config = tiny_config(f"optimizer={optimizer}", ema__decay=0.9, ema__every=1, sam__rho=0.05)
     tx = create_optimizer(optimizer, 1e-3)
-    graphdef, state = start(config, tx, devices)
-    train_step = make_train_step(graphdef, tx, config, jax.tree.map(lambda x: x.sharding, state))
+    made, state = start(config, tx, devices)
+    train_step = made.train_step
     good = jax.device_put(batch_of(), batch_sharding(create_mesh(devices=jax.devices()[:devices])))
     # One bad pixel, on one device: all must skip.
     image = batch_of()["image"]

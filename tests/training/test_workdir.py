@@ -14,8 +14,8 @@ from simplest_vit.training import workdir
 from simplest_vit.training.workdir import (
     VERSION,
     check_workdir,
-    claim_workdir,
-    may_change,
+    is_resumable,
+    lock_workdir,
     read_run,
     write_json,
     write_results,
@@ -32,15 +32,15 @@ def changed(**values):
 def test_a_new_folder_is_checked_without_being_made(tmp_path):
     path = check_workdir(str(tmp_path / "a" / "b"), CONFIG)
     assert not path.exists()
-    with claim_workdir(path, CONFIG, DIGITS):
+    with lock_workdir(path, CONFIG, DIGITS):
         assert json.loads((path / "config.json").read_text()) == {"version": VERSION, "config": CONFIG}
         assert json.loads((path / "dataset.json").read_text()) == DIGITS.to_json()
     _, config, data = read_run(str(path))
-    assert (config.to_dict(), data) == (CONFIG, DIGITS)
+    assert (config, data) == (CONFIG, DIGITS)
 
 
 def test_the_same_run_may_change_how_it_is_watched(tmp_path):
-    with claim_workdir(tmp_path, CONFIG, DIGITS):
+    with lock_workdir(tmp_path, CONFIG, DIGITS):
         pass
     check_workdir(str(tmp_path), changed(log_every=1, data__dir="/elsewhere"))
 
@@ -54,16 +54,16 @@ def test_the_same_run_may_change_how_it_is_watched(tmp_path):
     ],
 )
 def test_another_run_is_refused(tmp_path, change, message):
-    with claim_workdir(tmp_path, CONFIG, DIGITS), pytest.raises(UserError, match=message):
+    with lock_workdir(tmp_path, CONFIG, DIGITS), pytest.raises(UserError, match=message):
         check_workdir(str(tmp_path), change)
 
 
 def test_a_folder_is_for_one_process_at_a_time(tmp_path):
     claim = f"""
-from simplest_vit.training.workdir import claim_workdir
+from simplest_vit.training.workdir import lock_workdir
 from tests.tiny import DIGITS, tiny_config
 import pathlib, sys
-with claim_workdir(pathlib.Path({str(tmp_path)!r}), tiny_config().to_dict(), DIGITS):
+with lock_workdir(pathlib.Path({str(tmp_path)!r}), tiny_config().to_dict(), DIGITS):
     print("claimed", flush=True)
     sys.stdin.read()
 """
@@ -71,11 +71,11 @@ with claim_workdir(pathlib.Path({str(tmp_path)!r}), tiny_config().to_dict(), DIG
         assert other.stdout.readline() == b"claimed\n"
         with (
             pytest.raises(UserError, match=r"is in use: another process trains there"),
-            claim_workdir(tmp_path, CONFIG, DIGITS),
+            lock_workdir(tmp_path, CONFIG, DIGITS),
         ):
             pass
         other.kill()
-    with claim_workdir(tmp_path, CONFIG, DIGITS):
+    with lock_workdir(tmp_path, CONFIG, DIGITS):
         pass
 
 
@@ -84,16 +84,16 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with claim_workdir(tmp_path, CONFIG, DIGITS):
+    with lock_workdir(tmp_path, CONFIG, DIGITS):
         assert (tmp_path / "config.json").exists()
-    assert "cannot be locked ([Errno 38] Function not implemented): see to it that no other" in caplog.text
+    assert "cannot be locked ([Errno 38] Function not implemented): make sure that no other" in caplog.text
 
 
 def test_the_lock_is_one_that_nfs_keeps(tmp_path, monkeypatch):
     """There flock is fcntl's lock, which needs a file that is open for writing."""
     modes = []
     monkeypatch.setattr(fcntl, "flock", lambda file, _: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
-    with claim_workdir(tmp_path, CONFIG, DIGITS):
+    with lock_workdir(tmp_path, CONFIG, DIGITS):
         assert modes == [os.O_WRONLY]
 
 
@@ -106,7 +106,7 @@ def test_the_lock_is_one_that_nfs_keeps(tmp_path, monkeypatch):
     ],
 )
 def test_the_config_of_a_folder_is_checked_as_any_other(tmp_path, field, value, message):
-    with claim_workdir(tmp_path, CONFIG, DIGITS):
+    with lock_workdir(tmp_path, CONFIG, DIGITS):
         pass
     content = json.loads((tmp_path / "config.json").read_text())
     content["config"]["model"][field] = value
@@ -115,9 +115,9 @@ def test_the_config_of_a_folder_is_checked_as_any_other(tmp_path, field, value, 
         read_run(str(tmp_path))
 
 
-def test_only_whole_names_of_fields_and_sections_may_change():
-    assert all(map(may_change, ("fsdp", "profile.first_step", "data.dir")))
-    assert not any(map(may_change, ("data.name", "eval_every_epochs", "profiles", "data.directory")))
+def test_only_whole_names_of_fields_and_sections_are_resumable():
+    assert all(map(is_resumable, ("fsdp", "profile.first_step", "data.dir")))
+    assert not any(map(is_resumable, ("data.name", "eval_every_epochs", "profiles", "data.directory")))
 
 
 def test_the_commit_is_that_of_this_project_not_of_one_around_it(tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_bad_folders(tmp_path):
             check_workdir(str(tmp_path / name), CONFIG)
     with (
         pytest.raises(UserError, match="cannot be written"),
-        claim_workdir(tmp_path / "file" / "below", CONFIG, DIGITS),
+        lock_workdir(tmp_path / "file" / "below", CONFIG, DIGITS),
     ):
         pass
 
@@ -167,29 +167,29 @@ def test_results_that_cannot_be_written_leave_nothing_behind(tmp_path):
 def test_a_run_that_another_process_began_meanwhile_is_not_taken_over(tmp_path):
     """Between check and claim data may be prepared, for minutes."""
     check_workdir(str(tmp_path), CONFIG)
-    with claim_workdir(tmp_path, changed(seed=2), DIGITS):
+    with lock_workdir(tmp_path, changed(seed=2), DIGITS):
         pass
     with (
         pytest.raises(UserError, match=r"holds another run: its config.seed is 2, now 3407"),
-        claim_workdir(tmp_path, CONFIG, DIGITS),
+        lock_workdir(tmp_path, CONFIG, DIGITS),
     ):
         pass
-    assert read_run(str(tmp_path))[1].seed == 2
+    assert read_run(str(tmp_path))[1]["seed"] == 2
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_size": 1431}, r"their train_size was 1437, now 1431; set the data back"),
+        ({"train_size": 1431}, r"their train_size was 1437, now 1431; restore the data"),
         ({"class_names": tuple("abcdefghij")}, r"their class_names was \['0', .*, now \['a', "),
         ({"fingerprint": "x"}, r"their fingerprint was '', now 'x'"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_data(tmp_path, change, message):
-    with claim_workdir(tmp_path, CONFIG, DIGITS):
+    with lock_workdir(tmp_path, CONFIG, DIGITS):
         pass
     other = dataclasses.replace(DIGITS, **change)
-    with pytest.raises(UserError, match=message) as caught, claim_workdir(tmp_path, CONFIG, other):
+    with pytest.raises(UserError, match=message) as caught, lock_workdir(tmp_path, CONFIG, other):
         pass
     assert "\n" not in str(caught.value)
     assert read_run(str(tmp_path))[2] == DIGITS
@@ -198,18 +198,20 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, change, message):
 def test_a_folder_of_an_older_version_is_refused_and_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))  # as 0.1 wrote it
     for read in (lambda: check_workdir(str(tmp_path), CONFIG), lambda: read_run(str(tmp_path))):
-        with pytest.raises(UserError, match=r"was made by version 0.1 of this project; .* use version 0.1, or choose"):
+        with pytest.raises(
+            UserError, match=r"was made by version 0.1 of this project, this is .*; use version 0.1, or choose"
+        ):
             read()
 
 
 def test_a_field_that_is_new_since_has_its_default(tmp_path):
-    with claim_workdir(tmp_path, CONFIG, DIGITS):
+    with lock_workdir(tmp_path, CONFIG, DIGITS):
         pass
     content = json.loads((tmp_path / "config.json").read_text())
     del content["config"]["model"]["remat"]
     (tmp_path / "config.json").write_text(json.dumps(content))
     check_workdir(str(tmp_path), CONFIG)
-    assert read_run(str(tmp_path))[1].model.remat is False
+    assert read_run(str(tmp_path))[1]["model"]["remat"] is False
     with pytest.raises(UserError, match=r"config.model.remat is False, now True"):
         check_workdir(str(tmp_path), changed(model__remat=True))
 

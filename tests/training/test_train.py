@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -14,13 +15,16 @@ import pytest
 from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from simplest_vit import preemption
+from simplest_vit.config import from_settings
 from simplest_vit.data import input_pipeline
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError
-from simplest_vit.training import loop
+from simplest_vit.training import evaluate, train
 from simplest_vit.training import run as run_module
 from simplest_vit.training.checkpoint import Checkpoints
+from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.interrupt import Interruption
-from simplest_vit.training.run import build, restore_best
+from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.state import apply_model
 from simplest_vit.training.workdir import read_run
@@ -53,17 +57,17 @@ def data_dir(tmp_path_factory):
 def finished(tmp_path_factory, data_dir):
     """A run that was never interrupted: its folder and results."""
     workdir = tmp_path_factory.mktemp("finished")
-    return workdir, loop.train_and_evaluate(tiny_config(data__dir=data_dir, ema__decay=0.9), str(workdir))
+    return workdir, train.train(tiny_config(data__dir=data_dir, ema__decay=0.9), str(workdir))
 
 
-def abstract_of(workdir):
-    _, config, data = read_run(str(workdir))
-    return build(config, data).abstract
+def build_from(workdir):
+    _, settings, data = read_run(str(workdir))
+    return build(from_settings(settings), data)
 
 
 def final_arrays(workdir):
     with Checkpoints(pathlib.Path(workdir), create=False) as checkpoints:
-        state, progress = checkpoints.restore(abstract_of(workdir), checkpoints.newest())
+        state, progress = checkpoints.restore(build_from(workdir).abstract, checkpoints.newest())
     return jax.tree.map(np.asarray, state), progress
 
 
@@ -88,7 +92,7 @@ def test_evaluation_repeats_what_training_found(finished, data_dir, monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     monkeypatch.chdir(workdir.parent)
     monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
-    evaluated = loop.evaluate(workdir.name)
+    evaluated = evaluate.evaluate(workdir.name)
     assert evaluated["latest"] == {
         "step": 6,
         "validation_loss": pytest.approx(outcome["validation_loss"]),
@@ -102,10 +106,10 @@ def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
     """By hand: the parameters of the whole state, the images of the whole split at once."""
     workdir, outcome = finished
     state, _ = final_arrays(workdir)
-    _, config, data = read_run(str(workdir))
-    dataset = input_pipeline.load(config.data)
-    image = (np.asarray(dataset.validation.images) / 255 - data.mean) / data.std
-    graphdef = build(config, data).graphdef
+    run = build_from(workdir)
+    dataset = input_pipeline.load(run.config.data)
+    image = (np.asarray(dataset.validation.images) / 255 - run.data.mean) / run.data.std
+    graphdef = run.graphdef
 
     def accuracy(params):
         logits = apply_model(graphdef, params, state.constants, jnp.asarray(image, jnp.float32))
@@ -122,40 +126,43 @@ def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
 @pytest.mark.parametrize("steps", [2, 5])
 def test_a_profile_is_written_also_where_the_run_ends_within_it(data_dir, tmp_path, steps):
     config = tiny_config(data__dir=data_dir, steps=steps, profile__first_step=1, profile__num_steps=3)
-    loop.train_and_evaluate(config, str(tmp_path))
+    train.train(config, str(tmp_path))
     assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
 
 
 def test_evaluation_needs_the_devices_of_the_attention_kernel(finished, data_dir):
     config = tiny_config(data__dir=data_dir, ema__decay=0.9, model__attention_kernel="fused")
     with pytest.raises(UserError, match=r"'fused' needs NVIDIA GPUs .* not cpu; choose xla"):
-        loop.evaluate(str(finished[0]), config)
+        evaluate.evaluate(str(finished[0]), config)
 
 
 def test_evaluation_by_the_folder_alone_takes_the_devices_at_hand(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("simplest_vit.models.attention.check_sizes", lambda *_: None)  # heads of 8 are too small for it
+    monkeypatch.setattr(
+        "simplest_vit.models.fused_attention.check_sizes", lambda *_: None
+    )  # heads of 8 are too small for it
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     record = json.loads((workdir / "config.json").read_text())
     record["config"] |= {"fsdp": 16}
     record["config"]["model"] |= {"attention_kernel": "fused"}
     (workdir / "config.json").write_text(json.dumps(record))
-    evaluated = loop.evaluate(str(workdir))
+    evaluated = evaluate.evaluate(str(workdir))
     assert evaluated["latest"]["validation_accuracy"] == finished[1]["validation_accuracy"]
 
 
 def test_evaluation_takes_devices_that_do_not_divide_the_batch(finished, data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "create_mesh", lambda fsdp: create_mesh(fsdp, jax.devices()[:3]))
-    evaluated = loop.evaluate(str(finished[0]), tiny_config(data__dir=data_dir, ema__decay=0.9))
+    for module in (evaluate, train):
+        monkeypatch.setattr(module, "create_mesh", lambda fsdp: create_mesh(fsdp, jax.devices()[:3]))
+    evaluated = evaluate.evaluate(str(finished[0]), tiny_config(data__dir=data_dir, ema__decay=0.9))
     assert evaluated["latest"]["validation_accuracy"] == finished[1]["validation_accuracy"]
     assert evaluated["latest"]["validation_loss"] == pytest.approx(finished[1]["validation_loss"])
     with pytest.raises(UserError, match=r"config.batch_size=64 cannot be split over 3 devices; .* that divides it"):
-        loop.train_and_evaluate(tiny_config(data__dir=str(tmp_path / "data")), str(tmp_path / "run"))
+        train.train(tiny_config(data__dir=str(tmp_path / "data")), str(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == [], "told before data are prepared"
 
 
 def test_an_interrupted_run_ends_bit_equal(finished, data_dir, tmp_path, monkeypatch):
     config = tiny_config(data__dir=data_dir, ema__decay=0.9)
-    validate = loop.validate
+    validate = train.validate
     calls = []
 
     def interrupted(run, dataset, state, interruption):
@@ -164,11 +171,11 @@ def test_an_interrupted_run_ends_bit_equal(finished, data_dir, tmp_path, monkeyp
             raise KeyboardInterrupt
         return validate(run, dataset, state, interruption)
 
-    monkeypatch.setattr(loop, "validate", interrupted)
+    monkeypatch.setattr(train, "validate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        loop.train_and_evaluate(config, str(tmp_path))
+        train.train(config, str(tmp_path))
     assert not (tmp_path / "results.json").exists()
-    loop.train_and_evaluate(config, str(tmp_path))
+    train.train(config, str(tmp_path))
     assert calls == [3, 6, 6], "the second call must go on from step 3"
     assert_same_end(tmp_path, finished)
 
@@ -177,7 +184,7 @@ def assert_same_end(workdir, finished):
     """Two runs end with the same state and, times aside, the same progress and results."""
     (expected, expected_progress), (actual, progress) = map(final_arrays, (finished[0], workdir))
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
-    assert progress | {"wall_time_s": 0} == expected_progress | {"wall_time_s": 0}
+    assert dataclasses.replace(progress, wall_time_s=0) == dataclasses.replace(expected_progress, wall_time_s=0)
     results = json.loads((workdir / "results.json").read_text())
     times = {"wall_time_s", "step_time_median_s", "images_per_second"}
     assert {k: v for k, v in results.items() if k not in times} == {
@@ -185,11 +192,23 @@ def assert_same_end(workdir, finished):
     }
 
 
-@pytest.mark.parametrize("when", ["start", "step 1", "step 2", "step 5", "evaluation 3", "evaluation 6"])
-def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(finished, data_dir, tmp_path, monkeypatch, when):
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [
+        ("start", signal.SIGTERM),
+        ("step 1", signal.SIGINT),
+        ("step 2", signal.SIGHUP),
+        ("step 5", signal.SIGUSR1),
+        ("evaluation 3", signal.SIGTERM),
+        ("evaluation 6", signal.SIGTERM),
+    ],
+)
+def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(
+    finished, data_dir, tmp_path, monkeypatch, when, number
+):
     config = tiny_config(data__dir=data_dir, ema__decay=0.9)
     kind, step = (when + " 0").split()[:2]
-    make_train_step, validate = run_module.make_train_step, loop.validate
+    make_train_step, validate = run_module.make_train_step, train.validate
 
     def signalled(make):
         def step_then_signal(state, batch):
@@ -202,9 +221,9 @@ def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(finished, da
         return step_then_signal
 
     def send():
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         deadline = time.monotonic() + 10
-        while not noted[0].pending and time.monotonic() < deadline:
+        while not preemption.received() and time.monotonic() < deadline:
             time.sleep(0.001)
 
     def validate_and_signal(run, dataset, state, interruption):
@@ -212,30 +231,22 @@ def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(finished, da
             send()
         return validate(run, dataset, state, interruption)
 
-    noted = []
-
-    class Noted(Interruption):
-        def __init__(self):
-            super().__init__()
-            noted.append(self)
-
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(number) for number in preemption.SIGNALS]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "Interruption", Noted)
-        patch.setattr(loop, "validate", validate_and_signal)
+        patch.setattr(train, "validate", validate_and_signal)
         if kind == "start":
-            patch.setattr(run_module, "make_train_step", lambda *args: [make_train_step(*args), send()][0])
+            patch.setattr(train, "memory_line", lambda state: send())
         if kind == "step":
-            patch.setattr(run_module, "make_train_step", lambda *args: signalled(make_train_step(*args)))
+            patch.setattr(run_module, "make_train_step", lambda *a, **b: signalled(make_train_step(*a, **b)))
         reached = f"step {step} of 6 is saved" if int(step) else "no step was made"
-        with pytest.raises(Interrupted, match=f"{reached}; the same command"):
-            loop.train_and_evaluate(config, str(tmp_path))
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        with pytest.raises(Interrupted, match=f"{reached}; rerun the command"):
+            train.train(config, str(tmp_path))
+    assert handlers == [signal.getsignal(number) for number in preemption.SIGNALS]
     with Checkpoints(tmp_path, create=False) as checkpoints:
         assert checkpoints.steps()[-1:] == [int(step)][: int(step)]
         if when == "evaluation 6":
             assert checkpoints.best() == 3, "what is not evaluated is not the best"
-    loop.train_and_evaluate(config, str(tmp_path))
+    train.train(config, str(tmp_path))
     assert_same_end(tmp_path, finished)
     with Checkpoints(tmp_path, create=False) as checkpoints, Checkpoints(finished[0], create=False) as expected:
         assert checkpoints.best() == expected.best()
@@ -244,27 +255,26 @@ def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(finished, da
 def test_a_kill_while_the_interrupted_evaluation_is_saved_loses_nothing(finished, data_dir, tmp_path, monkeypatch):
     config = tiny_config(data__dir=data_dir, ema__decay=0.9)
 
-    def terminated(run, dataset, state, interruption):
-        interruption.signal = signal.SIGTERM  # as if it came just now
-        return validate(run, dataset, state, interruption)
+    def terminated(*_):
+        return None  # as if a signal came meanwhile
 
     def kill_in_checkpoint(source, target):
         if pathlib.Path(target).name == "record.json":
             raise KeyboardInterrupt
         replace(source, target)
 
-    validate, replace = loop.validate, os.replace
+    replace = os.replace
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "validate", terminated)
+        patch.setattr(train, "validate", terminated)
         with pytest.raises(Interrupted, match="step 3 of 6 is saved"):
-            loop.train_and_evaluate(config, str(tmp_path))
+            train.train(config, str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", kill_in_checkpoint)
         with pytest.raises(KeyboardInterrupt):
-            loop.train_and_evaluate(config, str(tmp_path))
+            train.train(config, str(tmp_path))
     with Checkpoints(tmp_path, create=False) as checkpoints:
         assert checkpoints.newest() == 3
-    loop.train_and_evaluate(config, str(tmp_path))
+    train.train(config, str(tmp_path))
     assert_same_end(tmp_path, finished)
 
 
@@ -282,10 +292,11 @@ def test_a_save_that_fails_while_a_signal_comes_is_not_told_as_saved(data_dir, t
 
     monkeypatch.setattr(Checkpoints, "save", save_on_a_full_disk)
     with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\)"):
-        loop.train_and_evaluate(tiny_config(data__dir=data_dir), str(tmp_path))
+        train.train(tiny_config(data__dir=data_dir), str(tmp_path))
 
 
-def test_the_best_checkpoint_is_the_best_of_those_saved(data_dir, tmp_path, monkeypatch):
+def test_the_weights_of_the_best_validation_are_kept(data_dir, tmp_path, monkeypatch):
+    """One between two checkpoints, too, and after a resume."""
     accuracies = {1: 0.2, 2: 0.9, 3: 0.6, 4: 0.8, 5: 0.7, 6: 0.5}
     config = tiny_config(data__dir=data_dir, eval_every=1)
 
@@ -293,35 +304,36 @@ def test_the_best_checkpoint_is_the_best_of_those_saved(data_dir, tmp_path, monk
         return {"validation_loss": 1.0, "validation_accuracy": accuracies[int(state.step)]}
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "validate", validate)
-        outcome = loop.train_and_evaluate(config, str(tmp_path))
-        evaluated = loop.evaluate(str(tmp_path), config)
-    assert outcome["best_validation_accuracy"] == evaluated["best"]["validation_accuracy"] == 0.6, "of one saved"
-    assert (evaluated["latest"]["step"], evaluated["best"]["step"]) == (6, 3)
-    assert restore_best(str(tmp_path))[1].step == 3
+        patch.setattr(train, "validate", validate)
+        patch.setattr(evaluate, "validate", validate)
+        outcome = train.train(config, str(tmp_path))
+        evaluated = evaluate.evaluate(str(tmp_path), config)
+    assert outcome["best_validation_accuracy"] == evaluated["best"]["validation_accuracy"] == 0.9
+    assert (evaluated["latest"]["step"], evaluated["best"]["step"]) == (6, 2)
+    assert restore_best(str(tmp_path))[1].step == 2
 
 
 def test_a_finished_run_is_not_trained_again(finished, data_dir, monkeypatch):
     workdir, outcome = finished
     monkeypatch.setattr(run_module, "make_train_step", lambda *_: pytest.fail("trained again"))
-    again = loop.train_and_evaluate(tiny_config(data__dir=data_dir, ema__decay=0.9), str(workdir))
+    again = train.train(tiny_config(data__dir=data_dir, ema__decay=0.9), str(workdir))
     assert again == json.loads(json.dumps(outcome))
 
 
 def poison(monkeypatch, is_bad):
     """Make the images of some training batches NaN."""
-    train_batches = loop.input_pipeline.train_batches
+    train_batches = train.input_pipeline.train_batches
 
     def poisoned(*args, start_step, **kwargs):
         for step, batch in enumerate(train_batches(*args, start_step=start_step, **kwargs), start_step):
             yield batch | {"image": batch["image"] * np.nan} if is_bad(step) else batch
 
-    monkeypatch.setattr(loop.input_pipeline, "train_batches", poisoned)
+    monkeypatch.setattr(train.input_pipeline, "train_batches", poisoned)
 
 
 def test_a_batch_that_is_not_finite_is_skipped_and_told(data_dir, tmp_path, monkeypatch):
     poison(monkeypatch, lambda step: step in (1, 4))
-    outcome = loop.train_and_evaluate(tiny_config(data__dir=data_dir, log_every=1), str(tmp_path))
+    outcome = train.train(tiny_config(data__dir=data_dir, log_every=1), str(tmp_path))
     assert all(np.isfinite(outcome[name]) for name in ("train_loss", "validation_loss"))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -336,60 +348,60 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_checkpoint(data_dir, t
     config = tiny_config(data__dir=data_dir, max_skipped_steps=2)
     poison(monkeypatch, lambda step: step >= 4)
     with pytest.raises(TrainingError, match=r"2 steps in a row up to step 6 were skipped.*last checkpoint is intact"):
-        loop.train_and_evaluate(config, str(tmp_path))
+        train.train(config, str(tmp_path))
     with Checkpoints(tmp_path, create=False) as checkpoints:
         assert checkpoints.steps() == [3]
-        state, _ = checkpoints.restore(abstract_of(tmp_path), 3)
+        state, _ = checkpoints.restore(build_from(tmp_path).abstract, 3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
 def test_another_config_is_refused(finished, data_dir):
     with pytest.raises(UserError, match=r"holds another run: its config.seed is 3407, now 1"):
-        loop.train_and_evaluate(tiny_config(data__dir=data_dir, ema__decay=0.9, seed=1), str(finished[0]))
+        train.train(tiny_config(data__dir=data_dir, ema__decay=0.9, seed=1), str(finished[0]))
 
 
 def test_evaluation_needs_a_checkpoint(data_dir, tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
-        loop.evaluate(str(tmp_path), tiny_config(data__dir=data_dir))
+        evaluate.evaluate(str(tmp_path), tiny_config(data__dir=data_dir))
 
 
 def test_nothing_is_written_for_a_config_that_cannot_run(data_dir, tmp_path):
     with pytest.raises(UserError, match=r"patch_size=3 does not divide"):
-        loop.train_and_evaluate(tiny_config(data__dir=data_dir, model__patch_size=3), str(tmp_path / "run"))
+        train.train(tiny_config(data__dir=data_dir, model__patch_size=3), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_stays_finished_whatever_becomes_of_the_data(finished, tmp_path):
     """Also where they are gone: the image folder that it was trained on may have been mended, or deleted."""
     config = tiny_config(data__dir=str(tmp_path / "nothing"), ema__decay=0.9)
-    assert loop.train_and_evaluate(config, str(finished[0])) == json.loads(json.dumps(finished[1]))
+    assert train.train(config, str(finished[0])) == json.loads(json.dumps(finished[1]))
     assert not (tmp_path / "nothing").exists()
 
 
 def test_neither_training_nor_evaluation_takes_other_data(data_dir, tmp_path):
     config = tiny_config(data__dir=data_dir, steps=1)
-    loop.train_and_evaluate(config, str(tmp_path))
+    train.train(config, str(tmp_path))
     (tmp_path / "results.json").unlink()
     record = json.loads((tmp_path / "dataset.json").read_text())
     assert record["train_size"] == 1437
     (tmp_path / "dataset.json").write_text(json.dumps(record | {"train_size": 1443}))
-    for program in (lambda: loop.train_and_evaluate(config, str(tmp_path)), lambda: loop.evaluate(str(tmp_path))):
-        with pytest.raises(UserError, match=r"began with other data: their train_size was 1443, now 1437"):
+    for program in (lambda: train.train(config, str(tmp_path)), lambda: evaluate.evaluate(str(tmp_path))):
+        with pytest.raises(UserError, match=r"was started with other data: their train_size was 1443, now 1437"):
             program()
 
 
 def test_a_folder_with_the_signs_of_a_pattern_is_a_folder(data_dir, tmp_path):
     workdir = tmp_path / "lr=[1] *?" / "{seed}"
     config = tiny_config(data__dir=data_dir, steps=3)
-    outcome = loop.train_and_evaluate(config, str(workdir))
-    assert loop.evaluate(str(workdir), config)["best"]["validation_accuracy"] == outcome["validation_accuracy"]
+    outcome = train.train(config, str(workdir))
+    assert evaluate.evaluate(str(workdir), config)["best"]["validation_accuracy"] == outcome["validation_accuracy"]
 
 
 def test_a_checkpoint_is_saved_when_it_is_time(data_dir, tmp_path, monkeypatch):
     saved, save = [], Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda self, *a: [saved.append(a[2]), save(self, *a)])
     config = tiny_config(data__dir=data_dir, checkpoint_minutes=1e-9)
-    outcome = loop.train_and_evaluate(config, str(tmp_path))
+    outcome = train.train(config, str(tmp_path))
     assert saved == [2, 3, 4, 6]
     with Checkpoints(tmp_path, create=False) as checkpoints:
         assert checkpoints.best() in (3, 6), "what is saved out of turn is not evaluated"
@@ -419,14 +431,14 @@ def test_what_is_compiled_for_an_accelerator_is_kept(
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(loop.input_pipeline, "load", stop)
-    monkeypatch.setattr(loop.log, "propagate", True)
+    monkeypatch.setattr(train.input_pipeline, "load", stop)
+    monkeypatch.setattr(train.log, "propagate", True)
     caplog.set_level("INFO")
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", place(named))
     try:
         with pytest.raises(Reached):
-            loop.train_and_evaluate(tiny_config(compilation_cache=wanted), str(tmp_path / "run"))
+            train.train(tiny_config(compilation_cache=wanted), str(tmp_path / "run"))
         assert jax.config.jax_compilation_cache_dir == place(used)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -1,0 +1,73 @@
+"""Local paths, and JSON files that are written whole or not at all."""
+
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from simplest_vit.errors import UserError
+
+# Linux allows 4,096 bytes; what is written below a folder needs the rest.
+_LONGEST_PATH = 3500
+
+
+def local_path(path: str | os.PathLike[str]) -> str:
+    """Expand `~`, and accept `file:///PATH` for `/PATH`.
+
+    Raises:
+      UserError: If the text names no local path: one of another scheme, such as gs://, of an unknown user, not of
+        UTF-8, or too long.
+    """
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        text = "/" + text.removeprefix("file://").removeprefix("localhost").lstrip("/")
+    if scheme := re.match(r"([a-z][a-z0-9+.-]+):/", text, re.IGNORECASE):
+        raise UserError(f"{text}: {scheme[1]}: is not supported; give a local path, such as a mounted bucket")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise UserError(f"{text}: there is no such user; give another path")
+    if "\0" in path or any("\ud800" <= character <= "\udfff" for character in path):
+        raise UserError(f"{text}: the name is not valid UTF-8; rename it or give another path")
+    if len(os.fsencode(os.path.abspath(path))) > _LONGEST_PATH:
+        raise UserError(f"{text[:60]}...: the path is longer than {_LONGEST_PATH:,} bytes; give a shorter one")
+    return path
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Write a file whole or not at all, even if the power fails."""
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name
+    except OSError:
+        pass  # a file system that cannot
+    finally:
+        os.close(folder)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+      UserError: If the file cannot be read or holds anything else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except RecursionError as error:
+        raise UserError(f"{path} cannot be read (it is nested too deeply); the file is damaged") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); the file is damaged") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read (it holds no JSON object); the file is damaged")
+    return content

@@ -1,0 +1,201 @@
+"""The kinds of attention, each one object in `KINDS` that owns its settings, constants, parameters and checks.
+
+A new kind is a subclass of `AttentionKind` and a row of `KINDS`. Its settings are fields of `config.model` by their
+names. Checks, training and analysis ask the kind; nothing else knows which kinds there are.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simplest_vit.errors import UserError
+from simplest_vit.models import espa, shift
+
+Grid = tuple[int, int]
+Arrays = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionKind:
+    """Plain softmax attention, and what other kinds may override.
+
+    Attributes:
+      has_queries: Whether attention depends on queries and keys.
+      zero_queries: Whether queries start at zero, so that attention starts as its constants say.
+      parameters: Scalars to train in each block, and their initial values.
+    """
+
+    has_queries: ClassVar[bool] = True
+    zero_queries: ClassVar[bool] = False
+    parameters: ClassVar[dict[str, float]] = {}
+
+    def check(self, grid: Grid, num_heads: int) -> None:
+        """Raise a UserError if attention of this kind does not exist for a token grid and a number of heads."""
+
+    def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
+        """Return the constants of all blocks, arrays [L, ...].
+
+        `attention_bias` [L, T, T] or [L, H, T, T] is added to the logits, `row_scale` [L, T] multiplies the rows of
+        the softmax; others are for `mix`.
+        """
+        del grid, depth, num_heads
+        return {}
+
+    def mix(
+        self, value: jax.Array, softmax_attention: Callable[[jax.Array], jax.Array], num_heads: int, arrays: Arrays
+    ) -> jax.Array:
+        """Mix values over tokens, linearly.
+
+        Args:
+          value: [B, T, H * d], any d.
+          softmax_attention: row_scale * softmax(q k^T / sqrt(d_head) + attention_bias), applied to values.
+          num_heads: H.
+          arrays: Constants and parameters of this block by name.
+
+        Returns:
+          [B, T, H * d].
+        """
+        del num_heads, arrays
+        return softmax_attention(value)
+
+    def initial_matrix(self, constants: Arrays, num_tokens: int) -> np.ndarray | None:
+        """Return what values are multiplied with at initialization, by the constants of all blocks.
+
+        Returns:
+          float64 [L or 1, H or 1, T, T], or None if it depends on the weights drawn.
+        """
+        del num_tokens
+        if not self.zero_queries:
+            return None
+        bias = np.asarray(constants["attention_bias"], np.float64)
+        weights = np.exp(bias - bias.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        weights = weights if weights.ndim == 4 else weights[:, None]
+        if "row_scale" in constants:
+            weights *= np.asarray(constants["row_scale"], np.float64)[:, None, :, None]
+        return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Espa(AttentionKind):
+    """E-SPA, which starts as the matrix A_l that keeps a chosen token kernel: `espa.py` has the forms."""
+
+    form: str
+    gamma_max_depth: float = 0.005
+
+    zero_queries: ClassVar[bool] = True
+
+    def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
+        """Return log A_l and its row sums."""
+        row_scale, bias = espa.shaped_attention(grid, depth, self.gamma_max_depth, self.form)
+        return {"attention_bias": bias, "row_scale": row_scale}
+
+
+@dataclasses.dataclass(frozen=True)
+class Uspa(AttentionKind):
+    """U-SPA: E-SPA with a uniform token kernel."""
+
+    rho_max_depth: float = 0.8
+
+    zero_queries: ClassVar[bool] = True
+
+    def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
+        """Return log A_l and its row sums."""
+        row_scale, bias = espa.shaped_attention(grid, depth, form="uspa", rho_max_depth=self.rho_max_depth)
+        return {"attention_bias": bias, "row_scale": row_scale}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift(AttentionKind):
+    """Heads that start as translations of the token grid: `shift.py`."""
+
+    uniform_fraction: float = 0.01
+    identity_head_fraction: float = 0.75
+
+    zero_queries: ClassVar[bool] = True
+
+    def check(self, grid: Grid, num_heads: int) -> None:
+        """Raise a UserError if there are more heads than offsets."""
+        num_tokens = grid[0] * grid[1]
+        if num_heads > num_tokens:
+            raise UserError(
+                f"config.model.num_heads={num_heads} must be at most the {num_tokens} tokens, because each head of "
+                "shift attention has an offset; choose fewer heads or a smaller config.model.patch_size"
+            )
+
+    def sources(self, grid: Grid, depth: int, num_heads: int) -> np.ndarray:
+        """Return the token that each head looks at from each token, int [L, H, T]."""
+        return shift.sources(shift.head_offsets(num_heads, grid, depth, self.identity_head_fraction), grid)
+
+    def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
+        """Return the logarithm of the matrices."""
+        matrices = shift.attention_matrices(self.sources(grid, depth, num_heads), self.uniform_fraction)
+        with np.errstate(divide="ignore"):  # without uniform attention, what no query can overcome
+            return {"attention_bias": np.log(matrices)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedShift(Shift):
+    """Shift attention without queries and keys: each head translates its values, and adds a little of their mean."""
+
+    has_queries: ClassVar[bool] = False
+
+    def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
+        """Return the tokens that heads look at."""
+        return {"source": self.sources(grid, depth, num_heads)}
+
+    def mix(
+        self, value: jax.Array, softmax_attention: Callable[[jax.Array], jax.Array], num_heads: int, arrays: Arrays
+    ) -> jax.Array:
+        """Translate values instead of multiplying them with [T, T] matrices; see `AttentionKind.mix`."""
+        heads = value.reshape(*value.shape[:2], num_heads, -1)
+        mean = heads.mean(axis=1, keepdims=True, dtype=jnp.float32).astype(value.dtype)
+        moved = shift.translate(heads, arrays["source"])
+        return ((1 - self.uniform_fraction) * moved + self.uniform_fraction * mean).reshape(value.shape)
+
+    def initial_matrix(self, constants: Arrays, num_tokens: int) -> np.ndarray:
+        """Return the matrices, float64 [L, H, T, T]."""
+        return shift.attention_matrices(np.asarray(constants["source"]), self.uniform_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueSkipInit(AttentionKind):
+    """Attention alpha I + beta softmax(q k^T / sqrt(d_head)), trainable alpha = 1 and beta = 0 at initialization.
+
+    The skip inside the attention of He et al. (arXiv 2302.10322), equation 4 of arXiv 2311.01906.
+    """
+
+    parameters: ClassVar[dict[str, float]] = {"alpha": 1.0, "beta": 0.0}
+
+    def mix(
+        self, value: jax.Array, softmax_attention: Callable[[jax.Array], jax.Array], num_heads: int, arrays: Arrays
+    ) -> jax.Array:
+        """Add values to what softmax attention makes of them; see `AttentionKind.mix`."""
+        alpha, beta = (arrays[name].astype(value.dtype) for name in ("alpha", "beta"))
+        return alpha * value + beta * softmax_attention(value)
+
+    def initial_matrix(self, constants: Arrays, num_tokens: int) -> np.ndarray:
+        """Return the identity, float64 [1, 1, T, T]."""
+        return np.eye(num_tokens)[None, None]
+
+
+# What makes a kind of its settings, which have defaults.
+KINDS: dict[str, Callable[..., AttentionKind]] = {
+    **{form: functools.partial(Espa, form) for form in ("espa", "espa_causal", "espa_2d", "espa_reference")},
+    "uspa": Uspa,
+    "shift": Shift,
+    "fixed_shift": FixedShift,
+    "value_skipinit": ValueSkipInit,
+    "softmax": AttentionKind,
+}
+
+
+def settings_of(name: str) -> tuple[str, ...]:
+    """Return the names of a kind's settings, which are fields of `config.model`."""
+    return tuple(inspect.signature(KINDS[name]).parameters)

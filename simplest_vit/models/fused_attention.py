@@ -1,0 +1,371 @@
+"""Attention as one kernel forward and one backward, for NVIDIA GPUs from Ampere on (Pallas, compiled by Triton).
+
+`layers.attend` is the definition; XLA makes five passes over [B, H, T, T] of it. Here a program computes one head of
+one image. It reads the projections where they lie, [B, T, 3 D], adds their biases, and goes over tiles of queries with
+all keys at once: rows of softmax are whole, and no weight leaves the chip. The backward kernel computes the weights
+again.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import PartitionSpec
+
+from simplest_vit.errors import UserError
+
+TOKENS = (16, 256)
+HEAD_WIDTHS = (16, 128)
+FASTER_TOKENS = 64  # up to so many it was seen to be faster than XLA's form (RESULTS.md); with 196 it was slower
+_TILE = 8192  # logits at a time: 64 KB of registers for the two float32 tiles of the backward pass
+_ACCUMULATED = 16384  # entries of the gradient of the keys, and as many of the values: 128 KB of registers
+
+
+def check_sizes(tokens: int, head_width: int) -> None:
+    """Check that the kernel can do them.
+
+    Args:
+      tokens: T.
+      head_width: D / H.
+
+    Raises:
+      UserError: If not.
+    """
+    for name, size, (low, high) in _misfits(tokens, head_width):
+        raise UserError(
+            f"config.model.attention_kernel='fused' does {name} of {low} to {high}, not {size}; "
+            "choose xla or another model"
+        )
+
+
+def _misfits(tokens: int, head_width: int) -> list[tuple[str, int, tuple[int, int]]]:
+    """Names, sizes and ranges of what the kernel cannot do."""
+    sizes = ("tokens", tokens, TOKENS), ("head width", head_width, HEAD_WIDTHS)
+    return [(name, size, (low, high)) for name, size, (low, high) in sizes if not low <= size <= high]
+
+
+def check_devices(kernel: str, devices: Sequence[jax.Device]) -> None:
+    """Check that a kernel as in `choose` can run on the devices of a run.
+
+    Raises:
+      UserError: If not.
+    """
+    for device in devices:
+        if kernel == "fused" and not _is_recent(device):
+            capability = getattr(device, "compute_capability", None)
+            raise UserError(
+                f"config.model.attention_kernel='fused' needs NVIDIA GPUs of compute capability 8.0 (Ampere) or more, "
+                f"not {device.device_kind}{f' with {capability}' if capability else ''}; choose xla"
+            )
+
+
+def choose(kernel: str, devices: Sequence[jax.Device], tokens: int, head_width: int) -> str:
+    """The kernel that a run takes.
+
+    Args:
+      kernel: `xla`, `fused`, or `auto` for the faster one.
+      devices: Of the run.
+      tokens: T.
+      head_width: D / H.
+
+    Returns:
+      `xla` or `fused`.
+    """
+    if kernel != "auto":
+        return kernel
+    fits = tokens <= FASTER_TOKENS and not _misfits(tokens, head_width)
+    return "fused" if fits and all(map(_is_recent, devices)) else "xla"
+
+
+def _is_recent(device: jax.Device) -> bool:
+    """Whether it is an NVIDIA GPU from Ampere on; AMD's have names such as gfx942 for a capability."""
+    capability = str(getattr(device, "compute_capability", "")).replace(".", "", 1)
+    return device.platform == "gpu" and capability.isdigit() and int(capability) >= 80
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Sizes of one head's work; all but `tokens`, `head_width` and `width` are powers of two, as Triton wants.
+
+    Attributes:
+      tokens: T.
+      head_width: D / H.
+      width: D.
+      itemsize: Bytes of a number.
+      keys: T, padded.
+      queries: Queries in a tile.
+      columns: The head's width, padded.
+      splits: Programs that share the columns of a head's gradients, because one has not the registers for them.
+    """
+
+    tokens: int
+    head_width: int
+    width: int
+    itemsize: int
+
+    @property
+    def keys(self) -> int:
+        return max(16, pl.next_power_of_2(self.tokens))
+
+    @property
+    def columns(self) -> int:
+        return max(16, pl.next_power_of_2(self.head_width))
+
+    @property
+    def queries(self) -> int:
+        return min(self.keys, 64, _TILE // self.keys)
+
+    @property
+    def splits(self) -> int:
+        return max(1, self.keys * self.columns // _ACCUMULATED)
+
+
+def fused(
+    qkv: jax.Array,
+    qkv_bias: jax.Array | None,
+    num_heads: int,
+    attention_bias: jax.Array | None = None,
+    row_scale: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Multi-head attention row_scale * softmax(q k^T / sqrt(d_head) + attention_bias) v in one kernel each way.
+
+    Products are in the dtype of `qkv`, true float32 included, sums and softmax in float32. Each device of the mesh in
+    context has its share of the images, which XLA could not tell of a kernel.
+
+    Args:
+      qkv: Queries, keys and values before their biases, bfloat16 or float32 [B, T, 3 D]; T as `TOKENS` says.
+      qkv_bias: Their biases [3 D], or None. Its gradient is summed where it arises.
+      num_heads: H, a divisor of D; heads are as wide as `HEAD_WIDTHS` says.
+      attention_bias: Constant float32 [T, T], the same for all heads, or [H, T, T], or None. It gets no gradient.
+      row_scale: Constant float32 [T], or None. It gets no gradient.
+      interpret: Run without a GPU, slowly.
+
+    Returns:
+      [B, T, D] in the dtype of `qkv`.
+    """
+    compute = functools.partial(_fused, num_heads=num_heads, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        images, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+        # Not checked, for a kernel does not say along which axes its output varies.
+        compute = jax.shard_map(compute, in_specs=(images, whole, whole, whole), out_specs=images, check_vma=False)
+    return compute(qkv, qkv_bias, attention_bias, row_scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused(
+    qkv: jax.Array,
+    qkv_bias: jax.Array | None,
+    attention_bias: jax.Array | None,
+    row_scale: jax.Array | None,
+    num_heads: int,
+    interpret: bool,
+) -> jax.Array:
+    """`fused` on one device."""
+    b, t, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    plan = _Plan(t, width // num_heads, width, qkv.dtype.itemsize)
+    return pl.pallas_call(
+        functools.partial(attention_forward, plan=plan),
+        grid=(b * num_heads,),  # heads of an image side by side: they share lines of the cache
+        out_shape=jax.ShapeDtypeStruct((b, t, width), qkv.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="attention_forward",
+    )(qkv, qkv_bias, attention_bias, row_scale)
+
+
+def _forward(
+    qkv: jax.Array, qkv_bias: Any, attention_bias: Any, row_scale: Any, num_heads: int, interpret: bool
+) -> tuple[jax.Array, Any]:
+    constants = (qkv_bias, attention_bias, row_scale)
+    return _fused(qkv, *constants, num_heads, interpret), (qkv, constants)
+
+
+def _backward(num_heads: int, interpret: bool, kept: Any, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+    qkv, (qkv_bias, attention_bias, row_scale) = kept
+    b, t, width = gradient.shape
+    plan = _Plan(t, width // num_heads, width, qkv.dtype.itemsize)
+    of_bias = None if qkv_bias is None else jax.ShapeDtypeStruct((b, 3 * width), jnp.float32)
+    dqkv, dbias = pl.pallas_call(
+        functools.partial(attention_backward, plan=plan),
+        grid=(b * num_heads * plan.splits,),
+        out_shape=(jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), of_bias),
+        compiler_params=plgpu.CompilerParams(num_warps=4 if plan.keys <= 64 else 8, num_stages=1),
+        interpret=interpret,
+        name="attention_backward",
+    )(qkv, qkv_bias, attention_bias, row_scale, gradient)
+    return dqkv, None if qkv_bias is None else dbias.sum(axis=0).astype(qkv_bias.dtype), None, None
+
+
+_fused.defvjp(_forward, _backward)
+
+
+def attention_forward(qkv: Any, qkv_bias: Any, attention_bias: Any, row_scale: Any, out: Any, *, plan: _Plan) -> None:
+    """Kernel: one head of one image, [T, d_head] of `out`."""
+    program = pl.program_id(0)
+    heads = plan.width // plan.head_width
+    image, head = program // heads, program % heads
+    projection = functools.partial(_projection, qkv, qkv_bias, plan, image, head)
+    keys, values = (_whole(plan, functools.partial(projection, index, 0, plan.keys)) for index in (1, 2))
+
+    def attend(tile: Any) -> None:
+        row = tile * plan.queries
+        weights, total = _weights(projection(0, row, plan.queries), keys(), attention_bias, plan, head, row)
+        mixed = _dot(weights.astype(qkv.dtype), values()) / total
+        mixed = mixed * _row_scale(row_scale, plan, row) if row_scale is not None else mixed
+        _store(out, mixed, plan, image, row, head * plan.head_width)
+
+    _for_each_tile(plan, attend)
+
+
+def attention_backward(
+    qkv: Any,
+    qkv_bias: Any,
+    attention_bias: Any,
+    row_scale: Any,
+    gradient: Any,
+    dqkv: Any,
+    dbias: Any,
+    *,
+    plan: _Plan,
+) -> None:
+    """Kernel: the gradients of one head of one image, or of a part of its columns."""
+    program = pl.program_id(0)
+    part, program = program % plan.splits, program // plan.splits
+    heads = plan.width // plan.head_width
+    image, head = program // heads, program % heads
+    columns = plan.columns // plan.splits
+    first = part * columns
+    projection = functools.partial(_projection, qkv, qkv_bias, plan, image, head)
+    keys, values = (_whole(plan, functools.partial(projection, index, 0, plan.keys)) for index in (1, 2))
+    some_keys = keys
+    if plan.splits > 1:
+        some_keys = _whole(plan, functools.partial(projection, 1, 0, plan.keys, first, columns))
+
+    def part_of(x: jax.Array, load: Any) -> jax.Array:
+        return x if plan.splits == 1 else load(first, columns)
+
+    def attend(tile: Any, carry: Any) -> Any:
+        dq_sum, dk, dv = carry
+        row = tile * plan.queries
+        scale = None if row_scale is None else _row_scale(row_scale, plan, row)
+
+        def output_gradient(first: Any = 0, columns: int = plan.columns) -> jax.Array:
+            g = _load(gradient, plan, image, row, plan.queries, head * plan.head_width, first, columns)
+            return g if scale is None else (g * scale).astype(g.dtype)
+
+        q, g = projection(0, row, plan.queries), output_gradient()
+        weights, total = _weights(q, keys(), attention_bias, plan, head, row)
+        weights = weights / total
+        dweights = _dot(g, values(), transpose_b=True)
+        mean = jnp.sum(weights * dweights, axis=1, keepdims=True)
+        dlogits = (weights * (dweights - mean) * plan.head_width**-0.5).astype(q.dtype)
+        dq = _dot(dlogits, some_keys())
+        _store(dqkv, dq, plan, image, row, head * plan.head_width, first)
+        dk += _dot(dlogits, part_of(q, functools.partial(projection, 0, row, plan.queries)), transpose_a=True)
+        dv += _dot(weights.astype(q.dtype), part_of(g, output_gradient), transpose_a=True)
+        return dq_sum + dq.sum(axis=0), dk, dv
+
+    zeros = jnp.zeros((plan.keys, columns), jnp.float32)
+    dq_sum, dk, dv = _for_each_tile(plan, attend, (jnp.zeros(columns, jnp.float32), zeros, zeros))
+    for index, x in ((1, dk), (2, dv)):
+        _store(dqkv, x, plan, image, 0, index * plan.width + head * plan.head_width, first)
+    if dbias is not None:
+        column = first + jnp.arange(columns)
+        for index, total in enumerate((dq_sum, dk.sum(axis=0), dv.sum(axis=0))):
+            start = index * plan.width + head * plan.head_width + first
+            mask = column < plan.head_width
+            plgpu.store(dbias.at[image, pl.ds(start, columns)], total, mask=mask)
+
+
+def _whole(plan: _Plan, load: Callable[[], jax.Array]) -> Callable[[], jax.Array]:
+    """Keys or values of a head: loaded once, or, where the chip has not the room for both, wherever they are used."""
+    if plan.itemsize == 4:
+        return load
+    array = load()
+    return lambda: array
+
+
+def _for_each_tile(plan: _Plan, body: Any, carry: Any = None) -> Any:
+    """Apply `body` to the tiles of queries; with a carry, or without."""
+    tiles = pl.cdiv(plan.tokens, plan.queries)
+    if carry is None:
+        return body(0) if tiles == 1 else jax.lax.fori_loop(0, tiles, lambda tile, _: body(tile), None)
+    return body(0, carry) if tiles == 1 else jax.lax.fori_loop(0, tiles, body, carry)
+
+
+def _mask(plan: _Plan, row: Any, rows: int, first: Any, columns: int) -> jax.Array:
+    """Which of a tile's entries exist, bool [rows, columns]."""
+    return (row + jnp.arange(rows) < plan.tokens)[:, None] & (first + jnp.arange(columns) < plan.head_width)[None]
+
+
+def _load(ref: Any, plan: _Plan, image: Any, row: Any, rows: int, start: Any, first: Any, columns: int) -> jax.Array:
+    """Rows of a head that begins at column `start`, from its column `first` on; zeros where there are none."""
+    tile = ref.at[image, pl.ds(row, rows), pl.ds(start + first, columns)]
+    return plgpu.load(tile, mask=_mask(plan, row, rows, first, columns), other=0.0)
+
+
+def _store(ref: Any, x: jax.Array, plan: _Plan, image: Any, row: Any, start: Any, first: Any = 0) -> None:
+    """Write what `_load` would read."""
+    tile = ref.at[image, pl.ds(row, x.shape[0]), pl.ds(start + first, x.shape[1])]
+    plgpu.store(tile, x.astype(ref.dtype), mask=_mask(plan, row, x.shape[0], first, x.shape[1]))
+
+
+def _projection(
+    qkv: Any,
+    qkv_bias: Any,
+    plan: _Plan,
+    image: Any,
+    head: Any,
+    index: int,
+    row: Any,
+    rows: int,
+    first: Any = 0,
+    columns: int | None = None,
+) -> jax.Array:
+    """Queries (index 0), keys (1) or values (2) of a head with their bias, [rows, columns]."""
+    columns = columns or plan.columns
+    start = index * plan.width + head * plan.head_width
+    x = _load(qkv, plan, image, row, rows, start, first, columns)
+    if qkv_bias is None:
+        return x
+    mask = first + jnp.arange(columns) < plan.head_width
+    bias = plgpu.load(qkv_bias.at[pl.ds(start + first, columns)], mask=mask, other=0.0)
+    return (x.astype(jnp.float32) + bias.astype(jnp.float32)[None]).astype(x.dtype)
+
+
+def _row_scale(row_scale: Any, plan: _Plan, row: Any) -> jax.Array:
+    """The scale of a tile's rows, float32 [queries, 1]."""
+    mask = row + jnp.arange(plan.queries) < plan.tokens
+    return plgpu.load(row_scale.at[pl.ds(row, plan.queries)], mask=mask, other=0.0)[:, None]
+
+
+def _weights(
+    q: jax.Array, k: jax.Array, attention_bias: Any, plan: _Plan, head: Any, row: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Weights before normalization, float32 [queries, keys], and their sums [queries, 1]."""
+    logits = _dot(q, k, transpose_b=True) * plan.head_width**-0.5
+    exists = (jnp.arange(plan.keys) < plan.tokens)[None]
+    if attention_bias is not None:
+        of_head = () if len(attention_bias.shape) == 2 else (head,)
+        mask = (row + jnp.arange(plan.queries) < plan.tokens)[:, None] & exists
+        tile = attention_bias.at[*of_head, pl.ds(row, plan.queries), pl.ds(0, plan.keys)]
+        logits += plgpu.load(tile, mask=mask, other=0.0)
+    if plan.keys != plan.tokens:
+        logits = jnp.where(exists, logits, -jnp.inf)
+    weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
+    return weights, jnp.sum(weights, axis=1, keepdims=True)
+
+
+def _dot(a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
+    """Product of two tiles, summed in float32; float32 operands are not rounded to TF32."""
+    dimensions = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
+    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6 if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, (dimensions, ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,160 @@
+"""Networks by name, and from the fields of `config.model` to a network."""
+
+import difflib
+import math
+from collections.abc import Collection
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from simplest_vit.errors import UserError
+from simplest_vit.models import attention_kinds, fused_attention, tat
+from simplest_vit.models.initializers import INITS
+from simplest_vit.models.layers import NORMS, token_grid
+from simplest_vit.models.mlp import MLPS
+from simplest_vit.models.vit import SKIPS, ViT
+
+_ISOMETRIC = {"attention": "shift", "mlp": "looks_linear", "init": "orthogonal", "norm": "none", "skip": "none"}
+# What a network is made of, where its config says nothing else.
+PRESETS: dict[str, dict[str, Any]] = {
+    "simplest_vit": {"attention": "espa", "mlp": "tat", "init": "espa_tat", "norm": "none", "skip": "none"},
+    "isometric_vit": _ISOMETRIC,
+    "shift_mlp": _ISOMETRIC | {"attention": "fixed_shift"},
+    # As the PyTorch reference has it, which leaves PyTorch's default initialization.
+    "simple_vit": {
+        "attention": "softmax",
+        "mlp": "plain",
+        "init": "pytorch",
+        "norm": "layer_norm",
+        "skip": "residual",
+        "output_projection": True,
+    },
+}
+
+# The usual sizes of vision transformers (arXiv 2010.11929, 2012.12877).
+VARIANTS = {
+    "Ti": {"depth": 12, "width": 192, "num_heads": 3, "mlp_dim": 768},
+    "S": {"depth": 12, "width": 384, "num_heads": 6, "mlp_dim": 1536},
+    "B": {"depth": 12, "width": 768, "num_heads": 12, "mlp_dim": 3072},
+    "L": {"depth": 24, "width": 1024, "num_heads": 16, "mlp_dim": 4096},
+}
+# Fields by which a network is chosen, and their values.
+_CHOICES: dict[str, Collection[str]] = {
+    "attention": attention_kinds.KINDS,
+    "mlp": MLPS,
+    "init": INITS,
+    "norm": NORMS,
+    "skip": SKIPS,
+}
+
+
+def _one_of(field: str, value: Any, choices: Collection[str]) -> Any:
+    if value not in choices:
+        raise UserError(f"config.model.{field}={value!r} is unknown; expected one of {', '.join(choices)}")
+    return value
+
+
+def _check_names(fields: Collection[str]) -> None:
+    known = {*VARIANTS["S"], *_CHOICES, "activation", "c_val_0_target"}
+    known |= {"dropout", "remat", "attention_kernel"}
+    known |= {field for kind in attention_kinds.KINDS for field in attention_kinds.settings_of(kind)}
+    for field in fields:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, 1)
+            raise UserError(f"config.model.{field} is unknown; {f'did you mean {near[0]}?' if near else 'remove it'}")
+
+
+def model_arguments(
+    name: str, *, image_shape: tuple[int, int, int], variant: str = "S", patch_size: int = 4, **fields: Any
+) -> dict[str, Any]:
+    """Resolve preset and variant, and check every field that depends on another or on the image.
+
+    Args:
+      name: One of `PRESETS`.
+      image_shape: Height, width and channels.
+      variant: One of `VARIANTS`, which decides the sizes that are None.
+      patch_size: Side of a patch in pixels.
+      **fields: Other fields of `config.model`, in the ranges of `config.FIELDS`; None leaves the preset's choice.
+
+    Returns:
+      Arguments of `ViT` but `image_shape`, `num_classes`, `dtype` and `rngs`. Fields that this network does not read
+      are left out.
+
+    Raises:
+      UserError: If a name is unknown or sizes do not fit.
+    """
+    defaults = VARIANTS[_one_of("variant", variant, VARIANTS)] | PRESETS[_one_of("name", name, PRESETS)]
+    _check_names(fields)
+    given = {field: value for field, value in fields.items() if value is not None}
+    arguments: dict[str, Any] = {field: given.get(field, value) for field, value in defaults.items()}
+    arguments |= {"patch_size": patch_size, "dropout": given.get("dropout", 0.0), "remat": given.get("remat", False)}
+    for field, choices in _CHOICES.items():
+        _one_of(field, arguments[field], choices)
+    mlp = MLPS[arguments["mlp"]]
+    arguments["activation"] = _one_of("activation", given.get("activation", mlp.activations[0]), mlp.activations)
+
+    height, width_pixels, _ = image_shape
+    if height % patch_size or width_pixels % patch_size:
+        raise UserError(
+            f"config.model.patch_size={patch_size} does not divide the image size {height} x {width_pixels}; "
+            "choose a divisor or change config.data.image_size"
+        )
+    grid = token_grid(image_shape, patch_size)
+    width, num_heads = arguments["width"], arguments["num_heads"]
+    if width % num_heads:
+        raise UserError(
+            f"config.model.width={width} is not divisible by config.model.num_heads={num_heads}; change one of them"
+        )
+    if width % 4 or width < 8:
+        raise UserError(
+            f"config.model.width={width} must be a multiple of 4 and at least 8 (the position embedding has four parts)"
+        )
+    mlp.check(width, arguments["mlp_dim"])
+    settings = {field: given[field] for field in attention_kinds.settings_of(arguments["attention"]) if field in given}
+    kind = attention_kinds.KINDS[arguments["attention"]](**settings)
+    kind.check(grid, num_heads)
+    arguments |= settings
+    # `auto` is XLA's form here; whoever knows the devices asks `fused_attention.choose` first.
+    arguments["attention_kernel"] = "xla"
+    if given.get("attention_kernel") == "fused" and kind.has_queries:
+        fused_attention.check_sizes(math.prod(grid), width // num_heads)
+        arguments["attention_kernel"] = "fused"
+    if arguments["activation"] == "tailored_relu":
+        arguments["c_val_0_target"] = given.get("c_val_0_target", 0.9)
+        try:
+            tat.solve_negative_slope(2 * arguments["depth"], arguments["c_val_0_target"])
+        except ValueError as error:
+            raise UserError(f"config.model.{error}") from error
+    return arguments
+
+
+def create_model(
+    name: str,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    variant: str = "S",
+    dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+    **fields: Any,
+) -> ViT:
+    """Create a network with float32 parameters.
+
+    Args:
+      name: One of `PRESETS`.
+      image_shape: Height, width and channels.
+      num_classes: Number of classes.
+      variant: One of `VARIANTS`.
+      dtype: Compute dtype.
+      rngs: Streams for the initialization.
+      **fields: Other fields of `config.model`, which take the place of the preset's and the variant's.
+
+    Returns:
+      The network.
+
+    Raises:
+      UserError: See `model_arguments`.
+    """
+    arguments = model_arguments(name, image_shape=image_shape, variant=variant, **fields)
+    return ViT(image_shape=image_shape, num_classes=num_classes, dtype=dtype, rngs=rngs, **arguments)

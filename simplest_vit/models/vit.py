@@ -1,0 +1,174 @@
+"""Vision transformers, with or without normalization and skip connections: one class and one forward pass.
+
+`presets` names the networks. SimpleViT is normalized and has skip connections. The vanilla networks have neither, and
+their initialization keeps the signal alive at any depth:
+
+- SimplEsT-ViT: E-SPA (`espa.py`) shapes attention and TAT (`tat.py`) the activation, which controls the kernels of
+  tokens and images.
+- The isometric ViT: shift attention (`shift.py`) and a looks-linear MLP are orthogonal maps.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from simplest_vit.models import layers, tat
+from simplest_vit.models.attention import QKV, Attention
+from simplest_vit.models.attention_kinds import KINDS
+from simplest_vit.models.initializers import INITS
+from simplest_vit.models.mlp import MLPS
+
+# How a block adds what attention or an MLP makes of its input.
+SKIPS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "none": lambda x, y: y,
+    "residual": lambda x, y: x + y,
+    "scaled": lambda x, y: (x + y) * 0.5**0.5,
+}
+
+
+class Block(nnx.Module):
+    """Attention, then an MLP."""
+
+    def __init__(self, attention: Attention, mlp: nnx.Module, skip: str):
+        self.attention = attention
+        self.mlp = mlp
+        self.skip = skip
+
+    def __call__(self, x: jax.Array, qkv: QKV | None = None) -> jax.Array:
+        """Map tokens [B, T, D] to tokens [B, T, D]; `qkv` as in `Attention`."""
+        add = SKIPS[self.skip]
+        x = add(x, self.attention(x, qkv))
+        return add(x, self.mlp(x))
+
+
+class ViT(nnx.Module):
+    """Patches, position embedding, `depth` blocks, mean over tokens, linear head."""
+
+    def __init__(
+        self,
+        *,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        patch_size: int,
+        depth: int,
+        width: int,
+        num_heads: int,
+        mlp_dim: int,
+        attention: str,
+        mlp: str,
+        activation: str,
+        init: str,
+        norm: str = "none",
+        skip: str = "none",
+        output_projection: bool = False,
+        c_val_0_target: float = 0.9,
+        dropout: float = 0.0,
+        remat: bool = False,
+        attention_kernel: str = "xla",
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        **attention_settings: float,
+    ):
+        """Initialize parameters (float32) and constants. `presets.model_arguments` makes and checks the arguments.
+
+        Args:
+          image_shape: Height, width and channels; height and width are multiples of `patch_size`.
+          num_classes: Number of classes.
+          patch_size: Side of a patch in pixels.
+          depth: Number of blocks L.
+          width: D, a multiple of 4 and of `num_heads`.
+          num_heads: H.
+          mlp_dim: Hidden width M of the MLPs.
+          attention: One of `attention_kinds.KINDS`.
+          mlp: One of `mlp.MLPS`.
+          activation: One of the MLP's `activations`.
+          init: One of `initializers.INITS`.
+          norm: One of `layers.NORMS`; before attention, MLP and head.
+          skip: One of `SKIPS`; around attention and MLP.
+          output_projection: Whether attention ends with a projection; its projections then have no biases.
+          c_val_0_target: TAT's eta, for the activation `tailored_relu`.
+          dropout: Rate on the tokens before pooling.
+          remat: Recompute blocks in the backward pass.
+          attention_kernel: `xla` (`attention.attend`) or `fused` (`fused_attention`).
+          dtype: Compute dtype; softmax, constants, pooling and logits stay float32.
+          rngs: Streams for the initialization.
+          **attention_settings: Settings of the kind of attention; absent ones have the kind's defaults.
+
+        Raises:
+          ValueError: If TAT has no solution for the depth.
+        """
+        grid = layers.token_grid(image_shape, patch_size)
+        kind = KINDS[attention](**attention_settings)
+        initializers = INITS[init]
+        slope = tat.solve_negative_slope(2 * depth, c_val_0_target) if activation == "tailored_relu" else 0.0
+        shared: dict[str, Any] = {"init": initializers, "norm": norm, "dtype": dtype}
+
+        def create_block(rngs: nnx.Rngs, constants: dict[str, jax.Array]) -> Block:
+            return Block(
+                Attention(kind, constants, width, num_heads, output_projection=output_projection, rngs=rngs, **shared),
+                MLPS[mlp](width, mlp_dim, activation, negative_slope=slope, rngs=rngs, **shared),
+                skip,
+            )
+
+        patch_dim = patch_size**2 * image_shape[2]
+        self.patch_embedding = nnx.Linear(
+            patch_dim,
+            width,
+            kernel_init=initializers.linear,
+            bias_init=initializers.bias(patch_dim),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.position_embedding = layers.Constant(jnp.asarray(layers.sincos_position_embedding(grid, width)))
+        self.blocks = layers.stack(create_block, depth, rngs, kind.constants(grid, depth, num_heads))
+        self.dropout = nnx.Dropout(dropout)
+        self.norm = layers.create_norm(norm, width, rngs=rngs)
+        self.head = nnx.Linear(
+            width, num_classes, kernel_init=initializers.dense, bias_init=initializers.bias(width), rngs=rngs
+        )
+        self.patch_size = patch_size
+        self.depth = depth
+        self.has_norm = norm != "none"
+        self.has_skip = skip != "none"
+        self.preserves_kernels = initializers.preserves_kernels
+        self.remat = remat
+        self.attention_kernel = attention_kernel
+        self.dtype = dtype
+
+    def __call__(self, image: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Classify images.
+
+        Args:
+          image: Normalized images [B, H, W, C].
+          dropout_key: Turns dropout on.
+
+        Returns:
+          Logits, float32 [B, num_classes].
+        """
+        qkv = self.blocks.attention.concatenate_qkv() if self.attention_kernel == "fused" else None
+        x = layers.scan(self.blocks, self.embed(image), qkv, remat=self.remat)
+        x = self.dropout(x, deterministic=dropout_key is None, rngs=dropout_key)
+        return self.classify(x)
+
+    def embed(self, image: jax.Array) -> jax.Array:
+        """Map images [B, H, W, C] to tokens [B, T, D] before the first block."""
+        x = self.patch_embedding(layers.patchify(image, self.patch_size))
+        return x + self.position_embedding[...].astype(self.dtype)[None]
+
+    def classify(self, x: jax.Array) -> jax.Array:
+        """Map tokens [B, T, D] after the last block to logits, float32 [B, num_classes]."""
+        return self.head(self.norm(x.astype(jnp.float32).mean(axis=1)))
+
+    def initial_attention(self) -> np.ndarray | None:
+        """Return the attention matrices at initialization, float64 [L, H or 1, T, T].
+
+        None if they depend on the weights drawn.
+        """
+        attention = self.blocks.attention
+        constants = nnx.to_pure_dict(nnx.state(attention, layers.Constant))
+        matrix = attention.kind.initial_matrix(constants, len(self.position_embedding[...]))
+        return None if matrix is None else np.broadcast_to(matrix, (self.depth, *matrix.shape[1:]))

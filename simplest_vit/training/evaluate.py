@@ -1,0 +1,109 @@
+"""A finished or running training, read from its folder: its checkpoints evaluated, its best model restored."""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from simplest_vit.config import from_settings
+from simplest_vit.data import input_pipeline
+from simplest_vit.data.dataset import Dataset
+from simplest_vit.errors import UserError
+from simplest_vit.models import fused_attention
+from simplest_vit.training.checkpoint import Checkpoints
+from simplest_vit.training.interrupt import Interruption
+from simplest_vit.training.metrics import Sums, mean_metrics
+from simplest_vit.training.run import Run, build
+from simplest_vit.training.sharding import batch_sharding, create_mesh
+from simplest_vit.training.state import ModelState
+from simplest_vit.training.workdir import check_data, read_run
+
+
+def validate(
+    run: Run, dataset: Dataset, state: ModelState, interrupted: Interruption | None = None
+) -> dict[str, float] | None:
+    """Compute validation loss and accuracy, in which every example counts once.
+
+    Returns:
+      `validation_loss` and `validation_accuracy`, or None if a signal came meanwhile.
+    """
+    part = run.config.batch_size / run.config.accumulation_steps  # what is in memory at a time
+    batch_size = math.ceil(part / run.mesh.size) * run.mesh.size
+    batches = input_pipeline.eval_batches(dataset, batch_size=batch_size, sharding=batch_sharding(run.mesh))
+    sums: list[Sums] = []
+    for batch in batches:
+        if interrupted and interrupted.pending:
+            return None
+        sums.append(run.eval_step(state.params, state.constants, batch))
+        jax.block_until_ready(sums[-2:-1])  # one batch waits while one is computed, not all of them
+    mean = mean_metrics(jax.device_get(sums))
+    return {"validation_loss": mean["loss"], "validation_accuracy": mean["accuracy"]}
+
+
+def evaluate(
+    workdir: str, config: ConfigDict | None = None, other_data: dict[str, str] | None = None
+) -> dict[str, dict[str, float]]:
+    """Evaluate the checkpoints of the run in `workdir` on the validation split.
+
+    Args:
+      workdir: The run's folder; nothing is written to it.
+      config: None for the run's own, on the devices at hand. Another may differ only in where its data are and in how
+        it is computed.
+      other_data: Fields of `config.data` that name other data of the same classes, such as `manual_dir`.
+
+    Returns:
+      For `latest` and `best`: `step`, `validation_accuracy` and `validation_loss`.
+
+    Raises:
+      UserError: If the folder holds no checkpoint, or one of another config or other data.
+    """
+    path, settings, data = read_run(workdir, None if config is None else config.to_dict())
+    if config is None:
+        settings["fsdp"], settings["model"]["attention_kernel"] = 1, "auto"
+    fused_attention.check_devices(settings["model"]["attention_kernel"], jax.devices())
+    resolved = from_settings(settings)
+    resolved.data.update(other_data or {})
+    dataset = input_pipeline.load(resolved.data)
+    if other_data:
+        if dataset.class_names != data.class_names:
+            raise UserError(
+                f"{dataset.name} has other classes than the run in {path}: {len(dataset.class_names)}, "
+                f"expected {', '.join(data.class_names[:3])}, ... ({len(data.class_names)}); give data of these classes"
+            )
+        # The model expects images that are normalized as its training images were.
+        dataset = dataclasses.replace(dataset, mean=data.mean, std=data.std)
+    else:
+        check_data(path, dataset.info)
+    run = build(resolved, data, create_mesh(resolved.fsdp))
+    outcome: dict[str, dict[str, float]] = {}
+    with Checkpoints(path, create=False) as checkpoints:
+        for name, choose in (("latest", checkpoints.newest), ("best", checkpoints.best)):
+            state = run.model_state(checkpoints.load(choose, run.abstract_model))
+            step = int(state.step)
+            done = next((result for result in outcome.values() if result["step"] == step), None)
+            outcome[name] = done or {"step": step, **(validate(run, dataset, state) or {})}
+    return outcome
+
+
+def restore_best(workdir: str, config: ConfigDict | None = None, mesh: Mesh | None = None) -> tuple[Run, ModelState]:
+    """Load the checkpoint with the highest validation accuracy; the run's folder is all that is needed.
+
+    Args:
+      workdir: The folder; nothing is written to it.
+      config: None for the run's own; another is refused.
+      mesh: The devices; None for one.
+
+    Returns:
+      The run, whose model computes in float32, and its best weights.
+
+    Raises:
+      UserError: If the folder holds no checkpoint, or one of another config.
+    """
+    path, settings, data = read_run(workdir, None if config is None else config.to_dict())
+    settings["compute_dtype"] = "float32"
+    settings["model"]["attention_kernel"] = "xla"  # on any device
+    run = build(from_settings(settings), data, mesh)
+    with Checkpoints(path, create=False) as checkpoints:
+        return run, run.model_state(checkpoints.load(checkpoints.best, run.abstract_model))

@@ -1,0 +1,203 @@
+"""Training on one page: set up, then for each batch step, log, evaluate and save.
+
+A run that is interrupted anywhere and resumed ends bit-equal to one that is not.
+"""
+
+import contextlib
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from simplest_vit.config import flatten
+from simplest_vit.data import input_pipeline
+from simplest_vit.data.preview import image_grid
+from simplest_vit.errors import Interrupted
+from simplest_vit.files import read_json
+from simplest_vit.models import fused_attention
+from simplest_vit.training import distributed
+from simplest_vit.training.checkpoint import Checkpoints, has_checkpoint
+from simplest_vit.training.evaluate import validate
+from simplest_vit.training.fine_tuning import load_initial_params
+from simplest_vit.training.interrupt import interruption
+from simplest_vit.training.metrics import Meter, check_finite, train_line, validation_line
+from simplest_vit.training.run import build
+from simplest_vit.training.sharding import batch_sharding, check_batch_size, create_mesh, memory_line
+from simplest_vit.training.state import RunProgress
+from simplest_vit.training.workdir import RESULTS, check_workdir, environment, lock_workdir, write_results
+from simplest_vit.training.writers import log, metric_writers
+
+
+def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Train as the config describes, or resume the run in `workdir`.
+
+    Args:
+      config: The run's config, checked.
+      workdir: Folder for checkpoints, TensorBoard files and `results.json`.
+
+    Returns:
+      The content of `results.json`.
+
+    Raises:
+      UserError: If the config, the data or the folder does not fit.
+      TrainingError: If too many steps in a row were skipped because their loss or gradient is not finite, if the
+        validation loss is not finite, or if the disk is full; the last checkpoint is intact.
+      Interrupted: If a signal came; the step reached is saved.
+    """
+    start_time = time.monotonic()
+    _enable_compilation_cache(config.compilation_cache)
+
+    # 1. Devices and folder come first: mistakes in them are found before data are prepared.
+    mesh = create_mesh(config.fsdp)
+    check_batch_size(config.batch_size, config.accumulation_steps, mesh)
+    fused_attention.check_devices(config.model.attention_kernel, jax.devices())
+    path = check_workdir(workdir, config.to_dict())
+    if distributed.broadcast_from_primary((path / RESULTS).exists):  # whatever has become of the data since
+        log.info("%s has finished: its %s is repeated here", path, RESULTS)
+        return distributed.broadcast_from_primary(lambda: read_json(path / RESULTS))
+
+    # 2. Data, model, optimizer and schedule; nothing is computed or written yet.
+    dataset = input_pipeline.load(config.data)
+    run = build(config, dataset.info, mesh)
+    initial_params = None
+    if config.init_from and not distributed.broadcast_from_primary(lambda: has_checkpoint(path)):
+        initial_params = load_initial_params(run, config.init_from)
+
+    with contextlib.ExitStack() as stack:
+        # 3. The state: from the newest checkpoint, or at step 0.
+        lock = lock_workdir(path, config.to_dict(), run.data)
+        distributed.broadcast_from_primary(lambda: stack.enter_context(lock))
+        interrupted = stack.enter_context(interruption())
+        checkpoints = stack.enter_context(Checkpoints(path, create=True))
+        writer = metric_writers.create_default_writer(path, just_logging=not distributed.is_primary())
+        stack.callback(writer.close)
+        first_step = checkpoints.newest() or 0
+        if first_step:
+            state, progress = checkpoints.restore(run.abstract, first_step)
+            log.info("resuming at step %d of %d in %s", first_step, run.total_steps, path)
+        else:
+            state, progress = run.create_state(initial_params), RunProgress()
+            writer.write_hparams(flatten(config.to_dict()))
+        log.info(memory_line(run.abstract))
+        log.info("parameters\n%s", parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False))
+        for name in ("eval_every", "checkpoint_every"):
+            if config[name] > run.total_steps:
+                log.info("config.%s=%d is more than the %d steps of the run", name, config[name], run.total_steps)
+        meter = Meter(config.batch_size, config.max_skipped_steps, progress.pending_sums)
+        earlier_wall_time_s, saved_step, saved_time = progress.wall_time_s, first_step, time.monotonic()
+
+        def evaluate(step: int) -> bool:
+            """Evaluate, and return whether these weights are to be saved: the best so far always are."""
+            result = validate(run, dataset, state.model_state, interrupted)
+            if result is None:
+                stop(step)
+            check_finite(result, step)
+            is_best = progress.record_evaluation(step, result)
+            log.info(validation_line(step, result, progress.best_validation_accuracy))
+            writer.write_scalars(step, result)
+            return is_best or run.should_save(step)
+
+        def save(step: int) -> None:
+            nonlocal saved_step, saved_time
+            progress.pending_sums = meter.pending_sums()
+            progress.wall_time_s = earlier_wall_time_s + time.monotonic() - start_time
+            checkpoints.save(state, progress, step)
+            saved_step, saved_time = step, time.monotonic()
+
+        def overdue() -> bool:
+            limit = config.checkpoint_minutes
+            late = lambda: time.monotonic() - saved_time > 60 * limit  # noqa: E731
+            return bool(limit) and distributed.broadcast_from_primary(late)
+
+        def stop(step: int) -> NoReturn:
+            if step > saved_step:
+                save(step)
+            checkpoints.wait()
+            reached = f"step {step} of {run.total_steps} is saved" if step else "no step was made"
+            raise Interrupted(f"{reached}; rerun the command to resume")
+
+        # 4. Train. An evaluation that was interrupted is made up for first.
+        if interrupted.reached():
+            stop(first_step)
+        if run.should_evaluate(first_step) and progress.last_evaluation < first_step and evaluate(first_step):
+            save(first_step)
+        profile = stack.enter_context(_profile(config.profile.first_step, config.profile.num_steps, path))
+        batches = input_pipeline.train_batches(
+            dataset,
+            config.data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=first_step,
+            sharding=batch_sharding(mesh),
+        )
+        meter.start()
+        for step, batch in zip(range(first_step + 1, run.total_steps + 1), batches, strict=False):
+            if step == 1:
+                writer.write_images(0, {"train_images": image_grid(dataset, batch)})
+            state, metrics = run.train_step(state, batch)
+            meter.add(metrics)
+            profile(step)
+            stopped = interrupted.reached()
+            if run.should_log(step):
+                scalars = meter.report(step) | {"epoch": step / run.steps_per_epoch}
+                # A skipped step does not advance the schedule.
+                scalars["learning_rate"] = float(run.learning_rate(step - 1 - scalars["skipped_steps"]))
+                progress.record_training(scalars)
+                log.info(train_line(step, run.total_steps, scalars))
+                writer.write_scalars(step, scalars)
+            if stopped:
+                stop(step)
+            if run.should_log(step):
+                due = evaluate(step) if run.should_evaluate(step) else False
+                if due or overdue():
+                    save(step)
+                meter.start()
+        checkpoints.wait()
+
+        # 5. The results.
+        outcome = {
+            **progress.results(),
+            "steps": run.total_steps,
+            "step_time_median_s": meter.step_time_median,
+            "images_per_second": config.batch_size / meter.step_time_median if meter.step_time_median else None,
+            "seed": config.seed,
+            "config": config.to_dict(),
+            **environment(),
+        }
+        if distributed.is_primary():
+            write_results(path, outcome)
+    return outcome
+
+
+def _enable_compilation_cache(wanted: bool) -> None:
+    """Keep what is compiled for accelerators for the next start, with the kernels that XLA chose by timing them."""
+    if wanted and jax.default_backend() != "cpu":
+        if not jax.config.values["jax_compilation_cache_dir"]:
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/simplest_vit"))
+        log.info("compiled programs are kept in %s", jax.config.values["jax_compilation_cache_dir"])
+
+
+@contextlib.contextmanager
+def _profile(first_step: int, num_steps: int, path: pathlib.Path) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call after each step, which profiles `num_steps` of them; a started profile is written."""
+    running = False
+
+    def after(step: int) -> None:
+        nonlocal running
+        if running and step == first_step + num_steps:
+            jax.profiler.stop_trace()
+            running = False
+        if step == first_step:
+            jax.profiler.start_trace(path)
+            running = True
+
+    try:
+        yield after
+    finally:
+        if running:
+            jax.profiler.stop_trace()
