@@ -30,6 +30,9 @@ def info(image_shape: tuple[int, int, int], num_classes: int) -> DatasetInfo:
     return DatasetInfo(
         name="fake",
         version="",
+        description="",
+        train_split="train",
+        validation_split="validation",
         train_size=1_281_167,
         validation_size=50_000,
         class_names=tuple(map(str, range(num_classes))),

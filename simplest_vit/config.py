@@ -153,10 +153,16 @@ FIELDS = {
     ),
     "model.norm": Field(None, _optional(_TEXT), "none, or layer_norm before attention, MLP and head"),
     "model.skip": Field(None, _optional(_TEXT), "none, residual (x + f(x)) or scaled ((x + f(x)) / sqrt 2)"),
-    "data.name": Field("digits", _TEXT, "or cifar10, cifar100, tiny_imagenet, imagenet, image_folder"),
+    "data.name": Field(
+        "digits", _TEXT, "or cifar10, cifar100, tiny_imagenet, imagenet, image_folder; or a set that TFDS prepared"
+    ),
     "data.dir": Field(None, _FOLDER, "of prepared data sets; None: ~/tensorflow_datasets"),
     "data.manual_dir": Field(None, _FOLDER, "of the original files, where they are not downloaded"),
-    "data.label": Field("fine", _one_of("fine", "coarse"), "coarse: the 20 superclasses of CIFAR-100"),
+    "data.label": Field(
+        None,
+        _optional(_TEXT),
+        "class label to learn, such as coarse_label of cifar100; None: label, or the only one",
+    ),
     "data.train_split": Field("train", _TEXT, "in TFDS's syntax, such as train[:45000]"),
     "data.validation_split": Field(
         None, _optional(_TEXT), "in TFDS's syntax, such as train[45000:]; None: validation, or else test"
@@ -331,7 +337,5 @@ def check(config: ConfigDict) -> None:
             f"config.accumulation_steps={config.accumulation_steps} must be a divisor of "
             f"config.batch_size={config.batch_size}"
         )
-    if config.data.label == "coarse" and config.data.name != "cifar100":
-        raise UserError(f"config.data.label='coarse' must be 'fine' for {config.data.name}")
     model_arguments(**config.model, image_shape=image_shape(config.data))
     create_optimizer(**config.optimizer)

@@ -83,7 +83,7 @@ def find_images(paths: list[str]) -> list[pathlib.Path]:
     for name in paths:
         path = pathlib.Path(name)
         try:
-            found, exists = image_files(path) if path.is_dir() else [path], path.exists()
+            found, exists = list(map(pathlib.Path, image_files(path))) if path.is_dir() else [path], path.exists()
         except OSError as error:
             raise UserError(f"--images: {name} cannot be read ({error.strerror}); give another") from error
         if not exists:

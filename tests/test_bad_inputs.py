@@ -94,8 +94,6 @@ FIELDS = [
     ("adam", "data.dir", "'~nobody-of-this-name/data'", "there is no such user; give another path"),
     ("adam", "data.dir", "'gs://bucket/data'", "config.data.dir=gs://bucket/data: gs: is not supported; give"),
     ("adam", "data.manual_dir", "''", "the path of a folder"),
-    ("adam", "data.label", "'coarse'", "must be 'fine' for digits"),
-    ("adam", "data.label", "'superclass'", "one of fine, coarse"),
     ("adam", "data.image_size", "-8", "an integer from 1"),
     ("adam", "data.image_size", "9", "does not divide the image size 9 x 9"),
     ("adam", "data.random_resized_crop", "0.5", "True or False"),
@@ -247,8 +245,11 @@ COMMANDS = [
     (CIFAR + " --config.data.manual_dir={old}/cifar", "batches.meta.txt: 9 class names, expected 10"),
     (CIFAR + " --config.model.patch_size=5", "does not divide the image size 32 x 32"),
     (CIFAR + " --config.data.name=image_folder", "data.manual_dir: not set"),
-    (CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/zips", "no class folders in train/"),
-    (CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/photos", "1 corrupt image"),
+    (
+        CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/zips",
+        "no class folders; expected CLASS/*.jpg",
+    ),
+    (CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/photos", "1 unreadable images"),
     (CIFAR + " --config.data.name=tiny_imagenet --config.data.manual_dir={old}/zips", "not a complete zip file"),
     (CIFAR + " --config.data.name=imagenet --config.data.manual_dir={old}/zips", "ILSVRC2012_img_train.tar"),
     # The other programs.
@@ -345,7 +346,7 @@ PROCESSES = [
         "--grid=x: expected config.FIELD",
     ),
     ("-m simplest_vit prepare digits --data_dir {old}/text.jpg", "cannot prepare digits there"),
-    ("-m simplest_vit preview --config configs/digits.py --config.data.label=x", "config.data.label='x' must be"),
+    ("-m simplest_vit preview --config configs/digits.py --config.data.label=x", "data.label=x: "),
     ("-m benchmarks.train_step --config configs/digits.py --config.seed=-1", "config.seed=-1 must be"),
 ]
 
@@ -424,7 +425,7 @@ def old(tmp_path_factory, server):
         if content is not None:
             (old / folder / "train" / "cat" / "cut.jpg").write_bytes(content)
 
-    data = pathlib.Path(prepare("digits", old / "data").data_path).relative_to(old / "data")
+    data = pathlib.Path(prepare("digits", old / "data").folder).relative_to(old / "data")
     shutil.copytree(old / "data", old / "tfrecord")
     for path in (old / "tfrecord" / data).glob("*.array_record*"):
         path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))

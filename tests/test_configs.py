@@ -89,4 +89,4 @@ def test_an_unknown_optimizer_is_one_line():
 
 def test_the_data_sets_of_the_table_are_those_that_can_be_prepared():
     field = FIELDS["data.name"]
-    assert [field.default, *field.meaning.removeprefix("or ").split(", ")] == list(BUILDERS)
+    assert [field.default, *field.meaning.removeprefix("or ").split(";")[0].split(", ")] == list(BUILDERS)

@@ -125,10 +125,10 @@ def test_mistakes_are_one_line(run, tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
-    def iterdir(path):
+    def scandir(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
+    monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match=rf"^--images: {tmp_path} cannot be read \(Permission denied\)"):
         find_images([str(tmp_path)])
 

@@ -11,6 +11,9 @@ from simplest_vit.data.dataset import DatasetInfo
 DIGITS = DatasetInfo(
     name="digits",
     version="1.0.0",
+    description="",
+    train_split="train",
+    validation_split="validation",
     train_size=1437,
     validation_size=360,
     class_names=tuple("0123456789"),

@@ -1,33 +1,28 @@
-"""A prepared data set, loaded: what a model needs to know of it, and where its examples are."""
+"""A loaded data set: what a model needs to know of it, and where its examples are."""
 
-import contextlib
 import dataclasses
-import hashlib
 import itertools
 import logging
 import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorflow_datasets as tfds
 from jax.sharding import Mesh
 
 from simplest_vit import preemption
-from simplest_vit.data.builders import builder_of
+from simplest_vit.data.builders import find_builder
 from simplest_vit.data.decode import eval_image
-from simplest_vit.data.prepare import damaged, prepare
-from simplest_vit.data.progress import Progress
+from simplest_vit.data.prepare import open_prepared, prepare
+from simplest_vit.data.prepared import Prepared, Split
+from simplest_vit.data.records import DiskSplit
 from simplest_vit.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 _LOADED = itertools.count()  # data sets, alike in all processes
-_CHUNK = 256  # images that a core decodes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,89 +40,27 @@ class InMemorySplit:
     copies: "dict[Mesh, InMemorySplit]" = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class DiskSplit:
-    """A split on disk, read at random.
-
-    Attributes:
-      examples: From TFDS: a sequence of dicts with the bytes of an image file and a label.
-      label: The feature that is the label.
-      shards: For each file of the split its path and the number of its examples, in their order.
-    """
-
-    examples: Sequence[dict[str, Any]]
-    label: str
-    shards: tuple[tuple[Path, int], ...]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def read(self, indices: Sequence[int]) -> list[tuple[bytes, int, str]]:
-        """Read (image file, label, name) for each index.
-
-        Raises:
-          UserError: If a file of the data set is damaged.
-        """
-        try:
-            examples = self.examples.__getitems__(indices)  # type: ignore[attr-defined]
-            return [(e["image"], int(e[self.label]), _name(i, e)) for i, e in zip(indices, examples, strict=True)]
-        except Exception as error:  # array_record's, which seldom names the file
-            path = self._damaged(indices)
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: damaged ({reason}); remove {path.parent} to prepare it anew") from error
-
-    def decode(self, indices: Sequence[int], to_pixels: Callable[[bytes, int], np.ndarray]) -> dict[str, np.ndarray]:
-        """Read image uint8 [n, H, W, C] and label int32 [n].
-
-        Args:
-          indices: Which n examples.
-          to_pixels: From an image file and its place in `indices` to pixels.
-
-        Raises:
-          UserError: If an image or a file of the data set is damaged.
-        """
-        images, labels = [], []
-        for i, (content, label, name) in enumerate(self.read(indices)):
-            try:
-                images.append(to_pixels(content, i))
-            except UserError as error:
-                raise UserError(f"{name}: {error}; repair it and prepare the data set anew") from error
-            labels.append(label)
-        return {"image": np.stack(images), "label": np.array(labels, np.int32)}
-
-    def _damaged(self, indices: Sequence[int]) -> Path:
-        """The file of the first example that cannot be read alone."""
-        for index in indices:
-            try:
-                int(self.examples[index][self.label])  # a record that cannot be read may be an empty one, not an error
-            except Exception:
-                break
-        ends = np.cumsum([size for _, size in self.shards])
-        return self.shards[int(np.searchsorted(ends, index, side="right"))][0]
-
-
-def _name(index: int, example: dict[str, Any]) -> str:
-    name = next((example[feature] for feature in ("id", "file_name", "image/filename") if feature in example), b"")
-    return f"example {index} {name.decode(errors='replace')}".strip()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What a run must know of its data, and remembers in its folder.
+    """What a run must know of its data, and keeps in its folder as `dataset.json`.
 
     Attributes:
       version: Of the prepared data set, such as "3.0.2".
-      train_size: Number of training examples.
+      description: One line; for a folder of images it says how the splits were made.
+      train_split: In TFDS's syntax; so is `validation_split`.
       class_names: In the order of the labels.
       image_shape: (H, W, C) of a preprocessed image.
       eval_resize: Pixels of the shorter side before evaluation crops the centre, at least H.
       mean: Per channel, of pixels in [0, 1].
       std: Per channel, of pixels in [0, 1].
-      fingerprint: Of the prepared files; the same for every copy of them.
+      fingerprint: A digest of all labels and image files.
     """
 
     name: str
     version: str
+    description: str
+    train_split: str
+    validation_split: str
     train_size: int
     validation_size: int
     class_names: tuple[str, ...]
@@ -143,44 +76,50 @@ class DatasetInfo:
         return len(self.class_names)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, equal to what a JSON file of them gives back."""
+        """Return plain values, equal to what a JSON file of them gives back."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], path: Path) -> "DatasetInfo":
-        """Read what `to_json` made; `path` is where it was.
+        """Read what `to_json` returned; `path` is the file, for messages.
 
         Raises:
           UserError: If a field is missing, unknown or damaged.
         """
 
-        def fail(name: str, problem: str) -> NoReturn:
-            raise UserError(f"{path}: {name}: {problem}; the file is damaged: restore it, or choose another --workdir")
+        def list_of(allows: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+            return lambda v: isinstance(v, list) and 0 < len(v) == (length or len(v)) and all(map(allows, v))
 
-        def of(*kinds: type) -> Callable[[Any], bool]:
-            return lambda value: isinstance(value, list) and bool(value) and all(type(item) in kinds for item in value)
+        def text(value: Any) -> bool:
+            return isinstance(value, str)
 
-        text = (lambda value: isinstance(value, str), "a text")
-        size = (lambda value: type(value) is int and value > 0, "a positive integer")
-        each = (lambda value: of(int, float)(value) and len(value) == values["image_shape"][2], "a number a channel")
+        def size(value: Any) -> bool:
+            return type(value) is int and 0 < value < 2**31
+
+        def number(value: Any) -> bool:
+            return type(value) in (int, float) and abs(value) < 1e6  # so neither NaN nor infinite
+
+        shape: Any = values.get("image_shape")
+        channels = shape[2] if list_of(size, 3)(shape) and math.prod(shape) < 2**31 else 0
         expected = {
-            **{
-                "name": text,
-                "version": text,
-                "fingerprint": text,
-                "train_size": size,
-                "validation_size": size,
-                "eval_resize": size,
-            },
-            "image_shape": (lambda value: of(int)(value) and len(value) == 3 and min(value) > 0, "[H, W, C]"),
-            **{"class_names": (of(str), "a list of texts"), "mean": each, "std": each},
+            "class_names": (list_of(text), "a list of texts"),
+            "image_shape": (lambda _: channels, "[H, W, C]"),
+            "mean": (list_of(number, channels), "a number a channel"),
+            "std": (list_of(lambda v: number(v) and v > 0, channels), "a positive number a channel"),
+            **dict.fromkeys(("train_size", "validation_size", "eval_resize"), (size, "a positive integer")),
         }
-        for name in sorted(expected.keys() ^ values.keys()):
-            fail(name, "missing" if name in expected else "unknown")
-        for name, (allows, what) in expected.items():
-            if not allows(values[name]):
-                fail(name, f"{values[name]!r}"[:100] + f", expected {what}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # type: ignore[arg-type]
+        for name in sorted({field.name for field in dataclasses.fields(cls)} ^ values.keys()):
+            problem = "unknown" if name in values else "missing"
+            raise UserError(f"{path}: {name}: {problem}; restore the file, or choose another --workdir")
+        for name, value in values.items():
+            allows, what = expected.get(name, (text, "a text"))
+            if not allows(value):
+                found = f"{value!r}"[:100]
+                raise UserError(
+                    f"{path}: {name}: {found}, expected {what}; restore the file, or choose another --workdir"
+                )
+        own: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**own)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,62 +141,65 @@ class Dataset(DatasetInfo):
 
 
 def image_shape(data: Any) -> tuple[int, int, int]:
-    """(H, W, C) of a preprocessed image, by `config.data`, which is known before the data set is there."""
-    height, width, channels = builder_of(data.name).image_shape
+    """Return the (H, W, C) of a preprocessed image, before a data set is prepared if this project prepares it.
+
+    Raises:
+      UserError: If nobody has prepared it.
+    """
+    builder = find_builder(data.name)
+    height, width, channels = (builder or open_prepared(data.name, data.dir)).image_shape
     return (data.image_size or height, data.image_size or width, channels)
 
 
 def load(data: Any) -> Dataset:
-    """Load a data set, and prepare it first where that has not been done.
+    """Load a data set, and prepare it first if that has not been done.
 
-    A split goes onto the device if its images, uint8 of the size that training takes, fit the budget, and for training
-    are not to be cropped at random from their original size. Otherwise it stays on disk.
+    A split goes onto the device if its images, uint8 of the size that training takes, fit the budget, unless they are
+    to be cropped at random from their original size. Otherwise it stays on disk.
 
     Args:
       data: `config.data`.
 
     Raises:
-      UserError: If it cannot be prepared or read, or an image is damaged.
+      UserError: If the data set cannot be prepared or is damaged, or the splits do not fit each other.
     """
-    builder = _prepare_once(data)
-    features = builder.info.features
-    label = "coarse_label" if data.label == "coarse" else "label"
-    try:
-        class_names = tuple(features[label].names)
-        train = _open(builder, data.train_split, label)
-        held_out = "validation" if "validation" in builder.info.splits else "test"
-        validation = _open(builder, data.validation_split or held_out, label)
-    except UserError:
-        raise
-    except Exception as error:
-        raise damaged(Path(builder.data_path), error) from error
+    prepared = _prepare_once(data)
+    label = prepared.label_feature(data.label)
+    held_out = "validation" if "validation" in prepared.info.splits else "test"
+    train = prepared.split("data.train_split", data.train_split, label)
+    validation = prepared.split("data.validation_split", data.validation_split or held_out, label)
+    class_names = tuple(prepared.info.features[label].names)
+    _check_splits(train, validation, prepared.classes(label), class_names)
     shape = image_shape(data)
-    # ImageNet resizes to 256 for a crop of 224; images that are trained on whole are also evaluated whole.
-    eval_resize = round(shape[0] * 256 / 224) if data.random_resized_crop else shape[0]
     info = DatasetInfo(
         name=data.name,
-        version=str(builder.version),
-        train_size=len(train),
-        validation_size=len(validation),
+        version=str(prepared.info.version),
+        description=(prepared.info.description or "").strip().partition("\n")[0],
+        train_split=train.spec,
+        validation_split=validation.spec,
+        train_size=len(train.labels),
+        validation_size=len(validation.labels),
         class_names=class_names,
         image_shape=shape,
-        eval_resize=eval_resize,
-        mean=builder_of(data.name).mean,
-        std=builder_of(data.name).std,
-        fingerprint=_fingerprint(builder),
+        # ImageNet resizes to 256 for a crop of 224; images that are trained on whole are also evaluated whole.
+        eval_resize=round(shape[0] * 256 / 224) if data.random_resized_crop else shape[0],
+        mean=prepared.mean,
+        std=prepared.std,
+        fingerprint=prepared.fingerprint,
     )
+    _LOG.info("%s in %s: %s", info.name, prepared.folder, info.description)
     return Dataset(
         **vars(info),
-        train=load_split("train", train, info, data),
-        validation=load_split("validation", validation, info, data),
+        train=load_split(train, info, data.device_budget_bytes, stream=data.random_resized_crop),
+        validation=load_split(validation, info, data.device_budget_bytes),
         num_workers=data.num_workers,
     )
 
 
-def _prepare_once(data: Any) -> tfds.core.DatasetBuilder:
-    """Prepare a data set in process 0, while the others wait.
+def _prepare_once(data: Any) -> Prepared:
+    """Prepare a data set in process 0 while the others wait.
 
-    Then they see it, or where they do not share its disk, prepare it for themselves.
+    Then they see it, or prepare it for themselves if they do not share its disk.
     """
     several, key = jax.process_count() > 1, f"simplest_vit/prepared/{next(_LOADED)}"
     client: Any = ocp.multihost.get_jax_distributed_client() if several else None
@@ -273,7 +215,7 @@ def _prepare_once(data: Any) -> tfds.core.DatasetBuilder:
     error = ""
     try:
         return prepare(data.name, data.dir, data.manual_dir)
-    except BaseException as problem:  # whatever it is, the others must not wait, nor take the data for ready
+    except BaseException as problem:  # the others must neither wait, nor believe that the data are ready
         error = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise
     finally:
@@ -281,64 +223,44 @@ def _prepare_once(data: Any) -> tfds.core.DatasetBuilder:
             client.key_value_set(key, error)
 
 
-def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
-    """A digest of a prepared data set's features, class names, sizes and file names; the examples are not read."""
-    digest = hashlib.sha256()
-    for name, split in sorted(builder.info.splits.items()):
-        digest.update(f"{name} {split.num_bytes} {split.shard_lengths}\n".encode())
-    for path in sorted(Path(builder.data_path).iterdir()):
-        if ".array_record-" in path.name:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        elif path.name == "features.json" or path.name.endswith(".labels.txt"):
-            digest.update(f"{path.name}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _open(builder: tfds.core.DatasetBuilder, split: str, label: str) -> DiskSplit:
-    """Open a split for reading at random."""
-    try:
-        examples = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except NotImplementedError as error:
+def _check_splits(train: Split, validation: Split, classes: np.ndarray, class_names: tuple[str, ...]) -> None:
+    """Raise a UserError if the two share examples, or the first one lacks a class that occurs in the data set."""
+    for name, start, stop in train.intervals:
+        for other, first, last in validation.intervals:
+            if name == other and (shared := min(stop, last) - max(start, first)) > 0:
+                raise UserError(
+                    f"{train.field}={train.spec} and {validation.field}={validation.spec} share {shared:,} examples; "
+                    "choose parts that do not overlap, such as train[:90%] and train[90%:]"
+                )
+    missing = [class_names[k] for k in np.setdiff1d(classes, train.labels)]
+    if missing:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise UserError(
-            f"{builder.data_path}: prepared as {builder.info.file_format.value}, expected array_record; move it away "
-            f"to prepare it anew, or: tfds convert_format --dataset_dir={builder.data_path} "
-            "--out_file_format=array_record"
-        ) from error
-    shards = builder.info.splits[split].file_instructions
-    return DiskSplit(examples, label, tuple((Path(shard.filename), shard.examples_in_shard) for shard in shards))
+            f"{train.field}={train.spec} has no example of {len(missing)} of the {len(class_names)} classes ({some}); "
+            "choose a larger part"
+        )
 
 
-def load_split(split: str, source: DiskSplit, info: DatasetInfo, data: Any) -> InMemorySplit | DiskSplit:
-    """Decode a split onto the device, on all cores, if that is wanted and it fits."""
-    num_bytes, budget = len(source) * math.prod(info.image_shape), data.device_budget_bytes
-    what = f"{info.name}, {split}: {len(source):,} images of {'x'.join(map(str, info.image_shape))}"
-    if split == "train" and data.random_resized_crop:
+def load_split(split: Split, info: DatasetInfo, budget: int, *, stream: bool = False) -> InMemorySplit | DiskSplit:
+    """Load a split onto the device if its images fit the budget in bytes, unless it is to be streamed from disk."""
+    shape, num_bytes = (len(split.labels), *info.image_shape), len(split.labels) * math.prod(info.image_shape)
+    what = f"{info.name}, {split.spec}: {len(split.labels):,} images of {'x'.join(map(str, info.image_shape))}"
+    if stream:
         _LOG.info("%s, streamed from disk (data.random_resized_crop)", what)
-        return source
+        return split.disk
     if num_bytes > budget:
         _LOG.info("%s, %.3g GB > data.device_budget_bytes=%.3g GB: streamed", what, num_bytes / 1e9, budget / 1e9)
-        return source
+        return split.disk
     _LOG.info("%s, %.3g GB on the device", what, num_bytes / 1e9)
+    if split.pixels and split.pixel_shape == info.image_shape and info.eval_resize == info.image_shape[0]:
+        return InMemorySplit(jax.device_put(split.pixels()), jax.device_put(split.labels))
     # The copy in the host's memory lives only until the device has its own.
-    images, labels = np.empty((len(source), *info.image_shape), np.uint8), np.empty(len(source), np.int32)
-    parts = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
-    progress = Progress(f"decoding {info.name}, {split}", len(source), _LOG.info)
+    images = np.empty(shape, np.uint8)
 
-    def decode(part: range) -> int:
-        chunk = source.decode(part, lambda content, _: eval_image(content, info.image_shape, info.eval_resize))
-        images[part.start : part.stop], labels[part.start : part.stop] = chunk["image"], chunk["label"]
-        return len(part)
+    def decode(part: range) -> None:
+        for index, example in zip(part, split.disk.read(part), strict=True):
+            images[index] = example.decode(lambda content: eval_image(content, info.image_shape, info.eval_resize))
 
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        for count in pool.map(decode, parts):
-            progress.add(count, count)
-    return InMemorySplit(jax.device_put(images), jax.device_put(labels))
-
-
-def cpu_count() -> int:
-    """Count the cores that this process may use, by its affinity and by its cgroup's quota, as of a container."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cores = min(cores, max(1, quota // period))
-    return cores
+    for _ in split.disk.map(decode, f"decoding {info.name}, {split.spec}"):
+        pass
+    return InMemorySplit(jax.device_put(images), jax.device_put(split.labels))

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to pixels: one way for training, evaluation and prediction."""
+"""Decode image files: one decoder, with one opinion, for preparing, training, evaluation and prediction."""
 
 import contextlib
 import io
@@ -9,17 +9,23 @@ from PIL import Image, UnidentifiedImageError
 
 from simplest_vit.errors import UserError
 
+# All that is ever opened. Pillow knows more formats, and starts another program for some (Ghostscript for EPS).
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")
+_JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
+SUFFIXES = (*_JPEG_SUFFIXES, ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 _JPEG = b"\xff\xd8"
 _ORIENTATION = 0x0112  # the EXIF tag
-_MAX_PIXELS = 2 * 89_478_485  # PIL's limit, against files that unpack to more than the memory
+_MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, against files that unpack to more than the memory
+Image.MAX_IMAGE_PIXELS = None  # `open_image` checks; Pillow's own check warns from half of that on
 
 
 def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 0)) -> np.ndarray:
     """Decode an image file to upright grey or RGB pixels.
 
-    The picture is turned as its EXIF orientation says, 16 bits become 8 (the upper ones), a palette is looked up and
-    transparency dropped. JPEG goes through libjpeg-turbo directly, 1.5 times as fast as through PIL; what it refuses
-    (CMYK, slightly damaged JPEG), and all other formats, go through PIL.
+    The picture is rotated as its EXIF orientation says, 16 bits become 8 (the upper ones), a palette is looked up and
+    transparency dropped. JPEG goes through libjpeg-turbo directly, 1.5 times as fast as through Pillow; what it refuses
+    (CMYK, slightly damaged JPEG) and all other formats go through Pillow. Bytes behind the image are ignored, such as
+    the film of a motion photo.
 
     Args:
       content: The file.
@@ -30,7 +36,7 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
       Pixels, uint8 [H, W, channels].
 
     Raises:
-      UserError: If the file is damaged, no image, or of more than 179 million pixels.
+      UserError: If the file is damaged, cut off, no image, or of more than 179 million pixels.
     """
     try:
         if content.startswith(_JPEG):
@@ -41,27 +47,37 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
                 colours = "GRAY" if channels == 1 else "RGB"
                 pixels = simplejpeg.decode_jpeg(content, colours, min_height=height, min_width=width, min_factor=2)
                 return _turn(pixels, orientation)
-            except ValueError:
-                pass
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()  # which turns a TIFF
+            except ValueError as error:
+                if "premature end" in str(error).lower():  # Pillow fills what is missing with grey
+                    raise ValueError("the JPEG is truncated") from error
+        with open_image(content) as image:
+            image.load()  # which rotates a TIFF
             return _turn(_eight_bits(image, channels), _orientation(image))
-    except Exception as error:  # PIL's decoders raise whatever they stumble over
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
         raise UserError(f"not a complete image ({_reason(error)})") from error
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """(height, width) of a JPEG or PNG when it is upright, from its header; a UserError if that is damaged."""
+    """Return the (height, width) of an image when it is upright, from its header; a UserError if that is damaged."""
     try:
-        if content.startswith(_JPEG):
+        try:
+            if not content.startswith(_JPEG):
+                raise ValueError("no JPEG")
             height, width = _jpeg_size(content)
             orientation = _jpeg_orientation(content)
-        else:
-            with Image.open(io.BytesIO(content)) as image:
+        except ValueError:  # as in `decode_image`
+            with open_image(content) as image:
                 height, width, orientation = image.height, image.width, _orientation(image)
     except Exception as error:
         raise UserError(f"not an image ({_reason(error)})") from error
     return (width, height) if orientation > 4 else (height, width)
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Open an image file by Pillow without decoding it: only formats that need no other program, and no huge ones."""
+    image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    _check_pixels(image.height, image.width)
+    return image
 
 
 def eval_image(content: bytes, image_shape: tuple[int, int, int], resize: int) -> np.ndarray:
@@ -108,38 +124,8 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def standardize(content: bytes, *, keep_grey: bool = False) -> bytes:
-    """Turn an image file of any format that PIL reads into one that every reader takes for RGB.
-
-    A JPEG that already is one stays as it is, byte by byte, and is not decoded: only its header is read and its end
-    looked for. So does an RGB PNG. Anything else becomes a PNG, upright.
-
-    Args:
-      content: The file.
-      keep_grey: Whether a grey JPEG may stay, too.
-
-    Returns:
-      The file, a JPEG or PNG.
-
-    Raises:
-      UserError: If the file is no image or is cut off; the message says why, and the caller adds which.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image_format, mode = image.format, image.mode
-    except Exception as error:
-        raise UserError(f"not a complete image ({_reason(error)})") from error
-    if content.startswith(_JPEG) and (mode == "RGB" or (mode == "L" and keep_grey)):
-        # In compressed data no such marker occurs, and a thumbnail's lie before the last start of scan.
-        if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
-            raise UserError("not a complete image (the JPEG is truncated)")
-        return content
-    pixels = decode_image(content, 3)
-    return content if (image_format, mode) == ("PNG", "RGB") else encode_png(pixels)
-
-
 def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
-    """Pixels of an image, uint8 [H, W, channels], as it lies in the file."""
+    """Return the pixels of an image, uint8 [H, W, channels], as they lie in the file."""
     if image.mode.startswith("I;16"):
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], channels, axis=2)
     if image.mode in ("I", "F"):
@@ -151,14 +137,14 @@ def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn or mirror pixels [H, W, C] upright, by one of EXIF's eight orientations."""
+    """Rotate or mirror pixels [H, W, C] upright, by one of EXIF's eight orientations."""
     if orientation > 4:
         pixels = pixels.swapaxes(0, 1)
     return pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1, which is upright, where it is missing or makes no sense."""
+    """Return EXIF's orientation, 1 to 8; 1, which is upright, if it is missing or makes no sense."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged metadata do not damage the picture
@@ -167,19 +153,23 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _jpeg_orientation(content: bytes) -> int:
-    """The same for a JPEG; PIL is asked only if there is a segment (APP1) where it may stand."""
+    """Return the same for a JPEG; Pillow is asked only if there is a segment (APP1) that may hold it."""
     if b"\xff\xe1" in content:
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
+        with contextlib.suppress(Exception), open_image(content) as image:
             return _orientation(image)
     return 1
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int]:
-    """(height, width) of a JPEG as it lies in the file."""
+    """Return the (height, width) of a JPEG as it lies in the file."""
     height, width = simplejpeg.decode_jpeg_header(content)[:2]
-    if height * width > _MAX_PIXELS:
-        raise ValueError(f"{height:,} x {width:,} pixels, expected at most {_MAX_PIXELS:,}")
+    _check_pixels(height, width)
     return height, width
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > _MAX_PIXELS:
+        raise ValueError(f"{height:,} x {width:,} = {height * width:,} pixels, expected at most {_MAX_PIXELS:,}")
 
 
 def _reason(error: Exception) -> str:

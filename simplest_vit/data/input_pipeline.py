@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding
 from simplest_vit.data import in_memory, streaming
 from simplest_vit.data.augment import Batch as Batch
 from simplest_vit.data.dataset import Dataset as Dataset
-from simplest_vit.data.dataset import DiskSplit as DiskSplit
 from simplest_vit.data.dataset import InMemorySplit as InMemorySplit
 from simplest_vit.data.dataset import load as load
+from simplest_vit.data.records import DiskSplit as DiskSplit
 from simplest_vit.errors import UserError
 
 

@@ -6,82 +6,107 @@ A prepared data set is complete or absent, never half.
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import secrets
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from filelock import SoftFileLease, Timeout
+from tensorflow_datasets.core import read_only_builder
+from tensorflow_datasets.proto import tf_example_pb2
 
-from simplest_vit.data.builders import builder_of
-from simplest_vit.data.builders.base import Builder, Content, Shard
+from simplest_vit.data.builders import BUILDERS, find_builder
+from simplest_vit.data.builders.base import Builder, Content, Example, Shard
+from simplest_vit.data.prepared import Prepared
 from simplest_vit.data.progress import Progress
+from simplest_vit.data.records import cannot_read, cpu_count, system_error
 from simplest_vit.errors import UserError
 from simplest_vit.files import local_path
 
-_LEASE = 60  # seconds of silence after which a process that prepares counts as gone; it tells of itself every 20
+_LEASE = 60  # seconds of silence after which a process that prepares counts as gone; it renews the lease every 20
+_CHUNK = 256  # images that are read and checked together
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another")
 _REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable or choose another")
+_REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)")
+# The file's own fault, not that of a disk or of the system.
+_OF_ONE_FILE = (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM)
 
 
 def prepare(
     name: str, data_dir: str | None = None, manual_dir: str | None = None, *, skip_corrupt: bool = False
-) -> tfds.core.DatasetBuilder:
+) -> Prepared:
     """Prepare a data set unless it is there.
 
     Of several processes, on one host or on many that share a file system, one prepares and the others wait for it.
 
     Args:
-      name: A name in `BUILDERS`.
+      name: A name in `BUILDERS`, or of a set that TFDS has prepared.
       data_dir: Where TFDS data sets live; None for ~/tensorflow_datasets.
       manual_dir: A folder with the original files; None to download them to `data_dir`/downloads.
-      skip_corrupt: Whether to leave damaged images out instead of failing.
-
-    Returns:
-      TFDS's builder of the prepared data set.
+      skip_corrupt: Whether to leave unreadable images out instead of failing.
 
     Raises:
       UserError: If the name is unknown, the originals are missing or damaged, or the disk cannot take it.
     """
-    builder = builder_of(name)
-    try:
-        root = Path(local_path(data_dir or "~/tensorflow_datasets"))
-        originals = Path(local_path(manual_dir)) if manual_dir else root / "downloads"
-    except RuntimeError as error:  # of an unknown user
-        raise UserError(f"data.dir={data_dir}, data.manual_dir={manual_dir}: {error} Name another folder") from error
-    try:
+    builder = find_builder(name)
+    if builder is None:
+        prepared = open_prepared(name, data_dir)
+    else:
+        root = _root(data_dir)
+        originals = _folder("data.manual_dir", manual_dir) if manual_dir else root / "downloads"
         path = root / builder.name / builder.version
-        if builder.config or not path.exists():  # what is prepared needs its originals only to tell which variant it is
-            _check_originals(name, manual_dir, originals)
-        if builder.config:
-            path = root / builder.name / builder.config(originals) / builder.version
-        while not path.exists():
-            lease = SoftFileLease(path.with_name(".preparing"), lease_duration=_LEASE)
-            try:
-                with _held(lease):
-                    if not path.exists():  # or another process has been faster
-                        print(f"preparing {name} in {path}", file=sys.stderr, flush=True)
-                        if builder.archive and not manual_dir:
-                            builder.archive.download(originals)
-                        _prepare(builder, originals, path, skip_corrupt)
-            except Exception:
-                if not lease.compromise:  # else this process stood still, and another has taken over
-                    raise
-    except OSError as error:
-        problem = error.strerror or str(error)
-        if manual_dir and error.filename and Path(str(error.filename)).is_relative_to(originals):
-            raise UserError(f"{error.filename}: cannot be read ({problem}); repair or remove it") from error
-        remedy = _REMEDIES.get(error.errno or 0, "choose another")
-        raise UserError(f"data.dir={root}: cannot prepare {name} there ({problem}); {remedy}") from error
+        with _reading(originals):
+            if builder.config or not path.exists():  # a prepared set needs its originals only to find its variant
+                _check_originals(name, manual_dir, originals)
+            if builder.config:
+                path = root / builder.name / builder.config(originals) / builder.version
+        try:
+            _prepare_alone(builder, name, originals, path, download=not manual_dir, skip_corrupt=skip_corrupt)
+        except OSError as error:
+            remedy = _REMEDIES.get(error.errno or 0, "choose another")
+            reason = error.strerror or error
+            raise UserError(f"data.dir={root}: cannot prepare {name} there ({reason}); {remedy}") from error
+        prepared = Prepared(_open(path), builder.mean, builder.std)
+    prepared.measure()
+    return prepared
+
+
+def open_prepared(name: str, data_dir: str | None) -> Prepared:
+    """Open a data set that TFDS has prepared.
+
+    Raises:
+      UserError: If there is none of that name, or it is damaged.
+    """
+    root = _root(data_dir)
     try:
-        return tfds.builder_from_directory(path)
+        folder = Path(read_only_builder.builder_from_files(name, data_dir=root).data_path)
     except Exception as error:
-        raise damaged(path, error) from error
+        if isinstance(error, OSError):
+            raise cannot_read(root, error) from error
+        raise UserError(
+            f"data.name={name}: unknown; expected one of {', '.join(BUILDERS)}, or a set that TFDS has prepared in "
+            f"{root}: tfds build {name} --data_dir={root} --file_format=array_record"
+        ) from error
+    return Prepared(_open(folder))
+
+
+def _root(data_dir: str | None) -> Path:
+    return _folder("data.dir", data_dir or "~/tensorflow_datasets")
+
+
+def _folder(field: str, path: str) -> Path:
+    try:
+        return Path(local_path(path))
+    except UserError as error:
+        raise UserError(f"{field}={error}") from error
 
 
 def _check_originals(name: str, manual_dir: str | None, originals: Path) -> None:
@@ -90,21 +115,59 @@ def _check_originals(name: str, manual_dir: str | None, originals: Path) -> None
         problem = "an empty folder" if originals.is_dir() else "no such folder"
         raise UserError(f"data.manual_dir={manual_dir}: {problem}; give the one with the original files")
     if name == "image_folder" and not manual_dir:
-        raise UserError("data.manual_dir: not set; image_folder needs the folder with train/ and val/")
+        raise UserError("data.manual_dir: not set; image_folder needs the folder with your images")
 
 
-def damaged(folder: Path, error: Exception) -> UserError:
-    """What to raise where TFDS stumbles over the metadata of a prepared data set; it names a file that is no JSON."""
-    place = folder
-    for path in sorted(folder.glob("*.json")):
+@contextlib.contextmanager
+def _reading(originals: Path) -> Iterator[None]:
+    """Blame the original files, not the folder that is written to, for an error of the system."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(str(cannot_read(Path(error.filename or originals), error))) from error
+
+
+def _open(folder: Path) -> tfds.core.DatasetBuilder:
+    """Open a prepared data set.
+
+    Raises:
+      UserError: If TFDS stumbles over its metadata; a file that is no JSON is named.
+      TrainingError: If the system cannot read it.
+    """
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:
+        place, problem = folder, error
+        for path in sorted(folder.glob("*.json")):
+            try:
+                if not json.loads(path.read_bytes()):
+                    raise ValueError("it is empty")
+            except (OSError, ValueError, RecursionError) as found:
+                place, problem = path, found
+                break
+        if isinstance(problem, OSError):
+            cause = problem.__cause__ if isinstance(problem.__cause__, OSError) else problem
+            raise cannot_read(Path(cause.filename or place), cause) from error
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise UserError(f"{place}: damaged ({reason}); restore it, or remove {folder} to prepare it again") from error
+
+
+def _prepare_alone(
+    builder: Builder, name: str, originals: Path, path: Path, *, download: bool, skip_corrupt: bool
+) -> None:
+    """Prepare a data set unless it is there, while no other process does."""
+    while not path.exists():
+        lease = SoftFileLease(path.with_name(".preparing"), lease_duration=_LEASE)
         try:
-            if not json.loads(path.read_bytes()):
-                raise ValueError("it is empty")
-        except (OSError, ValueError) as problem:
-            place, error = path, problem
-            break
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{place}: damaged ({reason}); remove {folder} to prepare it anew")
+            with _held(lease):
+                if not path.exists():  # or another process has been faster
+                    print(f"preparing {name} in {path}", file=sys.stderr, flush=True)
+                    if builder.archive and download:
+                        builder.archive.download(originals)
+                    _prepare(builder, originals, path, skip_corrupt)
+        except Exception:
+            if not lease.compromise:  # else this process stood still, and another has taken over
+                raise
 
 
 @contextlib.contextmanager
@@ -127,7 +190,8 @@ def _held(lease: SoftFileLease) -> Iterator[None]:
 
 def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) -> None:
     """Write the shards, then the metadata, then give the folder its final name."""
-    content = builder.read(originals)
+    with _reading(originals):
+        content = builder.read(originals)
     token = "" if builder.resumable else secrets.token_hex(4)
     folder = path.with_name(f"{path.name}.unfinished{token}")
     for left in set(path.parent.glob(f"{path.name}.unfinished*")) - {folder}:
@@ -140,10 +204,30 @@ def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) 
         if not builder.resumable:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    if builder.config:
+        _name_old_copies(path.parent)
+
+
+def _name_old_copies(folder: Path) -> None:
+    """Name what has been prepared of another state of the same originals, `NAME-ORIGINALS-STATE` like this one."""
+    prefix = folder.name.rpartition("-")[0]
+    old = sorted(other for other in folder.parent.glob(f"{prefix}-*") if other != folder)
+    if old:
+        size = sum(file.stat().st_size for other in old for file in other.rglob("*") if file.is_file())
+        print(
+            f"the folder has changed; {len(old)} older prepared copies take {size / 1e9:,.2f} GB. "
+            f"If no run needs them: rm -r {shlex.join(map(str, old))}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_corrupt: bool) -> None:
-    """Write what is not there yet of the data set that will be `path`."""
+    """Write all files of a data set to a folder.
+
+    Raises:
+      UserError: If images are unreadable (they are listed on standard error), unless they are to be skipped.
+    """
     features = tfds.features.FeaturesDict(content.features)
     files: dict[str, dict[Path, Shard]] = {}
     for split, shards in content.splits.items():
@@ -151,21 +235,31 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
         files[split] = {Path(f"{stem}-{i:05d}-of-{len(shards):05d}"): shard for i, shard in enumerate(shards)}
     for left in set(folder.iterdir()).difference(*files.values()):
         left.unlink()
-    corrupt = sum(_write_shards(split, shards, features, skip_corrupt) for split, shards in files.items())
-    if corrupt and not skip_corrupt:
+    missing = {file: shard for written in files.values() for file, shard in written.items() if not file.exists()}
+    needed, free = sum(shard.size for shard in missing.values()), shutil.disk_usage(folder).free
+    if needed > free:
         raise UserError(
-            f"{corrupt} corrupt images, listed above; repair or delete them, or prepare with --skip_corrupt"
+            f"data.dir={folder.parents[1]}: {builder.name} takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are "
+            "free; free some space or choose another"
+        )
+    unreadable = sum(_write_shards(split, written, features, skip_corrupt) for split, written in files.items())
+    if unreadable and not skip_corrupt:
+        raise UserError(
+            f"{unreadable} unreadable images, listed above; repair or delete them, or prepare with --skip_corrupt"
         )
     template = tfds.core.ShardedFileTemplate(folder, dataset_name=builder.name, filetype_suffix="array_record")
     splits = []
     for split, written in files.items():
         lengths = [ArrayRecordReader(str(file)).num_records() for file in written]
         if not any(lengths):
-            raise UserError(f"{split}: all images are corrupt, listed above; repair some")
+            raise UserError(f"{split}: all images are unreadable, listed above; repair some")
+        expected = builder.expected.get(split, sum(lengths))
+        if sum(lengths) != expected:
+            print(f"{split}: {sum(lengths):,} images; the published set has {expected:,}", file=sys.stderr, flush=True)
         num_bytes = sum(file.stat().st_size for file in written)
         splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, template.replace(split=split)))
-    if corrupt:
-        print(f"skipped {corrupt} corrupt images, listed above", file=sys.stderr, flush=True)
+    if unreadable:
+        print(f"skipped {unreadable} unreadable images, listed above", file=sys.stderr, flush=True)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
             name=builder.name,
@@ -174,7 +268,7 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
             module_name="",
             config_name=path.parent.name if builder.config else None,
         ),
-        description=builder.description,
+        description=content.description or builder.description,
         features=features,
         supervised_keys=("image", "label"),
         disable_shuffling=True,
@@ -187,53 +281,72 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
 def _write_shards(
     split: str, shards: dict[Path, Shard], features: tfds.features.FeaturesDict, skip_corrupt: bool
 ) -> int:
-    """Write the shards that are not there yet, and tell the number of corrupt images, which are named."""
+    """Write the shards that are not there yet; return the number of unreadable images, which are named."""
     missing = {path: shard for path, shard in shards.items() if not path.exists()}
     progress = Progress(f"preparing {split}", sum(shard.size for shard in missing.values()))
-    corrupt = 0
+    unreadable = 0
     for path, shard in missing.items():
         partial = path.with_name(f"partial-{secrets.token_hex(4)}")
         try:
-            damaged_ones = _write_shard(partial, shard, features, progress)
-        except RuntimeError as error:  # array_record's, of a full disk
-            number = next((number for number in errno.errorcode if os.strerror(number) in str(error)), None)
-            if number is None:
-                raise
-            raise OSError(number, os.strerror(number)) from error
-        if not damaged_ones or skip_corrupt:  # else this shard is read again, and its images reported again
+            found = _write_shard(partial, shard, features, progress)
+        except RuntimeError as error:  # array_record's, such as of a full disk
+            raise (system_error(error) or error) from error
+        if not found or skip_corrupt:  # else this shard is read again, and its images are listed again
             os.replace(partial, path)
-        corrupt += damaged_ones
-    return corrupt
+        unreadable += found
+    return unreadable
 
 
 def _write_shard(path: Path, shard: Shard, features: tfds.features.FeaturesDict, progress: Progress) -> int:
-    """Write a shard, and tell the number of corrupt images, which are named."""
-    corrupt = 0
+    """Write a shard; return the number of unreadable images, which are named."""
+    unreadable = 0
     writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # JPEG and PNG compress no further
-    for example in shard.examples():
-        try:
-            image = example.image()
-        except Exception as error:  # also of a zip, a directory, a link to nowhere
-            reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-            print(f"corrupt image {example.name}: {reason}", file=sys.stderr, flush=True)
-            corrupt += 1
+    for example, image in _read_images(shard.examples()):
+        if isinstance(image, str):
+            print(f"unreadable image {printable(example.name)}: {image}", file=sys.stderr, flush=True)
+            unreadable += 1
         else:
-            writer.write(features.serialize_example(features.encode_example({"image": image, **example.features})))
+            record = features.serialize_example(features.encode_example({"image": image, **example.features}))
+            # The order of a map's entries is random in each process, unless it is asked for.
+            writer.write(tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True))
         progress.add(1, example.size)
     writer.close()
-    return corrupt
+    return unreadable
 
 
-def describe(builder: tfds.core.DatasetBuilder) -> str:
-    """The splits, classes and checksums of a prepared data set, a line each."""
-    lines = [f"{builder.info.full_name} in {builder.data_path}"]
-    for name, split in builder.info.splits.items():
+def _read_images(examples: Iterator[Example]) -> Iterator[tuple[Example, bytes | str]]:
+    """Read and check images on all cores, in order: the file, or what is wrong with it."""
+
+    def read(example: Example) -> bytes | str:
+        try:
+            return example.image()
+        except OSError as error:
+            if error.errno not in _OF_ONE_FILE:
+                raise UserError(str(cannot_read(Path(printable(example.name)), error))) from error
+            return str(error.strerror)
+        except Exception as error:  # a zip file raises more than its own
+            return (str(error).splitlines() or [type(error).__name__])[0]
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        while chunk := list(itertools.islice(examples, _CHUNK)):
+            yield from zip(chunk, pool.map(read, chunk), strict=True)
+
+
+def printable(name: str) -> str:
+    """Escape what is no text or would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
+def describe(prepared: Prepared) -> str:
+    """Return the splits, classes and checksums of a prepared data set, a line each."""
+    lines = [f"{prepared.info.full_name} in {prepared.folder}"]
+    for name, split in prepared.info.splits.items():
         lines.append(f"  {name}: {split.num_examples:,} examples, {split.num_bytes / 1e6:,.1f} MB")
-    for name, feature in builder.info.features.items():
-        if isinstance(feature, tfds.features.ClassLabel):
-            some = ", ".join(feature.names[:10]) + (", ..." if feature.num_classes > 10 else "")
-            lines.append(f"  {name}: {feature.num_classes} classes: {some}")
-    for path in sorted(Path(builder.data_path).glob("*.array_record*")):
+    for name in prepared.labels:
+        names = prepared.info.features[name].names
+        lines.append(f"  {name}: {len(names)} classes: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+    lines.append(f"  mean {prepared.mean}, deviation {prepared.std}")
+    for path in sorted(prepared.folder.glob("*.array_record*")):
         with path.open("rb") as file:
             lines.append(f"  sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}")
     return "\n".join(lines)

@@ -57,7 +57,7 @@ def write_cifar(folder, monkeypatch, name="cifar10", *, train=40, test=16):
     content = {}
     for split, size in (("train", train), ("test", test)):
         images = rng.integers(0, 256, (size, 32, 32, 3)).astype(np.uint8)
-        labels = {label: rng.integers(0, n, size).astype(np.uint8) for label, (_, n) in labels_of.items()}
+        labels = {label: (rng.permutation(size) % n).astype(np.uint8) for label, (_, n) in labels_of.items()}
         records = np.concatenate(
             [*(values[:, None] for values in labels.values()), images.transpose(0, 3, 1, 2).reshape(size, -1)], 1
         )
@@ -76,7 +76,7 @@ def cifar10(tmp_path, monkeypatch):
 @pytest.fixture
 def cifar100(tmp_path, monkeypatch):
     """A folder with a small CIFAR-100, and its content."""
-    return tmp_path / "original", write_cifar(tmp_path / "original", monkeypatch, "cifar100")
+    return tmp_path / "original", write_cifar(tmp_path / "original", monkeypatch, "cifar100", train=200)
 
 
 def write_zip(path, members):
@@ -95,3 +95,20 @@ def tar_of(members):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with two classes, three files each for training and one for validation, of all kinds."""
+    folder = tmp_path / "photos"
+    for split, count in (("train", 3), ("val", 1)):
+        for k, name in enumerate(("cat", "dog")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                (folder / split / name / f"{i}.jpg").write_bytes(jpeg(smooth_image(10 * k + i)))
+    Image.fromarray(smooth_image(5)).save(folder / "train/cat/palette.png")
+    Image.fromarray(smooth_image(6)).convert("P").save(folder / "train/cat/palette.gif")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    (folder / "train/dog/turned.jpeg").write_bytes(jpeg(smooth_image(7), exif=exif))
+    return folder

@@ -1,23 +1,25 @@
 """What a run remembers of its data: there and back through JSON, and a fingerprint that tells data sets apart."""
 
 import json
-import os
+import math
 import pathlib
 import shutil
 import subprocess
 import sys
 
 import pytest
-import tensorflow_datasets as tfds
 
 import input_pipeline
-from simplest_vit.data.dataset import DatasetInfo, _fingerprint
+from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.errors import UserError
 
 FILE = pathlib.Path("run/dataset.json")
 INFO = DatasetInfo(
     name="digits",
     version="1.0.0",
+    description="Two animals.",
+    train_split="train[:90%]",
+    validation_split="train[90%:]",
     train_size=3,
     validation_size=2,
     class_names=("cat", "Hündin\u2028"),
@@ -55,6 +57,11 @@ def test_a_data_set_is_remembered_by_a_json_file():
         ("mean", [0.1, 0.2]),
         ("mean", 0.5),
         ("std", [0.1, 0.2, "0.3"]),
+        ("std", [0.1, 0.2, 0.0]),
+        ("std", [0.1, 0.2, math.nan]),
+        ("mean", [0.1, 0.2, math.inf]),
+        ("mean", [0.1, 0.2, 10**400]),
+        ("image_shape", [2**40, 8, 3]),
     ],
 )
 def test_a_damaged_field_is_named(field, value):
@@ -76,6 +83,7 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place_and_needs_no_tensorf
     first = input_pipeline.load(make_config("digits", dir=tmp_path / "a").data)
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
     (tmp_path / "copy/digits/1.0.0/.DS_Store").touch()
+    (tmp_path / "copy/digits/1.0.0/simplest_vit.npz").unlink()  # measured anew
     info = tmp_path / "copy/digits/1.0.0/dataset_info.json"
     info.write_text(info.read_text().replace("builders.digits", "elsewhere"))
     copy = input_pipeline.load(make_config("digits", dir=tmp_path / "copy").data)
@@ -90,13 +98,3 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place_and_needs_no_tensorf
     root = pathlib.Path(__file__).parents[2]
     anew = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, cwd=root)
     assert anew.stdout.splitlines()[-1] == f"{first.fingerprint} False", anew.stderr
-
-    prepared = tmp_path / "copy/digits/1.0.0"
-    for file, old, new in (("dataset_info.json", '"360"', '"359"'), ("features.json", '"10"', '"11"')):
-        text = (prepared / file).read_text()
-        (prepared / file).write_text(text.replace(old, new))
-        assert input_pipeline.load(make_config("digits", dir=tmp_path / "copy").data).fingerprint != first.fingerprint
-        (prepared / file).write_text(text)
-    shard = prepared / "digits-validation.array_record-00000-of-00001"
-    os.truncate(shard, shard.stat().st_size - 1)
-    assert _fingerprint(tfds.builder_from_directory(prepared)) != first.fingerprint

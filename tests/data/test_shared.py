@@ -16,11 +16,12 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
 from conftest import train_batches
+from PIL import Image
 from sklearn.datasets import load_digits
 from slow_prepare import start
 
 import input_pipeline
-from simplest_vit.data import dataset, prepare
+from simplest_vit.data import dataset, prepare, records
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.data.builders.base import Content, Shard
 from simplest_vit.errors import UserError
@@ -113,9 +114,10 @@ def test_a_process_that_stood_still_takes_what_another_has_prepared(tmp_path, mo
         yield from shard.examples()
 
     def read(originals):
-        features, splits = digits.read(originals)
-        (shard,) = splits["train"]
-        return Content(features, splits | {"train": [Shard(shard.size, lambda: overtaken(shard))]})
+        content = digits.read(originals)
+        (shard,) = content.splits["train"]
+        splits = content.splits | {"train": [Shard(shard.size, lambda: overtaken(shard))]}
+        return Content(content.features, splits)
 
     (tmp_path / "other").mkdir()
     monkeypatch.setitem(BUILDERS, "digits", dataclasses.replace(digits, read=read))
@@ -225,7 +227,6 @@ def read_all(config):
     [
         (TRAIN, truncate, TRAIN),
         (TRAIN, flip, TRAIN),
-        (TRAIN, pathlib.Path.unlink, TRAIN),
         (TRAIN, lambda path: path.write_bytes(b""), TRAIN),
         (VALIDATION, truncate, VALIDATION),
         ("features.json", truncate, "features.json"),
@@ -234,9 +235,7 @@ def read_all(config):
         ("features.json", lambda path: path.write_bytes(b"\xff\xfe\0"), "features.json"),
         ("features.json", pathlib.Path.unlink, ""),
         ("dataset_info.json", truncate, "dataset_info.json"),
-        ("dataset_info.json", pathlib.Path.unlink, ""),
         ("dataset_info.json", lambda path: path.write_text(path.read_text().replace('"1437"', '"1438"')), TRAIN),
-        ("dataset_info.json", lambda path: path.write_text(path.read_text().replace('"validation"', '"v"')), ""),
     ],
 )
 @pytest.mark.parametrize("budget", [10**9, 0])
@@ -246,13 +245,15 @@ def test_a_damaged_data_set_is_told_in_one_line_that_names_the_file(
     shutil.copytree(digits / "digits", tmp_path / "digits")
     prepared = tmp_path / "digits/1.0.0"
     damage(prepared / file)
+    if damage is flip:  # what is on the device is decoded already
+        budget = 0
     config = make_config("digits", dir=tmp_path, device_budget_bytes=budget, num_workers=0)
     with pytest.raises(UserError) as error:
         read_all(config)
     message = str(error.value)
     assert "\n" not in message
     assert message.startswith(f"{prepared / named}: damaged (")
-    assert message.endswith(f"; remove {prepared} to prepare it anew")
+    assert message.endswith(f"; restore it, or remove {prepared} to prepare it again")
 
 
 @pytest.fixture(scope="module")
@@ -290,9 +291,9 @@ def test_of_many_files_the_damaged_one_is_named(digits_in_shards, tmp_path, make
         read_all(config)
 
 
-def test_decoding_for_the_device_tells_how_far_it_is_and_uses_all_cores(digits, make_config, monkeypatch, caplog):
+def test_decoding_for_the_device_reports_progress_and_uses_all_cores(digits, make_config, monkeypatch, caplog):
     monkeypatch.setattr("simplest_vit.data.progress._TELL_EVERY", -1)
-    monkeypatch.setattr(dataset, "cpu_count", lambda: 3)
+    monkeypatch.setattr(records, "cpu_count", lambda: 3)
     caplog.set_level("INFO", "simplest_vit")
     threads = set()
     original = dataset.eval_image
@@ -303,17 +304,16 @@ def test_decoding_for_the_device_tells_how_far_it_is_and_uses_all_cores(digits, 
         return original(*arguments)
 
     monkeypatch.setattr(dataset, "eval_image", decode)
-    loaded = input_pipeline.load(make_config("digits", dir=digits).data)
+    loaded = input_pipeline.load(make_config("digits", dir=digits, image_size=4).data)
     assert len(threads) >= 2
     lines = [record.getMessage() for record in caplog.records if "decoding" in record.getMessage()]
     assert len(lines) == 6 + 2
     assert lines[0].startswith("decoding digits, train: 256 images, 18%, ")
     assert lines[5].startswith("decoding digits, train: 1,437 images, 100%, ")
     assert lines[5].endswith(" 0 s to go")
-    monkeypatch.undo()
-    alone = tfds.builder_from_directory(digits / "digits/1.0.0").as_data_source("train")
-    np.testing.assert_array_equal(loaded.train.images, [example["image"] for example in alone])
-    np.testing.assert_array_equal(loaded.train.labels, [example["label"] for example in alone])
+    images = [example["image"] for example in prepare.prepare("digits", digits).builder.as_data_source("train")]
+    halved = [Image.fromarray(image[..., 0]).resize((4, 4), Image.Resampling.BILINEAR) for image in images]
+    np.testing.assert_array_equal(loaded.train.images[..., 0], [np.asarray(image) for image in halved])
 
 
 def test_each_split_has_the_budget(digits, make_config):

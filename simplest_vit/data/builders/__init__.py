@@ -2,7 +2,6 @@
 
 from simplest_vit.data.builders import cifar, digits, image_folder, imagenet, tiny_imagenet
 from simplest_vit.data.builders.base import Builder
-from simplest_vit.errors import UserError
 
 BUILDERS: dict[str, Builder] = {
     "digits": digits.DIGITS,
@@ -14,12 +13,6 @@ BUILDERS: dict[str, Builder] = {
 }
 
 
-def builder_of(name: str) -> Builder:
-    """Look up a data set.
-
-    Raises:
-      UserError: If there is none of that name.
-    """
-    if name not in BUILDERS:
-        raise UserError(f"data.name={name}: unknown; expected one of {', '.join(BUILDERS)}")
-    return BUILDERS[name]
+def find_builder(name: str) -> Builder | None:
+    """Return the builder of a data set, by its name here or in TFDS; None if only TFDS can prepare it."""
+    return next((builder for key, builder in BUILDERS.items() if name in (key, builder.name)), None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from simplest_vit.data.decode import decode_image
 from simplest_vit.data.progress import Progress
 from simplest_vit.errors import UserError
 
@@ -38,6 +39,7 @@ class Content(NamedTuple):
 
     features: dict[str, Any]
     splits: dict[str, list[Shard]]
+    description: str = ""  # in place of the builder's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Builder:
       config: From that folder to the name of a variant, where there are several.
       archive: What to download where no folder is given.
       resumable: Whether what an interrupted process has written is kept.
+      expected: Images of each split in the published set, if fewer are possible.
     """
 
     name: str
@@ -147,6 +150,21 @@ class Builder:
     config: Callable[[Path], str] | None = None
     archive: Archive | None = None
     resumable: bool = False
+    expected: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def checked(read: Callable[[], bytes]) -> Callable[[], bytes]:
+    """Return a function that reads an image file and decodes it once, as small as possible, so that nobody fails later.
+
+    It raises a UserError if the file cannot be decoded, and whatever `read` raises.
+    """
+
+    def image() -> bytes:
+        content = read()
+        decode_image(content, 3, (1, 1))
+        return content
+
+    return image
 
 
 def group(splits: dict[str, list[Example]]) -> dict[str, list[Shard]]:

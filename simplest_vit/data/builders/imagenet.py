@@ -1,23 +1,27 @@
 """ImageNet-1k from its two tars, streamed; features, names and version are those of TFDS's own builder."""
 
 import functools
+import io
+import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import tensorflow_datasets as tfds
 
 from simplest_vit.data.builders.base import Builder, Content, Example, Shard, group
-from simplest_vit.data.decode import standardize
+from simplest_vit.data.decode import decode_image, encode_png, open_image
 from simplest_vit.errors import UserError
 
 _TFDS_FOLDER = "datasets/imagenet2012"  # TFDS ships the class names and the validation labels
+CLASSES, VALIDATION = 1000, 50_000  # in the tars
 
 
 def _read(folder: Path) -> Content:
-    """Keep JPEG files as they are, except for the CMYK ones and the PNG in disguise, which become RGB PNG.
+    """Read the tars, whose files are kept as they are, except for the CMYK ones and the PNG in disguise.
 
-    A train shard holds a class; the order within the files does not matter, for training reads at random.
+    A train shard holds a class; the order within the files does not matter because training reads at random.
     """
     label = tfds.features.ClassLabel(names_file=tfds.core.tfds_path(f"{_TFDS_FOLDER}/labels.txt"))
     features = {
@@ -30,75 +34,107 @@ def _read(folder: Path) -> Content:
     return Content(features, {"train": train, **group({"validation": validation})})
 
 
-def _members(path: Path) -> list[tarfile.TarInfo]:
-    """The files of a tar, from their headers alone.
+class _Header(tarfile.TarInfo):
+    """A header of a tar, as Python 3.11.14 reads it: earlier ones go back by a negative size, for ever."""
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.InvalidHeaderError("negative size")  # type: ignore[attr-defined]
+        return super()._block(count)  # type: ignore[misc]
+
+
+def _members(file: BinaryIO, where: str) -> list[tarfile.TarInfo]:
+    """List the files of a tar, from their headers alone.
 
     Raises:
-      UserError: If the tar is missing or cut off.
+      UserError: If the tar is damaged or cut off.
     """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+            members = [member for member in tar if member.isfile()]
+            file.seek(tar.offset)
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError(f"{size:,} bytes, without the end of a tar")
+        for member in members:
+            if member.offset_data + member.size > size:
+                raise tarfile.ReadError(f"{member.name!a} goes on past the end")
+    except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a complete tar ({error}); download it again") from error
+    return members
+
+
+def _open(path: Path) -> BinaryIO:
     if not path.is_file():
         raise UserError(
             f"{path}: missing; download it from https://image-net.org (registration needed) and set data.manual_dir"
         )
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members = [member for member in tar if member.isfile()]
-            end = tar.offset
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path}: not a complete tar ({error}); download it again") from error
-    if _slice(path, end, 512) != bytes(512):
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes, without the end of a tar; download it again")
-    return members
+    return path.open("rb")
 
 
-def _slice(path: Path, start: int, size: int) -> bytes:
+def _slice(path: Path, member: tarfile.TarInfo) -> bytes:
     with path.open("rb") as file:
-        file.seek(start)
-        return file.read(size)
+        file.seek(member.offset_data)
+        return file.read(member.size)
 
 
-def _example(path: Path, split: str, wnid: str, member: tarfile.TarInfo) -> Example:
-    """An image of a tar, given where its bytes are."""
-    return Example(
-        name=f"{split}:{Path(member.name).name}",
-        size=member.size,
-        image=lambda: standardize(_slice(path, member.offset_data, member.size), keep_grey=True),
-        features={"label": wnid, "file_name": Path(member.name).name},
-    )
+def _example(split: str, wnid: str, member: tarfile.TarInfo, read: Callable[[], bytes]) -> Example:
+    """Describe an image of a tar, given how to read it."""
+    name = Path(member.name).name
+
+    def image() -> bytes:
+        content = read()
+        decode_image(content, 3, (1, 1))
+        with open_image(content) as opened:
+            as_tfds = opened.format in ("JPEG", "MPO") and opened.mode in ("RGB", "L")
+        return content if as_tfds else encode_png(decode_image(content, 3))
+
+    return Example(f"{split}/{wnid}/{name}", member.size, image, {"label": wnid, "file_name": os.fsencode(name)})
 
 
 def _train_shards(path: Path, wnids: set[str]) -> list[Shard]:
-    """A shard for each of the inner tars, WNID.tar."""
-    members = _members(path)
-    for member in members:
-        if Path(member.name).stem not in wnids:
-            raise UserError(f"{path}: holds {member.name}, expected WNID.tar for the 1,000 classes of ImageNet-1k")
+    """Make a shard of each of the inner tars, WNID.tar."""
+    with _open(path) as file:
+        members = _members(file, str(path))
+    names = [Path(member.name).name for member in members]
+    for name in names:
+        if not name.endswith(".tar") or name.removesuffix(".tar") not in wnids or names.count(name) > 1:
+            raise UserError(f"{path}: holds {name!a}, expected WNID.tar once for each of the classes of ImageNet-1k")
+    if len(members) != CLASSES:
+        raise UserError(
+            f"{path}: {len(members):,} classes, expected {CLASSES:,}; download it again, or unpack it and prepare the "
+            "classes as an image_folder"
+        )
     return [Shard(member.size, functools.partial(_examples_of_class, path, member)) for member in members]
 
 
 def _examples_of_class(path: Path, member: tarfile.TarInfo) -> Iterator[Example]:
-    """The images of an inner tar, whose headers are read only now."""
-    with path.open("rb") as file:
-        file.seek(member.offset_data)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for image in tar:
-                    if image.offset_data + image.size > member.offset_data + member.size:
-                        raise tarfile.ReadError(f"{image.name} goes on past its end")
-                    yield _example(path, "train", Path(member.name).stem, image)
-        except tarfile.TarError as error:
-            raise UserError(f"{path}:{member.name}: not a complete tar ({error}); download it again") from error
+    """Iterate over the images of an inner tar, which is read only now; it has some 100 MB."""
+    tar = _slice(path, member)
+    images = _members(io.BytesIO(tar), f"{path}:{member.name}")
+    if not images:
+        raise UserError(f"{path}:{member.name}: holds no image; download it again")
+    for image in images:
+        content = tar[image.offset_data : image.offset_data + image.size]
+        yield _example("train", Path(member.name).stem, image, functools.partial(bytes, content))
 
 
 def _validation_examples(path: Path) -> list[Example]:
-    """In alphabetic order, with the labels that TFDS ships."""
+    """List the validation images in alphabetic order, with the labels that TFDS ships."""
     wnids = tfds.core.tfds_path(f"{_TFDS_FOLDER}/validation_labels.txt").read_text().split()
     labels = {f"ILSVRC2012_val_{number:08d}.JPEG": wnid for number, wnid in enumerate(wnids, 1)}
-    members = sorted(_members(path), key=lambda member: member.name)
-    for member in members:
-        if Path(member.name).name not in labels:
-            raise UserError(f"{path}: holds {member.name}, expected ILSVRC2012_val_00000001.JPEG and so on")
-    return [_example(path, "validation", labels[Path(member.name).name], member) for member in members]
+    with _open(path) as file:
+        members = {Path(member.name).name: member for member in _members(file, str(path))}
+    for name in members:
+        if name not in labels:
+            raise UserError(f"{path}: holds {name!a}, expected ILSVRC2012_val_00000001.JPEG and so on")
+    if len(members) != VALIDATION:
+        raise UserError(f"{path}: {len(members):,} images, expected {VALIDATION:,}; download it again")
+    return [
+        _example("validation", labels[name], member, functools.partial(_slice, path, member))
+        for name, member in sorted(members.items())
+    ]
 
 
 IMAGENET = Builder(
@@ -110,4 +146,5 @@ IMAGENET = Builder(
     std=(0.229, 0.224, 0.225),
     read=_read,
     resumable=True,
+    expected={"train": 1_281_167, "validation": VALIDATION},
 )

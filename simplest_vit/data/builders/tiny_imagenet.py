@@ -6,8 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import tensorflow_datasets as tfds
 
-from simplest_vit.data.builders.base import Archive, Builder, Content, Example, group
-from simplest_vit.data.decode import standardize
+from simplest_vit.data.builders.base import Archive, Builder, Content, Example, checked, group
 from simplest_vit.errors import UserError
 
 _ARCHIVE = Archive(
@@ -19,7 +18,7 @@ _ARCHIVE = Archive(
 
 
 def _read(folder: Path) -> Content:
-    """Keep JPEG files as they are, except for grey ones, which become RGB PNG. Classes are named by WordNet ID."""
+    """Read the zip, whose files are kept as they are; classes are named by WordNet ID."""
     found = sorted(folder.glob(f"{_ARCHIVE.folder}*.zip"))
     if len(found) != 1:
         raise UserError(
@@ -41,7 +40,7 @@ def _read(folder: Path) -> Content:
 
     def example(member: str, wnid: str) -> Example:
         size, features = archive.getinfo(member).file_size, {"id": PurePosixPath(member).name, "label": wnid}
-        return Example(f"{path}:{member}", size, lambda: standardize(archive.read(member)), features)
+        return Example(f"{path}:{member}", size, checked(lambda: archive.read(member)), features)
 
     train = []
     for wnid in wnids:
@@ -86,4 +85,5 @@ TINY_IMAGENET = Builder(
     std=(0.2770, 0.2691, 0.2821),
     read=_read,
     archive=_ARCHIVE,
+    expected={"train": 100_000, "validation": 10_000},
 )

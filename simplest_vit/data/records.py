@@ -1,0 +1,198 @@
+"""Read array_record files at random: few are open at a time, and only a checksum makes one damaged."""
+
+import contextlib
+import errno
+import functools
+import itertools
+import logging
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
+from tensorflow_datasets.proto import tf_example_pb2
+
+from simplest_vit.data.progress import Progress
+from simplest_vit.errors import TrainingError, UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+Result = TypeVar("Result")
+_LOG = logging.getLogger(__name__)
+_CHUNK = 256  # examples that a core takes at a time
+_MAX_THREADS = 16  # that read one request; a network file system answers them together
+_NAMES = ("image/filename", "file_name", "id")  # features that may name an example
+_REMEDIES = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the whole machine has too many open files",
+    errno.ENOENT: "restore it, or mount its disk",
+    errno.EACCES: "make it readable",
+}
+
+
+class Shard(NamedTuple):
+    """A part of a file: `take` of its `total` examples, from `skip` on."""
+
+    path: Path
+    skip: int
+    take: int
+    total: int
+
+
+class Example(NamedTuple):
+    """An example as it lies in a file: the bytes of its image, its labels, and its name for messages."""
+
+    image: bytes
+    labels: list[int]
+    name: str
+
+    def decode(self, to_pixels: Callable[[bytes], np.ndarray]) -> np.ndarray:
+        """Apply a decoder to the image; its UserError will name the example."""
+        try:
+            return to_pixels(self.image)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}; repair it and prepare the data set again") from error
+
+
+class DiskSplit:
+    """A split on disk, read at random.
+
+    Args:
+      shards: The files, in the order of the examples.
+      image: The feature that is the image.
+      labels: The features that are labels.
+    """
+
+    def __init__(self, shards: tuple[Shard, ...], image: str, labels: list[str]) -> None:
+        self.shards, self.image, self.labels = shards, image, labels
+        self._ends = list(itertools.accumulate((shard.take for shard in shards), initial=0))[1:]
+        self._reader = functools.lru_cache(_max_open_files() // 4)(self._open)  # what is dropped is closed
+
+    def __reduce__(self) -> tuple:  # the readers stay in their process
+        return type(self), (self.shards, self.image, self.labels)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, indices: Sequence[int]) -> list[Example]:
+        """Read examples.
+
+        Raises:
+          UserError: If a file of the data set is damaged.
+          TrainingError: If the system cannot read it.
+        """
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            places.setdefault(bisect_right(self._ends, index), []).append(place)
+
+        def read_shard(number: int) -> list[bytes]:
+            shard = self.shards[number]
+            first = self._ends[number] - shard.take - shard.skip
+            try:
+                return self._reader(number).read([indices[place] - first for place in places[number]])
+            except RuntimeError as error:
+                raise _explain(error, shard.path) from error
+
+        if len(places) == 1:
+            records = [read_shard(number) for number in places]
+        else:
+            with ThreadPoolExecutor(min(len(places), _MAX_THREADS)) as pool:
+                records = list(pool.map(read_shard, places))
+        found = dict(zip(itertools.chain(*places.values()), itertools.chain(*records), strict=True))
+        return [self._parse(index, found[place]) for place, index in enumerate(indices)]
+
+    def decode(self, indices: Sequence[int], to_pixels: Callable[[bytes, int], np.ndarray]) -> dict[str, np.ndarray]:
+        """Read image uint8 [n, H, W, C] and label int32 [n].
+
+        Args:
+          indices: Which n examples.
+          to_pixels: From an image file and its place in `indices` to pixels.
+
+        Raises:
+          UserError: If an image or a file of the data set is damaged.
+          TrainingError: If the system cannot read it.
+        """
+        examples, images = self.read(indices), []
+        for i, example in enumerate(examples):
+            images.append(example.decode(lambda content, i=i: to_pixels(content, i)))  # type: ignore[misc]
+        return {"image": np.stack(images), "label": np.array([example.labels[0] for example in examples], np.int32)}
+
+    def map(self, work: Callable[[range], Result], what: str) -> Iterator[Result]:
+        """Do something with consecutive ranges of examples on all cores, and report the progress of `what`."""
+        progress = Progress(what, len(self), _LOG.info)
+        parts = [range(start, min(start + _CHUNK, len(self))) for start in range(0, len(self), _CHUNK)]
+        with ThreadPoolExecutor(cpu_count()) as pool:
+            for part, result in zip(parts, pool.map(work, parts), strict=True):
+                progress.add(len(part), len(part))
+                yield result
+
+    def _open(self, number: int) -> ArrayRecordReader:
+        shard = self.shards[number]
+        reader = ArrayRecordReader(str(shard.path), options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+        if reader.num_records() != shard.total:
+            raise RuntimeError(f"{reader.num_records():,} examples; dataset_info.json says {shard.total:,}")
+        return reader
+
+    def _parse(self, index: int, record: bytes) -> Example:
+        feature = tf_example_pb2.Example.FromString(record).features.feature
+        names = [feature[name].bytes_list.value[0].decode(errors="replace") for name in _NAMES if name in feature]
+        labels = [feature[label].int64_list.value[0] for label in self.labels]
+        return Example(
+            feature[self.image].bytes_list.value[0], labels, f"example {index} {' '.join(names[:1])}".strip()
+        )
+
+
+def shards_of(split: tfds.core.SplitInfo) -> tuple[Shard, ...]:
+    """Return the files of a split, or of a part of it."""
+    return tuple(Shard(Path(f.filename), f.skip, f.take, f.examples_in_shard) for f in split.file_instructions)
+
+
+def system_error(error: Exception) -> OSError | None:
+    """Return the system's error that array_record knows only as text, such as "write() failed: No space left"."""
+    text = str(error)
+    number = next((number for number in errno.errorcode if os.strerror(number) in text), None)
+    return OSError(number, os.strerror(number)) if number is not None else None
+
+
+def cannot_read(path: Path, error: OSError) -> TrainingError:
+    """Return what to raise if the system cannot read a file of a data set, which may be sound."""
+    remedy = _REMEDIES.get(error.errno or 0, "mend that")
+    return TrainingError(f"{path}: cannot be read ({error.strerror}); {remedy}, then run the same command again")
+
+
+def _explain(error: RuntimeError, path: Path) -> UserError | TrainingError:
+    """Return what to raise if array_record cannot read a file."""
+    if problem := system_error(error):
+        return cannot_read(path, problem)
+    reason = str(error).splitlines()[0]
+    return UserError(f"{path}: damaged ({reason}); restore it, or remove {path.parent} to prepare it again")
+
+
+def cpu_count() -> int:
+    """Count the cores that this process may use, by its affinity and by its cgroup's quota, as of a container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
+
+
+@functools.cache
+def _max_open_files() -> int:
+    """Raise the soft limit of open files to 8,192, or as far as the hard one allows, and return it."""
+    if resource is None:
+        return 512
+    soft, hard = (
+        limit if limit != resource.RLIM_INFINITY else 2**20 for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    if soft < (wanted := min(hard, 8192)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return min(max(soft, wanted), 8192)

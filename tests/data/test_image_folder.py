@@ -1,0 +1,208 @@
+"""Folders of one's own images: what is found, what is split, what is another data set, and what is wrong."""
+
+import errno
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from conftest import jpeg, smooth_image
+from PIL import Image
+
+import input_pipeline
+from simplest_vit.data.builders.image_folder import image_files
+from simplest_vit.data.decode import decode_image
+from simplest_vit.data.prepare import prepare
+from simplest_vit.errors import UserError
+
+
+def originals(prepared, split):
+    """Returns {name: the file's bytes} of a split, by TFDS's own reader."""
+    examples = prepared.builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    return {os.fsdecode(example["image/filename"]): example["image"] for example in examples}
+
+
+def test_image_folder(photos, tmp_path, make_config):
+    prepared = prepare("image_folder", tmp_path / "tfds", photos)
+    found = originals(prepared, "train")
+    assert prepared.info.features["label"].names == ["cat", "dog"]
+    assert {name: (photos / name).read_bytes() for name in found} == found  # none is re-encoded
+    assert len(found) == 9
+    assert decode_image(found["train/dog/turned.jpeg"], 3).shape == (64, 48, 3)
+    config = make_config("image_folder", dir=tmp_path / "tfds", manual_dir=str(photos), image_size=32, batch_size=4)
+    dataset = input_pipeline.load(config.data)
+    assert dataset.class_names == ("cat", "dog")
+    assert dataset.train.images.shape == (9, 32, 32, 3)
+    with Image.open(photos / "train/cat/1.jpg") as image:
+        expected = np.asarray(image.resize((42, 32), Image.Resampling.BILINEAR))[:, 5:37].astype(int)
+    assert np.abs(np.asarray(dataset.train.images)[1] - expected).max() <= 3
+
+
+def test_a_grey_jpeg_stays_as_small_as_it_is(photos, tmp_path):
+    (photos / "train/cat/grey.jpg").write_bytes(content := jpeg(smooth_image(1), "L"))
+    assert originals(prepare("image_folder", tmp_path / "tfds", photos), "train")["train/cat/grey.jpg"] == content
+
+
+def test_the_preferred_validation_folder_is_val(photos, tmp_path):
+    shutil.copytree(photos / "val", photos / "test")
+    (photos / "test/cat/0.jpg").rename(photos / "test/cat/other.jpg")
+    shutil.copytree(photos / "test", photos / "valid")
+    validation = originals(prepare("image_folder", tmp_path / "tfds", photos), "validation")
+    assert sorted(validation) == ["val/cat/0.jpg", "val/dog/0.jpg"]
+    shutil.rmtree(photos / "val")
+    assert "valid/cat/other.jpg" in originals(prepare("image_folder", tmp_path / "tfds", photos), "validation")
+
+
+def test_a_flat_folder_is_split_80_to_20_in_each_class_and_says_so(tmp_path, make_config, capfd):
+    for name, count in (("cat", 10), ("dog", 7), ("eel", 1)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "photos" / name / f"{i}.jpg").write_bytes(jpeg(smooth_image(i, 16, 16)))
+    config = make_config("image_folder", dir=tmp_path / "tfds", manual_dir=str(tmp_path / "photos"), image_size=16)
+    dataset = input_pipeline.load(config.data)
+    np.testing.assert_array_equal(np.bincount(dataset.train.labels), [8, 6, 1])
+    np.testing.assert_array_equal(np.bincount(dataset.validation.labels), [2, 1])
+    assert "of each class 80 % train and 20 % validate" in dataset.info.to_json()["description"]
+    said = capfd.readouterr().err
+    assert said.count("80 % train and 20 % validate") == 1
+    config.seed = 5  # has no part in it
+    prepared = prepare("image_folder", tmp_path / "tfds", tmp_path / "photos")
+    before = set(originals(prepared, "validation"))
+    (tmp_path / "photos/cat/new.jpg").write_bytes(jpeg(smooth_image(50, 16, 16)))
+    after = set(originals(prepare("image_folder", tmp_path / "tfds", tmp_path / "photos"), "validation"))
+    assert len(before - after) <= 1  # a new file moves at most one of the others
+    shutil.rmtree(tmp_path / "photos/cat")
+    shutil.rmtree(tmp_path / "photos/dog")
+    with pytest.raises(UserError, match=r"one image a class, none is left to validate; add some"):
+        prepare("image_folder", tmp_path / "tfds", tmp_path / "photos")
+
+
+def test_folders_within_a_class_are_searched_and_what_is_passed_over_is_counted(photos, tmp_path, capfd):
+    deep = photos / "train/cat/more/and more"
+    deep.mkdir(parents=True)
+    (deep / "back").symlink_to(photos / "train/cat")  # without end
+    for suffix in ("jpg", "jfif", "jpe", "JPG", "pgm", "avif"):
+        Image.fromarray(smooth_image(1)).convert("L" if suffix == "pgm" else "RGB").save(deep / f"deep.{suffix}")
+    for name in ("a.HEIC", "b.heic", "c.txt", "README", ".hidden.jpg", "Thumbs.db"):
+        (deep / name).write_bytes(b"x")
+    found = originals(prepare("image_folder", tmp_path / "tfds", photos), "train")
+    assert len([name for name in found if name.startswith("train/cat/more/and more/deep.")]) == 6
+    said = capfd.readouterr().err
+    assert "passed over 5 files that are no images: 2 .heic, 1" in said
+    assert len(image_files(photos)) == 6 + 9 + 2  # as predict lists a folder
+
+
+def test_a_changed_folder_is_another_data_set_with_another_fingerprint(photos, tmp_path, capfd):
+    """Of the same counts, names and sizes: only the time of a change, or the content, tells."""
+
+    def state():
+        prepared = prepare("image_folder", tmp_path / "tfds", photos)
+        return prepared.info.full_name, prepared.fingerprint, originals(prepared, "train")
+
+    cat, dog = photos / "train/cat/0.jpg", photos / "train/dog/0.jpg"
+    for path in (cat, dog):
+        path.write_bytes(path.read_bytes().ljust(4000, b"\0"))
+        os.utime(path, ns=(0, 0))
+    states = [state()]
+    assert state() == states[0]
+    cat.rename(photos / "x"), dog.rename(cat), (photos / "x").rename(dog)  # equal names, sizes and times
+    states.append(state())
+    for name in ("cat", "dog"):
+        (photos / "train" / name).rename(photos / "train" / f"{name}.")
+    (photos / "train/cat.").rename(photos / "train/dog"), (photos / "train/dog.").rename(photos / "train/cat")
+    states.append(state())
+    (photos / "train/cat/9.jpg").write_bytes(jpeg(smooth_image(77)))
+    states.append(state())
+    for part in (0, 1):
+        assert len({state[part] for state in states}) == 4
+    assert states[3][2]["train/cat/9.jpg"] == jpeg(smooth_image(77))
+    said = capfd.readouterr().err
+    (line,) = [line for line in said.splitlines() if "3 older prepared copies take" in line]
+    named = line.split("rm -r ")[1].split()
+    assert len(named) == 3
+    assert all((pathlib.Path(path) / "2.0.0").is_dir() for path in named)
+
+
+def test_a_copy_in_another_place_has_the_same_fingerprint(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "copy")
+    first, second = (prepare("image_folder", tmp_path / "tfds", folder) for folder in (photos, tmp_path / "copy"))
+    assert first.info.full_name != second.info.full_name
+    assert first.fingerprint == second.fingerprint
+
+
+def test_bad_image_folders_are_told(photos, tmp_path, capfd):
+    def fails(message):
+        with pytest.raises(UserError, match=message) as error:
+            prepare("image_folder", tmp_path / "tfds", photos)
+        assert "\n" not in str(error.value)
+
+    (photos / "val/bird").mkdir()
+    fails(r"val/bird: a class folder without images")
+    shutil.copy(photos / "train/cat/0.jpg", photos / "val/bird")
+    fails(r"val/bird: no such class in .*train; add")
+    shutil.rmtree(photos / "val/bird")
+    for name, content in (("a.jpg", b"no image"), ("b.jpg", jpeg(smooth_image(1))[:-30])):
+        (photos / "train/dog" / name).write_bytes(content)
+    fails(r"2 unreadable images, listed above")
+    errors = capfd.readouterr().err
+    assert "unreadable image train/dog/a.jpg: not a complete image (of no format that is known)" in errors
+    assert "unreadable image train/dog/b.jpg: not a complete image (the JPEG is truncated)" in errors
+    shutil.rmtree(photos / "val")
+    fails(r"val: no class folders; expected val/CLASS/\*.jpg")
+
+
+def test_odd_things_in_an_image_folder(photos, tmp_path, capfd):
+    """Each is listed, and may be skipped; nothing but images is looked at."""
+    cat = photos / "train/cat"
+    (cat / "._0.jpg").write_bytes(b"macOS's own")
+    (cat / "link.jpg").symlink_to(photos / "nowhere.jpg")
+    (cat / "loop.jpg").symlink_to(cat / "loop.jpg")
+    (cat / "folder.jpg").mkdir()
+    Image.fromarray(smooth_image(8)).save(cat / "plain.ppm")
+    latin = os.fsencode(cat) + b"/caf\xe9.jpg"
+    pathlib.Path(os.fsdecode(latin)).write_bytes(jpeg(smooth_image(3)))
+    with pytest.raises(UserError, match=r"^2 unreadable images, listed above"):
+        prepare("image_folder", tmp_path / "tfds", photos)
+    told = capfd.readouterr().err
+    assert "unreadable image train/cat/link.jpg: No such file or directory" in told
+    assert "unreadable image train/cat/loop.jpg: " in told
+    found = originals(prepare("image_folder", tmp_path / "tfds", photos, skip_corrupt=True), "train")
+    names = [name.removeprefix("train/cat/") for name in found if "cat" in name]
+    assert names == ["0.jpg", "1.jpg", "2.jpg", "caf\udce9.jpg", "palette.gif", "palette.png", "plain.ppm"]
+
+
+@pytest.mark.parametrize("name", [b"cat ", b" cat", b"cat\ndog", b"caf\xe9", b"\x1b[31m", "a\u2028".encode()])
+def test_a_class_name_that_cannot_be_kept_is_told(photos, tmp_path, name):
+    for split in ("train", "val"):
+        (photos / split / "cat").rename(os.fsdecode(os.fsencode(photos / split) + b"/" + name))
+    with pytest.raises(UserError, match=r"train/.*: a class name that TFDS cannot keep .*; rename the folder") as error:
+        prepare("image_folder", tmp_path / "tfds", photos)
+    assert str(error.value).isprintable()
+    assert not (tmp_path / "tfds").exists()
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "a:b|c*", "line\nbreak", "Ünïcode dir"])
+def test_a_folder_may_have_any_name(photos, tmp_path, name):
+    builder = prepare("image_folder", tmp_path / "tfds", photos.rename(tmp_path / name))
+    assert builder.info.splits["validation"].num_examples == 2
+
+
+def test_a_class_folder_that_cannot_be_read_is_not_called_empty(photos, tmp_path, monkeypatch):
+    def scandir(path):
+        if os.fspath(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return original(path)
+
+    original = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=rf"^{photos}/train/dog: cannot be read \(Permission denied\)"):
+        prepare("image_folder", tmp_path / "tfds", photos)
+
+
+def test_class_names_may_hold_joiners_and_hard_spaces(photos, tmp_path):
+    name = "a\u200db\u200cc\u00a0d"
+    for split in ("train", "val"):
+        (photos / split / "cat").rename(photos / split / name)
+    assert prepare("image_folder", tmp_path / "tfds", photos).info.features["label"].names == [name, "dog"]
