@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from simplest_vit import preemption
 from simplest_vit.data.augment import normalize
 from simplest_vit.data.builders.image_folder import image_files
 from simplest_vit.data.decode import eval_image
-from simplest_vit.errors import UserError
+from simplest_vit.errors import UserError, one_line
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import Run
 
@@ -29,21 +30,21 @@ Prediction = dict[str, Any]
 def predict(
     workdir: str, images: list[str], rollout_dir: str | None = None, config: Any = None
 ) -> Iterator[Prediction]:
-    """Classify images, prepared as the validation split is; of them, a batch at a time is in memory.
+    """Classify images, preprocessed as the validation split is, with one batch at a time in memory.
 
     Args:
       workdir: The run's folder, which is all that is needed.
-      images: Files, and folders whose images are meant.
+      images: Files, and folders of images.
       rollout_dir: Folder for a picture of the attention over each image, or None.
       config: None for the run's own; another is refused.
 
     Returns:
-      For each image `image`, its path, and `top`, the five most probable classes as `class` and `probability`; as soon
-      as they are known. A file that is no image is logged and passed over.
+      For each image, as soon as it is known: `image`, its path, and `top`, the five most probable classes as `class`
+      and `probability`. A file that is no image is logged and skipped.
 
     Raises:
-      UserError: If there is no checkpoint, it is one of another config, or, after all predictions, if some files were
-        passed over.
+      UserError: If there is no checkpoint, it is one of another config, or, after all predictions, if files were
+        skipped.
     """
     files = find_images(images)
     run, state = restore_best(workdir, config)
@@ -55,13 +56,13 @@ def predict(
     while batch := list(itertools.islice(readable, _BATCH)):
         pixels = np.stack([pixels for _, pixels in batch])
         image = normalize(jnp.asarray(pixels), run.data.mean, run.data.std)
-        # Behind others the last one is padded, for another size would be compiled anew.
+        # After others the last batch is padded, because another size would be compiled again.
         padded = jnp.pad(image, ((0, _BATCH - len(batch) if predicted else 0), *[(0, 0)] * 3))
         probability = np.asarray(classify(nnx.as_pure(arrays), padded))[: len(batch)]
         names = run.data.class_names
         predictions = [_prediction(file, p, names) for (file, _), p in zip(batch, probability, strict=True)]
         if rollout_dir is not None:
-            # Imported here, for pictures take a second to import.
+            # Imported here, because matplotlib takes a second to import.
             from simplest_vit.analysis.attention_rollout import attention_rollout
             from simplest_vit.analysis.rollout_figure import save_rollouts
 
@@ -74,7 +75,7 @@ def predict(
 
 
 def find_images(paths: list[str]) -> list[pathlib.Path]:
-    """The files among `paths`, and the images in its folders, sorted.
+    """List the files among `paths`, and the images in its folders, sorted.
 
     Raises:
       UserError: If there is none, or a path does not exist.
@@ -97,8 +98,9 @@ def find_images(paths: list[str]) -> list[pathlib.Path]:
 
 
 def _read(files: list[pathlib.Path], run: Run, unreadable: list[str]) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
-    """Each file with its pixels, uint8 [H, W, C]; what is no image is told, noted in `unreadable` and passed over."""
+    """Yield each file with its pixels, uint8 [H, W, C]; what is no image is logged, added to `unreadable`, skipped."""
     for file in files:
+        preemption.check()
         try:
             yield file, eval_image(file.read_bytes(), run.data.image_shape, run.data.eval_resize)
         except (UserError, OSError) as error:
@@ -112,6 +114,6 @@ def _prediction(file: pathlib.Path, probability: np.ndarray, class_names: tuple[
 
 
 def as_text(prediction: Prediction) -> str:
-    """One line: the path of an image, then classes with probabilities, the most probable first."""
+    """Describe a prediction in one line: the path of an image, then classes with probabilities, best first."""
     best = "  ".join(f"{best['class']} {best['probability']:.1%}" for best in prediction["top"])
-    return f"{prediction['image']}  {best}"
+    return one_line(f"{prediction['image']}  {best}")

@@ -1,6 +1,7 @@
 """The one command line: `simplest-vit`, `python -m simplest_vit` and `main.py`. Each command is a module here."""
 
 import importlib
+import os
 import sys
 
 from simplest_vit.errors import UserError, not_installed, print_error
@@ -16,9 +17,15 @@ COMMANDS = {
 }
 USAGE = "simplest-vit COMMAND --flags"
 
+# What makes commands fast on few CPU cores; a user's own setting wins. The threads of LAPACK would compete with XLA's
+# for the cores.
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
+
 
 def main() -> None:
     """Run the command that the command line names: by its first word, or by --mode, which defaults to train."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)  # before NumPy and SciPy are imported
     arguments = sys.argv[1:]
     if arguments[:1] in (["help"], ["--help"], ["-h"]):
         commands = "\n".join(f"  {name:<10} {meaning}" for name, meaning in COMMANDS.items())

@@ -1,8 +1,10 @@
 """Evaluate the best and the latest checkpoint of a run.
 
-simplest-vit evaluate --workdir runs/mine
+    simplest-vit evaluate --workdir runs/mine
+    simplest-vit evaluate --workdir runs/mine --split=test
+    simplest-vit evaluate --workdir runs/mine --image_folder=/photos2
 
-The config is the run's own; give --config only where its data have moved.
+The config is the run's own; give --config only if its data have moved.
 """
 
 import json
@@ -15,22 +17,26 @@ from simplest_vit.commands import processes
 flags.adopt_module_key_flags(processes)
 
 
-def evaluate(arguments: list[str]) -> None:
-    """Evaluate, and print the metrics."""
-    del arguments
-    import jax
-
-    from simplest_vit.training import distributed, evaluate
-
-    config = cli.CONFIG.value
-    # JAX would take SIGTERM so that all processes stop after the same step, and an evaluation has no steps.
-    jax.config.update("jax_enable_preemption_service", False)
-    with processes.connected(config):
-        outcome = evaluate.evaluate(str(cli.WORKDIR.value), config)
-    if distributed.is_primary():
-        print(json.dumps(outcome, indent=2))
-
-
 def main() -> None:
     """Run the command."""
+    split = flags.DEFINE_string("split", None, "Split to evaluate instead of the run's, such as test or train[:1000].")
+    image_folder = cli.define_path("image_folder", None, "Folder with images of the same classes to evaluate instead.")
+
+    def evaluate(arguments: list[str]) -> None:
+        del arguments
+        import jax
+
+        from simplest_vit.training import distributed, evaluate
+
+        config = cli.CONFIG.value
+        other_data = {"validation_split": split.value} if split.value else {}
+        if image_folder.value:
+            other_data |= {"name": "image_folder", "manual_dir": image_folder.value}
+        # JAX would take SIGTERM so that all processes stop after the same step, and an evaluation has no steps.
+        jax.config.update("jax_enable_preemption_service", False)
+        with processes.connected(config):
+            outcome = evaluate.evaluate(str(cli.WORKDIR.value), config, other_data)
+        if distributed.is_primary():
+            print(json.dumps(outcome, indent=2))
+
     cli.run(evaluate, "simplest-vit evaluate --workdir FOLDER", required=("workdir",), optional=("config",))

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from simplest_vit import preemption
 from simplest_vit.config import from_settings
 from simplest_vit.data import input_pipeline
 from simplest_vit.data.dataset import Dataset
@@ -34,6 +35,7 @@ def validate(
     batches = input_pipeline.eval_batches(dataset, batch_size=batch_size, sharding=batch_sharding(run.mesh))
     sums: list[Sums] = []
     for batch in batches:
+        preemption.check()
         if interrupted and interrupted.pending:
             return None
         sums.append(run.eval_step(state.params, state.constants, batch))
@@ -51,7 +53,7 @@ def evaluate(
       workdir: The run's folder; nothing is written to it.
       config: None for the run's own, on the devices at hand. Another may differ only in where its data are and in how
         it is computed.
-      other_data: Fields of `config.data` that name other data of the same classes, such as `manual_dir`.
+      other_data: Fields of `config.data` that name other data of the same classes, such as `validation_split`.
 
     Returns:
       For `latest` and `best`: `step`, `validation_accuracy` and `validation_loss`.
@@ -64,9 +66,16 @@ def evaluate(
         settings["fsdp"], settings["model"]["attention_kernel"] = 1, "auto"
     fused_attention.check_devices(settings["model"]["attention_kernel"], jax.devices())
     resolved = from_settings(settings)
-    resolved.data.update(other_data or {})
+    if other_data:
+        with resolved.ignore_type():
+            resolved.data.update(other_data, image_size=data.image_shape[0])
     dataset = input_pipeline.load(resolved.data)
     if other_data:
+        if dataset.image_shape != data.image_shape:
+            raise UserError(
+                f"{dataset.name} has images of {dataset.image_shape[2]} channels, the run in {path} expects "
+                f"{data.image_shape[2]}; give others"
+            )
         if dataset.class_names != data.class_names:
             raise UserError(
                 f"{dataset.name} has other classes than the run in {path}: {len(dataset.class_names)}, "
