@@ -74,8 +74,6 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
     """
     data, optimizer, row = key
     fields = PROTOCOLS[table.protocol] | network.fields | {"optimizer.learning_rate": rate} | run["fields"]
-    if network.preset == "shift_mlp":  # until it is a preset of the package
-        fields["model.attention"] = "fixed_shift"
     result = Point({"data": data, "optimizer": optimizer, "row": row, "learning rate": f"{rate:g}"}, [], [])
     for seed in seeds:
         folder = pathlib.Path(run["root"], run["stage"], data, optimizer, row, f"{rate:g}", f"seed={seed}")

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import reproduce
 from benchmarks.protocols import HOLD_OUT, NETWORKS, RECIPE_NETWORKS, TABLES
 from simplest_vit import cli
+from simplest_vit.commands.sweep import check_points
 from simplest_vit.errors import TrainingError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
@@ -88,6 +89,9 @@ def test_the_smallest_version_of_a_table_is_two_steps_of_each_row(name, tmp_path
 def test_every_row_of_every_table_is_a_network_of_its_own():
     for table in TABLES.values():
         assert set(table.rows) <= set(reproduce.networks(table.protocol))
+        check_points(
+            [reproduce.point(table, *cell, 1e-3, (1,), stage="", root="", fields={}) for cell in reproduce.cells(table)]
+        )
     settings = [(network.preset, str(sorted(network.fields.items()))) for network in NETWORKS.values()]
     assert len(set(settings)) == len(settings)
     assert set(RECIPE_NETWORKS) <= set(NETWORKS)
