@@ -1,36 +1,129 @@
-"""Classifies image files with the best checkpoint of a run."""
+"""Classify and embed images with the best checkpoint of a run."""
 
 import itertools
 import logging
+import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from simplest_vit import preemption
 from simplest_vit.data.augment import normalize
 from simplest_vit.data.builders.image_folder import image_files
 from simplest_vit.data.decode import eval_image
 from simplest_vit.errors import UserError, one_line
+from simplest_vit.files import local_path
 from simplest_vit.training.evaluate import restore_best
-from simplest_vit.training.run import Run
 
 log = logging.getLogger("simplest_vit")
-# Images computed at once.
-_BATCH = 64
+_BATCH = 64  # images computed at a time
 _TOP = 5
 
+# A path, and `top`: the most probable classes, each as `class` and `probability`.
 Prediction = dict[str, Any]
+# Paths of image files, or pixels, uint8 [N, H, W, C] of the run's image shape.
+Images = Sequence[str | os.PathLike[str]] | np.ndarray
+
+
+class Predictor:
+    """The best checkpoint of a run, to classify and embed images that are preprocessed as for validation.
+
+    Attributes:
+      class_names: In the order of the logits.
+      image_shape: (H, W, C) of a preprocessed image.
+      step: The step of the checkpoint.
+      model: The network, from normalized float32 images [B, H, W, C] to logits [B, num_classes].
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], config: ConfigDict | None = None):
+        """Load the weights; the run's folder is all that is needed.
+
+        Args:
+          workdir: The run's folder; nothing is written to it.
+          config: None for the run's own; another is refused.
+
+        Raises:
+          UserError: If there is no checkpoint, or it is one of another config.
+        """
+        run, state = restore_best(local_path(os.fspath(workdir)), config)
+        self._data = run.data
+        self.class_names, self.image_shape, self.step = run.data.class_names, run.data.image_shape, int(state.step)
+        self.model = run.model(state)
+        graphdef, arrays = nnx.split(self.model)
+        self._arrays = nnx.as_pure(arrays)
+        self._size = 1
+        self._classify = jax.jit(lambda arrays, image: jax.nn.softmax(nnx.merge(graphdef, arrays)(image)))
+        self._embed = jax.jit(lambda arrays, image: nnx.merge(graphdef, arrays).features(image))
+
+    def read(self, path: str | os.PathLike[str]) -> np.ndarray:
+        """Read an image file as uint8 [H, W, C].
+
+        Raises:
+          UserError: If it is not an image that can be decoded.
+          OSError: If it cannot be read.
+        """
+        return eval_image(pathlib.Path(path).read_bytes(), self.image_shape, self._data.eval_resize)
+
+    def normalize(self, pixels: np.ndarray) -> jax.Array:
+        """Normalize pixels, uint8 [N, H, W, C], to what `model` takes."""
+        return normalize(jnp.asarray(pixels), self._data.mean, self._data.std)
+
+    def probabilities(self, images: Images) -> np.ndarray:
+        """Compute class probabilities, float32 [N, num_classes].
+
+        Raises:
+          UserError: If a file is not an image, or pixels have another shape or type.
+          OSError: If a file cannot be read.
+        """
+        return self._compute(self._classify, images)
+
+    def embed(self, images: Images) -> np.ndarray:
+        """Compute features, float32 [N, D]: what the linear head sees. Errors as in `probabilities`."""
+        return self._compute(self._embed, images)
+
+    def predict(self, images: Images) -> list[Prediction]:
+        """Find the five most probable classes of each image. Errors as in `probabilities`."""
+        names = map(str, range(len(images)) if isinstance(images, np.ndarray) else images)
+        return [self.describe(name, p) for name, p in zip(names, self.probabilities(images), strict=True)]
+
+    def describe(self, name: str, probability: np.ndarray) -> Prediction:
+        """Name the most probable classes of one image by its probabilities [num_classes]."""
+        top = np.argsort(-probability)[:_TOP]
+        best = [{"class": self.class_names[k], "probability": float(probability[k])} for k in top]
+        return {"image": name, "top": best}
+
+    def _compute(self, function: Callable[..., jax.Array], images: Images) -> np.ndarray:
+        if isinstance(images, str | os.PathLike):
+            raise UserError(f"images={os.fspath(images)!r} must be a list of paths; write [{os.fspath(images)!r}]")
+        pixels = images if isinstance(images, np.ndarray) else np.stack([self.read(path) for path in images])
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != self.image_shape:
+            height, width, channels = self.image_shape
+            raise UserError(
+                f"images: {pixels.dtype} {list(pixels.shape)} must be uint8 [N, {height}, {width}, {channels}]; "
+                "give paths to have images resized"
+            )
+        # Batches are padded to the largest one so far, because another size would be compiled again.
+        self._size = max(self._size, min(len(pixels), _BATCH))
+        parts = [pixels[start : start + self._size] for start in range(0, len(pixels), self._size)]
+        padded = [np.pad(part, ((0, self._size - len(part)), (0, 0), (0, 0), (0, 0))) for part in parts]
+        return np.concatenate([function(self._arrays, self.normalize(part)) for part in padded])[: len(pixels)]
+
+
+def load(workdir: str | os.PathLike[str]) -> Predictor:
+    """Load the best checkpoint of the run in a folder: see `Predictor`."""
+    return Predictor(workdir)
 
 
 def predict(
-    workdir: str, images: list[str], rollout_dir: str | None = None, config: Any = None
+    workdir: str, images: list[str], rollout_dir: str | None = None, config: ConfigDict | None = None
 ) -> Iterator[Prediction]:
-    """Classify images, preprocessed as the validation split is, with one batch at a time in memory.
+    """Classify image files, a batch at a time.
 
     Args:
       workdir: The run's folder, which is all that is needed.
@@ -39,34 +132,27 @@ def predict(
       config: None for the run's own; another is refused.
 
     Returns:
-      For each image, as soon as it is known: `image`, its path, and `top`, the five most probable classes as `class`
-      and `probability`. A file that is no image is logged and skipped.
+      The predictions, as soon as they are known. A file that is not an image is logged and skipped.
 
     Raises:
-      UserError: If there is no checkpoint, it is one of another config, or, after all predictions, if files were
+      UserError: If there is no checkpoint, it is one of another config, or, after all predictions, if some files were
         skipped.
     """
     files = find_images(images)
-    run, state = restore_best(workdir, config)
-    model = run.model(state)
-    graphdef, arrays = nnx.split(model)
-    classify = jax.jit(lambda arrays, image: jax.nn.softmax(nnx.merge(graphdef, arrays)(image), axis=-1))
+    predictor = Predictor(workdir, config)
     unreadable: list[str] = []
-    readable, predicted = _read(files, run, unreadable), 0
+    readable, predicted = _read(files, predictor, unreadable), 0
     while batch := list(itertools.islice(readable, _BATCH)):
         pixels = np.stack([pixels for _, pixels in batch])
-        image = normalize(jnp.asarray(pixels), run.data.mean, run.data.std)
-        # After others the last batch is padded, because another size would be compiled again.
-        padded = jnp.pad(image, ((0, _BATCH - len(batch) if predicted else 0), *[(0, 0)] * 3))
-        probability = np.asarray(classify(nnx.as_pure(arrays), padded))[: len(batch)]
-        names = run.data.class_names
-        predictions = [_prediction(file, p, names) for (file, _), p in zip(batch, probability, strict=True)]
+        probability = predictor.probabilities(pixels)
+        predictions = [predictor.describe(str(file), p) for (file, _), p in zip(batch, probability, strict=True)]
         if rollout_dir is not None:
-            # Imported here, because matplotlib takes a second to import.
+            # Imported here because pictures take a second to import.
             from simplest_vit.analysis.attention_rollout import attention_rollout
             from simplest_vit.analysis.rollout_figure import save_rollouts
 
-            save_rollouts(rollout_dir, predictions, pixels, attention_rollout(model, image), predicted)
+            rollouts = attention_rollout(predictor.model, predictor.normalize(pixels))
+            save_rollouts(rollout_dir, predictions, pixels, rollouts, predicted)
         yield from predictions
         predicted += len(batch)
     if unreadable:
@@ -97,20 +183,17 @@ def find_images(paths: list[str]) -> list[pathlib.Path]:
     return files
 
 
-def _read(files: list[pathlib.Path], run: Run, unreadable: list[str]) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
-    """Yield each file with its pixels, uint8 [H, W, C]; what is no image is logged, added to `unreadable`, skipped."""
+def _read(
+    files: list[pathlib.Path], predictor: Predictor, unreadable: list[str]
+) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
+    """Yield each file with its pixels; those that are not images are logged, added to `unreadable` and skipped."""
     for file in files:
         preemption.check()
         try:
-            yield file, eval_image(file.read_bytes(), run.data.image_shape, run.data.eval_resize)
+            yield file, predictor.read(file)
         except (UserError, OSError) as error:
             unreadable.append(f"{file}: {error.strerror if isinstance(error, OSError) else error}")
             log.warning("--images: %s", unreadable[-1])
-
-
-def _prediction(file: pathlib.Path, probability: np.ndarray, class_names: tuple[str, ...]) -> Prediction:
-    top = np.argsort(-probability)[:_TOP]
-    return {"image": str(file), "top": [{"class": class_names[k], "probability": float(probability[k])} for k in top]}
 
 
 def as_text(prediction: Prediction) -> str:

@@ -80,7 +80,7 @@ def _measure(
 
         first = x + probes[0]
         last, measured = jax.lax.scan(body, first, (params, constants, probes[1:], start))
-        logits = model.classify(last)
+        logits = model.head(model.pool(last))
         measured["kernel"] = jnp.concatenate([_kernel(first)[None], measured["kernel"]])
         return optax.softmax_cross_entropy(logits, label).mean(), measured | {"logits": logits}
 

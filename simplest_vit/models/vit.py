@@ -149,19 +149,22 @@ class ViT(nnx.Module):
         Returns:
           Logits, float32 [B, num_classes].
         """
+        return self.head(self.features(image, dropout_key=dropout_key))
+
+    def features(self, image: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Map images [B, H, W, C] to what the head sees, float32 [B, D]; `dropout_key` turns dropout on."""
         qkv = self.blocks.attention.concatenate_qkv() if self.attention_kernel == "fused" else None
         x = layers.scan(self.blocks, self.embed(image), qkv, remat=self.remat)
-        x = self.dropout(x, deterministic=dropout_key is None, rngs=dropout_key)
-        return self.classify(x)
+        return self.pool(self.dropout(x, deterministic=dropout_key is None, rngs=dropout_key))
 
     def embed(self, image: jax.Array) -> jax.Array:
         """Map images [B, H, W, C] to tokens [B, T, D] before the first block."""
         x = self.patch_embedding(layers.patchify(image, self.patch_size))
         return x + self.position_embedding[...].astype(self.dtype)[None]
 
-    def classify(self, x: jax.Array) -> jax.Array:
-        """Map tokens [B, T, D] after the last block to logits, float32 [B, num_classes]."""
-        return self.head(self.norm(x.astype(jnp.float32).mean(axis=1)))
+    def pool(self, x: jax.Array) -> jax.Array:
+        """Map tokens [B, T, D] after the last block to features, float32 [B, D]."""
+        return self.norm(x.astype(jnp.float32).mean(axis=1))
 
     def initial_attention(self) -> np.ndarray | None:
         """Return the attention matrices at initialization, float64 [L, H or 1, T, T].

@@ -59,7 +59,8 @@ def test_a_measurement_is_of_the_model_itself(name):
     def from_block(x, first):
         for layer in range(first, 3):
             x = nnx.merge(blocks_def, *(jax.tree.map(lambda a, layer=layer: a[layer], part) for part in blocks))(x)
-        return optax.softmax_cross_entropy(nnx.merge(graphdef, params, rest).classify(x), LABEL).mean()
+        model = nnx.merge(graphdef, params, rest)
+        return optax.softmax_cross_entropy(model.head(model.pool(x)), LABEL).mean()
 
     for block in range(4):
         gradient = jax.jit(jax.grad(from_block), static_argnums=1)(x, block)

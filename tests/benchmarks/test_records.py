@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -113,7 +115,6 @@ OLD = {
     "model.init": "isometric",
     "model.name": "simplest_vit",
     "optimizer.epsilon": None,
-    "data.label": "fine",
 }
 
 
@@ -190,7 +191,7 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, values, message):
         records.read(path)
 
 
-def test_the_program_refuses_what_is_no_record_and_keeps_the_rest(tmp_path, monkeypatch, capsys):
+def test_the_program_refuses_what_is_no_record_and_keeps_the_rest(tmp_path):
     finish(tmp_path / "good", small_config())
     finish(tmp_path / "dirty", small_config(), commit="0123456789abcdef+")
     finish(tmp_path / "unfinished", small_config())
@@ -198,17 +199,16 @@ def test_the_program_refuses_what_is_no_record_and_keeps_the_rest(tmp_path, monk
     path = tmp_path / "runs.csv"
 
     def program(folder):
-        monkeypatch.setattr("sys.argv", ["records", str(tmp_path / folder), "--output", str(path)])
-        records.main()
-        return capsys.readouterr()
+        line = [sys.executable, "-m", "benchmarks.records", str(tmp_path / folder), "--output", str(path)]
+        return subprocess.run(line, capture_output=True, text=True)
 
-    with pytest.raises(SystemExit, match="2"):
-        program("dirty")
-    assert not path.exists()
-    assert "made by uncommitted code (commit 0123456789abcdef+); commit it" in capsys.readouterr().err
+    refused = program("dirty")
+    assert (refused.returncode, path.exists()) == (2, False)
+    assert "made by uncommitted code (commit 0123456789abcdef+); commit it" in refused.stderr
     done = program(".")
-    assert "1 runs recorded, 2 refused" in done.out
-    assert done.err.count("refused: ") == 2
+    assert done.returncode == 0
+    assert "1 runs recorded, 2 refused" in done.stdout
+    assert done.stderr.count("refused: ") == 2
     assert len(records.read(path)) == 1
 
 

@@ -1,0 +1,157 @@
+"""The public names: lazily imported, and equal to what they are made of."""
+
+import logging
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import input_pipeline
+import simplest_vit
+from examples import isometric_vit as example
+from simplest_vit.errors import UserError
+from tests.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of six steps, its data, and what training printed."""
+    folder = tmp_path_factory.mktemp("api")
+    config = tiny_config(data__dir=str(folder / "tfds"))
+    results = simplest_vit.train(config, folder / "run")
+    return folder / "run", input_pipeline.load(config.data), results
+
+
+def test_a_loaded_model_reproduces_the_accuracy_that_training_reported(run):
+    workdir, dataset, results = run
+    predictor = simplest_vit.load(workdir)
+    images = np.asarray(dataset.validation.images)
+    probability = predictor.probabilities(images)
+    assert probability.shape == (360, 10)
+    np.testing.assert_allclose(probability.sum(axis=1), 1, rtol=1e-5)
+    accuracy = (probability.argmax(axis=1) == np.asarray(dataset.validation.labels)).mean()
+    assert accuracy == pytest.approx(results["best_validation_accuracy"], abs=1e-6)
+    assert predictor.class_names == tuple("0123456789")
+    assert predictor.step in (3, 6)
+
+
+def test_predictions_of_files_and_of_their_pixels_are_equal(run, tmp_path):
+    workdir, dataset, _ = run
+    predictor = simplest_vit.load(str(workdir))
+    images = np.asarray(dataset.validation.images[:3])
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, pixels in zip(paths, images, strict=True):
+        Image.fromarray(pixels[..., 0]).save(path)
+    from_files, from_pixels = predictor.predict(paths), predictor.predict(images)
+    assert [p["image"] for p in from_files] == list(map(str, paths))
+    assert [p["top"] for p in from_files] == [p["top"] for p in from_pixels]
+    best = from_files[0]["top"]
+    assert len(best) == 5
+    assert best[0]["probability"] == pytest.approx(predictor.probabilities(images)[0].max())
+
+
+def test_features_are_what_the_head_sees(run):
+    workdir, dataset, _ = run
+    predictor = simplest_vit.load(workdir)
+    images = np.asarray(dataset.validation.images[:70])  # more than a batch
+    head = predictor.model.head
+    logits = predictor.embed(images) @ np.asarray(head.kernel[...]) + np.asarray(head.bias[...])
+    np.testing.assert_allclose(jax.nn.softmax(logits), predictor.probabilities(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("photo.png", r"must be a list of paths; write \['photo.png'\]"),
+        (np.zeros((2, 9, 8, 1), np.uint8), r"uint8 \[2, 9, 8, 1\] must be uint8 \[N, 8, 8, 1\]"),
+        (np.zeros((2, 8, 8, 1), np.float32), r"float32 .* must be uint8"),
+    ],
+)
+def test_wrong_images_are_named(run, images, message):
+    with pytest.raises(UserError, match=message):
+        simplest_vit.load(run[0]).predict(images)
+
+
+def test_training_logs_to_standard_output_and_leaves_logging_as_it_was(run, capsys):
+    log = logging.getLogger("simplest_vit")
+    before = (log.handlers[:], log.level, log.propagate)
+    workdir, _, results = run
+    again = simplest_vit.train(tiny_config(data__dir=str(workdir.parent / "tfds")), workdir)
+    assert again == results  # a finished run stays finished
+    assert "has finished" in capsys.readouterr().out
+    assert (log.handlers, log.level, log.propagate) == before
+
+
+def test_a_wrong_config_is_refused_before_a_folder_is_made(tmp_path):
+    with pytest.raises(UserError, match=r"config.batch_size=0 must be"):
+        simplest_vit.train(tiny_config(batch_size=0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_public_name_exists_and_others_do_not():
+    for name in simplest_vit.__all__:
+        assert getattr(simplest_vit, name) is not None
+        assert name in dir(simplest_vit)
+    with pytest.raises(AttributeError, match="no attribute 'SOAP'"):
+        simplest_vit.SOAP  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = "import sys, simplest_vit; print(sorted({'jax', 'flax', 'numpy', 'orbax'} & set(sys.modules)))"
+    root = pathlib.Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root).stdout == "[]\n"
+
+
+def test_the_example_is_the_package_s_isometric_network():
+    model = simplest_vit.create_model(
+        "isometric_vit",
+        image_shape=(8, 8, 1),
+        num_classes=10,
+        patch_size=2,
+        depth=12,
+        width=48,
+        num_heads=4,
+        mlp_dim=192,
+        rngs=nnx.Rngs(0),
+    )
+    # The constants first: they make the attention matrices at initialization.
+    expected = np.asarray(model.initial_attention())
+    np.testing.assert_allclose(np.exp(example.attention_bias(12, 4, (4, 4))), expected, atol=1e-6)
+
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)  # queries and biases too
+    nnx.update(model, jax.tree.map(lambda x: x, nnx.State(params)))
+    attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]
+    blocks = {name: attention[name]["kernel"] for name in ("query", "key", "value")}
+    blocks |= {f"{name}_bias": attention[name]["bias"] for name in ("query", "key", "value")}
+    blocks |= {"dense1": mlp["dense1"]["kernel"], "bias1": mlp["dense1"]["bias"]}
+    blocks |= {"dense2": mlp["dense2"]["kernel"], "bias2": mlp["dense2"]["bias"]}
+    own = {
+        "embedding": params["patch_embedding"]["kernel"],
+        "blocks": blocks,
+        "head": params["head"]["kernel"],
+        "head_bias": params["head"]["bias"],
+    }
+    images = jax.random.normal(jax.random.key(2), (5, 8, 8, 1))
+    shift = params["patch_embedding"]["bias"]
+    params["patch_embedding"]["bias"] = jnp.zeros_like(shift)  # the example's embedding has none
+    nnx.update(model, nnx.State(params))
+    with jax.numpy_rank_promotion("allow"):  # which its users have
+        np.testing.assert_allclose(example.forward(own, images[..., 0]), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_example_starts_as_an_isometry_of_tokens():
+    params = example.init(0)
+    layer = jax.tree.map(lambda x: x[0], params["blocks"])
+    x = jax.random.normal(jax.random.key(1), (1, 16, 48))
+    exact = np.where(example.attention_bias(12, 4, (4, 4))[0] > -1, 0.0, -np.inf)  # without its uniform fraction
+    with jax.numpy_rank_promotion("allow"):
+        jacobian = jax.jacobian(lambda x: example.block(x, layer, exact))(x).reshape(768, 768)
+    np.testing.assert_allclose(jacobian @ jacobian.T, np.eye(768), atol=1e-4)
