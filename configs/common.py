@@ -1,34 +1,34 @@
-"""What the recipes for CIFAR, TinyImageNet and ImageNet share: the reference's setups and learning rates."""
+"""What the recipes for CIFAR, TinyImageNet and ImageNet share: their choices, and what these change."""
 
 from ml_collections import ConfigDict
 
 from simplest_vit.config import default, parse_arguments
 
-# Peak learning rates for SimplEsT-ViT-S of the reference's recipe; Muon and SOAP are not in it.
+# Peak learning rates of the reference for SimplEsT-ViT-S with Adam and Shampoo; it has no Muon and no SOAP.
 LEARNING_RATES = {"adam": 5e-4, "muon": 1e-2, "shampoo": 7e-4, "soap": 7e-4}
 SIMPLE_VIT_ADAM = 1e-3
 
 
-def small_data(arguments: str | None) -> ConfigDict:
-    """The reference's recipe for CIFAR-10/100 and TinyImageNet-200: 90 epochs of batches of 2048.
+def start(arguments: str | None) -> ConfigDict:
+    """Create a config with the network, the optimizer and the augmentation that the arguments choose.
 
     Args:
-      arguments: `augmentation=basic|strong`, `model=simplest_vit|isometric_vit|shift_mlp|simple_vit`,
-        `optimizer=adam|...`.
+      arguments: `model=simplest_vit|isometric_vit|shift_mlp|simple_vit`, `optimizer=NAME` (adam, muon, shampoo, soap or
+        an optimizer of optax, whose learning rate is then left at the default), `augmentation=basic|strong` (label
+        smoothing, or mixup and RandAugment; both crop and flip).
 
     Returns:
-      The config.
+      The config, for a recipe to complete.
     """
     choice = parse_arguments(
         arguments,
         augmentation=("basic", "strong"),
         model=("simplest_vit", "isometric_vit", "shift_mlp", "simple_vit"),
-        optimizer=tuple(LEARNING_RATES),
+        optimizer="adam",
     )
     config = default(choice["optimizer"])
     config.model.name = choice["model"]
-    config.weight_decay = 5e-5
-    config.optimizer.learning_rate = LEARNING_RATES[choice["optimizer"]]
+    config.optimizer.learning_rate = LEARNING_RATES.get(choice["optimizer"], config.optimizer.learning_rate)
     if (choice["model"], choice["optimizer"]) == ("simple_vit", "adam"):
         config.optimizer.learning_rate = SIMPLE_VIT_ADAM
     if choice["optimizer"] == "shampoo":

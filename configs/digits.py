@@ -1,11 +1,12 @@
 """A vanilla ViT of depth 12 on scikit-learn's 8 x 8 digits: real images, bundled, no download.
 
-Isometric (98.9 to 99.4 % of the 360 validation images, by three seeds), or shaped by E-SPA and TAT (98.1 to 99.2 % in
-60 epochs). About two minutes on two CPU cores.
+Validation accuracy on 360 images, three seeds: isometric_vit with Muon 98.9 to 99.4 %, simplest_vit 98.1 to 99.2 % in
+60 epochs. About two minutes on two CPU cores.
 
     python main.py --config configs/digits.py --workdir runs/digits
 
-Arguments: `model=isometric_vit|simplest_vit|shift_mlp|simple_vit`, `optimizer=muon|adam|shampoo|soap`.
+Arguments: `model=isometric_vit|simplest_vit|shift_mlp|simple_vit`, `optimizer=NAME` (muon, adam, shampoo, soap or an
+optimizer of optax).
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +21,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     choice = parse_arguments(
         arguments,
         model=("isometric_vit", "simplest_vit", "shift_mlp", "simple_vit"),
-        optimizer=tuple(LEARNING_RATES),
+        optimizer="muon",
     )
     config = default(choice["optimizer"])
     config.epochs = 42
@@ -39,7 +40,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.model.patch_size = 2
     config.model.c_val_0_target = 0.6
 
-    config.optimizer.learning_rate = LEARNING_RATES[choice["optimizer"]]
+    config.optimizer.learning_rate = LEARNING_RATES.get(choice["optimizer"], config.optimizer.learning_rate)
     if choice["optimizer"] == "shampoo":
         config.optimizer.precondition_frequency = 25
     config.data.crop_padding = 0  # a shift of one pixel is an eighth of the image

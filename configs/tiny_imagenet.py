@@ -1,12 +1,12 @@
-"""SimplEsT-ViT-S/8 or SimpleViT-S/8 on TinyImageNet-200 (64 px): 90 epochs of batches of 2048 (4,320 steps).
+"""ViT-S/8 on TinyImageNet-200 (64 px): 90 epochs of batches of 2048 (4,320 steps).
 
-The reference's top-1 validation accuracy (augmentation basic / strong):
+Top-1 validation accuracy of the reference, augmentation basic / strong:
 
-    model=simplest_vit, Adam         38.47 / 39.66 %
-    model=simplest_vit, Shampoo@25   42.08 / 44.90 %
-    model=simple_vit, Adam           45.29 / 51.52 %
+    simplest_vit, adam          38.47 / 39.66 %
+    simplest_vit, shampoo@25    42.08 / 44.90 %
+    simple_vit, adam            45.29 / 51.52 %
 
-    python main.py --config configs/tiny_imagenet.py:augmentation=basic,model=simplest_vit --workdir runs/tiny_imagenet
+    python main.py --config configs/tiny_imagenet.py:model=simplest_vit,optimizer=shampoo --workdir runs/tiny_imagenet
 """
 
 from ml_collections import ConfigDict
@@ -15,9 +15,21 @@ from configs import common
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
-    """Return the config; arguments as in `common.small_data`."""
-    config = common.small_data(arguments)
+    """Return the config; arguments as in `common.start`."""
+    config = common.start(arguments)
     config.data.name = "tiny_imagenet"
+    config.epochs = 90
+    config.batch_size = 2048
+    config.warmup_steps = 75
+    config.weight_decay = 5e-5
+    config.grad_clip = 1.0
+    config.eval_every = config.checkpoint_every = 480  # 10 epochs
+    config.log_every = 24
+    config.compute_dtype = "bfloat16"
+
+    config.model.variant = "S"
     config.model.patch_size = 8
-    config.eval_every = config.checkpoint_every = 480
+
+    config.data.crop_padding = 4
+    config.data.flip = True
     return config

@@ -83,44 +83,66 @@ _FOLDER = _optional(Values(_folder, "the path of a folder"))
 # Names, and ranges that depend on other fields, are checked by what they are for: `model_arguments`, `image_shape`,
 # `create_optimizer`.
 FIELDS = {
-    "seed": Field(3407, _integer(0, 2**32 - 1), "of initialization, order of the examples, augmentation and dropout"),
+    "seed": Field(
+        3407, _integer(0, 2**32 - 1), "seed of initialization, order of the examples, augmentation and dropout"
+    ),
     "epochs": Field(90.0, _positive(1e6), "passes over the training split"),
-    "steps": Field(None, _optional(_integer(1)), "steps of the run, in place of epochs"),
+    "steps": Field(None, _optional(_integer(1)), "number of steps; None: by epochs"),
     "batch_size": Field(2048, _integer(1), "examples in a step, over all devices"),
-    "warmup_steps": Field(75, _integer(0), "of the learning rate, linear from 0; then cosine to 0"),
-    "grad_clip": Field(1.0, _number(0, 1e9), "largest global norm of a gradient; 0: off"),
-    "weight_decay": Field(0.0, _number(0, 100), "not on biases, not on LayerNorm"),
-    "decoupled_weight_decay": Field(False, _FLAG, "False: L2, added to the gradient; True: AdamW's"),
-    "label_smoothing": Field(0.0, _DECAY, "part of a label that is spread over all classes"),
-    "max_skipped_steps": Field(10, _integer(1), "in a row, for a loss or gradient not finite; then the run stops"),
+    "warmup_steps": Field(
+        75, _integer(0), "steps of linear warm-up of the learning rate; then it follows a cosine to 0"
+    ),
+    "grad_clip": Field(1.0, _number(0, 1e9), "clip gradients to this global norm; 0: off"),
+    "weight_decay": Field(0.0, _number(0, 100), "weight decay of kernels, not of biases or LayerNorm"),
+    "decoupled_weight_decay": Field(False, _FLAG, "False: L2, added to the gradient; True: decoupled, as in AdamW"),
+    "label_smoothing": Field(0.0, _DECAY, "share of each label that is spread over all classes"),
+    "max_skipped_steps": Field(
+        10, _integer(1), "stop after this many skipped steps in a row (loss or gradient not finite)"
+    ),
     "fsdp": Field(1, _integer(1), "devices that share one copy of parameters and optimizer state; 1: each has its own"),
-    "distributed": Field(None, _optional(_one_of("auto")), "auto: several processes, as the cluster says"),
-    "accumulation_steps": Field(1, _integer(1), "micro-batches in a step; the result is that of the whole batch"),
+    "distributed": Field(
+        None,
+        _optional(_one_of("auto")),
+        "auto: several processes, described by the cluster (SLURM, MPI, Kubernetes, TPU)",
+    ),
+    "accumulation_steps": Field(
+        1, _integer(1), "micro-batches in a step, to save memory; the result is that of the whole batch"
+    ),
     "compute_dtype": Field(
-        "bfloat16", _one_of("float32", "bfloat16"), "of the model; parameters, softmax, logits and loss are float32"
+        "bfloat16",
+        _one_of("float32", "bfloat16"),
+        "dtype of the model; parameters, softmax, logits and loss stay float32",
     ),
     "eval_every": Field(240, _integer(1), "steps between two evaluations"),
-    "checkpoint_every": Field(240, _integer(1), "steps between two checkpoints; each is evaluated"),
-    "checkpoint_minutes": Field(None, _optional(_positive(1e6)), "at most so long without a checkpoint, at a report"),
-    "log_every": Field(24, _integer(1), "steps between two lines of progress"),
-    "sam.rho": Field(0.0, _number(0, 100), "sharpness-aware minimization: radius; 0: off, 0.05 is the reference's"),
-    "sam.every": Field(1, _integer(1), "steps between two that are sharpness-aware"),
-    "ema.decay": Field(0.0, _DECAY, "of an average of the parameters; 0: off, 0.99 is the reference's"),
+    "checkpoint_every": Field(
+        240, _integer(1), "steps between two checkpoints; each is evaluated, and the best validation is also saved"
+    ),
+    "checkpoint_minutes": Field(
+        None, _optional(_positive(1e6)), "also save at a report after this many minutes without a checkpoint"
+    ),
+    "log_every": Field(24, _integer(1), "steps between two reports of training loss, accuracy and speed"),
+    "sam.rho": Field(0.0, _number(0, 100), "radius of sharpness-aware minimization; 0: off, the reference's is 0.05"),
+    "sam.every": Field(1, _integer(1), "steps between two sharpness-aware ones"),
+    "ema.decay": Field(
+        0.0, _DECAY, "decay of an average of the parameters, which is evaluated; 0: off, the reference's is 0.99"
+    ),
     "ema.every": Field(5, _integer(1), "steps between two updates of the average"),
     "compilation_cache": Field(
-        True, _FLAG, "keep programs for accelerators in ~/.cache/simplest_vit, or in JAX_COMPILATION_CACHE_DIR"
+        True,
+        _FLAG,
+        "keep compiled programs for accelerators in JAX_COMPILATION_CACHE_DIR, else in ~/.cache/simplest_vit",
     ),
-    "profile.first_step": Field(0, _integer(0), "where a profile begins; 0: off"),
-    "profile.num_steps": Field(5, _integer(1), "steps of a profile"),
-    "init_from": Field(None, _FOLDER, "fine-tuning: the folder of a run, whose best weights are the first of this one"),
+    "profile.first_step": Field(0, _integer(0), "profile the steps after this one; 0: off"),
+    "profile.num_steps": Field(5, _integer(1), "number of steps to profile"),
+    "init_from": Field(None, _FOLDER, "fine-tuning: start from the best weights of the run in this folder"),
     "model.name": Field("simplest_vit", _TEXT, "network: simplest_vit, isometric_vit, shift_mlp or simple_vit"),
-    "model.variant": Field("S", _TEXT, "Ti, S, B or L: sets the four sizes below where they are None"),
-    "model.depth": Field(None, _optional(_integer(1, 1000)), "blocks"),
+    "model.variant": Field("S", _TEXT, "Ti, S, B or L: sets depth, width, num_heads and mlp_dim if they are None"),
+    "model.depth": Field(None, _optional(_integer(1, 1000)), "number of blocks"),
     "model.width": Field(None, _optional(_integer(1, 2**16)), "channels of a token"),
-    "model.num_heads": Field(None, _optional(_integer(1, 2**18)), "of attention; a divisor of the width"),
+    "model.num_heads": Field(None, _optional(_integer(1, 2**18)), "number of heads; a divisor of the width"),
     "model.mlp_dim": Field(None, _optional(_integer(1, 2**18)), "hidden channels of an MLP"),
     "model.patch_size": Field(4, _integer(1, 2**14), "pixels; a divisor of the image size"),
-    "model.dropout": Field(0.0, _DECAY, "part of the activations that is dropped"),
+    "model.dropout": Field(0.0, _DECAY, "share of the activations that is dropped in training"),
     "model.remat": Field(False, _FLAG, "recompute blocks in the backward pass, to save memory"),
     "model.attention_kernel": Field(
         "auto",
@@ -185,7 +207,7 @@ FIELDS = {
         None, _optional(_integer(0, 1024)), "processes that decode larger ones; 0: threads of this one; None: by cores"
     ),
     "optimizer.name": Field("adam", _TEXT, "or muon, shampoo, soap, or any optimizer of optax by its name there"),
-    "optimizer.learning_rate": Field(1e-3, _positive(1000), "at its peak"),
+    "optimizer.learning_rate": Field(1e-3, _positive(1000), "peak of the learning rate"),
 }
 
 # An optimizer's own fields come from its signature (`optimizers.factory.declared`). Ranges that optax does not check:
@@ -233,12 +255,12 @@ def default(optimizer: str = "adam") -> ConfigDict:
     return ConfigDict(nested)
 
 
-def parse_arguments(arguments: str | None, **choices: tuple[str, ...]) -> dict[str, str]:
+def parse_arguments(arguments: str | None, **choices: str | tuple[str, ...]) -> dict[str, str]:
     """Read the `key=value,key=value` behind a config file's colon.
 
     Args:
       arguments: The text, or None.
-      **choices: For each key its possible values, the default first.
+      **choices: For each key its possible values, the default first; or only the default if any value is possible.
 
     Returns:
       A value for each key.
@@ -246,17 +268,18 @@ def parse_arguments(arguments: str | None, **choices: tuple[str, ...]) -> dict[s
     Raises:
       UserError: On an unknown key or value.
     """
-    values = {key: options[0] for key, options in choices.items()}
+    options = {key: (values,) if isinstance(values, str) else values for key, values in choices.items()}
+    chosen = {key: values[0] for key, values in options.items()}
     for item in filter(None, (arguments or "").split(",")):
         key, _, value = item.partition("=")
         if key not in choices:
             raise UserError(f"config argument {item!r} is unknown; expected key=value with one of {', '.join(choices)}")
-        if value not in choices[key]:
+        if not value or (not isinstance(choices[key], str) and value not in options[key]):
             raise UserError(
-                f"config argument {key}={value} is unknown; expected {key}= one of {', '.join(choices[key])}"
+                f"config argument {key}={value} is unknown; expected {key}= one of {', '.join(options[key])}"
             )
-        values[key] = value
-    return values
+        chosen[key] = value
+    return chosen
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

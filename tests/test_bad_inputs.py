@@ -131,7 +131,12 @@ FIELDS = [
     ("soap", "optimizer.root", "'eigh'", "config.optimizer.root is unknown; did you mean"),
     ("adam", "weigth_decay", "0.1", "is unknown; did you mean config.weight_decay?"),
     ("adam", "model.heads", "3", "is unknown; did you mean"),
-    ("adam", "log_every", "missing", "is missing; its default is 24 (steps between two lines of progress)"),
+    (
+        "adam",
+        "log_every",
+        "missing",
+        "is missing; its default is 24 (steps between two reports",
+    ),
     ("adam", "optimizer", "missing", "config.optimizer.name is missing"),
     ("adam", "data.rand_augment", "missing", "config.data.rand_augment.num_ops is missing"),
 ]

@@ -1,8 +1,11 @@
+import ast
 import importlib
 import itertools
+import pathlib
 
 import pytest
 
+import simplest_vit
 from simplest_vit.config import FIELDS, check, default
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.errors import UserError
@@ -90,3 +93,24 @@ def test_an_unknown_optimizer_is_one_line():
 def test_the_data_sets_of_the_table_are_those_that_can_be_prepared():
     field = FIELDS["data.name"]
     assert [field.default, *field.meaning.removeprefix("or ").split(";")[0].split(", ")] == list(BUILDERS)
+
+
+# Everything below them takes plain arguments, or the one section that it is about.
+READERS = {
+    *("config.py", "cli.py", "predict.py", "training/train.py", "training/run.py", "training/evaluate.py"),
+    # Programs with a command line of their own, and what they vary.
+    *("analysis/signal_propagation.py", "analysis/propagation.py", "analysis/contrasts.py"),
+    *("interop/import_reference.py", "interop/export_reference.py"),
+}
+
+
+def test_the_config_stops_at_the_door():
+    package = pathlib.Path(simplest_vit.__file__).parent
+    for path in package.rglob("*.py"):
+        name = str(path.relative_to(package))
+        if name in READERS or name.startswith("commands/"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.arg) and node.arg == "config"), f"{name}:{node.lineno} takes the config"
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            assert "ConfigDict" not in imported, f"{name} imports ConfigDict"

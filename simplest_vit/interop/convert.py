@@ -24,28 +24,28 @@ def _flat(state: ModelState) -> dict[str, Any]:
     return traverse_util.flatten_dict(state.params, sep="/") | traverse_util.flatten_dict(state.constants, sep="/")
 
 
-def _tensors(config: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]:
+def _tensors(model: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]:
     """List the tensors of a model of the reference, which has two networks and few of our choices."""
-    if config.name not in _ATTENTIONS:
+    if model.name not in _ATTENTIONS:
         networks = ", ".join(_ATTENTIONS)
-        raise UserError(f"config.model.name={config.name!r} is not in the PyTorch reference; expected {networks}")
-    preset = PRESETS[config.name]
+        raise UserError(f"config.model.name={model.name!r} is not in the PyTorch reference; expected {networks}")
+    preset = PRESETS[model.name]
     own = {"activation": MLPS[preset["mlp"]].activations[0], **preset}
     allowed = {field: (own[field],) for field in ("mlp", "activation", "norm", "skip")}
-    for field, values in (allowed | {"attention": _ATTENTIONS[config.name]}).items():
-        if config[field] not in (None, *values):
+    for field, values in (allowed | {"attention": _ATTENTIONS[model.name]}).items():
+        if model[field] not in (None, *values):
             expected = ", ".join(values)
             raise UserError(
-                f"config.model.{field}={config[field]!r} is not in the PyTorch reference; expected {expected}"
+                f"config.model.{field}={model[field]!r} is not in the PyTorch reference; expected {expected}"
             )
-    return list(reference_layout.tensors(flat, flat["blocks/mlp/dense1/kernel"].shape[0], config.patch_size))
+    return list(reference_layout.tensors(flat, flat["blocks/mlp/dense1/kernel"].shape[0], model.patch_size))
 
 
-def to_reference(config: Any, state: ModelState) -> dict[str, np.ndarray]:
+def to_reference(model: Any, state: ModelState) -> dict[str, np.ndarray]:
     """Name and lay out a model as the reference does.
 
     Args:
-      config: `config.model`.
+      model: `config.model`.
       state: The model.
 
     Returns:
@@ -55,16 +55,16 @@ def to_reference(config: Any, state: ModelState) -> dict[str, np.ndarray]:
       UserError: If the reference has no such model.
     """
     flat = {path: np.asarray(leaf) for path, leaf in _flat(state).items()}
-    return {t.name: np.ascontiguousarray(t.there(*t.arrays(flat))) for t in _tensors(config, flat)}
+    return {t.name: np.ascontiguousarray(t.there(*t.arrays(flat))) for t in _tensors(model, flat)}
 
 
 def from_reference(
-    config: Any, abstract: ModelState, checkpoint: Checkpoint, image_shape: tuple[int, int, int]
+    model: Any, abstract: ModelState, checkpoint: Checkpoint, image_shape: tuple[int, int, int]
 ) -> tuple[Any, Any]:
     """Read the parameters and constants of a model from a checkpoint of the reference.
 
     Args:
-      config: `config.model`.
+      model: `config.model`.
       abstract: Shapes, from `Run.abstract`.
       checkpoint: The file.
       image_shape: Height, width and channels.
@@ -76,10 +76,10 @@ def from_reference(
       UserError: If a tensor is missing, superfluous or of another shape.
     """
     shapes = _flat(abstract)
-    expected = {t.name: t for t in _tensors(config, shapes)}
+    expected = {t.name: t for t in _tensors(model, shapes)}
     superfluous = [name for name in checkpoint.tensors if name not in expected]
     if superfluous:
-        raise _mismatch(checkpoint, f"holds {superfluous[0]}, which a {config.name} of this config has not")
+        raise _mismatch(checkpoint, f"holds {superfluous[0]}, which a {model.name} of this config has not")
     arrays = {path: np.empty(leaf.shape, np.float32) for path, leaf in shapes.items()}
     for name, tensor in expected.items():
         parts = tensor.arrays(arrays)
@@ -91,7 +91,7 @@ def from_reference(
             raise _mismatch(checkpoint, f"has {name} {list(found)}, expected {list(shape)}")
         for part, array in zip(parts, tensor.here(checkpoint[name]), strict=True):
             part[...] = array
-    grid = token_grid(image_shape, config.patch_size)
+    grid = token_grid(image_shape, model.patch_size)
     arrays["position_embedding"] = sincos_position_embedding(grid, shapes["position_embedding"].shape[1])
     return tuple(
         traverse_util.unflatten_dict({path: arrays[path] for path in traverse_util.flatten_dict(tree, sep="/")}, "/")
