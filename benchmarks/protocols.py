@@ -48,7 +48,7 @@ class Table(NamedTuple):
       data: Data sets.
       protocol: Of `PROTOCOLS`.
       steps: Of a reported run; None for the recipe's epochs.
-      seeds: Of the reported runs, on the test images. None: the table itself is made on the hold-out.
+      seeds: Of the reported runs, on the test images. Empty: the table itself is made on the hold-out.
     """
 
     title: str

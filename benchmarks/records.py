@@ -173,6 +173,7 @@ def describe(flat: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 # Fields and values of commit 884f800 and before, and what they are called now.
 _RENAMED = {"model.shift_eps": "model.uniform_fraction", "model.shift_in_place": "model.identity_head_fraction"}
+_GONE = {"data.label": "fine"}  # and their defaults
 _VALUES = {
     "model.attention": {"unshaped": "softmax"},
     "model.mlp": {"mirrored": "looks_linear", "shaped": "tat"},
@@ -188,7 +189,7 @@ def modernize(flat: dict[str, Any]) -> dict[str, Any]:
     """Return a config in today's names: one of four networks, with None for what its preset decides."""
     if "model.shift_eps" not in flat:
         return flat
-    flat = {_RENAMED.get(name, name): value for name, value in flat.items()}
+    flat = {_RENAMED.get(name, name): value for name, value in flat.items() if _GONE.get(name, ...) != value}
     # Their settings stood at None for the default.
     flat = {name: value for name, value in flat.items() if value is not None or not name.startswith("optimizer.")}
     for name, values in _VALUES.items():

@@ -6,7 +6,7 @@
 The rate of each row is chosen on a hold-out of 5,000 training images: seed 1, 500 steps (30 epochs of a recipe). Then
 fresh seeds train on all training images, and the test images are read once, at the end. Tables without seeds end with
 the choice. Rerun the command to resume; `python -m benchmarks.records WORKDIR --selected_on hold-out` keeps the runs.
---check makes two steps of each row, with the first data set, rate and seed.
+--check makes two steps of each row and reads a hundred images, with the first data set, rate and seed.
 """
 
 import json
@@ -74,8 +74,6 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
     """
     data, optimizer, row = key
     fields = PROTOCOLS[table.protocol] | network.fields | {"optimizer.learning_rate": rate} | run["fields"]
-    if network.preset == "shift_mlp":  # until it is a preset of the package
-        fields["model.attention"] = "fixed_shift"
     result = Point({"data": data, "optimizer": optimizer, "row": row, "learning rate": f"{rate:g}"}, [], [])
     for seed in seeds:
         folder = pathlib.Path(run["root"], run["stage"], data, optimizer, row, f"{rate:g}", f"seed={seed}")
@@ -91,6 +89,8 @@ def choices(table: Table, root: str, fields: dict[str, Any], check: bool) -> dic
     """Lay out a run on the hold-out for each rate of each row."""
     length = _length(2 if check else CHOOSING_STEPS if table.protocol == "small" else None)
     fields = HOLD_OUT | ({"epochs": CHOOSING_EPOCHS} if table.protocol == "recipe" else {}) | length | fields
+    if check:
+        fields |= {"data.validation_split": "train[45000:45100]"}
     found: dict[Key, list[Point]] = {}
     for key, network in cells(table):
         rates = network.learning_rates[: 1 if check else None] or table.learning_rates[key[1]]
@@ -99,16 +99,20 @@ def choices(table: Table, root: str, fields: dict[str, Any], check: bool) -> dic
     return found
 
 
-def reported(table: Table, chosen: dict[Key, float], root: str, fields: dict[str, Any]) -> list[Point]:
+def reported(
+    table: Table, chosen: dict[Key, float], root: str, fields: dict[str, Any], check: bool = False
+) -> list[Point]:
     """Lay out the runs of fresh seeds at the chosen rates, which read the test images once, at the end."""
-    run = {"stage": "test", "root": root, "fields": _length(table.steps) | fields}
+    few = {"data.validation_split": "test[:100]"} if check else {}
+    run = {"stage": "test", "root": root, "fields": _length(table.steps) | few | fields}
     return [point(table, key, network, chosen[key], table.seeds, **run) for key, network in cells(table)]
 
 
 def _length(steps: int | None) -> dict[str, Any]:
     """Return the fields of a run of so many steps, or of the recipe's epochs, that is evaluated once."""
-    once = {"eval_every": 2**31 - 1, "checkpoint_every": 500, "log_every": min(steps or 100, 100)}
-    return once | ({"steps": steps} if steps else {})
+    if steps is None:
+        return {"eval_every": 2**31 - 1, "checkpoint_every": 240}
+    return {"steps": steps, "eval_every": steps, "checkpoint_every": min(steps, 500), "log_every": min(steps, 100)}
 
 
 def best_rates(found: dict[Key, list[Point]]) -> dict[Key, float]:
@@ -154,7 +158,7 @@ def main() -> None:
         failed = execute(points, environments)
         chosen = best_rates(found)
         if table.seeds:
-            failed += execute(reported(table, chosen, root, fields), environments)
+            failed += execute(reported(table, chosen, root, fields, check.value), environments)
         if failed:
             raise TrainingError(f"{failed} runs failed, see above; rerun the command for these")
         print(f"done; keep the runs: python -m benchmarks.records {root} --selected_on hold-out")

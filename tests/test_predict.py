@@ -138,7 +138,7 @@ def test_what_cannot_be_read_is_told_and_the_others_are_predicted(run, tmp_path,
     (folder / "0.png").write_text("no image")
     (folder / "5.png").write_bytes((folder / "5.png").read_bytes()[:-50])
     (folder / "7.png").unlink()
-    (folder / "7.png").mkdir()
+    (folder / "7.png").symlink_to(folder / "nowhere.png")
     monkeypatch.setattr(predict_module, "_BATCH", 2)
     predictions = predict(run.workdir, [str(folder)], str(tmp_path / "rollout"))
     found = {pathlib.Path(p["image"]).name: p["top"][0]["probability"] for p in itertools.islice(predictions, 5)}
@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_told_and_the_others_are_predicted(run, tmp_path,
         next(predictions)
     told = [record.getMessage() for record in caplog.records if "--images" in record.getMessage()]
     assert [line.split(": ")[1] for line in told] == [str(folder / name) for name in ("0.png", "5.png", "7.png")]
-    assert told[2].endswith("7.png: Is a directory")
+    assert told[2].endswith("7.png: No such file or directory")
 
 
 def test_files_and_folders_may_be_mixed(tmp_path):

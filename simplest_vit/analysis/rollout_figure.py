@@ -1,4 +1,4 @@
-"""Pictures of attention rolled out over images."""
+"""Figures of attention rollout over images."""
 
 import pathlib
 from typing import Any
@@ -12,10 +12,10 @@ from simplest_vit.errors import UserError
 def save_rollouts(
     folder: str, predictions: list[dict[str, Any]], pixels: np.ndarray, shares: np.ndarray, first: int = 0
 ) -> None:
-    """Write one PNG for each image: the image as the model sees it, beside it the share of each patch.
+    """Write one PNG for each image: the image as the model sees it, and beside it the share of each patch.
 
     Args:
-      folder: Where to; created if missing. Files are numbered in the order of the images, from `first` on.
+      folder: Created if missing. Files are numbered in the order of the images, from `first` on.
       predictions: From `predict`.
       pixels: uint8 [N, H, W, C].
       shares: float32 [N, rows, columns], from `attention_rollout`.
@@ -35,12 +35,12 @@ def save_rollouts(
 
 
 def draw_rollout(prediction: dict[str, Any], pixels: np.ndarray, shares: np.ndarray) -> Any:
-    """The figure of one image; a share of 1 is what every patch would have if all counted alike."""
+    """Draw the figure of one image; 1 is the share that every patch has if all count alike."""
     figure = figures.create(height=3.8)
     left, right = figure.subplots(1, 2)
     height, width = pixels.shape[:2]
     extent = (0, width, height, 0)
-    # Under the colours of the shares the image is grey, so that they mean what the bar says.
+    # The image under the shares is grey, so that their colours match the bar.
     for axis, background in ((left, pixels.squeeze()), (right, pixels.mean(axis=-1))):
         axis.imshow(background, extent=extent, cmap="gray", vmin=0, vmax=255)
         axis.set_axis_off()
@@ -50,5 +50,5 @@ def draw_rollout(prediction: dict[str, Any], pixels: np.ndarray, shares: np.ndar
     best = prediction["top"][0]
     name = best["class"].replace("$", r"\$")  # matplotlib takes $...$ for a formula
     left.set_title(f"{name} {best['probability']:.1%}")
-    right.set_title("attention, rolled out over all blocks")
+    right.set_title("attention rollout over all blocks")
     return figure

@@ -239,7 +239,7 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
     needed, free = sum(shard.size for shard in missing.values()), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"data.dir={folder.parents[1]}: {builder.name} takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are "
+            f"data.dir={folder.parents[1]}: {builder.name} takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
             "free; free some space or choose another"
         )
     unreadable = sum(_write_shards(split, written, features, skip_corrupt) for split, written in files.items())

@@ -1,27 +1,29 @@
-r"""Turns a checkpoint of the PyTorch reference into a run of this project, to evaluate, predict and train on.
+r"""Imports a checkpoint of the PyTorch reference as a run, to evaluate, predict with and train on.
 
     python -m simplest_vit.interop.import_reference --config configs/cifar10.py --workdir runs/reference \
         --config.model.attention=espa_reference --config.model.init=reference --checkpoint model1000.pth
 
-Sizes, heads and eta are those of the config; they must be what the checkpoint was trained with. PyTorch is not needed.
+Sizes, heads and eta come from the config and must be those of the checkpoint. PyTorch is not needed.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from simplest_vit import cli
 from simplest_vit.data import input_pipeline
 from simplest_vit.errors import UserError
 from simplest_vit.interop.convert import from_reference
 from simplest_vit.interop.torch_file import Checkpoint
-from simplest_vit.training.checkpoint import Checkpoints
+from simplest_vit.training.checkpoint import Checkpoints, has_checkpoint
+from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import build
 from simplest_vit.training.state import RunProgress, TrainState
 from simplest_vit.training.workdir import check_workdir, lock_workdir
 
-# Steps made, for a run that has a checkpoint has made some: training goes on with the second.
+# A run that has a checkpoint has made at least one step; training continues with the second.
 _STEP = 1
 
 
@@ -30,7 +32,7 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
 
     Args:
       config: The run's config.
-      workdir: A folder without a run.
+      workdir: A folder without a run, or of an import of this file that was interrupted.
       path: The file.
 
     Raises:
@@ -38,11 +40,13 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
         written then.
     """
     folder = check_workdir(workdir, config.to_dict())
-    if (folder / "checkpoints").exists():
-        raise UserError(f"--workdir={workdir} already holds a run; choose another folder")
     source = Checkpoint(path)
     run = build(config, input_pipeline.load(config.data).info)
     params, constants = from_reference(config.model, run.abstract.model_state, source, run.data.image_shape)
+    if has_checkpoint(folder):
+        if not jax.tree.all(jax.tree.map(np.array_equal, restore_best(workdir)[1].params, params)):
+            raise UserError(f"--workdir={workdir} already holds another run; choose another folder")
+        return  # an import that was stopped after its last step
     params, constants = jax.device_put((params, constants))
     state = TrainState(
         step=jnp.int32(_STEP),
@@ -66,7 +70,7 @@ def main() -> None:
     def program(arguments: list[str]) -> None:
         del arguments
         import_reference(cli.CONFIG.value, str(cli.WORKDIR.value), str(source.value))
-        print(f"{cli.WORKDIR.value}: imported; main.py --mode evaluate tells its accuracy")
+        print(f"{cli.WORKDIR.value}: imported; `main.py evaluate` reports its accuracy")
 
     usage = "python -m simplest_vit.interop.import_reference --config FILE --workdir FOLDER --checkpoint FILE.pth"
     cli.run(program, usage, required=("config", "workdir", "checkpoint"))

@@ -1,23 +1,23 @@
 """Reads the `model_state_dict` of a PyTorch checkpoint without PyTorch, and without running anything that is in it.
 
-A `.pth` file (torch.save since 1.6) is a zip archive: a pickle, `data.pkl`, and the bytes of each tensor's storage. A
-pickle can call any function, so this one is read by an unpickler that knows tensors and plain containers. Classes it
-does not know, such as those of an optimizer's state, become objects that do nothing; the standard library's functions
-are refused.
+A `.pth` file (torch.save since 1.6) is a zip archive of stored (not compressed) members: a pickle, `data.pkl`, and the
+bytes of each tensor's storage. A pickle can call any function and ask for any amount of memory or time. This one is
+read by an unpickler that knows only the opcodes of torch.save and the few calls that tensors need. Time and memory are
+bounded by the size of the file. Objects of other classes, such as an optimizer's state, become inert; functions of the
+standard library are refused.
 """
 
-import collections
-import dataclasses
+import math
 import pathlib
 import pickle
 import sys
 import zipfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from simplest_vit.errors import UserError
+from simplest_vit.errors import UserError, one_line
 
 _DTYPES: dict[str, Any] = {
     "FloatStorage": np.float32,
@@ -31,15 +31,21 @@ _DTYPES: dict[str, Any] = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-_CONTAINERS = {
-    t.__name__: t for t in (bool, bytearray, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)
-}
-# Modules of the standard library whose classes occur in harmless checkpoints; they become inert, too.
-_INERT = ("_codecs", "argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib")
+# Modules of the standard library whose classes occur in harmless checkpoints; they become inert.
+_INERT_MODULES = ("_codecs", "argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib")
+_INERT_BUILTINS = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str")
+_MAX_PICKLE_BYTES = 2**26
+# Those of protocol 2, by which torch.save writes, but the registry of extensions.
+_OPCODES = """
+PROTO STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT LONG LONG1 LONG4 BININT BININT1 BININT2 FLOAT BINFLOAT
+STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND
+APPENDS EMPTY_DICT DICT SETITEM SETITEMS GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT GLOBAL REDUCE NEWOBJ BUILD PERSID
+BINPERSID
+"""
+_CODES = {getattr(pickle, name)[0] for name in _OPCODES.split()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A tensor whose bytes have not been read: a view of a storage, sizes in elements."""
 
     dtype: np.dtype
@@ -50,7 +56,7 @@ class Tensor:
 
 
 class _Inert:
-    """Stands for an object of an unknown class: takes what a pickle does to an object, and does nothing."""
+    """An object of an unknown class, which takes whatever a pickle does to an object and ignores it."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         del args, kwargs
@@ -58,46 +64,83 @@ class _Inert:
     def _ignore(self, *args: Any) -> None:
         del args
 
-    __setstate__ = __setitem__ = append = extend = update = add = _ignore
+    __setitem__ = append = extend = _ignore
 
 
-class _Unpickler(pickle.Unpickler):
+class _RefusedError(pickle.UnpicklingError):
+    """The pickle calls something that has no place in a checkpoint."""
+
+
+# In Python, because the one in C allocates what a pickle asks for, and cannot leave out opcodes.
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _Unpickler(_PythonUnpickler):
+    dispatch = {code: load for code, load in _PythonUnpickler.dispatch.items() if code in _CODES}  # noqa: RUF012
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
             return np.dtype(_DTYPES[name])
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *rest: data
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if module in ("builtins", "__builtin__") and name in _CONTAINERS:
-            return _CONTAINERS[name]
+        known = {
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
+            ("collections", "OrderedDict"): lambda *_: {},  # its items come after the call
+        }
+        if (module, name) in known:
+            return known[module, name]
         top = module.split(".")[0]
-        if top in (*sys.stdlib_module_names, "__builtin__") and top not in _INERT:
-            raise _Refused(f"{module}.{name}")
-        return type(name, (_Inert,), {})
+        harmless = top in _INERT_MODULES or (top in ("builtins", "__builtin__") and name in _INERT_BUILTINS)
+        if top in (*sys.stdlib_module_names, "__builtin__") and not harmless:
+            raise _RefusedError(f"{module}.{name}")
+        return _Inert
 
     def persistent_load(self, pid: Any) -> Any:
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype)):
             return None
-        return pid[1], str(pid[2])
+        return (pid[1], pid[2]) if isinstance(pid[2], str) else None
+
+    def load_build(self) -> None:
+        """Ignore the attributes of an object, which could hide its methods."""
+        self.stack.pop()
+
+    def _set(self, target: Any, items: list[Any]) -> None:
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if isinstance(key, str | int):  # the hash of nested tuples can take forever
+                target[key] = value
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set(self.stack[-1], items)
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        result: dict[Any, Any] = {}
+        self._set(result, items)
+        self.append(result)
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
 
 
-class _Refused(pickle.UnpicklingError):
-    """The pickle wants to call something that has no place in a checkpoint."""
-
-
-def _tensor(storage: Any, offset: int, shape: tuple, strides: tuple, *rest: Any) -> Tensor | None:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor | None:
     del rest
     if storage is None:
         return None
+    numbers = (offset, *shape, *strides)
+    if len(shape) != len(strides) or not all(isinstance(n, int) and 0 <= n < 2**48 for n in numbers):
+        raise pickle.UnpicklingError("a tensor of impossible sizes")
     dtype, key = storage
-    return Tensor(dtype, key, int(offset), tuple(shape), tuple(strides))
+    return Tensor(dtype, key, offset, tuple(shape), tuple(strides))
 
 
 class Checkpoint:
-    """A `.pth` file opened for reading: names and shapes at once, the numbers of a tensor when it is asked for."""
+    """A `.pth` file opened for reading: names and shapes immediately, the numbers of a tensor on request."""
 
     def __init__(self, path: str | pathlib.Path):
         """Read the names.
@@ -108,21 +151,23 @@ class Checkpoint:
         self.path = pathlib.Path(path)
         try:
             self._archive = zipfile.ZipFile(self.path)
-        except zipfile.BadZipFile as error:
-            raise self._error(f"is no checkpoint of torch.save ({error})") from error
+            pickles = [name for name in self._archive.namelist() if name.endswith("/data.pkl")]
         except OSError as error:
             raise self._error(f"cannot be read ({error.strerror})") from error
-        pickles = [name for name in self._archive.namelist() if name.endswith("/data.pkl")]
+        except Exception as error:  # a damaged archive may raise anything
+            raise self._error("is no checkpoint of torch.save") from error
         if len(pickles) != 1:
             raise self._error("is a zip archive, but no checkpoint of torch.save (it has no data.pkl)")
         self._root = pickles[0].removesuffix("data.pkl")
         try:
-            with self._archive.open(pickles[0]) as file:
+            if self._archive.getinfo(pickles[0]).file_size > _MAX_PICKLE_BYTES:
+                raise pickle.UnpicklingError("its data.pkl is too large")
+            with self._open(pickles[0]) as file:
                 content = _Unpickler(file).load()
-        except _Refused as error:
+        except _RefusedError as error:
             raise self._error(f"is refused: it wants to run {error}, which no checkpoint needs") from error
-        except Exception as error:  # a damaged pickle may raise anything
-            raise self._error(f"is damaged ({type(error).__name__}: {error})".splitlines()[0]) from error
+        except Exception as error:  # so may a damaged pickle
+            raise self._error(f"is damaged ({type(error).__name__} in its data.pkl)") from error
         state = content.get("model_state_dict") if isinstance(content, dict) else None
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
             raise self._error("has no model_state_dict")
@@ -131,22 +176,30 @@ class Checkpoint:
         self.tensors: dict[str, Tensor] = {name.removeprefix("_orig_mod."): t for name, t in tensors.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The numbers of a tensor, in its dtype and shape.
+        """Read the numbers of a tensor, in its dtype and shape.
 
         Raises:
           UserError: If they are not in the file.
         """
         tensor = self.tensors[name]
         try:
-            data = np.frombuffer(self._archive.read(f"{self._root}data/{tensor.key}"), tensor.dtype)
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            with self._open(f"{self._root}data/{tensor.key}") as file:
+                data = np.frombuffer(file.read(), tensor.dtype)
+        except Exception as error:  # of the archive
             raise self._error(f"is damaged: the numbers of {name} cannot be read") from error
-        last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=False))
-        sizes = (*tensor.shape, *tensor.strides, tensor.offset, len(tensor.strides) - len(tensor.shape))
-        if min(sizes) < 0 or (0 not in tensor.shape and last >= len(data)):
+        last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
+        if 0 in tensor.shape:
+            return np.zeros(tensor.shape, tensor.dtype)
+        if last >= len(data) or math.prod(tensor.shape) > len(data):
             raise self._error(f"is damaged: {name} reaches beyond its storage")
         strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
         return np.lib.stride_tricks.as_strided(data[tensor.offset :], tensor.shape, strides).copy()
 
+    def _open(self, name: str) -> Any:
+        """Open a member, which must not be compressed: a small file could then hold any number of bytes."""
+        if self._archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+            raise zipfile.BadZipFile("compressed")
+        return self._archive.open(name)
+
     def _error(self, reason: str) -> UserError:
-        return UserError(f"--checkpoint={self.path} {reason}; expected a .pth file of the PyTorch reference")
+        return UserError(one_line(f"--checkpoint={self.path} {reason}; expected a .pth file of the PyTorch reference"))

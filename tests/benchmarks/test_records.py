@@ -3,8 +3,6 @@
 import csv
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -115,6 +113,7 @@ OLD = {
     "model.init": "isometric",
     "model.name": "simplest_vit",
     "optimizer.epsilon": None,
+    "data.label": "fine",
 }
 
 
@@ -191,7 +190,7 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, values, message):
         records.read(path)
 
 
-def test_the_program_refuses_what_is_no_record_and_keeps_the_rest(tmp_path):
+def test_the_program_refuses_what_is_no_record_and_keeps_the_rest(tmp_path, monkeypatch, capsys):
     finish(tmp_path / "good", small_config())
     finish(tmp_path / "dirty", small_config(), commit="0123456789abcdef+")
     finish(tmp_path / "unfinished", small_config())
@@ -199,16 +198,17 @@ def test_the_program_refuses_what_is_no_record_and_keeps_the_rest(tmp_path):
     path = tmp_path / "runs.csv"
 
     def program(folder):
-        line = [sys.executable, "-m", "benchmarks.records", str(tmp_path / folder), "--output", str(path)]
-        return subprocess.run(line, capture_output=True, text=True)
+        monkeypatch.setattr("sys.argv", ["records", str(tmp_path / folder), "--output", str(path)])
+        records.main()
+        return capsys.readouterr()
 
-    refused = program("dirty")
-    assert (refused.returncode, path.exists()) == (2, False)
-    assert "made by uncommitted code (commit 0123456789abcdef+); commit it" in refused.stderr
+    with pytest.raises(SystemExit, match="2"):
+        program("dirty")
+    assert not path.exists()
+    assert "made by uncommitted code (commit 0123456789abcdef+); commit it" in capsys.readouterr().err
     done = program(".")
-    assert done.returncode == 0
-    assert "1 runs recorded, 2 refused" in done.stdout
-    assert done.stderr.count("refused: ") == 2
+    assert "1 runs recorded, 2 refused" in done.out
+    assert done.err.count("refused: ") == 2
     assert len(records.read(path)) == 1
 
 

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import reproduce
 from benchmarks.protocols import HOLD_OUT, NETWORKS, RECIPE_NETWORKS, TABLES
 from simplest_vit import cli
+from simplest_vit.commands.sweep import check_points
 from simplest_vit.errors import TrainingError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
@@ -41,7 +42,7 @@ def test_fresh_seeds_train_on_everything_and_read_the_test_images_once(tmp_path)
     assert runs[0].data.train_split == "train"
     assert runs[0].data.validation_split is None
     assert runs[0].steps == 1500
-    assert runs[0].eval_every > runs[0].steps
+    assert runs[0].eval_every == runs[0].steps
     chosen_in = [
         point for tries in reproduce.choices(TABLE, str(tmp_path), {}, check=False).values() for point in tries
     ]
@@ -77,12 +78,20 @@ def test_the_smallest_version_of_a_table_is_two_steps_of_each_row(name, tmp_path
     points = list(reproduce.choices(table, str(tmp_path), {}, check=True).values())
     assert {len(tries) for tries in points} == {1}
     assert len(points) == len(table.rows) * len(table.learning_rates)
-    assert config(points[0][0]).steps == table.steps == 2
+    run = config(points[0][0])
+    assert run.steps == run.eval_every == table.steps == 2
+    assert run.data.validation_split == "train[45000:45100]"
+    chosen = {key: 1e-3 for key, _ in reproduce.cells(table)}
+    last = reproduce.reported(table, chosen, str(tmp_path), {}, check=True)
+    assert config(last[0], 0).data.validation_split == "test[:100]" if table.seeds else not last[0].commands
 
 
 def test_every_row_of_every_table_is_a_network_of_its_own():
     for table in TABLES.values():
         assert set(table.rows) <= set(reproduce.networks(table.protocol))
+        check_points(
+            [reproduce.point(table, *cell, 1e-3, (1,), stage="", root="", fields={}) for cell in reproduce.cells(table)]
+        )
     settings = [(network.preset, str(sorted(network.fields.items()))) for network in NETWORKS.values()]
     assert len(set(settings)) == len(settings)
     assert set(RECIPE_NETWORKS) <= set(NETWORKS)

@@ -1,9 +1,11 @@
 """The reference's checkpoints: logits, the way back, and files that must be refused."""
 
+import collections
 import io
 import os
 import pathlib
 import pickle
+import tracemalloc
 import zipfile
 
 import jax.numpy as jnp
@@ -123,6 +125,93 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, function):
     assert not victim.exists()
 
 
+def nested(depth=60):
+    """The pickle of a tuple of two that are the same, and so on: 2**depth leaves in a few bytes."""
+    value = (1,)
+    for _ in range(depth):
+        value = (value, value)
+    return pickle.dumps(value, 2)[2:-1]
+
+
+class HasGet:
+    """Unpickles as an OrderedDict whose `get` is a number."""
+
+    def __reduce__(self):
+        return collections.OrderedDict, (), {"get": 1}, None, iter([("model_state_dict", {})])
+
+
+def storage(key):
+    return b"(X\x07\0\0\0storagectorch\nFloatStorage\n" + key + b"X\x03\0\0\0cpuK\x01tQ"
+
+
+BOMBS = {
+    "memory": {"model_state_dict": {"x": Runs(list, Runs(bytearray, 2**40))}},
+    "hash": b"\x80\x02}" + nested() + b"K\x01s.",
+    "text": b"\x80\x02" + storage(nested()) + b".",
+    "memo": b"\x80\x02Nr\xff\xff\xff\xff.",
+    "bytes": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
+    "depth": b"\x80\x02" + b"(" * 10**6 + b"t" * 10**6 + b".",
+    "attribute": HasGet(),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_cannot_ask_for_much_time_or_memory(tmp_path, name):
+    path = archive(tmp_path / "model.pth", BOMBS[name])
+    tracemalloc.start()
+    try:
+        assert Checkpoint(path).tensors == {}
+    except UserError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**28
+
+
+def test_a_tensor_is_no_larger_than_its_storage_and_nothing_is_compressed(tmp_path):
+    good = Checkpoint(FIXTURES / "simplest_vit.pth")
+    name = "linear_head.bias"
+    for changes in ({"shape": (2**30,), "strides": (0,)}, {"offset": 2**40}, {"key": "missing"}):
+        good.tensors[name] = Checkpoint(good.path).tensors[name]._replace(**changes)
+        with pytest.raises(UserError, match=r"is damaged: .*linear_head.bias"):
+            good[name]
+    with zipfile.ZipFile(tmp_path / "model.pth", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("model/data.pkl", bytes(2**20))
+    with pytest.raises(UserError, match="is damaged"):
+        Checkpoint(tmp_path / "model.pth")
+
+
+def test_damaged_files_are_one_line_or_a_checkpoint(tmp_path):
+    """400 mutants of a file: bytes changed, cut out, repeated; in the pickle or anywhere."""
+    whole = (FIXTURES / "simplest_vit.pth").read_bytes()
+    with zipfile.ZipFile(FIXTURES / "simplest_vit.pth") as file:
+        inner = file.read(next(name for name in file.namelist() if name.endswith("data.pkl")))
+    rng, path, refused = np.random.default_rng(0), tmp_path / "model.pth", 0
+    for k in range(400):
+        data = bytearray(inner if k % 2 else whole)
+        for _ in range(rng.integers(1, 4)):
+            first, last = sorted(rng.integers(0, len(data), 2))
+            match rng.integers(3):
+                case 0:
+                    data[first] = rng.integers(256)
+                case 1:
+                    del data[first : min(last, first + 20)]
+                case 2:
+                    data[first:first] = data[last : last + 20]
+        if k % 2:
+            archive(path, bytes(data))
+        else:
+            path.write_bytes(data)
+        try:
+            checkpoint = Checkpoint(path)
+            for name in checkpoint.tensors:
+                checkpoint[name]
+        except UserError as error:
+            refused += 1
+            assert str(error).isprintable()  # noqa: PT017
+    assert refused > 100
+
+
 def bad_files(folder):
     good = (FIXTURES / "simplest_vit.pth").read_bytes()
     (folder / "text.pth").write_text("hello")
@@ -175,8 +264,23 @@ def test_another_shape_names_the_tensor_and_both_shapes(tmp_path, data_dir, over
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_with_a_run_is_left_alone(tmp_path, data_dir):
+def test_an_import_that_was_stopped_is_repeated_and_another_run_is_left_alone(tmp_path, data_dir, monkeypatch):
+    """Stopped before, within and after its save; then the folder holds what an import without a stop gives."""
     config = config_of("simple_vit", data_dir)
-    import_reference(config, str(tmp_path), str(FIXTURES / "simple_vit.pth"))
-    with pytest.raises(UserError, match="already holds a run"):
-        import_reference(config, str(tmp_path), str(FIXTURES / "simple_vit.pth"))
+    path = str(FIXTURES / "simple_vit.pth")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    for place in ("__init__", "save"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"simplest_vit.interop.import_reference.Checkpoints.{place}", stop)
+            with pytest.raises(KeyboardInterrupt):
+                import_reference(config, str(tmp_path), path)
+    (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    for _ in range(2):
+        import_reference(config, str(tmp_path), path)
+        assert restore_best(str(tmp_path))[1].step == 1
+    monkeypatch.setattr(Checkpoint, "__getitem__", lambda self, name: np.zeros(self.tensors[name].shape, np.float32))
+    with pytest.raises(UserError, match="already holds another run"):
+        import_reference(config, str(tmp_path), path)
