@@ -1,4 +1,4 @@
-"""Local paths, and JSON files that are written whole or not at all."""
+"""Local paths, and files that are written whole or not at all."""
 
 import json
 import os
@@ -35,16 +35,20 @@ def local_path(path: str | os.PathLike[str]) -> str:
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Write a JSON file; see `write_file`."""
+    write_file(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_file(path: pathlib.Path, content: bytes) -> None:
     """Write a file whole or not at all, even if the power fails."""
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)

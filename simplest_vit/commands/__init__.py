@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a model, or resume the run in --workdir",
     "evaluate": "evaluate the checkpoints of a run",
     "predict": "classify images with the best checkpoint of a run",
+    "export": "write the best checkpoint as StableHLO, ONNX or safetensors",
     "prepare": "prepare a data set ahead of time",
     "preview": "draw augmented training images",
     "sweep": "train a grid of configs over seeds",

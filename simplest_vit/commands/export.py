@@ -1,0 +1,28 @@
+"""Write the best checkpoint of a run as one file that other runtimes load.
+
+simplest-vit export --workdir runs/mine --output model.onnx --format onnx
+
+stablehlo and onnx take uint8 images [batch, H, W, C] and normalize them inside the graph. safetensors holds arrays
+alone; its metadata say how images are normalized. Class names are in the metadata: for stablehlo in FILE.json, else in
+the file. docs/export.md shows how each is loaded.
+"""
+
+from absl import flags
+
+from simplest_vit import cli
+
+
+def main() -> None:
+    """Run the command."""
+    output = cli.define_path("output", None, "The file to write; it must not exist.")
+    format = flags.DEFINE_string("format", None, "stablehlo, onnx or safetensors.")
+
+    def export(arguments: list[str]) -> None:
+        del arguments
+        from simplest_vit.export import export
+
+        export(str(cli.WORKDIR.value), str(output.value), str(format.value), cli.CONFIG.value)
+        print(output.value)
+
+    usage = "simplest-vit export --workdir FOLDER --output FILE --format stablehlo|onnx|safetensors"
+    cli.run(export, usage, required=("workdir", "output", "format"), optional=("config",))

@@ -1,0 +1,190 @@
+"""Export the best checkpoint of a run to a file that other runtimes load.
+
+| format | what it is | loads with | images |
+|---|---|---|---|
+| stablehlo | a JAX function, for CPU, CUDA, ROCm and TPU; metadata in FILE.json | `jax.export.deserialize` | uint8 |
+| onnx | an ONNX graph, metadata in `metadata_props` | onnxruntime and others | uint8 |
+| safetensors | arrays by path and metadata, without the computation | safetensors | normalized float32 |
+
+The first two take images [B, H, W, C] for any B, and normalize them by the mean and deviation of the training data.
+"""
+
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+
+from simplest_vit.data.augment import normalize
+from simplest_vit.data.dataset import DatasetInfo
+from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.files import write_file
+from simplest_vit.models import ViT, model_arguments
+from simplest_vit.training.evaluate import restore_best
+from simplest_vit.training.run import Run
+from simplest_vit.training.workdir import VERSION
+
+# Maps images, uint8 [B, H, W, C], to logits, float32 [B, num_classes].
+Classifier = Callable[[Any], Any]
+Metadata = dict[str, Any]
+
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+# Relative to the largest logit, or to 1.
+_TOLERANCE = 1e-5
+# Of protobuf (ONNX) and flatbuffers (StableHLO).
+_MAX_BYTES = 2**31
+
+
+def export(workdir: str, output: str, format: str, config: Any = None) -> None:
+    """Write the best checkpoint of a run to `output`, after comparing the artifact with the model on random images.
+
+    Args:
+      workdir: The run's folder, which is all that is needed.
+      output: The file, which must not exist. For stablehlo, metadata go to a file of this name with `.json` appended.
+      format: One of `FORMATS`.
+      config: None for the run's own; another is refused.
+
+    Raises:
+      UserError: If the format is unknown or misses a library, the run has no checkpoint, or the file exists or cannot
+        be written.
+      TrainingError: If the logits differ. Then nothing is written.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format={format} is unknown; expected one of {', '.join(FORMATS)}")
+    serialize, libraries = FORMATS[format]
+    if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f'--format={format} needs {" and ".join(missing)}; install the extra: pip install "simplest-vit[export]"'
+        )
+    path = pathlib.Path(output)
+    paths = [path.with_name(path.name + ".json"), path] if format == "stablehlo" else [path]
+    for new in paths:
+        if new.is_dir():
+            raise UserError(f"--output={new} is a folder; name a file")
+        if new.exists():
+            raise UserError(f"--output={new} exists; remove it or name another file")
+    if not path.parent.is_dir():
+        raise UserError(f"--output={output}: the folder {path.parent} does not exist; create it or name another")
+
+    run, state = restore_best(workdir, config)
+    # Computed on a CPU, because a GPU may round the factors of float32 products.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        model = run.model(jax.tree.map(jnp.asarray, jax.device_get(state)))
+        metadata = _metadata(run, model, int(state.step), format)
+        content, artifact = serialize(model, run.data, metadata)
+        _check(format, artifact, jax.jit(_classifier(model, run.data)), run.data.image_shape)
+    contents = [json.dumps(metadata, indent=2).encode() + b"\n", content][-len(paths) :]
+    try:
+        for new, part in zip(paths, contents, strict=True):
+            write_file(new, part)
+    except OSError as error:
+        for new in paths:
+            new.unlink(missing_ok=True)
+        raise UserError(f"--output={output} cannot be written ({error.strerror}); choose another place") from error
+
+
+def _metadata(run: Run, model: ViT, step: int, format: str) -> Metadata:
+    """Describe the model, and how images are prepared for it."""
+    height, width, _ = run.data.image_shape
+    resized = f"RGB or gray pixels 0 to 255; shorter side resized to {run.data.eval_resize}, {height} x {width} cropped"
+    return {
+        "producer": f"simplest-vit {VERSION}",
+        "network": run.config.model.name,
+        "class_names": list(run.data.class_names),
+        "image_shape": list(run.data.image_shape),
+        "preprocessing": f"{resized} from the centre; "
+        + ("(pixels / 255 - mean) / std" if format == "safetensors" else "normalization is inside the graph"),
+        "mean": list(run.data.mean),
+        "std": list(run.data.std),
+        "data": f"{run.data.name} {run.data.version}",
+        "step": step,
+        "model": model_arguments(**run.config.model, image_shape=run.data.image_shape)
+        | {"negative_slope": model.blocks.mlp.negative_slope},
+    }
+
+
+def _classifier(model: ViT, data: DatasetInfo) -> Classifier:
+    """Return the model with its normalization of images."""
+    return lambda images: model(normalize(jnp.asarray(images), data.mean, data.std))
+
+
+def _check(format: str, artifact: Classifier, model: Classifier, image_shape: tuple[int, ...]) -> None:
+    """Compare logits on random images in batches of one and of three.
+
+    Raises:
+      TrainingError: If they differ or are not finite.
+    """
+    random = np.random.default_rng(0)
+    for batch in (1, 3):
+        images = random.integers(0, 256, (batch, *image_shape), np.uint8)
+        actual, expected = (np.asarray(classify(images)) for classify in (artifact, model))
+        error = np.abs(actual - expected).max() / max(1.0, np.abs(expected).max())
+        if actual.shape != expected.shape or not error <= _TOLERANCE:
+            raise TrainingError(
+                f"--format={format}: the logits of the exported model differ by {error:.1e} from the model's, expected "
+                f"at most {_TOLERANCE:g}; nothing was written; choose another format"
+            )
+
+
+def _check_size(model: ViT, format: str) -> None:
+    size = sum(array.nbytes for array in _arrays(model).values())
+    if size >= _MAX_BYTES:
+        raise UserError(f"--format={format} holds at most 2 GB and the model has {size / 1e9:.1f} GB; use safetensors")
+
+
+def _arrays(model: ViT) -> dict[str, np.ndarray]:
+    """Return parameters and constants by path, such as `blocks/mlp/dense1/kernel` [L, D, M]."""
+    flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model)), sep="/")
+    return {name: np.asarray(array) for name, array in flat.items()}
+
+
+def _as_text(metadata: Metadata) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+
+
+def _stablehlo(model: ViT, data: DatasetInfo, metadata: Metadata) -> tuple[bytes, Classifier]:
+    """Serialize as a JAX function; metadata are a file of their own."""
+    del metadata
+    _check_size(model, "stablehlo")
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *data.image_shape), jnp.uint8)
+    exported = jax.export.export(jax.jit(_classifier(model, data)), platforms=_PLATFORMS)(images)
+    content = bytes(exported.serialize())
+    return content, jax.export.deserialize(bytearray(content)).call
+
+
+def _onnx(model: ViT, data: DatasetInfo, metadata: Metadata) -> tuple[bytes, Classifier]:
+    """Serialize as an ONNX model."""
+    import onnx
+    import onnxruntime
+
+    from simplest_vit.export.onnx_lowering import to_onnx
+
+    _check_size(model, "onnx")
+    proto = to_onnx(_classifier(model, data), data.image_shape)
+    onnx.helper.set_model_props(proto, _as_text(metadata))
+    content = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda images: session.run(["logits"], {"images": images})[0]
+
+
+def _safetensors(model: ViT, data: DatasetInfo, metadata: Metadata) -> tuple[bytes, Classifier]:
+    """Serialize arrays alone."""
+    import safetensors.numpy
+
+    content = safetensors.numpy.save(_arrays(model), _as_text(metadata))
+    arrays = traverse_util.unflatten_dict(safetensors.numpy.load(content), sep="/")
+    return content, _classifier(nnx.merge(nnx.graphdef(model), jax.tree.map(jnp.asarray, arrays)), data)
+
+
+# By name: what serializes, and the libraries it needs.
+FORMATS: dict[str, tuple[Callable[[ViT, DatasetInfo, Metadata], tuple[bytes, Classifier]], tuple[str, ...]]] = {
+    "stablehlo": (_stablehlo, ()),
+    "onnx": (_onnx, ("onnx", "onnxruntime")),
+    "safetensors": (_safetensors, ("safetensors",)),
+}
