@@ -15,7 +15,7 @@ from simplest_vit.errors import TrainingError, UserError
 from simplest_vit.export import export
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.run import build
-from simplest_vit.training.state import RunProgress
+from simplest_vit.training.state import ModelState, RunProgress
 from simplest_vit.training.workdir import lock_workdir
 from tests.tiny import DIGITS, tiny_config
 
@@ -45,17 +45,18 @@ NORMALIZED = ((IMAGES / 255 - DATA.mean) / DATA.std).astype(np.float32)
 def model(request):
     """A run, random weights for it, and the logits of `IMAGES`."""
     run = build(tiny_config(f"optimizer=adam,model={request.param}", model__patch_size=4), DATA)
-    state = run.create_state().model_state
-    leaves, treedef = jax.tree.flatten(state.params)
     random = np.random.default_rng(0)
-    leaves = [leaf + 0.3 * leaf.shape[-1] ** -0.5 * random.standard_normal(leaf.shape, np.float32) for leaf in leaves]
-    state = dataclasses.replace(state, params=treedef.unflatten(leaves))
+    params = jax.tree.map(
+        lambda x: x.shape[-1] ** -0.5 * random.standard_normal(x.shape, np.float32), run.abstract.params
+    )
+    constants = jax.jit(lambda: run.initialize().constants)()
+    state = ModelState(step=jnp.int32(3), params=params, constants=constants)
     return run, state, np.asarray(jax.jit(run.model(state))(NORMALIZED))
 
 
 def test_other_runtimes_compute_the_logits(model, tmp_path, monkeypatch):
     run, state, expected = model
-    monkeypatch.setattr(export_module, "restore_best", lambda workdir, config: (run, state))
+    monkeypatch.setattr(export_module, "restore_best", lambda workdir: (run, state))
     files = {format: tmp_path / format for format in FORMATS}
     for format, file in files.items():
         export("run", str(file), format)
@@ -146,7 +147,8 @@ def torch_model(about, tensors):
 def test_a_run_is_exported_from_its_folder(model, tmp_path, monkeypatch):
     run, state, expected = model
     folder = tmp_path / "run"
-    whole = dataclasses.replace(run.create_state(), step=jnp.int32(3), params=state.params)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.abstract)
+    whole = dataclasses.replace(zeros, **vars(state))
     folder.mkdir()
     with lock_workdir(folder, run.config.to_dict(), DATA), Checkpoints(folder, create=True) as checkpoints:
         checkpoints.save(whole, RunProgress(last_evaluation=3), 3)

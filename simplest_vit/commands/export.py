@@ -21,8 +21,8 @@ def main() -> None:
         del arguments
         from simplest_vit.export import export
 
-        export(str(cli.WORKDIR.value), str(output.value), str(format.value), cli.CONFIG.value)
+        export(str(cli.WORKDIR.value), str(output.value), str(format.value))
         print(output.value)
 
     usage = "simplest-vit export --workdir FOLDER --output FILE --format stablehlo|onnx|safetensors"
-    cli.run(export, usage, required=("workdir", "output", "format"), optional=("config",))
+    cli.run(export, usage, required=("workdir", "output", "format"))

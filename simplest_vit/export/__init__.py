@@ -40,14 +40,13 @@ _TOLERANCE = 1e-5
 _MAX_BYTES = 2**31
 
 
-def export(workdir: str, output: str, format: str, config: Any = None) -> None:
+def export(workdir: str, output: str, format: str) -> None:
     """Write the best checkpoint of a run to `output`, after comparing the artifact with the model on random images.
 
     Args:
       workdir: The run's folder, which is all that is needed.
       output: The file, which must not exist. For stablehlo, metadata go to a file of this name with `.json` appended.
       format: One of `FORMATS`.
-      config: None for the run's own; another is refused.
 
     Raises:
       UserError: If the format is unknown or misses a library, the run has no checkpoint, or the file exists or cannot
@@ -71,7 +70,7 @@ def export(workdir: str, output: str, format: str, config: Any = None) -> None:
     if not path.parent.is_dir():
         raise UserError(f"--output={output}: the folder {path.parent} does not exist; create it or name another")
 
-    run, state = restore_best(workdir, config)
+    run, state = restore_best(workdir)
     # Computed on a CPU, because a GPU may round the factors of float32 products.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         model = run.model(jax.tree.map(jnp.asarray, jax.device_get(state)))
@@ -179,7 +178,8 @@ def _safetensors(model: ViT, data: DatasetInfo, metadata: Metadata) -> tuple[byt
 
     content = safetensors.numpy.save(_arrays(model), _as_text(metadata))
     arrays = traverse_util.unflatten_dict(safetensors.numpy.load(content), sep="/")
-    return content, _classifier(nnx.merge(nnx.graphdef(model), jax.tree.map(jnp.asarray, arrays)), data)
+    loaded = nnx.merge(nnx.graphdef(model), jax.tree.map(jnp.asarray, arrays))
+    return content, jax.jit(_classifier(loaded, data))
 
 
 # By name: what serializes, and the libraries it needs.
