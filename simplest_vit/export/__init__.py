@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
+from simplest_vit import __version__
 from simplest_vit.data.augment import normalize
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.errors import TrainingError, UserError
@@ -27,7 +28,6 @@ from simplest_vit.files import write_file
 from simplest_vit.models import ViT, model_arguments
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import Run
-from simplest_vit.training.workdir import VERSION
 
 # Maps images, uint8 [B, H, W, C], to logits, float32 [B, num_classes].
 Classifier = Callable[[Any], Any]
@@ -92,7 +92,7 @@ def _metadata(run: Run, model: ViT, step: int, format: str) -> Metadata:
     height, width, _ = run.data.image_shape
     resized = f"RGB or gray pixels 0 to 255; shorter side resized to {run.data.eval_resize}, {height} x {width} cropped"
     return {
-        "producer": f"simplest-vit {VERSION}",
+        "producer": f"simplest-vit {__version__}",
         "network": run.config.model.name,
         "class_names": list(run.data.class_names),
         "image_shape": list(run.data.image_shape),
