@@ -193,7 +193,7 @@ COMMANDS = [
     (DIGITS + " --mode predict", "--images is missing"),
     (DIGITS + " --mode predict --images {new}/none.jpg", "none.jpg does not exist"),
     ("main.py export --workdir {new}/run --output {new}/x --format=tf", "expected one of stablehlo, onnx, safetensors"),
-    ("main.py export --workdir {new}/run --output {new}/x --format=stablehlo", "holds no checkpoint; train there first"),
+    ("main.py export --workdir {new}/run --output {new}/x --format=stablehlo", "holds no checkpoint; train there"),
     (DIGITS + " --mode predict --images {old}/empty", "has no images"),
     (DIGITS + " --mode predict --images {old}/text.jpg", "holds no checkpoint; train there first"),
     ("main.py --workdir {old}/run --mode predict --images {old}/cut.jpg", "cut.jpg: not a complete image"),
