@@ -1,20 +1,29 @@
-"""A look at what the model is trained on: a grid of augmented training images with their labels."""
+"""A picture of what a model is trained on: a grid of augmented training images with their labels."""
 
+import contextlib
+import functools
+import unicodedata
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from PIL import Image, ImageDraw
+from matplotlib.font_manager import findSystemFonts
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont
 
 from simplest_vit.data.augment import Batch
 from simplest_vit.data.dataset import Dataset
 
 _CAPTION_HEIGHT = 22
+_FONT_SIZE = 9
 _MIN_CELL = 96  # small images are magnified to about this size
 
 
 def image_grid(dataset: Dataset, batch: Batch, *, rows: int = 4, columns: int = 8) -> np.ndarray:
-    """Draw the first images of a batch, as the model sees them but for the normalization, with their labels.
+    """Draw the first images of a batch with their labels, as the model sees them but for the normalization.
 
-    Where there are several processes, all must call it. If the batch is small, the rows are fewer.
+    If there are several processes, all must call it. A small batch gives fewer rows.
 
     Returns:
       The picture, uint8 [height, width, 3].
@@ -32,13 +41,28 @@ def image_grid(dataset: Dataset, batch: Batch, *, rows: int = 4, columns: int = 
         tile = Image.fromarray(image.repeat(3, 2) if channels == 1 else image)
         grid.paste(tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST), (x + 2, y))
         for line, text in enumerate(_captions(dataset, label)):
-            draw.text((x + 2, y + height * zoom + 10 * line), text[: width * zoom // 6], "black")
+            font = find_font(text)
+            while font.getlength(text) > width * zoom:
+                text = text[:-1]
+            draw.text((x + 2, y + height * zoom + 10 * line), text, "black", font)
     return np.asarray(grid)
 
 
 def _captions(dataset: Dataset, label: np.ndarray) -> list[str]:
-    """The one or two classes of a label, the heavier first, with their weights if there are two."""
+    """Name the one or two classes of a label, the heavier first, with their weights if there are two."""
     classes = [k for k in np.argsort(-label)[:2] if label[k] > 0.005]
     if len(classes) == 1:
         return [dataset.class_names[classes[0]]]
     return [f"{label[k]:.0%} {dataset.class_names[k]}" for k in classes]
+
+
+@functools.cache
+def find_font(text: str) -> ImageFont.FreeTypeFont:
+    """Find a font with all letters of a text: DejaVu Sans, which matplotlib brings, or else one of the system."""
+    dejavu = str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
+    letters = {ord(c) for c in text if unicodedata.category(c) != "Cf"}  # joiners have no shape
+    for path in (dejavu, *(sorted(findSystemFonts()) if letters - FT2Font(dejavu).get_charmap().keys() else ())):
+        with contextlib.suppress(RuntimeError, OSError):  # a font file that is damaged
+            if letters <= FT2Font(path).get_charmap().keys():
+                return ImageFont.truetype(path, _FONT_SIZE)
+    return ImageFont.truetype(dejavu, _FONT_SIZE)

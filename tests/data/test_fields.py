@@ -182,7 +182,11 @@ def test_without_flip_no_image_is_mirrored():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_rand_augment_draws_an_operation_and_a_sign_for_each_image(monkeypatch, channels):
     """By what becomes of one image in all places: nearly all of the operations and signs occur, independently."""
-    drawn = []
+    drawn, keys = [], []
+    for name in ("randint", "bernoulli"):
+        original = getattr(jax.random, name)
+        draw = lambda key, *args, original=original: keys.append(jax.random.key_data(key)) or original(key, *args)  # noqa: E731
+        monkeypatch.setattr(jax.random, name, draw)
 
     def apply(images, operation, negative, magnitude):
         drawn.append((np.asarray(operation), np.asarray(negative), magnitude))
@@ -199,6 +203,7 @@ def test_rand_augment_draws_an_operation_and_a_sign_for_each_image(monkeypatch, 
         np.add.at(table, (operation, negative.astype(int)), 1)
         assert np.all(abs(table - 4000 / 28) < 5 * np.sqrt(4000 / 28))  # all pairs, evenly
     assert np.mean(drawn[0][0] == drawn[1][0]) < 0.12  # another draw in the second round
+    assert not np.array_equal(*keys[:2])
 
 
 def test_grey_images_are_augmented_too():

@@ -20,9 +20,8 @@ from conftest import jpeg, smooth_image, train_batches
 from PIL import Image, ImageDraw
 
 import input_pipeline
-from simplest_vit.data import streaming
+from simplest_vit.data import preview, streaming
 from simplest_vit.data.builders import image_folder
-from simplest_vit.data.preview import image_grid
 from simplest_vit.data.records import cpu_count
 from simplest_vit.errors import TrainingError, UserError
 
@@ -305,10 +304,10 @@ def test_a_damaged_image_is_named_in_one_line(config, tmp_path, monkeypatch, num
 def test_the_preview_tells_the_heavier_class_first(config, monkeypatch):
     dataset, texts = input_pipeline.load(config.data), []
     monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda self, position, text, colour: texts.append((position, text, colour))
+        ImageDraw.ImageDraw, "text", lambda self, position, text, colour, font: texts.append((position, text, colour))
     )
     label = np.array([[0, 0.304, 0.696, 0], [0, 0, 0.003, 0.997], [1, 0, 0, 0]], np.float32)
-    image_grid(dataset, {"image": np.zeros((3, 32, 32, 3), np.float32), "label": label}, rows=2, columns=2)
+    preview.image_grid(dataset, {"image": np.zeros((3, 32, 32, 3), np.float32), "label": label}, rows=2, columns=2)
     assert texts == [
         ((2, 96), "70% class2", "black"),
         ((2, 106), "30% class1", "black"),
@@ -317,10 +316,17 @@ def test_the_preview_tells_the_heavier_class_first(config, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("name", ["Früchte", "кот", "γάτα", "mèo", "a\u200db"])
+def test_the_preview_has_the_letters_of_a_name(name):
+    font = preview.find_font(name)
+    box = bytes(font.getmask("\uffff"))
+    assert all(bytes(font.getmask(letter)) != box for letter in set(name) - {"\u200d"})
+
+
 def test_the_preview_shows_the_images_of_the_batch(config):
     dataset = input_pipeline.load(config.data)
     (batch,) = take(dataset, config, 1)
-    grid = image_grid(dataset, batch, rows=2, columns=4)
+    grid = preview.image_grid(dataset, batch, rows=2, columns=4)
     assert grid.shape == (2 * (96 + 22), 4 * (96 + 4), 3)
     pixels = (batch["image"][5] * np.array(dataset.std) + np.array(dataset.mean)) * 255
     tile = grid[118 : 118 + 96, 102 : 102 + 96]
