@@ -121,6 +121,26 @@ def test_attention_entropy_and_distance_in_closed_form():
     np.testing.assert_allclose(measured["attention_distance"], 0, atol=1e-5)
 
 
+def test_entropy_is_that_of_rows():
+    """Causal attention: the first token looks only at itself, but all look at it."""
+    measured = measure.measure_propagation(create(attention="espa_causal"), IMAGE, LABEL, None)
+    matrices = espa.attention_matrices((2, 3), 3, form="espa_causal")
+    rows = matrices / matrices.sum(axis=-1, keepdims=True)
+    entropy = -np.sum(rows * np.log(np.where(rows > 0, rows, 1)), axis=-1)
+    np.testing.assert_allclose(measured["attention_entropy"], entropy.mean(axis=-1), rtol=1e-4)
+    assert "attention_distance" not in measured
+
+
+def test_cosines_are_those_of_an_image_and_the_next():
+    """Three images of different sizes: what is behind an image is not what is before it."""
+    tokens = np.random.default_rng(0).normal(size=(3, 4, 8)) * np.array([1.0, 10.0, 0.1])[:, None, None]
+    unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+    cosine = kernel_theory.correlation(kernel_theory.token_kernel(tokens))
+    for image in range(3):
+        np.testing.assert_allclose(cosine[0, image], unit[image] @ unit[image].T, atol=1e-12)
+        np.testing.assert_allclose(cosine[1, image], unit[image] @ unit[(image + 1) % 3].T, atol=1e-12)
+
+
 def wide_config(**overrides):
     """Four tokens a side of a 8 x 8 image, depth 4, width 1024."""
     return tiny_config(

@@ -138,16 +138,6 @@ def test_the_scan_keeps_one_array_for_each_activation():
     assert sum(v.aval.size == depth * b * t * 16 for v in forward.outvars) == 6
 
 
-def test_dropout_needs_a_key_and_keeps_the_mean():
-    model = tiny.vit(dropout=0.5)
-    plain = model(IMAGE)
-    np.testing.assert_array_equal(plain, tiny.vit()(IMAGE))
-    keys = jax.random.split(jax.random.key(0), 4000)
-    dropped = jax.vmap(lambda key: model(IMAGE, dropout_key=key))(keys)
-    assert not np.allclose(dropped[0], dropped[1])
-    np.testing.assert_allclose(dropped.mean(axis=0), plain, atol=0.1 * float(np.abs(plain).max()))
-
-
 def test_value_skipinit_starts_as_the_identity_on_values():
     blocks = tiny.vit(attention="value_skipinit", depth=1, c_val_0_target=0.1).blocks
     graphdef, state = nnx.split(blocks.attention)
