@@ -22,5 +22,5 @@ def on_page_markdown(markdown, page, config, files):
     markdown = markdown.replace("(docs/", "(").replace("(../", "(")
     for source, target in _TOP.items():
         markdown = markdown.replace(f"({source}", f"({target}")
-    markdown = re.sub(r"\[([^\]]+)\]\((CONTRIBUTING|CHANGELOG|benchmarks/README)\.md\)", r"\1", markdown)
+    markdown = re.sub(r"\[([^\]]+)\]\((?:CONTRIBUTING|CHANGELOG|benchmarks/README)\.md[^)]*\)", r"\1", markdown)
     return _REPOSITORY.sub(r"\1", markdown)
