@@ -21,6 +21,7 @@ from simplest_vit.errors import Interrupted, TrainingError, UserError, not_insta
 from simplest_vit.files import local_path
 
 _CONFIGS: list[flags.FlagHolder] = []
+_PAUSED_READER_S = 2
 
 
 class _PathParser(flags.ArgumentParser):
@@ -35,12 +36,19 @@ class _PathParser(flags.ArgumentParser):
 
 def define_path(name: str, default: str | None, description: str) -> flags.FlagHolder:
     """Define a flag `--NAME=PATH`."""
-    return flags.DEFINE(_PathParser(), name, default, description)
+    return flags.DEFINE(_PathParser(), name, default, description, module_name=_caller())
 
 
 def define_paths(name: str, description: str) -> flags.FlagHolder:
     """Define a flag `--NAME=PATH` that may be repeated."""
-    return flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, [], description)
+    serializer: flags.ArgumentSerializer[str] = flags.ArgumentSerializer()
+    return flags.DEFINE_multi(_PathParser(), serializer, name, [], description, module_name=_caller())
+
+
+def _caller() -> str:
+    """Return the module whose flag is defined, so that its help lists it."""
+    name = sys._getframe(2).f_globals["__name__"]
+    return sys.argv[0] if name == "__main__" else name
 
 
 def define_config(name: str, description: str) -> flags.FlagHolder:
@@ -129,9 +137,14 @@ def run(
     except flags.Error as error:
         sys.exit(print_error(UserError(str(error))))
     except Interrupted as error:
-        code = print_error(error)
-        atexit._run_exitfuncs()
-        os._exit(code)  # XLA's threads may still be at work, and crash when the interpreter is torn down around them
+        # Whoever reads standard error may have paused, and the pipe be full.
+        printer = threading.Thread(target=print_error, args=(error,), daemon=True)
+        printer.start()
+        printer.join(_PAUSED_READER_S)
+        if not printer.is_alive():
+            atexit._run_exitfuncs()
+        # XLA's threads may still be at work, and crash when the interpreter is torn down around them.
+        os._exit(error.exit_code)
     except _StdoutError as error:
         if error.errno == errno.EPIPE:  # of `| head`: nobody reads any more
             sys.exit(128 + signal.SIGPIPE)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -56,3 +57,51 @@ def test_nobody_reads_on():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def run_program(body, **streams):
+    program = f"import logging, sys, time\nfrom simplest_vit import cli\ndef program(_):\n    {body}\n"
+    program += "cli.run(program, '', required=())"
+    return subprocess.run([sys.executable, "-c", program], **{"stderr": subprocess.PIPE} | streams, timeout=60)
+
+
+@pytest.mark.parametrize("body", ["print('result')", "print('result', flush=True)", "sys.stdout.write(10**6 * 'x')"])
+def test_a_full_disk_behind_standard_output_is_one_line(body):
+    with open("/dev/full", "w") as full:
+        ended = run_program(body, stdout=full)
+    assert (ended.returncode, ended.stderr) == (
+        3,
+        b"error: standard output cannot be written (No space left on device)\n",
+    )
+
+
+def test_a_log_that_cannot_be_written_ends_nothing():
+    body = "logging.getLogger('simplest_vit').info(10**5 * 'x'); print('progress', file=sys.stderr); print('result')"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        for stream in (full, writer):
+            ended = run_program(body, stdout=subprocess.PIPE, stderr=stream)
+            assert (ended.returncode, ended.stdout) == (0, b"result\n")
+    os.close(writer)
+
+
+def test_what_would_break_a_line_or_a_terminal_is_escaped():
+    body = (
+        r"logging.getLogger('simplest_vit').info('a\x1b[2Jb\udcff'); print('c\udcff'); raise cli.UserError('d\ne\x1b')"
+    )
+    ended = run_program(body, stdout=subprocess.PIPE)
+    assert ended.stdout == rb"c\udcff" + b"\n"
+    log, error = ended.stderr.splitlines()
+    assert log.endswith(rb"  a\x1b[2Jb\udcff")
+    assert error == rb"error: d\ne\x1b"
+
+
+def test_help_needs_no_width_and_no_docstrings():
+    environment = os.environ | {"COLUMNS": "1", "PYTHONOPTIMIZE": "2"}
+    command = [sys.executable, "-m", "simplest_vit", "evaluate", "--help"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    flags = [line.split()[0] for line in ended.stdout.splitlines() if line.startswith("  --")]
+    assert flags[:2] == ["--workdir", "--config"]
+    assert set(flags[2:]) == {"--split", "--image_folder", "--coordinator_address", "--num_processes", "--process_id"}

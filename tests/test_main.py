@@ -19,16 +19,17 @@ TINY = [
 ]
 
 
-def main(*arguments):
-    return subprocess.run(
-        [sys.executable, "main.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+def main(*arguments, stdout=subprocess.PIPE):
+    command = [sys.executable, "main.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=300)
 
 
 def test_train_then_evaluate(tmp_path):
     command = ["--config", "configs/digits.py", "--workdir", tmp_path / "run", *TINY, f"--config.data.dir={tmp_path}"]
-    trained = main(*command)
+    with open("/dev/full", "w") as full:  # what is printed is on the disk as well
+        trained = main(*command, stdout=full)
     assert trained.returncode == 0, trained.stderr
+    assert "standard output cannot be written (No space left on device)" in trained.stderr
     assert "Traceback" not in trained.stderr
     assert "step 4/4 (100.0%)" in trained.stderr
     assert "steps/s" in trained.stderr

@@ -18,6 +18,7 @@ from simplest_vit.errors import UserError
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def test_the_plan_is_the_product_of_the_grid_and_the_seeds(tmp_path):
@@ -96,6 +97,40 @@ def test_failures_are_counted_and_the_sweep_goes_on_behind_them(tmp_path):
     assert (tmp_path / "made").exists()
 
 
+TALKS = "import sys, time; print(300_000 * 'x', file=sys.stderr, flush=True); time.sleep(float(sys.argv[1]))"
+
+
+@pytest.mark.parametrize(("reads", "seconds", "code"), [(False, 0, 0), (True, 60, 75)])
+def test_no_run_waits_for_who_reads_its_lines(tmp_path, reads, seconds, code):
+    """A pipe that is closed, and one whose reader has paused while a signal comes."""
+    program = f"""
+import sys
+from simplest_vit import cli
+from simplest_vit.commands import sweep
+
+sweep._READER_TIMEOUT_S = 0.5
+runs = [[sys.executable, "-c", {TALKS!r}, "{seconds}"] for _ in range(2)]
+point = sweep.Point({{}}, [__import__("pathlib").Path("p/a"), __import__("pathlib").Path("p/b")], runs)
+cli.run(lambda _: print(sweep.execute([point], [{{}}, {{}}]), flush=True), "", required=())
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=tmp_path
+    ) as process:
+        if reads:
+            process.stderr.read(1)  # both have started
+            time.sleep(2)
+            process.terminate()
+        else:
+            process.stderr.close()
+        assert process.wait(30) == code
+        assert process.stdout.read() == (b"" if reads else b"0\n")
+
+
+def test_a_folder_s_name_that_is_too_long_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"has 307 characters, at most 255 are possible"):
+        sweep.plan({"data.dir": [303 * "x"]}, 1, 0, str(tmp_path), [])
+
+
 # Writes when it begins and ends, and on which device it is; ends when so many have begun as there are devices.
 TELLS = """
 import os, pathlib, sys, time
@@ -151,13 +186,18 @@ def test_runs_share_the_gpus(platform, devices, at_once, expected):
 
 
 def test_each_run_gets_the_flags_of_the_config(tmp_path):
+    """Those in a flag file, too."""
+    (tmp_path / "flags.txt").write_text("--config.label_smoothing=0.25\n")
     given = ["--config", "configs/digits.py", "--noconfig.data.flip", "--config.weight_decay", "1e-5"]
     given += ["-config.epochs=3", "--config.data.flip"]
     arguments = ["--seeds", "1", "--print_commands", "--workdir", str(tmp_path / "sweep"), "--grid", "config.sam.rho=0"]
-    command = [sys.executable, "-m", "simplest_vit", "sweep", *given, *arguments]
+    command = [sys.executable, "-m", "simplest_vit", "sweep", *given, f"--flagfile={tmp_path}/flags.txt", *arguments]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     words = shlex.split(printed)
-    assert words[words.index("train") + 1 : -1] == [*given, "--config.sam.rho=0", "--config.seed=3407"]
+    assert words[words.index("train") + 1 : -1] == [
+        *given,
+        *("--config.label_smoothing=0.25", "--config.sam.rho=0", "--config.seed=3407"),
+    ]
 
 
 def test_jax_tells_its_devices():
@@ -177,9 +217,6 @@ def command(tmp_path, *arguments):
         *("--config.model.num_heads=2", "--config.model.mlp_dim=32", "--config.model.c_val_0_target=0.3"),
         *arguments,
     ]
-
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ flags.adopt_module_key_flags(processes)
 
 def main() -> None:
     """Run the command."""
-    split = flags.DEFINE_string("split", None, "Split to evaluate instead of the run's, such as test or train[:1000].")
+    split = flags.DEFINE_string("split", None, "Split to evaluate instead of the run's, such as test or test[:1000].")
     image_folder = cli.define_path("image_folder", None, "Folder with images of the same classes to evaluate instead.")
 
     def evaluate(arguments: list[str]) -> None:

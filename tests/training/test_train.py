@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simplest_vit import preemption
@@ -100,6 +102,21 @@ def test_evaluation_repeats_what_training_found(finished, data_dir, monkeypatch)
     }
     assert evaluated["best"]["validation_accuracy"] == outcome["best_validation_accuracy"]
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}, "evaluation wrote to the workdir"
+
+
+def test_evaluation_takes_another_split_or_folder_of_the_same_classes(finished, tmp_path):
+    workdir, outcome = finished
+    same, other = (
+        evaluate.evaluate(str(workdir), other_data={"validation_split": split})["latest"]["validation_accuracy"]
+        for split in ("validation", "validation[:100]")
+    )
+    assert same == outcome["validation_accuracy"]
+    assert other * 100 == pytest.approx(round(other * 100)), "of a hundred images"
+    for split, label in itertools.product(("train", "val"), "0123456789"):
+        (tmp_path / split / label).mkdir(parents=True)
+        Image.new("L", (8, 8), 20).save(tmp_path / split / label / "a.png")
+    with pytest.raises(UserError, match=r"image_folder has images of 3 channels, the run in .* expects 1; give others"):
+        evaluate.evaluate(str(workdir), other_data={"name": "image_folder", "manual_dir": str(tmp_path)})
 
 
 def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
