@@ -143,7 +143,7 @@ RECIPE_NETWORKS = {
     "E-SPA + TAT": Network("simplest_vit"),
 }
 
-_SOAP = {"soap": (1e-3, 2e-3, 4e-3, 8e-3)}
+_SOAP: dict[str, tuple[float, ...]] = {"soap": (1e-3, 2e-3, 4e-3, 8e-3)}
 _ADD_BACK = tuple(row for row in NETWORKS if row.startswith("isometric + "))
 _REPLACED = tuple(row for row in NETWORKS if "looks-linear" in row or " in place" in row or "TAT (eta" in row)
 TABLES: dict[str, Table] = {

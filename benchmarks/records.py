@@ -179,7 +179,7 @@ _VALUES = {
     "model.mlp": {"mirrored": "looks_linear", "shaped": "tat"},
     "model.init": {"paper": "espa_tat", "isometric": "orthogonal"},
 }
-_PRESETS = {
+_PRESETS: dict[str, dict[str, Any]] = {
     "simplest_vit": {"attention": "espa", "mlp": "tat", "activation": "tailored_relu", "init": "espa_tat"},
     "isometric_vit": {"attention": "shift", "mlp": "looks_linear", "activation": "gelu", "init": "orthogonal"},
 }
@@ -196,7 +196,7 @@ def modernize(flat: dict[str, Any]) -> dict[str, Any]:
         flat[name] = values.get(flat[name], flat[name])
     preset = flat["model.name"]
     if preset == "simple_vit":
-        own = dict.fromkeys(_PRESETS["simplest_vit"])
+        own: dict[str, Any] = dict.fromkeys(_PRESETS["simplest_vit"])
     else:
         preset = "isometric_vit" if "shift" in flat["model.attention"] or flat["model.mlp"] != "tat" else preset
         own = _PRESETS[preset]
