@@ -47,6 +47,11 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def print_error(error: UserError | TrainingError | Interrupted) -> int:
     """Print the line of an error and return its exit code."""
     print(

@@ -19,7 +19,7 @@ from simplest_vit.data.decode import eval_image
 from simplest_vit.data.prepare import open_prepared, prepare
 from simplest_vit.data.prepared import Prepared, Split
 from simplest_vit.data.records import DiskSplit
-from simplest_vit.errors import UserError
+from simplest_vit.errors import UserError, first_line
 
 _LOG = logging.getLogger(__name__)
 _LOADED = itertools.count()  # data sets, alike in all processes
@@ -216,7 +216,7 @@ def _prepare_once(data: Any) -> Prepared:
     try:
         return prepare(data.name, data.dir, data.manual_dir)
     except BaseException as problem:  # the others must neither wait, nor believe that the data are ready
-        error = (str(problem).splitlines() or [type(problem).__name__])[0]
+        error = first_line(problem)
         raise
     finally:
         if several and jax.process_index() == 0:

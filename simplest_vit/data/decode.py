@@ -7,7 +7,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from simplest_vit.errors import UserError
+from simplest_vit.errors import UserError, first_line
 
 # All that is ever opened. Pillow knows more formats, and starts another program for some (Ghostscript for EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")
@@ -175,4 +175,4 @@ def _check_pixels(height: int, width: int) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "of no format that is known"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)

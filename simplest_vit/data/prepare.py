@@ -28,7 +28,7 @@ from simplest_vit.data.builders.base import Builder, Content, Example, Shard
 from simplest_vit.data.prepared import Prepared
 from simplest_vit.data.progress import Progress
 from simplest_vit.data.records import cannot_read, cpu_count, system_error
-from simplest_vit.errors import UserError
+from simplest_vit.errors import UserError, first_line, one_line
 from simplest_vit.files import local_path
 
 _LEASE = 60  # seconds of silence after which a process that prepares counts as gone; it renews the lease every 20
@@ -61,7 +61,7 @@ def prepare(
         prepared = open_prepared(name, data_dir)
     else:
         root = _root(data_dir)
-        originals = _folder("data.manual_dir", manual_dir) if manual_dir else root / "downloads"
+        originals = Path(local_path(manual_dir)) if manual_dir else root / "downloads"
         path = root / builder.name / builder.version
         with _reading(originals):
             if builder.config or not path.exists():  # a prepared set needs its originals only to find its variant
@@ -99,14 +99,7 @@ def open_prepared(name: str, data_dir: str | None) -> Prepared:
 
 
 def _root(data_dir: str | None) -> Path:
-    return _folder("data.dir", data_dir or "~/tensorflow_datasets")
-
-
-def _folder(field: str, path: str) -> Path:
-    try:
-        return Path(local_path(path))
-    except UserError as error:
-        raise UserError(f"{field}={error}") from error
+    return Path(local_path(data_dir or "~/tensorflow_datasets"))
 
 
 def _check_originals(name: str, manual_dir: str | None, originals: Path) -> None:
@@ -148,8 +141,9 @@ def _open(folder: Path) -> tfds.core.DatasetBuilder:
         if isinstance(problem, OSError):
             cause = problem.__cause__ if isinstance(problem.__cause__, OSError) else problem
             raise cannot_read(Path(cause.filename or place), cause) from error
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise UserError(f"{place}: damaged ({reason}); restore it, or remove {folder} to prepare it again") from error
+        raise UserError(
+            f"{place}: damaged ({first_line(problem)}); restore it, or remove {folder} to prepare it again"
+        ) from error
 
 
 def _prepare_alone(
@@ -233,8 +227,8 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
     for split, shards in content.splits.items():
         stem = folder / f"{builder.name}-{split}.array_record"
         files[split] = {Path(f"{stem}-{i:05d}-of-{len(shards):05d}"): shard for i, shard in enumerate(shards)}
-    for left in set(folder.iterdir()).difference(*files.values()):
-        left.unlink()
+    for partial in set(folder.iterdir()).difference(*files.values()):
+        partial.unlink()
     missing = {file: shard for written in files.values() for file, shard in written.items() if not file.exists()}
     needed, free = sum(shard.size for shard in missing.values()), shutil.disk_usage(folder).free
     if needed > free:
@@ -242,7 +236,12 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
             f"data.dir={folder.parents[1]}: {builder.name} takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
             "free; free some space or choose another"
         )
-    unreadable = sum(_write_shards(split, written, features, skip_corrupt) for split, written in files.items())
+    unreadable = 0
+    for split, written in files.items():
+        left = {file: shard for file, shard in written.items() if file in missing}
+        progress = Progress(f"preparing {split}", sum(shard.size for shard in left.values()))
+        for file, shard in left.items():
+            unreadable += _write_shard(file, shard, features, progress, skip_corrupt)
     if unreadable and not skip_corrupt:
         raise UserError(
             f"{unreadable} unreadable images, listed above; repair or delete them, or prepare with --skip_corrupt"
@@ -278,39 +277,27 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
     info.write_to_directory(folder)
 
 
-def _write_shards(
-    split: str, shards: dict[Path, Shard], features: tfds.features.FeaturesDict, skip_corrupt: bool
+def _write_shard(
+    path: Path, shard: Shard, features: tfds.features.FeaturesDict, progress: Progress, skip_corrupt: bool
 ) -> int:
-    """Write the shards that are not there yet; return the number of unreadable images, which are named."""
-    missing = {path: shard for path, shard in shards.items() if not path.exists()}
-    progress = Progress(f"preparing {split}", sum(shard.size for shard in missing.values()))
-    unreadable = 0
-    for path, shard in missing.items():
-        partial = path.with_name(f"partial-{secrets.token_hex(4)}")
-        try:
-            found = _write_shard(partial, shard, features, progress)
-        except RuntimeError as error:  # array_record's, such as of a full disk
-            raise (system_error(error) or error) from error
-        if not found or skip_corrupt:  # else this shard is read again, and its images are listed again
-            os.replace(partial, path)
-        unreadable += found
-    return unreadable
-
-
-def _write_shard(path: Path, shard: Shard, features: tfds.features.FeaturesDict, progress: Progress) -> int:
     """Write a shard; return the number of unreadable images, which are named."""
-    unreadable = 0
-    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # JPEG and PNG compress no further
-    for example, image in _read_images(shard.examples()):
-        if isinstance(image, str):
-            print(f"unreadable image {printable(example.name)}: {image}", file=sys.stderr, flush=True)
-            unreadable += 1
-        else:
-            record = features.serialize_example(features.encode_example({"image": image, **example.features}))
-            # The order of a map's entries is random in each process, unless it is asked for.
-            writer.write(tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True))
-        progress.add(1, example.size)
-    writer.close()
+    unreadable, partial = 0, path.with_name(f"partial-{secrets.token_hex(4)}")
+    try:
+        writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")  # JPEG and PNG compress no further
+        for example, image in _read_images(shard.examples()):
+            if isinstance(image, str):
+                print(f"unreadable image {one_line(example.name)}: {image}", file=sys.stderr, flush=True)
+                unreadable += 1
+            else:
+                record = features.serialize_example(features.encode_example({"image": image, **example.features}))
+                # The order of a map's entries is random in each process, unless it is asked for.
+                writer.write(tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True))
+            progress.add(1, example.size)
+        writer.close()
+    except RuntimeError as error:  # array_record's, such as of a full disk
+        raise (system_error(error) or error) from error
+    if not unreadable or skip_corrupt:  # else this shard is read again, and its images are listed again
+        os.replace(partial, path)
     return unreadable
 
 
@@ -322,19 +309,14 @@ def _read_images(examples: Iterator[Example]) -> Iterator[tuple[Example, bytes |
             return example.image()
         except OSError as error:
             if error.errno not in _OF_ONE_FILE:
-                raise UserError(str(cannot_read(Path(printable(example.name)), error))) from error
+                raise UserError(str(cannot_read(Path(one_line(example.name)), error))) from error
             return str(error.strerror)
         except Exception as error:  # a zip file raises more than its own
-            return (str(error).splitlines() or [type(error).__name__])[0]
+            return first_line(error)
 
     with ThreadPoolExecutor(cpu_count()) as pool:
         while chunk := list(itertools.islice(examples, _CHUNK)):
             yield from zip(chunk, pool.map(read, chunk), strict=True)
-
-
-def printable(name: str) -> str:
-    """Escape what is no text or would move a terminal's cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 def describe(prepared: Prepared) -> str:

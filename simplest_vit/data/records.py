@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.proto import tf_example_pb2
 
 from simplest_vit.data.progress import Progress
-from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.errors import TrainingError, UserError, first_line
 
 try:
     import resource
@@ -172,8 +172,7 @@ def _explain(error: RuntimeError, path: Path) -> UserError | TrainingError:
     """Return what to raise if array_record cannot read a file."""
     if problem := system_error(error):
         return cannot_read(path, problem)
-    reason = str(error).splitlines()[0]
-    return UserError(f"{path}: damaged ({reason}); restore it, or remove {path.parent} to prepare it again")
+    return UserError(f"{path}: damaged ({first_line(error)}); restore it, or remove {path.parent} to prepare it again")
 
 
 def cpu_count() -> int:

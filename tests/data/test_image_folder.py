@@ -183,7 +183,7 @@ def test_a_class_name_that_cannot_be_kept_is_told(photos, tmp_path, name):
     assert not (tmp_path / "tfds").exists()
 
 
-@pytest.mark.parametrize("name", ["caf\udce9", "a:b|c*", "line\nbreak", "Ünïcode dir"])
+@pytest.mark.parametrize("name", ["a:b|c*", "line\nbreak", "Ünïcode dir"])
 def test_a_folder_may_have_any_name(photos, tmp_path, name):
     builder = prepare("image_folder", tmp_path / "tfds", photos.rename(tmp_path / name))
     assert builder.info.splits["validation"].num_examples == 2

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from simplest_vit.data.decode import decode_image
 from simplest_vit.data.progress import Progress
-from simplest_vit.errors import UserError
+from simplest_vit.errors import UserError, first_line
 
 _SHARD_BYTES = 2**28
 
@@ -85,9 +85,8 @@ class Archive:
                 raise OSError(difference)
             partial.rename(path)
         except (OSError, http.client.HTTPException) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"cannot download {self.url} ({reason}); download it by other means and set "
+                f"cannot download {self.url} ({first_line(error)}); download it by other means and set "
                 f"data.manual_dir to the folder that holds {self.file_name}"
             ) from error
         finally:
