@@ -1,7 +1,7 @@
-"""A run of several processes, one for each host or device, by JAX's own multi-controller runtime.
+"""A run of several processes, one for each host or device, by JAX's multi-controller runtime.
 
-Every process runs the same program on its share of each batch. Process 0 is also the coordinator that the others
-connect to, and the only one that logs and writes results; checkpoints are written by all of them.
+Every process runs the same program on its share of each batch. Process 0 is also the coordinator to which the others
+connect, and the only one that logs and writes results. All of them write checkpoints.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from jax.experimental import multihost_utils
 
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError, print_error
 
-# Seconds: until all processes must have started, until one that is silent counts as gone, and for failing together.
+# Seconds until all processes must have started, until a silent one counts as gone, and for failing together.
 _START_TIMEOUT = 300
 _HEARTBEAT_TIMEOUT = 30
 _FAILURE_TIMEOUT = 10
-# What collectives (gloo on CPU, NCCL on GPU) and the coordinator say of a process that has gone.
+# Errors of collectives (gloo on CPU, NCCL on GPU) and of the coordinator when a process has gone.
 _GONE = re.compile(r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)|gloo|connection|remote process|heartbeat", re.IGNORECASE)
 
 log = logging.getLogger("simplest_vit")
@@ -37,10 +37,10 @@ log = logging.getLogger("simplest_vit")
 def initialize(
     detect: bool, coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Connect to the other processes; must come before anything that uses a device.
+    """Connect to the other processes. Must be called before anything that uses a device.
 
     Args:
-      detect: Whether the cluster (SLURM, MPI, Kubernetes, TPU) says what follows, which is None then.
+      detect: Whether to ask the cluster (SLURM, MPI, Kubernetes, TPU) for the other arguments, which are None then.
       coordinator_address: Host and port of process 0, such as "10.0.0.1:1234".
       num_processes: Number of processes.
       process_id: Number of this one, from 0.
@@ -60,7 +60,7 @@ def initialize(
     if not detect and missing:
         raise UserError(
             f"--{missing[0]} is missing; a run of several processes needs {', '.join(f'--{name}' for name in given)}, "
-            "or --config.distributed=auto on a cluster that tells them"
+            "or --config.distributed=auto on a cluster that provides them"
         )
     if num_processes is not None and process_id is not None and process_id >= num_processes:
         raise UserError(f"--process_id={process_id} must be below --num_processes={num_processes}")
@@ -93,7 +93,7 @@ def initialize(
 
 
 def _reach(address: str, process_id: int) -> None:
-    """Wait for the coordinator, of whose absence JAX would tell by aborting."""
+    """Wait for the coordinator; JAX would abort the process if it is absent."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator_address={address} must be HOST:PORT, such as 10.0.0.1:1234")
@@ -111,18 +111,15 @@ def _reach(address: str, process_id: int) -> None:
 
 
 def is_primary() -> bool:
-    """Whether this process writes logs and results."""
+    """Return whether this process writes logs and results."""
     return jax.process_index() == 0
 
 
 def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
-    """What process 0 is answered, for all of them: of what is on a disk each may see something else.
+    """Call `ask` on process 0 and broadcast its result, because each process may see another state of a disk.
 
     Args:
-      ask: Called by process 0 only; returns plain JSON.
-
-    Returns:
-      The answer.
+      ask: Returns plain JSON.
 
     Raises:
       UserError: In all processes, if `ask` raises it.
@@ -137,22 +134,22 @@ def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
             content = json.dumps({"error": str(error)}).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     characters = np.frombuffer(content.ljust(size), np.uint8)  # of the same shape in all
-    told = json.loads(multihost_utils.broadcast_one_to_all(characters).tobytes())
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["answer"]
+    received = json.loads(multihost_utils.broadcast_one_to_all(characters).tobytes())
+    if "error" in received:
+        raise UserError(received["error"])
+    return received["answer"]
 
 
 @contextlib.contextmanager
 def abort_together() -> Iterator[None]:
-    """Around the program: where one process of several cannot go on, none waits for it for ever.
+    """Stop all processes of a run if one of them cannot continue.
 
-    Where all fail alike, within `_FAILURE_TIMEOUT`, each ends as if it were alone. Where one fails, it leaves at once,
-    as the others do when collectives fail, or JAX aborts them once heartbeats have been missing for
-    `_HEARTBEAT_TIMEOUT`. Nothing is closed then: checkpoints and JAX's own shutdown would wait for all.
+    If all fail alike, within `_FAILURE_TIMEOUT`, each ends as if it were alone. If one fails, it exits immediately. So
+    do the others when collectives fail, or JAX aborts them after `_HEARTBEAT_TIMEOUT` without a heartbeat. Nothing is
+    closed then, because checkpoints and JAX's own shutdown would wait for all processes.
 
     Raises:
-      TrainingError: If a process that is alone is out of device memory.
+      TrainingError: If a single process is out of device memory.
     """
     several = jax.process_count() > 1
     try:
@@ -168,21 +165,21 @@ def abort_together() -> Iterator[None]:
             what = "another process of the run has gone" if _GONE.search(reason) else "the computation failed"
             line = (
                 f"{what} ({reason}); the last checkpoint is intact: rerun the command for all processes to "
-                "go on from it"
+                "resume from it"
             )
         else:
             raise
         if several:
-            _leave(TrainingError(line))
+            _exit_now(TrainingError(line))
         raise TrainingError(line) from error
     except BaseException as error:
         if several and (isinstance(error, CheckpointError) or not _all_fail()):
-            _leave(error)
+            _exit_now(error)
         raise
 
 
 def _all_fail() -> bool:
-    """Whether all processes come here."""
+    """Return whether all processes arrive here."""
     try:
         ocp.multihost.get_barrier_sync_fn()(key="failure", timeout_ms=1000 * _FAILURE_TIMEOUT)
     except jax.errors.JaxRuntimeError:
@@ -190,7 +187,7 @@ def _all_fail() -> bool:
     return True
 
 
-def _leave(error: BaseException) -> NoReturn:
+def _exit_now(error: BaseException) -> NoReturn:
     """End this process without waiting for anything."""
     if isinstance(error, UserError | TrainingError | Interrupted):
         code = print_error(error)

@@ -21,8 +21,8 @@ from simplest_vit.optimizers.shampoo.sharding import slots_spec
 def create_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arrange devices as [data, fsdp].
 
-    Those of one process are neighbours: it reads one contiguous part of each batch, and parameters are gathered over
-    the fast links within a host for as long as `fsdp` is no more than its devices.
+    The devices of one process are neighbours: it reads one contiguous part of each batch, and parameters are gathered
+    over the fast links within a host if `fsdp` is at most its number of devices.
 
     Args:
       fsdp: Devices that share one copy of the parameters.
@@ -43,10 +43,10 @@ def create_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> M
 
 
 def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
-    """Check that every device has an equal share of each (micro-)batch.
+    """Check that every device has an equal share of each micro-batch.
 
     Raises:
-      UserError: If not.
+      UserError: If the number of devices does not divide it.
     """
     if batch_size % mesh.size:
         raise UserError(
@@ -62,23 +62,22 @@ def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> No
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """Return the sharding of what is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Split along the first axis, over all devices."""
+    """Return the sharding of a batch: split along the first axis, over all devices."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def state_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The rules of a `TrainState`.
+    """Return how an array of a `TrainState` is split.
 
-    - Stacks of Shampoo and SOAP: their slots over all devices, where that divides evenly, else another axis
-      (`slots_spec`).
+    - Stacks of Shampoo and SOAP: slots over all devices if they divide evenly, else another axis (`slots_spec`).
     - Matrices among the parameters, their moments and their average: the largest dimension that `fsdp` divides, and
       never the axis that stacks layers, along which the model scans.
-    - Vectors, scalars and the model's constants: whole, for they are small.
+    - Vectors, scalars and the model's constants: whole, because they are small.
 
     Args:
       path: Key path from the state's root.
@@ -101,26 +100,18 @@ def state_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Par
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """The sharding of every array of a state, by `state_spec`.
-
-    Args:
-      state: A `TrainState`, or its shapes.
-      mesh: The devices.
-
-    Returns:
-      A tree of `NamedSharding` of the same structure.
-    """
+    """Return a tree of the sharding of every array of a `TrainState`, or of its shapes, by `state_spec`."""
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, state_spec(path, x.shape, mesh)), state)
 
 
 def bytes_per_device(state: Any) -> int:
-    """Bytes that one device holds of a state, or of its description with shardings."""
+    """Count the bytes that one device holds of a state, or of its description with shardings."""
     shards = ((x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(state))
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
 
 def memory_line(state: Any) -> str:
-    """Tell the mesh and the memory that the state takes."""
+    """Describe the mesh and the memory that the state takes."""
     mesh = jax.tree.leaves(state)[0].sharding.mesh
     return (
         f"{mesh.size} devices: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}; "

@@ -1,8 +1,8 @@
 """clu's metric writers without TensorFlow.
 
-`clu.metric_writers` imports TensorFlow for one class, its `SummaryWriter` (CommonLoopUtils issue 358). Where TensorFlow
-is not installed, a writer that needs only the `tensorboard` package takes that class's place before the first import,
-and the rest of clu works as it is. Import `metric_writers` from here, never from clu.
+`clu.metric_writers` imports TensorFlow for one class, its `SummaryWriter` (CommonLoopUtils issue 358). If TensorFlow is
+not installed, a writer that needs only the `tensorboard` package replaces that class before the first import, and the
+rest of clu works as it is. Import `metric_writers` from here, never from clu.
 """
 
 import contextlib
@@ -28,26 +28,26 @@ log = logging.getLogger("simplest_vit")
 
 
 class SummaryWriter:
-    """What training uses of clu's `MetricWriter`, over a TensorBoard event file; clu calls it from a thread of its own.
+    """The part of clu's `MetricWriter` that training uses, for a TensorBoard event file; clu calls it from a thread.
 
-    Where the file cannot be written, that is reported once, and what follows is dropped: no reason to end a run.
+    A file that cannot be written is reported once, and the rest is dropped: that is no reason to end a run.
     """
 
     def __init__(self, logdir: str):
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._path = pathlib.Path(logdir, name)
         self._file: BinaryIO | None = None
-        with self._told():
+        with self._reported():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("xb")
             self._add(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _reported(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            log.warning("%s cannot be written (%s): the run goes on without it", self._path, error.strerror)
+            log.warning("%s cannot be written (%s): the run continues without it", self._path, error.strerror)
             file, self._file = self._file, None
             if file:
                 with contextlib.suppress(OSError):
@@ -55,7 +55,7 @@ class SummaryWriter:
 
     def _add(self, event: event_pb2.Event) -> None:
         if self._file:
-            with self._told():
+            with self._reported():
                 RecordWriter(self._file).write(event.SerializeToString())
                 self._file.flush()
 

@@ -61,7 +61,7 @@ def test_an_event_file_that_cannot_grow_does_not_stop_the_run(tmp_path):
     stderr = run.finish()
     assert "Traceback" not in stderr
     (line,) = [line for line in stderr.splitlines() if "tfevents" in line]
-    assert line.endswith("cannot be written (File too large): the run goes on without it")
+    assert line.endswith("cannot be written (File too large): the run continues without it")
     (events,) = run.workdir.glob("*tfevents*")
     assert events.stat().st_size == 64 * 1024
     assert_same_end(run, uninterrupted.end())
