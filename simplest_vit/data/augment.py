@@ -22,7 +22,7 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What is done to a batch; hashable, for it is a static argument of `jax.jit`.
+    """The preprocessing of a batch; hashable, because it is a static argument of `jax.jit`.
 
     Mean and deviation are per channel, of pixels in [0, 1]; `num_ops` and `magnitude` are RandAugment's. The meaning of
     the others stands with the fields of `config.data`.
@@ -41,7 +41,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, info: Any, data: Any = None) -> "Preprocessing":
-        """What belongs to a data set: for evaluation, or with a `config.data`, for training."""
+        """Return the preprocessing of a data set: for evaluation, or with a `config.data`, for training."""
         fields = {"mean": info.mean, "std": info.std, "num_classes": info.num_classes}
         if data:
             names = ("crop_padding", "flip", "mixup_alpha", "cutmix_alpha", "mixup_mode")
@@ -71,7 +71,7 @@ def train_batch(key: jax.Array, images: jax.Array, labels: jax.Array, preprocess
     per_example = p.mixup_mode == "example"
     if p.mixup_alpha and p.cutmix_alpha:
         which_key, mix_key = jax.random.split(mix_key)
-        # Both are computed: a condition would be decided by the host of a GPU.
+        # Both are computed, because the host of a GPU would have to decide a condition.
         mixed = mixup(mix_key, x, y, p.mixup_alpha, per_example), cutmix(mix_key, x, y, p.cutmix_alpha, per_example)
         x, y = optax.tree.where(jax.random.bernoulli(which_key), *mixed)
     elif p.mixup_alpha:
@@ -176,7 +176,7 @@ def cutmix(
 
 
 def symmetric_beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
-    """Draw from Beta(alpha, alpha), by its quantiles.
+    """Draw from Beta(alpha, alpha) by its quantiles.
 
     `jax.random.beta` rejects samples in a loop of unknown length, for which a GPU waits for its host in every step.
 
@@ -192,7 +192,7 @@ def symmetric_beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.
 
 @functools.cache
 def _quantiles(alpha: float) -> np.ndarray:
-    """The quantiles of Beta(alpha, alpha) at 0, 1 / 8192, ..., 1; float32."""
+    """Compute the quantiles of Beta(alpha, alpha) at 0, 1 / 8192, ..., 1; float32."""
     return special.betaincinv(alpha, alpha, np.linspace(0, 1, 8193)).astype(np.float32)
 
 

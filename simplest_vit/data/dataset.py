@@ -1,4 +1,4 @@
-"""A loaded data set: what a model needs to know of it, and where its examples are."""
+"""Load a data set: the facts that a model needs, and its examples on the device or on disk."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ class InMemorySplit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What a run must know of its data, and keeps in its folder as `dataset.json`.
+    """The facts of a data set that a run needs, kept in its folder as `dataset.json`.
 
     Attributes:
       version: Of the prepared data set, such as "3.0.2".
@@ -136,7 +136,7 @@ class Dataset(DatasetInfo):
 
     @property
     def info(self) -> DatasetInfo:
-        """What is known of the data set, without its examples."""
+        """The facts of the data set, without its examples."""
         return DatasetInfo(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DatasetInfo)})
 
 

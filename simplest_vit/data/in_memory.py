@@ -1,4 +1,4 @@
-"""Batches of a data set that lives on the device: sampling and augmentation in one jitted function.
+"""Make batches of a data set that lives on the device: sampling and augmentation in one jitted function.
 
 The arrays are arguments of the jitted functions, never constants in them, and (seed, step) are traced:
 one trace and one compilation serve the whole run, and each call is dispatched without waiting for the last.

@@ -103,7 +103,7 @@ def _root(data_dir: str | None) -> Path:
 
 
 def _check_originals(name: str, manual_dir: str | None, originals: Path) -> None:
-    """Raise a UserError if the folder that is named has nothing, or none is named where there must be one."""
+    """Raise a UserError if the named folder is empty, or none is named although the data set needs one."""
     if manual_dir and not (originals.is_dir() and any(originals.iterdir())):
         problem = "an empty folder" if originals.is_dir() else "no such folder"
         raise UserError(f"data.manual_dir={manual_dir}: {problem}; give the one with the original files")
@@ -203,7 +203,7 @@ def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) 
 
 
 def _name_old_copies(folder: Path) -> None:
-    """Name what has been prepared of another state of the same originals, `NAME-ORIGINALS-STATE` like this one."""
+    """Print the copies that were prepared of earlier states of the same folder, `NAME-ORIGINALS-STATE`."""
     prefix = folder.name.rpartition("-")[0]
     old = sorted(other for other in folder.parent.glob(f"{prefix}-*") if other != folder)
     if old:

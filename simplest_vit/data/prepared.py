@@ -1,4 +1,4 @@
-"""A prepared data set: features found by their type, splits in TFDS's syntax, and what is measured of it once."""
+"""A prepared data set: features found by their type, splits in TFDS's syntax, and measurements made once."""
 
 import contextlib
 import dataclasses
@@ -157,7 +157,7 @@ class Prepared:
         return Split(field, spec, intervals, disk, labels, pixels, self._shape)
 
     def classes(self, label: str) -> np.ndarray:
-        """Return the labels that occur in any split; -1, where TFDS has none, is not one."""
+        """Return the labels that occur in any split; TFDS's -1 for an unknown label is left out."""
         labels = np.concatenate([self._measured[f"{name}/{label}"] for name in self.info.splits])
         return np.unique(labels[labels >= 0])
 
@@ -175,7 +175,7 @@ class Prepared:
 
     @functools.cached_property
     def _measured(self) -> dict[str, np.ndarray]:
-        """What has been measured of the data set, without the decoded images."""
+        """The measurements of the data set, without the decoded images."""
         path, state = self.folder / _SIDECAR, self._state()
         try:
             with path.open("rb") as opened, np.load(opened) as file:

@@ -1,4 +1,4 @@
-"""How far something is that takes minutes: a line every few seconds."""
+"""Progress lines for long operations."""
 
 import functools
 import sys
@@ -11,7 +11,7 @@ _TELL_EVERY = 5  # seconds
 
 
 class Progress:
-    """Count what is done, and tell every few seconds how much, how fast and how long the rest will take.
+    """Count finished work and report amount, speed and remaining time every few seconds.
 
     Args:
       what: What is done.

@@ -65,7 +65,7 @@ def rand_augment(key: jax.Array, images: jax.Array, num_ops: int, magnitude: int
     shape = (num_ops, len(images))
     operations = jax.random.randint(operation_key, shape, 0, len(Operation))
     negative = jax.random.bernoulli(sign_key, 0.5, shape)
-    # A loop, not unrolled: compiled once, and what one round made is stored before the next reads it.
+    # A loop, not unrolled: it is compiled once, and each round is stored before the next reads it.
     return jax.lax.fori_loop(
         0, num_ops, lambda i, x: apply_operations(x, operations[i], negative[i], magnitude), images
     )
@@ -105,7 +105,7 @@ def _apply_operation(image: jax.Array, operation: jax.Array, negative: jax.Array
 
 
 def _affine_coefficients(height: int, width: int, magnitude: int) -> np.ndarray:
-    """PIL's fixed-point coefficients of each operation and sign, int32 [14, 2, 6].
+    """Compute PIL's fixed-point coefficients of each operation and sign, int32 [14, 2, 6].
 
     A row (a, b, c, d, e, f) takes the output pixel (x, y) from the input pixel
     ((a x + b y + c) >> 16, (d x + e y + f) >> 16).
@@ -143,7 +143,7 @@ def _warp(image: jax.Array, operation: jax.Array, negative: jax.Array, magnitude
 
 
 def _factor(negative: jax.Array, magnitude: int) -> jax.Array:
-    """The weight of the image against the degenerate one, float32 scalar: 1 plus or minus 0.9 * magnitude / 30.
+    """Compute the weight of the image against the degenerate one, float32 scalar: 1 plus or minus 0.9 * magnitude / 30.
 
     To the last bit as torchvision's, whose float32 `linspace` counts from its nearer end.
     """
@@ -154,7 +154,7 @@ def _factor(negative: jax.Array, magnitude: int) -> jax.Array:
 
 
 def _grey(image: jax.Array) -> jax.Array:
-    """PIL's conversion to grey, int32 [H, W, 1]."""
+    """Convert an image to grey as PIL does: int32 [H, W, 1]."""
     x = image.astype(jnp.int32)
     if x.shape[2] == 1:
         return x
@@ -216,12 +216,12 @@ def _look_up(image: jax.Array, operation: jax.Array, negative: jax.Array, magnit
 
 
 def _mean(grey: jax.Array) -> jax.Array:
-    """The mean rounded to the nearest integer, halves up: int32 scalar."""
+    """Compute the mean rounded to the nearest integer, halves up: int32 scalar."""
     return (2 * grey.sum() + grey.size) // (2 * grey.size)
 
 
 def _histogram(image: jax.Array) -> jax.Array:
-    """Counts of the values of each channel of an image [H, W, C], int32 [C, 256]."""
+    """Count the values of each channel of an image [H, W, C], int32 [C, 256]."""
     channels = image.shape[2]
     bins = image.astype(jnp.int32) + 256 * jnp.arange(channels)[None, None]
     counts = jnp.zeros(channels * 256, jnp.int32).at[bins].add(1, mode="promise_in_bounds")
@@ -229,7 +229,7 @@ def _histogram(image: jax.Array) -> jax.Array:
 
 
 def _equalize_table(histogram: jax.Array) -> jax.Array:
-    """PIL's equalization, int32 [C, 256]; the identity where there are too few pixels or values."""
+    """Compute PIL's equalization, int32 [C, 256]; the identity if there are too few pixels or values."""
     values = jnp.arange(256)[None]
     last = jnp.max(jnp.where(histogram > 0, values, 0), 1, keepdims=True)
     step = (histogram.sum(1, keepdims=True) - jnp.take_along_axis(histogram, last, 1)) // 255
@@ -239,7 +239,7 @@ def _equalize_table(histogram: jax.Array) -> jax.Array:
 
 
 def _auto_contrast_table(low: jax.Array, high: jax.Array) -> jax.Array:
-    """PIL's stretch of [low, high], uint8 [C], to [0, 255]: int32 [C, 256]; the identity where they are equal."""
+    """Compute PIL's stretch of [low, high], uint8 [C], to [0, 255]: int32 [C, 256]; the identity if they are equal."""
     low, high = low.astype(jnp.int32), high.astype(jnp.int32)
     values = jnp.arange(256)[None]
     span = (high - low)[:, None]
@@ -249,13 +249,13 @@ def _auto_contrast_table(low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Floor of a / b of integers a >= 0 and b > 0, exactly for a < 2**22; faster than integer division."""
+    """Compute floor(a / b) of integers a >= 0 and b > 0, exact for a < 2**22; faster than integer division."""
     return jnp.floor((a + 0.5) / b).astype(jnp.int32)
 
 
 @functools.cache
 def _auto_contrast_shortfall() -> np.ndarray:
-    """Where PIL's float64 arithmetic falls just short of an integer and truncates it to one less.
+    """Find where PIL's float64 arithmetic falls just short of an integer and truncates it to one less.
 
     A bit for each lowest, highest and pixel value, packed along the last: uint8 [256, 256, 32].
     """

@@ -1,4 +1,4 @@
-"""Read array_record files at random: few are open at a time, and only a checksum makes one damaged."""
+"""Read array_record files at random: few are open at a time, and only a checksum calls one damaged."""
 
 import contextlib
 import errno
@@ -39,7 +39,7 @@ _REMEDIES = {
 
 
 class Shard(NamedTuple):
-    """A part of a file: `take` of its `total` examples, from `skip` on."""
+    """A part of a file: `take` of its `total` examples, starting at `skip`."""
 
     path: Path
     skip: int

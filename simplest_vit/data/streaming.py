@@ -1,4 +1,4 @@
-"""Batches of a data set that stays on disk: Grain reads, decodes and crops; the device does the rest.
+"""Make batches of a data set that stays on disk: Grain reads, decodes and crops; the device does the rest.
 
 Work comes in chunks of a few dozen examples. Chunk k of the run depends on (seed, k) alone, so neither the number of
 workers nor of hosts changes a batch. Each host reads only its own chunks; a resume starts at the chunk reached.
@@ -37,11 +37,11 @@ from simplest_vit.errors import TrainingError, UserError
 
 _LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 32
-_IMAGES_PER_WORKER = 2000  # that make up for the seconds in which it starts
+_IMAGES_PER_WORKER = 2000  # that are worth the seconds of its start
 _BATCHES_AHEAD = 2  # on the device as uint8, beyond the one in use
-# What ends a worker process, and the remedy.
+# Signals that end a worker process, with cause and remedy.
 _SIGNALS: dict[int, str] = {
-    signal.SIGKILL: "SIGKILL, as the system does where memory runs out; lower config.data.num_workers or free memory",
+    signal.SIGKILL: "SIGKILL, as sent when memory runs out; lower config.data.num_workers or free memory",
     signal.SIGBUS: "SIGBUS: /dev/shm is full; enlarge it (docker run --shm-size=1g) or set config.data.num_workers=0",
 }
 _Chunk = dict[str, np.ndarray]
@@ -85,7 +85,7 @@ def eval_chunks(dataset: Dataset, batch_size: int) -> grain.MapDataset:
 
 
 def _rows(batch_size: int) -> np.ndarray:
-    """The rows of a batch that this host reads, by chunks: int64 [chunks, chunk]."""
+    """Compute the rows of a batch that this host reads, by chunks: int64 [chunks, chunk]."""
     hosts = jax.process_count()
     if batch_size % hosts:
         raise UserError(f"batch_size={batch_size}: not divisible by the {hosts} hosts")
@@ -116,7 +116,7 @@ def random_resized_crop(content: bytes, rng: np.random.Generator, size: int, cha
 
 
 def _random_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random box."""
+    """Draw a random box (left, top, width, height)."""
     log_ratio = math.log(4 / 3)
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)
@@ -164,7 +164,7 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
     """Read chunks in worker processes, or in threads of this one, and join them to batches."""
     if num_workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, also where the program has none
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, even if the program has none
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         stream = chunks.to_iter_dataset(options).mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
@@ -190,7 +190,7 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
 
 
 def _start_workers(iterator: grain.DatasetIterator) -> None:
-    """Start the worker processes, deaf to signals that end a run, which ends them itself once it has saved.
+    """Start the worker processes with signals blocked; a run that receives one saves and then ends them itself.
 
     A terminal sends SIGINT to all processes of a command, and a cluster may send SIGTERM to all. A new process inherits
     what is blocked in the thread that starts it: it is deaf from its first moment, not only once it has imported all.
@@ -204,7 +204,7 @@ def _start_workers(iterator: grain.DatasetIterator) -> None:
 
 
 def _signal_that_ended(error: RuntimeError) -> str | None:
-    """The signal that ended a worker process, and why that may be; None of any other error."""
+    """Return the signal that ended a worker process, with its likely cause; None for any other error."""
     number = re.search(r"exit code -(\d+)", str(error))
     return _SIGNALS.get(int(number[1])) if number else None
 
@@ -216,7 +216,7 @@ def _close(iterator: grain.DatasetIterator) -> None:
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """Called in a worker process, which would outlive a run that is killed and keep its shared memory."""
+    """End this worker process with its parent; it would outlive a run that is killed and keep its shared memory."""
     del worker, workers
     parent: Any = multiprocessing.parent_process()
 
@@ -228,7 +228,7 @@ def _end_with_parent(worker: int, workers: int) -> None:
 
 
 def _join(chunks: Iterator[_Chunk]) -> _Chunk:
-    """Chunks as one, with none of the shared memory they came in; nothing if there are none."""
+    """Join chunks to one, copied out of shared memory; return an empty dict if there are none."""
     parts = list(chunks)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
@@ -241,7 +241,7 @@ def _to_device(arrays: tuple[np.ndarray, ...], sharding: NamedSharding | None) -
 
 
 def _ahead(batches: Iterator[_Arrays]) -> Iterator[_Arrays]:
-    """The same batches, with the transfer of the next two begun before each is used."""
+    """Yield the same batches, with the transfer of the next two started before each is used."""
     queue = collections.deque(itertools.islice(batches, 1 + _BATCHES_AHEAD))
     while queue:
         yield queue.popleft()

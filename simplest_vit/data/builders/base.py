@@ -1,4 +1,4 @@
-"""What a data set is made of: a description, and how to read the files that its authors published."""
+"""The parts of a data set: a description, and how to read the files that its authors published."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ _SHARD_BYTES = 2**28
 
 
 class Example(NamedTuple):
-    """An example of which the image is not read yet."""
+    """An example whose image has not been read yet."""
 
     name: str  # in messages
     size: int  # of the original in bytes
@@ -28,14 +28,14 @@ class Example(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A file to write: how many bytes of the originals it takes, and its examples when they are asked for."""
+    """A file to write: the size of its originals in bytes, and a function that reads its examples."""
 
     size: int
     examples: Callable[[], Iterator[Example]]
 
 
 class Content(NamedTuple):
-    """What the original files hold: TFDS's features, and the shards of each split."""
+    """The content of the original files: TFDS's features, and the shards of each split."""
 
     features: dict[str, Any]
     splits: dict[str, list[Shard]]
@@ -53,11 +53,11 @@ class Archive:
 
     @property
     def file_name(self) -> str:
-        """The archive's own name."""
+        """The name of the archive's file."""
         return self.url.rsplit("/", 1)[-1]
 
     def _difference(self, path: Path) -> str:
-        """How a file differs from the published archive; nothing if it is the same."""
+        """Describe how a file differs from the published archive; empty if it does not."""
         size = path.stat().st_size
         if size != self.size:
             return f"{size:,} bytes, expected {self.size:,}"
@@ -66,7 +66,7 @@ class Archive:
         return f"SHA-256 {found}, expected {self.sha256}" if found != self.sha256 else ""
 
     def download(self, folder: Path) -> None:
-        """Download the archive into a folder unless it is there; a UserError if that fails or it is another."""
+        """Download the archive into a folder unless it is there; raise a UserError if that fails or it is another."""
         path = folder / self.file_name
         if path.exists():
             return
@@ -76,7 +76,7 @@ class Archive:
         progress = Progress(f"downloading {self.file_name}", self.size / 1e6, unit="MB")
 
         def tell(block: int, size: int, total: int) -> None:
-            megabytes = size / 1e6 if block else 0.0  # before the first one it is called with 0
+            megabytes = size / 1e6 if block else 0.0  # it is called with 0 before the first block
             progress.add(megabytes, megabytes)
 
         try:
@@ -97,10 +97,10 @@ class Archive:
 
         Args:
           folder: Holds the archive itself, the folder it unpacks to, or is that folder.
-          members: Names in the archive's folder; the first one tells that folder.
+          members: Names in the archive's folder; the first one identifies that folder.
 
         Returns:
-          For each member where it is, for messages, and its content.
+          For each member its place, for messages, and its content.
 
         Raises:
           UserError: If the archive and its files are missing, or damaged.
@@ -130,11 +130,11 @@ class Builder:
 
     Attributes:
       name: TFDS's name; the version is TFDS's, too.
-      image_shape: (H, W, C) of the images; where they have no common size, what they are resized to.
+      image_shape: (H, W, C) of the images; if they differ in size, the shape that they are resized to.
       mean: Per channel, of pixels in [0, 1], as the field uses it; so is `std`.
-      read: From the folder with the original files to what they hold.
-      config: From that folder to the name of a variant, where there are several.
-      archive: What to download where no folder is given.
+      read: From the folder with the original files to their content.
+      config: From that folder to the name of a variant, if there are several.
+      archive: The archive to download if no folder is given.
       resumable: Whether what an interrupted process has written is kept.
       expected: Images of each split in the published set, if fewer are possible.
     """

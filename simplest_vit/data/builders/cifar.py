@@ -13,8 +13,8 @@ from simplest_vit.data.decode import encode_png
 from simplest_vit.errors import UserError
 
 EXAMPLES = {"train": 50_000, "test": 10_000}
-# A record is one byte for each label, then the pixels, channel by channel. For each label the file of its names and
-# their number.
+# A record is one byte for each label, then the pixels, channel by channel. The values are the file of a
+# label's names and their number.
 _Labels = dict[str, tuple[str, int]]
 
 
@@ -42,7 +42,7 @@ def _read(labels: _Labels, files: dict[str, list[str]], archive: Archive, folder
 
 
 def _records(path: str, content: bytes, examples: int, labels: _Labels, archive: Archive) -> np.ndarray:
-    """The records of a file, uint8 [examples, record size]."""
+    """Return the records of a file, uint8 [examples, record size]."""
     size = examples * (len(labels) + 3 * 32 * 32)
     if len(content) != size:
         raise UserError(f"{path}: {len(content):,} bytes, expected {size:,}; unpack {archive.url} again")

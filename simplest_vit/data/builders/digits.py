@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: real, bundled with the package, ready in a second and offline."""
+"""Scikit-learn's handwritten digits, which come with the package."""
 
 import functools
 from pathlib import Path

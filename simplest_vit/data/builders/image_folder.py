@@ -1,4 +1,4 @@
-"""A folder of one's own images: a folder for each class, in one for each split or in none."""
+"""A user's own images: a folder for each class, in a folder for each split or in one folder."""
 
 import collections
 import hashlib
@@ -16,8 +16,8 @@ from simplest_vit.data.builders.imagenet import IMAGENET
 from simplest_vit.data.decode import SUFFIXES
 from simplest_vit.errors import UserError
 
-_VALIDATION_FOLDERS = ("val", "validation", "valid", "test")  # the first that is there counts
-_HELD_OUT = 0.2  # of each class, if there is one folder for both splits
+_VALIDATION_FOLDERS = ("val", "validation", "valid", "test")  # the first that exists is used
+_HELD_OUT = 0.2  # of each class, if one folder holds both splits
 _RULE = (
     "Images in CLASS/; of each class 80 % train and 20 % validate, chosen by a hash of the file's name: the same for "
     "every seed."
@@ -26,10 +26,10 @@ _RULE = (
 
 class _File(NamedTuple):
     path: str
-    name: str  # of the path, below the folder that is prepared
+    name: str  # the path relative to the folder that is prepared
     label: str
     size: int
-    changed: tuple[int, int]  # when the content and when anything was changed, in ns
+    changed: tuple[int, int]  # times of the last change of the content and of anything, in ns
 
 
 def image_files(folder: Path, passed_over: "collections.Counter[str] | None" = None) -> list[str]:
@@ -46,7 +46,7 @@ def image_files(folder: Path, passed_over: "collections.Counter[str] | None" = N
     while pending:
         path = pending.pop()
         identity = os.stat(path)
-        if (identity.st_dev, identity.st_ino) in seen:  # a link back
+        if (identity.st_dev, identity.st_ino) in seen:  # a link to a folder above
             continue
         seen.add((identity.st_dev, identity.st_ino))
         with os.scandir(path) as entries:

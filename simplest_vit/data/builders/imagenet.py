@@ -15,7 +15,7 @@ from simplest_vit.data.decode import decode_image, encode_png, open_image
 from simplest_vit.errors import UserError
 
 _TFDS_FOLDER = "datasets/imagenet2012"  # TFDS ships the class names and the validation labels
-CLASSES, VALIDATION = 1000, 50_000  # in the tars
+CLASSES, VALIDATION = 1000, 50_000  # in the published tars
 
 
 def _read(folder: Path) -> Content:

@@ -68,7 +68,7 @@ def _read(folder: Path) -> Content:
 
 
 def _lines(archive: zipfile.ZipFile, member: str) -> list[str]:
-    """The lines of a text file of the topmost folder."""
+    """Read the lines of a text file of the topmost folder."""
     try:
         text = archive.read(f"{archive.namelist()[0].split('/')[0]}/{member}").decode(errors="replace")
     except Exception as error:
