@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from simplest_vit.errors import UserError
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.schedules import WarmupCosine
-from simplest_vit.optimizers.shampoo import shampoo, soap, view_as
+from simplest_vit.optimizers.shampoo import reference_shampoo, shampoo, soap, view_as
 
 # Optimizers of optax that a run cannot use: they need the loss, its Hessian or a key in each update, or parameters for
 # evaluation that are not those of the gradient; `optimistic_adam` is deprecated.
@@ -25,13 +25,14 @@ _UNUSABLE |= {"schedule_free_adamw", "schedule_free_sgd"}
 _MASKS = ("mask", "weight_decay_mask")
 _FROM_THE_RUN = {"learning_rate", "weight_decay", "stack_axes", "mesh", "muon_weight_dimension_numbers", *_MASKS}
 # Their weight decay is in the run's chain, so that it can be L2 as well; others that have one apply it themselves.
-_DECAYED_OUTSIDE = {"muon", "shampoo", "soap"}
+_SHAMPOOS: dict[str, Any] = {"reference_shampoo": reference_shampoo, "shampoo": shampoo, "soap": soap}
+_DECAYED_OUTSIDE = {"muon", *_SHAMPOOS}
 _FUNCTIONS = (types.FunctionType, functools.partial)
 
 
 @functools.cache
 def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
-    """Return every optimizer by its name: those of optax, of `optax.contrib`, Shampoo and SOAP."""
+    """Return every optimizer by its name: those of optax and `optax.contrib`, Shampoo and SOAP."""
     found = {
         name: function
         for module in (optax, optax.contrib)
@@ -39,7 +40,7 @@ def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
         if isinstance(function, _FUNCTIONS) and not name.startswith(("_", "scale_by_")) and name not in _UNUSABLE
     }
     usable = {name: function for name, function in found.items() if _takes_only_a_rate(function)}
-    return usable | {"shampoo": shampoo, "soap": soap}
+    return usable | _SHAMPOOS
 
 
 def _takes_only_a_rate(function: Callable[..., Any]) -> bool:
@@ -110,15 +111,15 @@ def create_optimizer(
     """Chain: clip by global norm -> L2 decay -> optimizer with its learning rate -> decoupled decay.
 
     Args:
-      name: An optimizer of optax, 'shampoo' or 'soap'.
+      name: An optimizer of optax, 'shampoo', 'reference_shampoo' or 'soap'.
       learning_rate: A number or a schedule.
       grad_clip: The largest global norm of a gradient; 0 does not clip.
       weight_decay: Of kernels only. An optimizer of optax that takes a weight decay, such as AdamW, takes this one.
       decoupled_weight_decay: For the others: False adds the decay to the gradient (L2), True to the update, times the
         learning rate.
       mesh: Devices that share the work of Shampoo and SOAP; None for one.
-      layout: Parameters -> the layout in which Shampoo's reference preset sees them; None for their own.
-      **arguments: The optimizer's own, as `declared` lists them; None stands for its default.
+      layout: Parameters -> the layout in which `reference_shampoo` sees them; None for their own.
+      **arguments: The optimizer's own, as `declared` lists them.
 
     Returns:
       The transformation; its updates are added to the parameters.
@@ -127,17 +128,17 @@ def create_optimizer(
       UserError: If the optimizer is unknown or refuses an argument.
     """
     function = _named(name)
-    given = {key: value for key, value in arguments.items() if value is not None}
     parameters = inspect.signature(function).parameters
-    given |= {key: paths.decay_mask for key in _MASKS if key in parameters and name not in ("shampoo", "soap")}
-    if name in ("shampoo", "soap"):
+    decays_itself = "weight_decay" in parameters and name not in _DECAYED_OUTSIDE
+    given = dict(arguments)
+    if name in _SHAMPOOS:
         given["mesh"] = mesh
+        # The reference's layers are apart in its own layout, or preconditioned as one.
+        given["stack_axes"] = None if name == "reference_shampoo" else paths.stack_axes
+    else:
+        given |= {key: paths.decay_mask for key in _MASKS if key in parameters}
     if name == "muon":
         given |= _of_muon(learning_rate, given)
-    is_reference = name == "shampoo" and given.get("preset") == "reference"
-    if name in ("shampoo", "soap") and not is_reference:
-        given["stack_axes"] = paths.stack_axes
-    decays_itself = "weight_decay" in parameters and name not in _DECAYED_OUTSIDE
     if decays_itself:
         given["weight_decay"] = weight_decay
     try:
@@ -145,7 +146,7 @@ def create_optimizer(
     except (TypeError, ValueError) as error:  # its message begins with the field
         raise UserError(f"config.optimizer.{error}") from error
     # Which dimensions the reference merges depends on its layout: q, k and v fused, layers apart, [out, in].
-    chain = [view_as(layout, tx) if is_reference and layout is not None else tx]
+    chain = [view_as(layout, tx) if name == "reference_shampoo" and layout is not None else tx]
     if decays_itself:
         pass
     elif weight_decay and decoupled_weight_decay:

@@ -18,13 +18,10 @@ TABLE = {
     "lion": {},
     "nadamw": {},
     "shampoo": {"precondition_frequency": 5, "max_preconditioner_dim": 4},
-    "reference": {"preset": "reference", "precondition_frequency": 5},
+    "reference_shampoo": {"precondition_frequency": 5},
     "soap": {"precondition_frequency": 3, "max_preconditioner_dim": 4},
 }
-TABLE = {
-    name: functools.partial(create_optimizer, "shampoo" if name == "reference" else name, **given)
-    for name, given in TABLE.items()
-}
+TABLE = {name: functools.partial(create_optimizer, name, **given) for name, given in TABLE.items()}
 every_optimizer = pytest.mark.parametrize("create", TABLE.values(), ids=TABLE)
 RATE = optax.constant_schedule(1e-3)
 

@@ -9,7 +9,7 @@ from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.factory import create_optimizer, declared, optimizers
 from simplest_vit.optimizers.schedules import WarmupCosine
-from simplest_vit.optimizers.shampoo import shampoo
+from simplest_vit.optimizers.shampoo import reference_shampoo
 from simplest_vit.training.run import build, reference_layout
 from tests.tiny import DIGITS, tiny_config
 
@@ -177,11 +177,11 @@ def test_stacked_layers_are_preconditioned_apart(name):
 @pytest.mark.parametrize("model", ["simplest_vit", "simple_vit"])
 def test_reference_shampoo_sees_the_parameters_as_pytorch_lays_them_out(model):
     config = tiny_config(f"optimizer=shampoo,model={model}", grad_clip=0.0)
-    settings = {"preset": "reference", "precondition_frequency": 2, "start_preconditioning_step": 2}
+    settings = {"precondition_frequency": 2, "start_preconditioning_step": 2}
     params = build(config, DIGITS).create_state().params
-    theirs = shampoo(0.1, **settings)
+    theirs = reference_shampoo(0.1, **settings)
     view = lambda tree: pytorch_layout(tree, config.model.patch_size)  # noqa: E731
-    ours = create_optimizer("shampoo", 0.1, layout=view, **settings)
+    ours = create_optimizer("reference_shampoo", 0.1, layout=view, **settings)
     viewed = view(params)
     assert {name: tensor.shape for name, tensor in viewed.items()}["to_patch_embedding.weight"] == (16, 1, 2, 2)
     ours_state, theirs_state = ours.init(params), theirs.init(viewed)
@@ -193,9 +193,10 @@ def test_reference_shampoo_sees_the_parameters_as_pytorch_lays_them_out(model):
 
 
 def test_reference_shampoo_has_no_layout_for_value_skipinit():
-    config = tiny_config("optimizer=shampoo", model__attention="value_skipinit")
-    config.optimizer.preset = "reference"
-    with pytest.raises(UserError, match=r"^config.optimizer.preset='reference' has no layout for .*'value_skipinit'; "):
+    config = tiny_config("optimizer=reference_shampoo", model__attention="value_skipinit")
+    with pytest.raises(
+        UserError, match=r"^config.optimizer.name='reference_shampoo' has no layout for .*'value_skipinit'; "
+    ):
         reference_layout(config)
 
 

@@ -1,20 +1,20 @@
 """Shampoo and SOAP as optax transformations. Needs only jax, numpy and optax."""
 
 from .metrics import shampoo_metrics
-from .options import ShampooOptions, SoapOptions
-from .plan import shampoo_plan
-from .shampoo import scale_by_shampoo, shampoo
-from .soap import scale_by_soap, soap
+from .options import static_args
+from .shampoo import reference_shampoo, scale_by_shampoo, shampoo, shampoo_plan
+from .soap import scale_by_soap, soap, soap_plan
 from .view import view_as
 
 __all__ = [
-    "ShampooOptions",
-    "SoapOptions",
+    "reference_shampoo",
     "scale_by_shampoo",
     "scale_by_soap",
     "shampoo",
     "shampoo_metrics",
     "shampoo_plan",
     "soap",
+    "soap_plan",
+    "static_args",
     "view_as",
 ]

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .options import SoapOptions
+from .options import Basis
 from .roots import eigh, normalize, one_by_one
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -13,16 +13,16 @@ qr = one_by_one(lambda matrices: jnp.linalg.qr(matrices)[0])
 _PANEL = 32  # columns that are orthogonalized one by one
 
 
-def refresh_basis(statistics: jax.Array, basis: jax.Array, options: SoapOptions) -> tuple[jax.Array, jax.Array]:
+def refresh_basis(statistics: jax.Array, basis: jax.Array, method: Basis) -> tuple[jax.Array, jax.Array]:
     """Compute bases that are closer to the eigenvectors of the statistics.
 
-    One step of orthogonal iteration, Q <- orth(A Q): near an eigenbasis it follows slowly moving statistics, and from
-    the identity it finds one in a few refreshes. With basis='eigh' it is computed outright.
+    One step of orthogonal iteration, Q <- orth(A Q), follows slowly moving statistics near an eigenbasis, and finds one
+    from the identity in a few refreshes. 'eigh' computes the eigenvectors outright.
 
     Args:
       statistics: A (N, n, n), symmetric positive semi-definite.
       basis: Q (N, n, n), orthogonal, eigenvectors in columns.
-      options: The settings; `basis` is used.
+      method: How the product is orthogonalized, or 'eigh'; 'auto' is 'qr' on a CPU, else 'gram_schmidt'.
 
     Returns:
       The new Q (N, n, n), and how far it is from orthogonal, ||Q^T Q - I||_F / sqrt(n) (N,), in float32. A zero matrix
@@ -34,15 +34,15 @@ def refresh_basis(statistics: jax.Array, basis: jax.Array, options: SoapOptions)
     n = statistics.shape[-1]
     identity = jnp.eye(n, dtype=statistics.dtype)[None]
     unit, norm = normalize(statistics)
-    if options.basis == "eigh":
+    if method == "eigh":
         new = jnp.where(norm == 0, basis, eigh(unit)[1])
     else:
-        # Of directions without any gradient the product would be rounding errors: they stay as they are.
+        # Along directions without any gradient the product would be rounding errors: they stay as they are.
         moved = _matmul(unit, basis) + jnp.finfo(unit.dtype).eps * basis
-        if options.basis == "auto":
+        if method == "auto":
             new = jax.lax.platform_dependent(moved, cpu=qr, default=gram_schmidt)
         else:
-            new = {"qr": qr, "gram_schmidt": gram_schmidt}[options.basis](moved)
+            new = {"qr": qr, "gram_schmidt": gram_schmidt}[method](moved)
     error = _matmul(new.mT, new) - identity
     return new, (jnp.linalg.norm(error, axis=(-2, -1)) / n**0.5).astype(jnp.float32)
 
@@ -51,8 +51,8 @@ def gram_schmidt(matrices: jax.Array) -> jax.Array:
     """Compute the Q of QR decompositions (with a positive diagonal of R) by matrix products alone.
 
     Panels of columns are projected twice against all columns before them ("twice is enough"), and within a panel each
-    column against those before it. A last step of Newton-Schulz repairs what rounding left. Loops have a known length:
-    on accelerators batched QR decompositions are bound by latency, and decided by the host.
+    column against those before it. A last step of Newton-Schulz repairs what rounding left. All loops have a known
+    length, because the host controls batched QR decompositions on accelerators, which are bound by latency.
 
     Args:
       matrices: (N, n, n) of full rank.

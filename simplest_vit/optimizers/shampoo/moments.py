@@ -1,7 +1,7 @@
 """Averages over time that no single bad gradient can spoil, and the diagonal methods made of them.
 
-Grafting (arXiv 2002.11803; for Shampoo 2002.09018): the direction is Shampoo's and the norm of each block's step that
-of a diagonal method. The first moment is shared: both work on the same filtered gradient.
+Grafting (arXiv 2002.11803; for Shampoo 2002.09018): the direction is Shampoo's, and the norm of each block's step is
+that of a diagonal method. Both work on the same momentum.
 """
 
 import math
@@ -17,13 +17,13 @@ SecondMoment: TypeAlias = jax.Array | optax.MaskedNode  # nothing for the method
 
 
 def accumulate(average: jax.Array, new: jax.Array, decay: Number) -> jax.Array:
-    """Compute decay * average + (1 - decay) * new, or the plain sum (AdaGrad) where decay is 1."""
+    """Compute decay * average + (1 - decay) * new, or the plain sum (AdaGrad) if decay is 1."""
     return decay * average + jnp.where(decay == 1, 1, 1 - decay) * new
 
 
 def bias_correction(decay: Number, count: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Compute 1 - decay^count, exact to rounding also for few steps; 1 for sums (decay 1)."""
-    wide = jnp.result_type(float)  # float64 where that is enabled
+    wide = jnp.result_type(float)  # float64 if that is enabled
     if isinstance(decay, jax.Array):
         correction = -jnp.expm1(count.astype(wide) * jnp.log(decay.astype(wide)))
         return jnp.where(decay == 1, 1, correction).astype(dtype)
@@ -32,66 +32,56 @@ def bias_correction(decay: Number, count: jax.Array, dtype: jnp.dtype) -> jax.Ar
     return -jnp.expm1(count.astype(wide) * math.log(decay)).astype(dtype)
 
 
-def init_moments(shape: tuple[int, ...], options: Options, preconditioned: bool) -> tuple[jax.Array, SecondMoment]:
-    """Make the momentum in `mu_dtype` and, where the diagonal method has one, the second moment."""
-    has_nu = options.diagonal(preconditioned).has_second_moment
+def init_moments(shape: tuple[int, ...], options: Options, diagonal: Diagonal) -> tuple[jax.Array, SecondMoment]:
+    """Make the momentum in `mu_dtype` and, if the diagonal method has one, the second moment."""
     mu = jnp.zeros(shape, options.momentum_dtype)
-    return mu, jnp.zeros(shape, options.dtype) if has_nu else optax.MaskedNode()
-
-
-def filter_gradient(
-    count: jax.Array, mu: jax.Array, gradient: jax.Array, options: Options
-) -> tuple[jax.Array, jax.Array]:
-    """Take a gradient into the momentum.
-
-    Args:
-      count: The number of this step, from 1.
-      mu: The average, without bias correction. Entries whose gradient is not finite, or overflows when squared, stay.
-      gradient: Of the same shape.
-      options: The settings.
-
-    Returns:
-      The new average in the type of the old, and the momentum with bias correction.
-    """
-    old = mu.astype(options.dtype)
-    # Squares decide, so that momentum and second moments leave out the same entries.
-    new = jnp.where(jnp.isfinite(jnp.square(gradient)), accumulate(old, gradient, options.b1), old)
-    return new.astype(mu.dtype), new / bias_correction(options.b1, count, options.dtype)
+    return mu, jnp.zeros(shape, options.dtype) if diagonal.has_second_moment else optax.MaskedNode()
 
 
 def diagonal_step(
-    count: jax.Array, nu: SecondMoment, gradient: jax.Array, momentum: jax.Array, diagonal: Diagonal
-) -> tuple[SecondMoment, jax.Array]:
-    """Take in one gradient and compute the diagonal method's own step, before the learning rate.
+    count: jax.Array,
+    moments: tuple[jax.Array, SecondMoment],
+    gradient: jax.Array,
+    finite: jax.Array,
+    b1: Number,
+    diagonal: Diagonal,
+) -> tuple[tuple[jax.Array, SecondMoment], jax.Array, jax.Array]:
+    """Take in a gradient: m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2; the step is m / (sqrt(v) + eps).
 
     Args:
       count: The number of this step, from 1.
-      nu: The second moment; entries that turn non-finite stay as they are.
-      gradient: Of the same shape.
-      momentum: Bias-corrected.
-      diagonal: The method.
+      moments: m in any float type, without bias correction, and v.
+      gradient: Of their shape. Entries whose squares overflow leave both moments as they are.
+      finite: Of a shape that broadcasts to it; both moments stay where it is False. The gradient is finite there too.
+      b1: The decay of the momentum.
+      diagonal: The method, which may have no second moment.
 
     Returns:
-      The new second moment, and the step.
+      The new moments, the momentum with bias correction, and the method's step before the learning rate.
     """
+    mu, nu = moments
+    dtype, square = gradient.dtype, jnp.square(gradient)
+    finite = finite & jnp.isfinite(square)
+    old = mu.astype(dtype)
+    new = jnp.where(finite, accumulate(old, gradient, b1), old)
+    momentum = new / bias_correction(b1, count, dtype)
+    mu = new.astype(mu.dtype)
     if isinstance(nu, optax.MaskedNode):
-        return nu, momentum
-    nu = keep_finite(accumulate(nu, jnp.square(gradient), diagonal.decay), nu)
-    corrected = nu / bias_correction(diagonal.decay, count, nu.dtype) if diagonal.method == "adam" else nu
-    return nu, momentum / (jnp.sqrt(corrected) + diagonal.epsilon)
+        return (mu, nu), momentum, momentum
+    second = accumulate(nu, square, diagonal.decay)
+    nu = jnp.where(finite & jnp.isfinite(second), second, nu)
+    corrected = nu / bias_correction(diagonal.decay, count, dtype) if diagonal.method == "adam" else nu
+    return (mu, nu), momentum, momentum / (jnp.sqrt(corrected) + diagonal.eps)
 
 
-def keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Take the new entries where they are finite and the old ones elsewhere."""
-    return jnp.where(jnp.isfinite(new), new, old)
+def graft(direction: jax.Array, step: jax.Array) -> jax.Array:
+    """Scale each block's direction (N, ...) to the norm of the diagonal method's step (N, ...)."""
+    return direction * (_block_norms(step) / (_block_norms(direction) + 1e-16))
 
 
-def sum_of_squares(blocks: jax.Array) -> jax.Array:
-    """Sum the squares of each block: (N, ...) -> (N,)."""
-    return jnp.sum(jnp.square(blocks), axis=tuple(range(1, blocks.ndim)))
-
-
-def graft(direction: jax.Array, grafted: jax.Array) -> jax.Array:
-    """Scale each block's direction (N, ...) to the norm of the grafted step (N, ...)."""
-    ratio = jnp.sqrt(sum_of_squares(grafted)) / (jnp.sqrt(sum_of_squares(direction)) + 1e-16)
-    return direction * ratio.reshape(-1, *[1] * (direction.ndim - 1))
+def _block_norms(blocks: jax.Array) -> jax.Array:
+    """Compute the norm of each block, (N, ...) -> (N, 1, ...), without overflow of the squares."""
+    axes = tuple(range(1, blocks.ndim))
+    largest = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True)
+    unit = blocks / jnp.where(largest == 0, 1, largest)
+    return largest * jnp.sqrt(jnp.sum(jnp.square(unit), axis=axes, keepdims=True))

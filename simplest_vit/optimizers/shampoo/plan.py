@@ -1,8 +1,15 @@
 """The static plan: which parameter is cut into which blocks, and what that costs.
 
 It is made from shapes alone. Blocks of one shape are stacked in one array (N, *block_shape), so that statistics and
-preconditioning are one batched product for each axis of each block shape, however deep the model is; the matrices of
-one size and one root are decomposed together.
+preconditioning are one batched product for each axis of each block shape, however deep the model is. Matrices of one
+size and one root are decomposed together. With `max_preconditioner_dim=384`:
+
+    (48, 64)                      -> one block                  -> 1 slot of a stack (N, 48, 64)
+    (384, 1536)                   -> 4 blocks (384, 384)        -> 4 slots of (N, 384, 384)
+    (12, 384, 1536), stack_axes=1 -> 12 layers of 4 blocks      -> 48 slots of (N, 384, 384)
+    (1000, 4)                     -> even: 2 of (334, 4) and 1 of (332, 4); else 2 of (384, 4) and 1 of (232, 4)
+    (50257, 768)                  -> 2 blocks (50257, 384), of which only the short axis has a preconditioner
+    (384,)                        -> no block: the diagonal method's
 """
 
 import dataclasses
@@ -14,18 +21,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .options import Options, ShampooOptions, SoapOptions, resolve_options
+from .options import ShampooOptions, SoapOptions
 
-# How many leading axes of each leaf are stacked layers: a tree of integers or a prefix of one, a function from the
+# How many leading axes of each parameter are stacked layers: a tree of integers or a prefix of one, a function from the
 # parameters to it, or None for no such axes.
 StackAxes = int | Any | Callable[[Any], Any]
+AnyOptions = ShampooOptions | SoapOptions
 
-VERSION = 2  # of the layout of the state
+# Staggering recomputes at least one block of each shape in a step. It is given up if that is this much more work than
+# recomputing all blocks together, as for a few blocks of many shapes.
+_MOST_STAGGERED = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A region of a leaf that is cut into equal blocks.
+class Region:
+    """A region of a parameter that is cut into equal blocks.
 
     Attributes:
       starts: Where the region begins on each (merged) axis.
@@ -45,39 +55,33 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class ParamPlan:
     """How one parameter is preconditioned.
 
     Attributes:
-      keys: Its key path in the tree, which tells it from the others.
+      path: Its names with '/' between them, such as 'blocks/mlp/kernel', for messages.
       shape: Its shape.
       dtype: Its type.
       num_layers: The product of its leading stack axes.
-      merged_shape: The shape of one layer after merging of dimensions; () for numbers, and vectors that are not
-        preconditioned.
-      pieces: Its regions of equal blocks; none where it is not preconditioned.
+      merged_shape: The shape of one layer after merging of dimensions.
+      regions: Its regions of equal blocks; none if it is not preconditioned.
     """
 
-    keys: tuple[Any, ...]
+    path: str
     shape: tuple[int, ...]
     dtype: jnp.dtype
     num_layers: int
     merged_shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-    @property
-    def path(self) -> str:
-        """Its names with '/' between them, such as 'blocks/mlp/kernel', for messages."""
-        return path_name(self.keys)
+    regions: tuple[Region, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Stack:
+class BlockStack:
     """Blocks of one shape in one array (count, *block_shape).
 
     Attributes:
       block_shape: The shape of a block.
-      axes: The axes that have a preconditioner: those longer than 1, unless there are none.
+      axes: The axes that have a preconditioner.
       count: The number of blocks.
       root: p of the inverse p-th root that their preconditioners are.
     """
@@ -98,40 +102,40 @@ class Plan:
     """The static plan of a transformation for one tree of parameters; `print` it.
 
     Attributes:
-      leaves: One entry for each parameter, in the order of the tree.
+      params: One entry for each parameter, in the order of the tree.
       stacks: The stacks of blocks.
-      options: The settings it was made with.
+      options: The arguments it was made with.
     """
 
-    leaves: tuple[Leaf, ...]
-    stacks: tuple[Stack, ...]
-    options: Options
+    params: tuple[ParamPlan, ...]
+    stacks: tuple[BlockStack, ...]
+    options: AnyOptions
 
     @property
-    def classes(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
-        """(size n, root p) -> where such matrices are: the number of the stack, and of the axis among its `axes`."""
-        classes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    def sizes(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """(n, p) -> the (stack, axis) whose matrices are n x n with the inverse p-th root: decomposed together."""
+        sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for index, stack in enumerate(self.stacks):
             for axis, n in enumerate(stack.sizes):
-                classes.setdefault((n, stack.root), []).append((index, axis))
-        return classes
+                sizes.setdefault((n, stack.root), []).append((index, axis))
+        return sizes
 
     @property
     def stack_bytes(self) -> int:
-        """Bytes of the statistics, the preconditioners, and their residual and rejections for each slot."""
+        """Bytes of the statistics, the preconditioners, and the error and rejections of each slot."""
         size = self.options.dtype.itemsize
         return sum(stack.count * (2 * n * n * size + 8) for stack in self.stacks for n in stack.sizes)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the whole state: `stack_bytes`, momentum and second moment of each entry, count and version."""
+        """Bytes of the whole state but for the few of its version: `stack_bytes`, moments and count."""
         options = self.options
         size, mu_size = options.dtype.itemsize, options.momentum_dtype.itemsize
         cut = sum(stack.count * math.prod(stack.block_shape) for stack in self.stacks)
-        whole = sum(math.prod(leaf.shape) for leaf in self.leaves if not leaf.pieces)
+        whole = sum(math.prod(param.shape) for param in self.params if not param.regions)
         moments = cut * (mu_size + size * options.diagonal(True).has_second_moment)
         moments += whole * (mu_size + size * options.diagonal(False).has_second_moment)
-        return 4 + VERSION + moments + self.stack_bytes
+        return 4 + moments + self.stack_bytes
 
     @property
     def step_flops(self) -> int:
@@ -141,7 +145,7 @@ class Plan:
         KL-Shampoo multiplies them by an axis's preconditioner for the statistics of each other axis.
         """
 
-        def products(stack: Stack) -> int:
+        def products(stack: BlockStack) -> int:
             if isinstance(self.options, ShampooOptions):
                 return 2 + (len(stack.axes) - 1 if self.options.statistics == "kl" else 0)
             return 3
@@ -154,69 +158,52 @@ class Plan:
         return sum(stack.count * n**3 for stack in self.stacks for n in stack.sizes)
 
     @property
-    def turn_cubes(self) -> int:
-        """The sum of n^3 over the matrices that are recomputed in a step; on average, where all are at once."""
+    def _staggered_cubes(self) -> int:
         k = self.options.precondition_frequency
-        if not self.options.stagger:
-            return self.refresh_cubes // k
         return sum(math.ceil(stack.count / k) * n**3 for stack in self.stacks for n in stack.sizes)
 
+    @property
+    def is_staggered(self) -> bool:
+        """Whether blocks are recomputed in turns; not if all together cost less than half of that.
+
+        It depends on shapes alone, not on the devices, so that a run takes the same steps on any number of them.
+        """
+        most = _MOST_STAGGERED * self.refresh_cubes / self.options.precondition_frequency
+        return self.options.stagger and self._staggered_cubes <= most
+
+    @property
+    def step_cubes(self) -> int:
+        """The sum of n^3 over the matrices that are recomputed in a step; the average if all are together."""
+        return self._staggered_cubes if self.is_staggered else self.refresh_cubes // self.options.precondition_frequency
+
     def __str__(self) -> str:
-        """A table of the parameters, the classes and the costs."""
-        width = max([len(leaf.path) for leaf in self.leaves] + [9])
+        """Format a table of the parameters, the matrices and the costs."""
+        width = max([len(param.path) for param in self.params] + [9])
         lines = [f"{'parameter':{width}}  {'shape':22}  preconditioned as"]
-        for leaf in self.leaves:
-            blocks = " + ".join(f"{piece.num_blocks} {piece.block_shape}" for piece in leaf.pieces)
-            lines.append(f"{leaf.path:{width}}  {leaf.shape!s:22}  {blocks or '- (the diagonal method)'}")
-        for (n, root), places in self.classes.items():
+        for param in self.params:
+            blocks = " + ".join(f"{region.num_blocks} {region.block_shape}" for region in param.regions)
+            lines.append(f"{param.path:{width}}  {param.shape!s:22}  {blocks or '- (the diagonal method)'}")
+        for (n, root), places in self.sizes.items():
             count = sum(self.stacks[index].count for index, _ in places)
             what = "eigenbasis" if isinstance(self.options, SoapOptions) else f"inverse root {root}"
             lines.append(f"{count} matrices of {n} x {n}, {what}")
-        parameters = sum(math.prod(leaf.shape) for leaf in self.leaves)
+        parameters = sum(math.prod(param.shape) for param in self.params)
         lines.append(
             f"{parameters:,} parameters; state {self.state_bytes / 2**20:.1f} MiB, of which "
             f"statistics and preconditioners {self.stack_bytes / 2**20:.1f}\n"
             f"{self.step_flops / 1e9:.3g} GFLOP a step; sum of n^3 for a refresh {self.refresh_cubes:.3g}, "
-            f"in a step {self.turn_cubes:.3g}"
+            f"in a step {self.step_cubes:.3g} ({'in turns' if self.is_staggered else 'all together'})"
         )
         return "\n".join(lines)
 
 
-def shampoo_plan(params: Any, *, preset: str = "fast", stack_axes: StackAxes = None, **settings: Any) -> Plan:
-    """Make the plan that a transformation with these settings makes for these parameters.
+def make_plan(params: Any, options: AnyOptions, stack_axes: StackAxes = None) -> Plan:
+    """Cut every parameter into blocks and give each block its slot.
 
     Args:
       params: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
-      preset: 'fast', 'reference' or 'soap'.
-      stack_axes: As in `scale_by_shampoo`.
-      **settings: Fields of `ShampooOptions` or `SoapOptions`.
-
-    Returns:
-      A plan: print it to see which parameter is preconditioned how and what that costs.
-
-    Raises:
-      ValueError: As `shampoo` and its `init`.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> print(shampoo_plan({"kernel": jnp.zeros((7, 4))}, max_preconditioner_dim=4))
-      parameter  shape                   preconditioned as
-      kernel     (7, 4)                  1 (4, 4) + 1 (3, 4)
-      3 matrices of 4 x 4, inverse root 4
-      1 matrices of 3 x 3, inverse root 4
-      28 parameters; state 0.0 MiB, of which statistics and preconditioners 0.0
-      8.48e-07 GFLOP a step; sum of n^3 for a refresh 219, in a step 219
-    """
-    return make_plan(params, resolve_options(preset, **settings), stack_axes)
-
-
-def make_plan(params: Any, options: Options, stack_axes: StackAxes = None) -> Plan:
-    """Cut every leaf into blocks and give each block its slot.
-
-    Args:
-      params: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
-      options: The settings.
-      stack_axes: The number of leading axes that stack layers, for each leaf.
+      options: The arguments.
+      stack_axes: The number of leading axes that stack layers, for each parameter.
 
     Returns:
       The plan.
@@ -227,34 +214,32 @@ def make_plan(params: Any, options: Options, stack_axes: StackAxes = None) -> Pl
     """
     axes = stack_axes(params) if callable(stack_axes) else stack_axes
     axes = jax.tree.leaves(jax.tree.broadcast(0 if axes is None else axes, params))
-    kinds: dict[tuple[int, ...], int] = {}  # block shape -> number of the stack
+    stacks: dict[tuple[Any, Any], int] = {}  # (block shape, preconditioned axes) -> number of the stack
     taken: list[int] = []  # blocks of each stack so far
-    leaves = []
-    for (path, leaf), leaf_axes in zip(jax.tree_util.tree_leaves_with_path(params), axes, strict=True):
+    plans = []
+    for (keys, leaf), leaf_axes in zip(jax.tree_util.tree_leaves_with_path(params), axes, strict=True):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
         shape, dtype = tuple(jnp.shape(leaf)), jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"{path_name(path)}: its dtype is {dtype}: it must be a real floating-point type.")
+            raise ValueError(f"{path}: its dtype is {dtype}: it must be a real floating-point type.")
         if not 0 <= leaf_axes <= len(shape):
-            raise ValueError(f"{path_name(path)}: stack_axes={leaf_axes}: it must be in 0..{len(shape)} (its rank).")
+            raise ValueError(f"{path}: stack_axes={leaf_axes}: it must be in 0..{len(shape)} (its rank).")
         layers, merged = math.prod(shape[:leaf_axes]), _merged_shape(shape[leaf_axes:], options)
-        pieces = []
-        for region in itertools.product(*(_cut(dim, options) for dim in merged)):
-            starts, counts, block_shape = zip(*region, strict=True) if region else ((), (), ())
-            if not _preconditioned_axes(block_shape, options) or not math.prod(shape):
-                continue
-            stack = kinds.setdefault(block_shape, len(kinds))
-            taken += [0] * (len(kinds) - len(taken))
+        long = _preconditioned_axes(merged, options)
+        regions = []
+        cuts = [_cut(dim, options) for dim in merged] if long and math.prod(shape) else [[]]
+        for parts in itertools.product(*cuts):
+            starts, counts, block_shape = map(tuple, zip(*parts, strict=True))
+            # One number is no direction, and would change the root.
+            block_axes = tuple(axis for axis in long if block_shape[axis] > 1) or long
+            stack = stacks.setdefault((block_shape, block_axes), len(stacks))
+            taken += [0] * (len(stacks) - len(taken))
             num_blocks = layers * math.prod(counts)
-            pieces.append(Piece(starts, counts, block_shape, stack, taken[stack], num_blocks))
+            regions.append(Region(starts, counts, block_shape, stack, taken[stack], num_blocks))
             taken[stack] += num_blocks
-        leaves.append(Leaf(tuple(path), shape, dtype, layers, merged, tuple(pieces)))
-    stacks = (_stack(block_shape, count, options) for block_shape, count in zip(kinds, taken, strict=True))
-    return Plan(tuple(leaves), tuple(stacks), options)
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """Join a key path to names with '/' between them, such as 'blocks/mlp/kernel'."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+        plans.append(ParamPlan(path, shape, dtype, layers, merged, tuple(regions)))
+    made = (BlockStack(*key, count, _root(len(key[1]), options)) for key, count in zip(stacks, taken, strict=True))
+    return Plan(tuple(plans), tuple(made), options)
 
 
 def merge_small_dims(shape: Sequence[int], max_dim: int) -> tuple[int, ...]:
@@ -276,39 +261,33 @@ def merge_small_dims(shape: Sequence[int], max_dim: int) -> tuple[int, ...]:
     return tuple(merged)
 
 
-def _merged_shape(shape: tuple[int, ...], options: Options) -> tuple[int, ...]:
-    """Merge the dimensions of one layer; () where it is not to be preconditioned."""
+def _merged_shape(shape: tuple[int, ...], options: AnyOptions) -> tuple[int, ...]:
+    """Merge the dimensions of one layer; () if it is not to be preconditioned."""
     # The rank before merging counts: a small matrix that merges into a vector stays preconditioned.
     if len(shape) < 2 and not (shape and options.precondition_1d):
         return ()
     return merge_small_dims(shape, options.max_preconditioner_dim) if options.merge_dims else shape
 
 
-def _preconditioned_axes(shape: tuple[int, ...], options: Options) -> tuple[int, ...]:
-    axes = [axis for axis, dim in enumerate(shape) if not _is_ignored(dim, options)]
-    axes = [axis for axis in axes if shape[axis] > 1] or axes  # one number is no direction, and would change the root
+def _preconditioned_axes(shape: tuple[int, ...], options: AnyOptions) -> tuple[int, ...]:
+    """Choose the axes of a parameter that have a preconditioner: of its own shape, whatever the shape of its blocks."""
+    axes = [axis for axis, dim in enumerate(shape) if dim <= options.ignored_dim]
+    axes = [axis for axis in axes if shape[axis] > 1] or axes
     return tuple([min(axes, key=lambda axis: shape[axis])] if options.one_sided and axes else axes)
 
 
-def _is_ignored(dim: int, options: Options) -> bool:
-    return options.ignored_dim is not None and dim > options.ignored_dim
-
-
-def _cut(dim: int, options: Options) -> list[tuple[int, int, int]]:
-    """Cut evenly: (start, number of blocks, block size) of the equal blocks and of a last one that may be shorter."""
-    if not dim or _is_ignored(dim, options):
+def _cut(dim: int, options: AnyOptions) -> list[tuple[int, int, int]]:
+    """Cut a dimension: (start, number of blocks, block size) of the equal blocks and of a last one that is shorter."""
+    if not dim or dim > options.ignored_dim:
         return [(0, 1, dim)]
-    size = math.ceil(dim / math.ceil(dim / options.max_preconditioner_dim))
+    size = min(dim, options.max_preconditioner_dim)
+    if options.even_blocks:  # the fewest blocks, as even as they can be
+        size = math.ceil(dim / math.ceil(dim / size))
     whole, rest = divmod(dim, size)
     return [(0, whole, size)] + ([(whole * size, 1, rest)] if rest else [])
 
 
-def _stack(block_shape: tuple[int, ...], count: int, options: Options) -> Stack:
-    axes = _preconditioned_axes(block_shape, options)
-    return Stack(block_shape, axes, count, _root(len(axes), options))
-
-
-def _root(order: int, options: Options) -> int:
+def _root(order: int, options: AnyOptions) -> int:
     if not isinstance(options, ShampooOptions):
         return 1
     return options.exponent_override or (2 if options.statistics == "kl" else 2 * order)

@@ -1,8 +1,7 @@
 """Inverse p-th roots of stacks of symmetric positive semi-definite matrices.
 
-Each root is a pure function of a stack (N, n, n). `eigh` is exact and what the PyTorch reference uses; `newton` is made
-of matrix products alone, of a length fixed in advance, for accelerators, where eigendecompositions are bound by
-latency.
+Each root is a pure function of a stack (N, n, n). `eigh` is exact and what the PyTorch reference uses. `newton` is made
+of matrix products alone, of a length fixed in advance, for accelerators, where latency bounds eigendecompositions.
 """
 
 import functools
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .options import Number, ShampooOptions
+from .options import LEAST_EPS, Number, Root
 
 # Rounding of TF32 or bfloat16 products breaks roots: with them the iteration diverges.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -21,56 +20,58 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 # The iteration must not push large eigenvalues below this part of the largest, or rounding drowns them.
 _LEAST_IMAGE = 0.8
 
-# A scheduled epsilon, which is not known when the length of the iteration is fixed, may be as small as this.
-_LEAST_EPSILON = 1e-6
 
-
-def inverse_pth_root(statistics: jax.Array, p: int, options: ShampooOptions) -> tuple[jax.Array, jax.Array]:
+def inverse_pth_root(
+    statistics: jax.Array, p: int, *, eps: Number, relative_eps: bool = True, root: Root = "auto"
+) -> tuple[jax.Array, jax.Array]:
     """Compute (A + d I)^(-1/p) for each matrix of a stack, and how well that holds.
 
-    The damping d is epsilon, or with a relative epsilon, epsilon ||A||_F. With an absolute one, which may be below
-    rounding, a spectrum with negative eigenvalues is first shifted to be non-negative, as in the PyTorch reference.
+    The damping d is eps, or with a relative eps, eps ||A||_F. With an absolute one, which may be below rounding, the
+    smallest eigenvalue is first subtracted if it is negative, and eps added then, as in the PyTorch reference.
 
     Args:
-      statistics: (N, n, n), symmetric positive semi-definite, float32 or float64.
+      statistics: A (N, n, n), symmetric positive semi-definite, float32 or float64.
       p: The root, >= 1.
-      options: The settings; `root`, `epsilon` and `relative_epsilon` are used.
+      eps: The damping. A relative one that is scheduled is raised to what the type of A can resolve.
+      relative_eps: Whether eps is in units of ||A||_F.
+      root: 'eigh', 'newton', or 'auto': 'eigh' on a CPU and if eps is absolute, else 'newton'.
 
     Returns:
-      The roots X (N, n, n), and their residuals ||X^p (A + d I) - I||_F / sqrt(n) (N,) in float32. With a relative
-      epsilon a zero matrix, which has no scale, counts as I.
+      The roots X (N, n, n), and their `backward_error` (N,), which is 0 for finite roots if eps is absolute. With a
+      relative eps a zero matrix, which has no scale, counts as I.
 
     References:
       Shampoo, arXiv 1802.09568, algorithm 1; Guo and Higham, A Schur-Newton method for the matrix p-th root and its
       inverse, SIAM J. Matrix Anal. Appl. 28(3), 2006, for the coupled iteration.
     """
-    epsilon = options.epsilon
-    if not options.relative_epsilon:
-        root, damped = _shifted_eigh_root(statistics, p, epsilon)
-        return root, residual(root, damped, p)
+    if not relative_eps:
+        roots = _shifted_eigh_root(statistics, p, eps)
+        return roots, jnp.where(jnp.isfinite(roots).all((1, 2)), 0, jnp.inf).astype(jnp.float32)
+    if isinstance(eps, jax.Array):
+        eps = jnp.maximum(eps, LEAST_EPS[statistics.dtype.name])
     unit, norm = normalize(statistics)
-    damped = unit + epsilon * jnp.eye(statistics.shape[-1], dtype=statistics.dtype)[None]
+    damped = unit + eps * jnp.eye(statistics.shape[-1], dtype=statistics.dtype)[None]
 
     def by_eigh(damped: jax.Array) -> jax.Array:
         # Damped before, not after: rounding then does not reach the eigenvalues that damping makes.
         eigenvalues, vectors = eigh(damped)
-        return _spectral_power(jnp.maximum(eigenvalues, epsilon / 2), vectors, -1 / p)
+        return _spectral_power(jnp.maximum(eigenvalues, eps / 2), vectors, -1 / p)
 
     def by_newton(damped: jax.Array) -> jax.Array:
-        return _newton_root(damped, p, epsilon)
+        return _newton_root(damped, p, eps)
 
-    if options.root == "auto":  # LAPACK is the faster on a CPU, matrix products elsewhere
-        root = jax.lax.platform_dependent(damped, cpu=by_eigh, default=by_newton)
+    if root == "auto":  # LAPACK is the faster on a CPU, matrix products elsewhere
+        roots = jax.lax.platform_dependent(damped, cpu=by_eigh, default=by_newton)
     else:
-        root = {"eigh": by_eigh, "newton": by_newton}[options.root](damped)
-    return jnp.where(norm == 0, 1, norm) ** (-1 / p) * root, residual(root, damped, p)
+        roots = {"eigh": by_eigh, "newton": by_newton}[root](damped)
+    return jnp.where(norm == 0, 1, norm) ** (-1 / p) * roots, backward_error(roots, damped, p)
 
 
 def one_by_one(decompose: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
-    """Make a decomposition of stacks that on a CPU takes one matrix after the other.
+    """Make a decomposition of stacks that takes one matrix after the other on a CPU.
 
     A batched one of jaxlib blocks a thread of XLA's pool until other threads have done its parts: several at once, of
-    two sizes, devices or programs in flight, wait for each other for ever on few cores (QR, jaxlib 0.10.2).
+    two sizes, devices or programs in flight, can deadlock on few cores (QR, jaxlib 0.10.2).
 
     Args:
       decompose: From matrices (..., n, n).
@@ -99,8 +100,11 @@ def frobenius_norm(matrices: jax.Array) -> jax.Array:
     return largest * jnp.sqrt(jnp.sum(jnp.square(unit), axis=(-2, -1), keepdims=True))
 
 
-def residual(root: jax.Array, matrix: jax.Array, p: int) -> jax.Array:
-    """Compute ||X^p A - I||_F / sqrt(n) for each matrix of a stack.
+def backward_error(root: jax.Array, matrix: jax.Array, p: int) -> jax.Array:
+    """Compute ||A - A X^p A||_F / ||A||_F for each matrix of a stack.
+
+    To first order X is the exact root of a matrix that is so far from A. Rounding does not move this, while the forward
+    residual X^p A - I grows with the condition number: 0.15 for a root whose steps are right to 4e-4.
 
     Args:
       root: X (N, n, n).
@@ -110,61 +114,60 @@ def residual(root: jax.Array, matrix: jax.Array, p: int) -> jax.Array:
     Returns:
       (N,) in float32.
     """
-    n = matrix.shape[-1]
+    product = matrix
     if p > 1:
         half = _matrix_power(root, p // 2)
-        matrix = _matmul(half, _matmul(half, matrix))
+        product = _matmul(half, _matmul(half, product))
     if p % 2:
-        matrix = _matmul(root, matrix)
+        product = _matmul(root, product)
     # Transposed, or XLA for CPUs (jaxlib 0.10) takes the products into the norm, where it computes them over and over.
-    error = matrix.mT - jnp.eye(n, dtype=matrix.dtype)[None]
-    return (jnp.linalg.norm(error, axis=(-2, -1)) / n**0.5).astype(jnp.float32)
+    error = _matmul(matrix, product).mT - matrix
+    return (frobenius_norm(error) / frobenius_norm(matrix))[:, 0, 0].astype(jnp.float32)
 
 
-def _shifted_eigh_root(matrix: jax.Array, p: int, epsilon: Number) -> tuple[jax.Array, jax.Array]:
-    """Compute the root of the shifted and damped matrix, and that matrix."""
-    n = matrix.shape[-1]
+def _shifted_eigh_root(matrix: jax.Array, p: int, eps: Number) -> jax.Array:
     eigenvalues, vectors = eigh(matrix)
-    shift = epsilon - jnp.minimum(eigenvalues[:, :1], 0)
-    root = _spectral_power(eigenvalues + shift, vectors, -1 / p)
-    return root, matrix + shift[:, :, None] * jnp.eye(n, dtype=matrix.dtype)[None]
+    # In two steps: in one sum of both, rounding of a large smallest eigenvalue would swallow eps.
+    eigenvalues = (eigenvalues - jnp.minimum(eigenvalues[:, :1], 0)) + eps
+    return _spectral_power(eigenvalues, vectors, -1 / p)
 
 
 def _spectral_power(eigenvalues: jax.Array, vectors: jax.Array, exponent: float) -> jax.Array:
     return _matmul(vectors * (eigenvalues**exponent)[:, None, :], vectors.mT)
 
 
-def _newton_root(matrix: jax.Array, p: int, epsilon: Number) -> jax.Array:
+def _newton_root(matrix: jax.Array, p: int, eps: Number) -> jax.Array:
     """Run the coupled iteration X <- X h(M), M <- h(M)^p M, with h(M) = a I - b M, from X = I and M = A.
 
-    M = X^p A throughout, so that X is the root once M = I. Newton's own (a, b) = ((p+1)/p, 1/p) is
-    slow on small eigenvalues; `newton_coefficients` chooses each pair for the spectrum that is left.
-    M is updated as a congruence, h^(p/2) M h^(p/2), which keeps rounding symmetric.
+    M = X^p A throughout, so that X is the root once M = I. Newton's own (a, b) = ((p+1)/p, 1/p) is slow on small
+    eigenvalues; `newton_coefficients` chooses each pair for the spectrum that is left. M is updated as a congruence,
+    h^(p/2) M h^(p/2), which keeps rounding symmetric.
 
     Args:
-      matrix: (N, n, n) with eigenvalues in [epsilon, 1 + epsilon].
+      matrix: (N, n, n) with eigenvalues in [eps, 1 + eps].
       p: The root.
-      epsilon: The lower bound.
+      eps: The lower bound.
 
     Returns:
       (N, n, n).
     """
     identity = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)[None]
-    bound = 1 + epsilon
-    lowest = _LEAST_EPSILON if isinstance(epsilon, jax.Array) else epsilon / bound
+    bound = 1 + eps
+    lowest = LEAST_EPS[matrix.dtype.name] if isinstance(eps, jax.Array) else eps / bound
     coefficients = jnp.asarray(newton_coefficients(p, lowest), matrix.dtype)
 
     def body(carry: tuple[jax.Array, jax.Array], pair: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         x, m = carry
-        factor = pair[0] * identity - pair[1] * m
+        h = pair[0] * identity - pair[1] * m
         if p > 1:
-            half = _matrix_power(factor, p // 2)
+            half = _matrix_power(h, p // 2)
             m = _matmul(_matmul(half, m), half)
         if p % 2:
-            m = _matmul(factor, m)
-        return (_matmul(x, factor), m), None
+            m = _matmul(h, m)
+        return (_matmul(x, h), m), None
 
-    start = (jnp.broadcast_to(identity, matrix.shape), matrix / bound)
+    # I is made from the matrix, so that within `jax.shard_map` it varies over the same devices.
+    start = (jnp.zeros_like(matrix) + identity, matrix / bound)
     (root, _), _ = jax.lax.scan(body, start, coefficients)
     # Rounding leaves an asymmetry, which applying the root on two sides would not forgive.
     return bound ** (-1 / p) * (root + root.mT) / 2
@@ -174,11 +177,10 @@ def _newton_root(matrix: jax.Array, p: int, epsilon: Number) -> jax.Array:
 def newton_coefficients(p: int, lowest: float) -> np.ndarray:
     """Choose the coefficients (a, b) of each step of the coupled iteration.
 
-    An eigenvalue m = y^p of M becomes (y (a - b y^p))^p. For y in [l, 1] the best step makes the least
-    image as large as it can be with the greatest equal to 1; both ends then map to the same, nearly
-    zero value, and rounding would drown the largest eigenvalues: so the image of 1 is kept above a
-    bound. The new l is known exactly, which fixes the number of steps in advance. A last step of
-    Newton's own makes the convergence quadratic.
+    An eigenvalue m = y^p of M becomes (y (a - b y^p))^p. For y in [l, 1] the best step makes the least image as large
+    as it can be with the greatest equal to 1. Both ends then map to the same, nearly zero value, and rounding would
+    drown the largest eigenvalues: so the image of 1 is kept above a bound. The new l is known exactly, which fixes the
+    number of steps in advance. A last step of Newton's own makes the convergence quadratic.
 
     Args:
       p: The root, >= 1.

@@ -1,47 +1,25 @@
 """Shampoo as an optax transformation."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from .moments import SecondMoment, bias_correction, diagonal_step, filter_gradient, graft, init_moments
-from .options import Number, ShampooOptions, resolve_options, takes_settings_of
-from .plan import Plan, Stack, StackAxes
-from .preconditioners import (
-    Factors,
-    accept,
-    by_class,
-    in_turn,
-    init_factors,
-    multiply_axes,
-    update_statistics,
-    without_statistics,
-)
+from .axes import map_by_size, multiply_axes, update_if_valid
+from .moments import bias_correction, diagonal_step, graft
+from .options import Grafting, Number, Precision, Root, ShampooOptions, Statistics, with_defaults
+from .plan import BlockStack, Plan, StackAxes, make_plan
 from .roots import inverse_pth_root
-from .transform import precondition, with_learning_rate
+from .transform import Method, StackState, precondition, with_learning_rate
+
+# A root whose backward error is greater is rejected.
+MOST_ERROR = 0.01
 
 
-class ShampooStack(NamedTuple):
-    """The state of one stack of blocks.
-
-    Attributes:
-      mu: (N, *block_shape), the gradient's average, without bias correction.
-      nu: (N, *block_shape), the grafting method's second moment; `optax.MaskedNode` if it has none.
-      factors: For each preconditioned axis: statistics and inverse roots.
-    """
-
-    mu: jax.Array
-    nu: SecondMoment
-    factors: Factors
-
-
-def scale_by_shampoo(
-    options: ShampooOptions | None = None, *, stack_axes: StackAxes = None, mesh: Mesh | None = None
-) -> optax.GradientTransformation:
+def scale_by_shampoo(**arguments: Any) -> optax.GradientTransformation:
     r"""Precondition gradients with Shampoo.
 
     For each block :math:`G` (m, n) of a gradient, with momentum :math:`\hat m` (bias-corrected):
@@ -50,25 +28,20 @@ def scale_by_shampoo(
         L \leftarrow b_2 L + (1 - b_2) G G^\top, \quad R \leftarrow b_2 R + (1 - b_2) G^\top G, \quad
         \Delta = \hat L^{-1/4} \, \hat m \, \hat R^{-1/4},
 
-    scaled to the norm of the grafting method's step. A block with k axes takes roots of 2k.
-
-    Args:
-      options: The settings; None for the defaults.
-      stack_axes: How many leading axes of each parameter stack layers (each is preconditioned by itself): a tree of
-        integers, a prefix of one, or a function from the parameters to it; None for no such axes.
-      mesh: Devices to spread statistics, roots and their computation over, with Auto or Explicit axes; neither the
-        state's shapes nor the steps depend on it.
+    scaled to the norm of the grafting method's step. A block with k axes takes roots of 2k. The arguments are those of
+    `shampoo` but for the learning rate, the weight decay and its mask.
 
     Returns:
       An `optax.GradientTransformation`. Updates have the gradients' tree and types.
 
     Raises:
-      ValueError: From `init` for a parameter that is not a real floating-point array; from `update` for a state of
-        other shapes or of another version, and for gradients that are not the parameters'.
+      ValueError: For an argument out of range, with its name, value and range; from `init` for a parameter that is not
+        a real floating-point array; from `update` for a state of other shapes or of another version, and for gradients
+        that are not the parameters'.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
-      >>> tx = optax.chain(scale_by_shampoo(ShampooOptions(precondition_frequency=5)), optax.scale(-0.1))
+      >>> tx = optax.chain(scale_by_shampoo(precondition_frequency=5), optax.scale(-0.1))
       >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
       >>> state = tx.init(params)
       >>> grads = jax.tree.map(jnp.ones_like, params)
@@ -79,93 +52,121 @@ def scale_by_shampoo(
       Gupta et al., Shampoo, arXiv 1802.09568; Anil et al., Scalable Second Order Optimization, arXiv 2002.09018; Shi et
       al., A Distributed Data-Parallel PyTorch Implementation, arXiv 2309.06497; KL-Shampoo, arXiv 2509.03378.
     """
-    return precondition(options or ShampooOptions(), _init_stack, _step_stacks, stack_axes, mesh)
+    given, stack_axes, mesh = with_defaults(shampoo, arguments)
+    options = ShampooOptions(**given)
+    method = Method(
+        number=1,
+        first_statistics=0.0 if options.relative_eps else options.eps,  # eps I as in the PyTorch reference
+        whitened=options.statistics == "kl",
+        refresh_early=False,
+        rotates_moments=False,
+        refresh=_refresh,
+        direction=_direction,
+    )
+    return precondition(options, method, stack_axes, mesh)
 
 
-def _init_stack(stack: Stack, options: ShampooOptions) -> ShampooStack:
-    # With an absolute epsilon the statistics start at epsilon I, as in the PyTorch reference.
-    statistics = 0.0 if options.relative_epsilon else options.epsilon
-    moments = init_moments((stack.count, *stack.block_shape), options, preconditioned=True)
-    return ShampooStack(*moments, init_factors(stack, options, statistics, options.initial_preconditioner))
-
-
-def _step_stacks(
-    count: jax.Array, states: Sequence[ShampooStack], gradients: Sequence[jax.Array], device: Any, *, plan: Plan
-) -> tuple[list[ShampooStack], list[jax.Array]]:
-    """One step of the slots of one device.
-
-    Args:
-      count: The number of this step, from 1.
-      states: By stack.
-      gradients: By stack (N, *block_shape).
-      device: The number of the device.
-      plan: The plan.
-
-    Returns:
-      The new states, and for each stack its directions (N, *block_shape).
-    """
+def _refresh(plan: Plan, count: jax.Array, statistics: Any, changing: Any) -> Any:
+    """Compute the inverse roots of some slots from their bias-corrected statistics."""
     options: Any = plan.options
     correction = bias_correction(options.b2, count, options.dtype)
-    whitened = options.statistics == "kl"
-    factors = [
-        update_statistics(stack, state.factors, gradient, options, whitened)
-        for stack, state, gradient in zip(plan.stacks, states, gradients, strict=True)
+    settings = {"eps": options.eps, "relative_eps": options.relative_eps, "root": options.root}
+    roots = map_by_size(plan, lambda s, p: inverse_pth_root(s / correction, p, **settings), statistics)
+    return [
+        (None, tuple(update_if_valid(axis, *root, MOST_ERROR) for axis, root in zip(axes, new, strict=True)))
+        for (_, axes), new in zip(changing, roots, strict=True)
     ]
 
-    def recompute(statistics: Any, old: Any) -> Any:
-        def compute(matrices: jax.Array, p: int) -> tuple[jax.Array, jax.Array]:
-            return inverse_pth_root(matrices / correction, p, options)
 
-        roots = by_class(plan, compute, statistics)
-        return [
-            tuple(accept(factor, *root, options) for factor, root in zip(*pair, strict=True))
-            for pair in zip(old, roots, strict=True)
-        ]
-
-    statistics = [tuple(factor.statistics for factor in axes) for axes in factors]
-    rest = [tuple(without_statistics(factor) for factor in axes) for axes in factors]
-    rest = in_turn(recompute, statistics, rest, count, options, device)
-    new, directions = [], []
-    for stack, state, gradient, kept, axes in zip(plan.stacks, states, gradients, statistics, rest, strict=True):
-        axes = tuple(factor._replace(statistics=s) for factor, s in zip(axes, kept, strict=True))
-        mu, momentum = filter_gradient(count, state.mu, gradient, options)
-        nu, own = diagonal_step(count, state.nu, gradient, momentum, options.diagonal(True))
-        roots = [(axis, factor.preconditioner) for axis, factor in zip(stack.axes, axes, strict=True)]
-        direction = multiply_axes(momentum, roots, options)
-        if options.grafting != "none":
-            direction = graft(direction, own)
-        new.append(ShampooStack(mu, nu, axes))
-        directions.append(jnp.where(count <= options.start, own, direction))
-    return new, directions
+def _direction(
+    count: jax.Array, stack: BlockStack, state: StackState, gradient: jax.Array, finite: jax.Array, options: Any
+) -> tuple[StackState, jax.Array]:
+    """Precondition the momentum; up to the start step take the grafting method's own step."""
+    moments, diagonal = (state.mu, state.nu), options.diagonal(True)
+    moments, momentum, own = diagonal_step(count, moments, gradient, finite, options.b1, diagonal)
+    roots = [(axis, s.preconditioner) for axis, s in zip(stack.axes, state.axes, strict=True)]
+    direction = multiply_axes(momentum, roots, options.matmul_precision)
+    if options.grafting != "none":
+        direction = graft(direction, own)
+    return StackState(*moments, state.axes), jnp.where(count <= options.start, own, direction)
 
 
-@takes_settings_of(ShampooOptions)
 def shampoo(
     learning_rate: optax.ScalarOrSchedule,
-    *,
-    preset: Literal["fast", "reference"] = "fast",
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-5,
     weight_decay: Number | None = None,
     mask: Any = None,
+    *,
+    relative_eps: bool = True,
+    precondition_frequency: int = 25,
+    start_preconditioning_step: int = 0,
+    stagger: bool = True,
+    max_preconditioner_dim: int = 384,
+    even_blocks: bool = True,
+    merge_dims: bool = False,
+    precondition_1d: bool = False,
+    one_sided: bool = False,
+    ignored_dim: int = 10_000,
+    root: Root = "auto",
+    exponent_override: int = 0,
+    statistics: Statistics = "shampoo",
+    grafting: Grafting = "adam",
+    grafting_b2: Number = 0.999,
+    grafting_eps: Number = 1e-8,
+    preconditioner_dtype: Any = "float32",
+    mu_dtype: Any = "float32",
+    precision: Precision = "jax",
     stack_axes: StackAxes = None,
     mesh: Mesh | None = None,
-    **settings: Any,
 ) -> optax.GradientTransformation:
     """The Shampoo optimizer: `scale_by_shampoo`, weight decay, learning rate.
 
+    `reference_shampoo` is the same with the values of the PyTorch reference.
+
     Args:
       learning_rate: A number or a schedule.
-      preset: 'fast', or 'reference', which follows the PyTorch reference's trajectory.
+      b1: Decay of the gradient's average (momentum), in [0, 1).
+      b2: Decay of the statistics, in (0, 1]; 1 sums them (AdaGrad).
+      eps: Damping of the statistics before their root; a relative one is at least 1e-6 (1e-14 in float64).
       weight_decay: Decoupled, as in `optax.adamw`; `update` then needs `params`. None for none.
       mask: Of the decay, as in `optax.add_decayed_weights`.
-      stack_axes: As in `scale_by_shampoo`.
-      mesh: As in `scale_by_shampoo`.
-      **settings: Fields of `ShampooOptions`, in place of the preset's.
+      relative_eps: Whether `eps` is in units of the statistics' Frobenius norm.
+      precondition_frequency: Steps between two computations of a preconditioner, k >= 1.
+      start_preconditioning_step: Steps up to and including this one, and up to the k-th, are the grafting method's own.
+      stagger: Whether preconditioners are computed in turns, each once in k steps, so that all steps take the same
+        time. They are computed together, at multiples of k, if False, or if turns cost more than twice as much.
+      max_preconditioner_dim: Longer dimensions are cut into blocks of at most this size, >= 1.
+      even_blocks: Whether blocks are the fewest and most even ones, or full ones and a remainder.
+      merge_dims: Whether neighbouring dimensions are merged while their product is at most `max_preconditioner_dim`.
+      precondition_1d: Whether vectors get a (full-matrix) preconditioner. Else, and for scalars, the step is the
+        grafting method's own.
+      one_sided: Whether only the shortest axis of each parameter (of those longer than 1) is preconditioned.
+      ignored_dim: Dimensions longer than this (of a vocabulary, say) are neither cut nor preconditioned.
+      root: 'eigh', 'newton' (matrix products only), or 'auto': 'eigh' on a CPU, else 'newton', decided when the program
+        is lowered. If `relative_eps` is False, 'auto' is 'eigh'.
+      exponent_override: Take the p-th inverse root with this p >= 1; 0 means 2 x the preconditioned axes of a block.
+      statistics: 'shampoo' (G G^T), or 'kl': the gradient is first multiplied by the preconditioners of its other axes
+        (KL-Shampoo), and p is 2.
+      grafting: The method whose norm each block's step takes, and whose step all other parameters take ('none':
+        Adam's).
+      grafting_b2: Decay of the grafting method's second moment, in (0, 1); 'adagrad' sums.
+      grafting_eps: Added to the root of that second moment, > 0.
+      preconditioner_dtype: float32, or float64 with x64 enabled.
+      mu_dtype: Type of the stored momentum, such as bfloat16.
+      precision: Of the products that make and apply the preconditioners: 'default' (TF32 on a GPU), 'high', 'highest',
+        or 'jax' for `jax.default_matmul_precision`. Roots and bases always take 'highest'.
+      stack_axes: How many leading axes of each parameter stack layers (each is preconditioned by itself): a tree of
+        integers, a prefix of one, or a function from the parameters to it; None for no such axes.
+      mesh: Devices to spread statistics, roots and their computation over, with Auto or Explicit axes; neither the
+        state's shapes nor the steps depend on it.
 
     Returns:
       An `optax.GradientTransformation`.
 
     Raises:
-      ValueError: For a setting out of range, naming it, its value and the range; else as `scale_by_shampoo`.
+      ValueError: As `scale_by_shampoo`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -179,7 +180,47 @@ def shampoo(
       >>> bool(loss(params) < 1)
       True
     """
-    if preset not in ("fast", "reference"):
-        raise ValueError(f"preset={preset!r}: it must be 'fast' or 'reference'.")
-    scale = scale_by_shampoo(resolve_options(preset, **settings), stack_axes=stack_axes, mesh=mesh)
-    return with_learning_rate(scale, learning_rate, weight_decay, mask)
+    return with_learning_rate(scale_by_shampoo, dict(locals()))  # all arguments, so that none can be forgotten
+
+
+# Shampoo as the PyTorch reference (richardcepka/SimplEsT-ViT, train.py), whose trajectory it follows.
+reference_shampoo = functools.partial(
+    shampoo,
+    eps=1e-12,
+    relative_eps=False,
+    stagger=False,
+    max_preconditioner_dim=8192,
+    even_blocks=False,
+    merge_dims=True,
+    precondition_1d=True,
+    ignored_dim=2**31 - 1,
+    root="eigh",
+    precision="highest",
+)
+
+
+def shampoo_plan(params: Any, **arguments: Any) -> Plan:
+    """Make the plan that `shampoo` makes for these parameters; print it to see how each is preconditioned and its cost.
+
+    Args:
+      params: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
+      **arguments: Of `scale_by_shampoo`.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: As `shampoo` and its `init`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> print(shampoo_plan({"kernel": jnp.zeros((7, 4))}, max_preconditioner_dim=4))
+      parameter  shape                   preconditioned as
+      kernel     (7, 4)                  1 (4, 4) + 1 (3, 4)
+      3 matrices of 4 x 4, inverse root 4
+      1 matrices of 3 x 3, inverse root 4
+      28 parameters; state 0.0 MiB, of which statistics and preconditioners 0.0
+      8.48e-07 GFLOP a step; sum of n^3 for a refresh 219, in a step 8 (all together)
+    """
+    given, stack_axes, _ = with_defaults(shampoo, arguments)
+    return make_plan(params, ShampooOptions(**given), stack_axes)

@@ -23,21 +23,21 @@ except ImportError:  # JAX 0.11
 
 
 def slots_spec(shape: tuple[int, ...], mesh: Any) -> P:
-    """Lay out an array of slots (N, ...): along its slots where all devices divide them, else along another axis.
+    """Lay out an array of slots (N, ...): along its slots if all devices divide them, else along another axis.
 
     Args:
       shape: The array's shape.
       mesh: The devices.
 
     Returns:
-      The first axis that the devices divide over all axes of the mesh; whole where there is none.
+      The first axis that the devices divide over all axes of the mesh; whole if there is none.
     """
     axes = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
     return _over(axes[0], mesh) if axes else P()
 
 
-def place(stacks: Any, mesh: Mesh | None) -> Any:
-    """Put arrays of slots where `slots_spec` says."""
+def shard_state(stacks: Any, mesh: Mesh | None) -> Any:
+    """Lay out arrays of slots as `slots_spec` says."""
     if mesh is None:
         return stacks
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, slots_spec(x.shape, mesh))), stacks)
@@ -51,7 +51,7 @@ def as_auto(mesh: Mesh | None) -> Mesh | None:
 
 
 def in_auto_axes(function: Callable[..., Any], updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    """Call a function of updates, state and parameters where the compiler lays out what is between.
+    """Call a function of updates, state and parameters; the compiler chooses the layouts in between.
 
     Arrays on a mesh with Explicit axes carry their layout in their types; new updates and state get those of the old.
     """
@@ -63,7 +63,7 @@ def in_auto_axes(function: Callable[..., Any], updates: Any, state: Any, params:
     return with_layouts(updates, state, params)
 
 
-def alike(leaves: Sequence[jax.Array], params: Any, mesh: Mesh | None, count: jax.Array) -> list[jax.Array]:
+def match_sharding(leaves: Sequence[jax.Array], params: Any, mesh: Mesh | None, count: jax.Array) -> list[jax.Array]:
     """Lay out leaves as the parameters, so that the exchange of blocks does not reach into the model's own program.
 
     JAX 0.11 has no `shard_alike`. There an elementwise choice, by a count of steps that is never negative, brings the
@@ -89,7 +89,7 @@ def constrain_blocks(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array]:
     return constrain
 
 
-def spread(function: Callable[..., Any], plan: Plan, mesh: Mesh | None) -> Callable[..., Any]:
+def shard_over_devices(function: Callable[..., Any], plan: Plan, mesh: Mesh | None) -> Callable[..., Any]:
     """Run a function of slots on each device's own.
 
     Args:

@@ -1,47 +1,25 @@
 """SOAP as an optax transformation: Adam in the eigenbasis of Shampoo's preconditioner."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from .axes import map_by_size, multiply_axes, update_if_valid
 from .bases import refresh_basis
-from .moments import diagonal_step, filter_gradient, init_moments
-from .options import Number, SoapOptions, resolve_options, takes_settings_of
-from .plan import Plan, Stack, StackAxes
-from .preconditioners import (
-    Factors,
-    accept,
-    by_class,
-    in_turn,
-    init_factors,
-    multiply_axes,
-    update_statistics,
-    without_statistics,
-)
-from .transform import precondition, with_learning_rate
+from .moments import diagonal_step
+from .options import Basis, Number, Precision, SoapOptions, with_defaults
+from .plan import BlockStack, Plan, StackAxes, make_plan
+from .transform import Method, StackState, precondition, with_learning_rate
+
+# A basis that is further from orthogonal is rejected.
+MOST_ERROR = 0.1
 
 
-class SoapStack(NamedTuple):
-    """The state of one stack of blocks.
-
-    Attributes:
-      mu: (N, *block_shape), the gradient's average in the eigenbases, without bias correction.
-      nu: (N, *block_shape), the second moment in the eigenbases.
-      factors: For each preconditioned axis: statistics, and eigenbases as the preconditioner.
-    """
-
-    mu: jax.Array
-    nu: jax.Array
-    factors: Factors
-
-
-def scale_by_soap(
-    options: SoapOptions | None = None, *, stack_axes: StackAxes = None, mesh: Mesh | None = None
-) -> optax.GradientTransformation:
+def scale_by_soap(**arguments: Any) -> optax.GradientTransformation:
     r"""Run Adam in the eigenbasis of Shampoo's preconditioner.
 
     For each block :math:`G` with statistics :math:`L = Q_L \Lambda_L Q_L^\top` and :math:`R` likewise:
@@ -50,13 +28,10 @@ def scale_by_soap(
         G' = Q_L^\top G Q_R, \quad m \leftarrow b_1 m + (1 - b_1) G', \quad V \leftarrow b_2 V + (1 - b_2) G'^2, \quad
         \Delta = Q_L \frac{\hat m}{\sqrt{\hat V} + \epsilon} Q_R^\top.
 
-    Both moments live in the eigenbasis, and turn with it where it is refreshed. It is the identity, and the step
-    Adam's, until a block's first turn at or after the start step.
-
-    Args:
-      options: The settings; None for the defaults.
-      stack_axes: As in `scale_by_shampoo`.
-      mesh: As in `scale_by_shampoo`.
+    Both moments live in the eigenbasis, and rotate with it when it is refreshed. A basis is the identity, and the step
+    Adam's, up to the start step. In each of the k steps after it all bases are refreshed, because a basis from few
+    gradients is poor and a refresh is but one step of an iteration; then each is refreshed once in k steps. The
+    arguments are those of `soap` but for the learning rate, the weight decay and its mask.
 
     Returns:
       An `optax.GradientTransformation`.
@@ -73,113 +48,139 @@ def scale_by_soap(
 
     References:
       Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321. New here: second moments are
-      carried over to a refreshed basis (`turn_moments`); a basis is refreshed before the step, not after it; and the
-      first one comes from the identity as later ones come from the last, where the authors' code decomposes.
+      carried over to a refreshed basis (`rotate_moments`); a basis is refreshed before the step, not after it, and in
+      each of the first k steps; the first one comes from the identity as later ones come from the last, while the
+      authors' code decomposes.
     """
-    return precondition(options or SoapOptions(), _init_stack, _step_stacks, stack_axes, mesh)
+    given, stack_axes, mesh = with_defaults(soap, arguments)
+    method = Method(
+        number=2,
+        first_statistics=0.0,
+        whitened=False,
+        refresh_early=True,
+        rotates_moments=True,
+        refresh=_refresh,
+        direction=_direction,
+    )
+    return precondition(SoapOptions(**given), method, stack_axes, mesh)
 
 
-def _init_stack(stack: Stack, options: SoapOptions) -> SoapStack:
-    mu, nu = init_moments((stack.count, *stack.block_shape), options, preconditioned=True)
-    return SoapStack(mu, nu, init_factors(stack, options))
+def _refresh(plan: Plan, count: jax.Array, statistics: Any, changing: Any) -> Any:
+    """Refresh the bases of some slots and rotate their moments; before the start step nothing changes."""
+    options: Any = plan.options
+    old = [[axis.preconditioner for axis in axes] for _, axes in changing]
+    bases = map_by_size(plan, lambda s, q, _: refresh_basis(s, q, options.basis), statistics, old)
+    new = []
+    for stack, ((mu, nu), axes), found in zip(plan.stacks, changing, bases, strict=True):
+        after = tuple(
+            update_if_valid(axis, *basis, MOST_ERROR, count >= options.start)
+            for axis, basis in zip(axes, found, strict=True)
+        )
+        rotations = [
+            (axis, jnp.matmul(b.preconditioner.mT, a.preconditioner, precision="highest"))
+            for axis, a, b in zip(stack.axes, axes, after, strict=True)
+        ]
+        rotated, squares = rotate_moments(mu, nu, rotations, options.matmul_precision)
+        new.append(((rotated.astype(mu.dtype), squares), after))
+    return new
 
 
-def turn_moments(
-    mu: jax.Array, nu: jax.Array, turns: Sequence[tuple[int, jax.Array]], options: SoapOptions
+def rotate_moments(
+    mu: jax.Array, nu: jax.Array, rotations: Sequence[tuple[int, jax.Array]], precision: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Carry moments over to new bases.
 
     The second moments are exact for uncorrelated coordinates: variances add with the squares of the rotation's entries.
-    Where the basis barely moves, or its vectors only change places, they move along with the vectors.
+    If the basis barely moves, or its vectors only change places, they move along with the vectors.
 
     Args:
       mu: (N, *block_shape), averages of the coordinates in the old bases, of any type.
       nu: (N, *block_shape), averages of their squares.
-      turns: Axes of a block, each with Q_new^T Q_old (N, n, n).
-      options: The settings.
+      rotations: Axes of a block, each with Q_new^T Q_old (N, n, n).
+      precision: Of the products.
 
     Returns:
-      Both in the new bases and their type; the sum of the second moments of each block is as before.
+      Both in the new bases; the sum of the second moments of each block is as before.
     """
-    squared = [(axis, jnp.square(turn)) for axis, turn in turns]
-    return multiply_axes(mu, turns, options), multiply_axes(nu, squared, options)
+    squared = [(axis, jnp.square(rotation)) for axis, rotation in rotations]
+    return multiply_axes(mu, rotations, precision), multiply_axes(nu, squared, precision)
 
 
-def _step_stacks(
-    count: jax.Array, states: Sequence[SoapStack], gradients: Sequence[jax.Array], device: Any, *, plan: Plan
-) -> tuple[list[SoapStack], list[jax.Array]]:
-    """One step of the slots of one device; see Shampoo's."""
-    options: Any = plan.options
-    factors = [
-        update_statistics(stack, state.factors, gradient, options)
-        for stack, state, gradient in zip(plan.stacks, states, gradients, strict=True)
-    ]
-
-    def recompute(statistics: Any, old: list[SoapStack]) -> list[SoapStack]:
-        def compute(matrices: jax.Array, bases: jax.Array, _: int) -> tuple[jax.Array, jax.Array]:
-            return refresh_basis(matrices, bases, options)
-
-        old_bases = [[factor.preconditioner for factor in state.factors] for state in old]
-        new = []
-        for stack, state, bases in zip(plan.stacks, old, by_class(plan, compute, statistics, old_bases), strict=True):
-            axes = tuple(
-                accept(factor, *basis, options, count >= options.start)
-                for factor, basis in zip(state.factors, bases, strict=True)
-            )
-            turns = [
-                (axis, jnp.matmul(after.preconditioner.mT, before.preconditioner, precision="highest"))
-                for axis, before, after in zip(stack.axes, state.factors, axes, strict=True)
-            ]
-            mu, nu = turn_moments(state.mu, state.nu, turns, options)
-            new.append(SoapStack(mu.astype(state.mu.dtype), nu, axes))
-        return new
-
-    statistics = [tuple(factor.statistics for factor in axes) for axes in factors]
-    rest = [
-        state._replace(factors=tuple(without_statistics(factor) for factor in axes))
-        for state, axes in zip(states, factors, strict=True)
-    ]
-    rest = in_turn(recompute, statistics, rest, count, options, device)
-    new, directions = [], []
-    for stack, state, gradient, kept in zip(plan.stacks, rest, gradients, statistics, strict=True):
-        axes = tuple(factor._replace(statistics=s) for factor, s in zip(state.factors, kept, strict=True))
-        bases = [(axis, factor.preconditioner) for axis, factor in zip(stack.axes, axes, strict=True)]
-        rotated = multiply_axes(gradient, [(axis, basis.mT) for axis, basis in bases], options)
-        mu, momentum = filter_gradient(count, state.mu, rotated, options)
-        nu, scaled = diagonal_step(count, state.nu, rotated, momentum, options.diagonal(True))
-        new.append(SoapStack(mu, nu, axes))
-        directions.append(multiply_axes(scaled, bases, options))
-    return new, directions
+def _direction(
+    count: jax.Array, stack: BlockStack, state: StackState, gradient: jax.Array, finite: jax.Array, options: Any
+) -> tuple[StackState, jax.Array]:
+    """Project, step as Adam, project back."""
+    bases = [(axis, s.preconditioner) for axis, s in zip(stack.axes, state.axes, strict=True)]
+    projected = multiply_axes(gradient, [(axis, q.mT) for axis, q in bases], options.matmul_precision)
+    moments, diagonal = (state.mu, state.nu), options.diagonal(True)
+    moments, _, step = diagonal_step(count, moments, projected, finite, options.b1, diagonal)
+    return StackState(*moments, state.axes), multiply_axes(step, bases, options.matmul_precision)
 
 
-@takes_settings_of(SoapOptions)
 def soap(
     learning_rate: optax.ScalarOrSchedule,
-    *,
+    b1: Number = 0.95,
+    b2: Number = 0.95,
+    eps: Number = 1e-8,
     weight_decay: Number | None = None,
     mask: Any = None,
+    *,
+    shampoo_beta: Number = 0.95,
+    precondition_frequency: int = 10,
+    start_preconditioning_step: int = 0,
+    stagger: bool = True,
+    max_preconditioner_dim: int = 384,
+    merge_dims: bool = False,
+    precondition_1d: bool = False,
+    one_sided: bool = False,
+    ignored_dim: int = 10_000,
+    basis: Basis = "auto",
+    preconditioner_dtype: Any = "float32",
+    mu_dtype: Any = "float32",
+    precision: Precision = "jax",
     stack_axes: StackAxes = None,
     mesh: Mesh | None = None,
-    **settings: Any,
 ) -> optax.GradientTransformation:
     """The SOAP optimizer: `scale_by_soap`, weight decay, learning rate.
 
     Args:
       learning_rate: A number or a schedule.
+      b1: Decay of the gradient's average in the eigenbasis, in [0, 1).
+      b2: Decay of the second moment in the eigenbasis, in (0, 1]; 1 sums it.
+      eps: Added to the root of the second moment, > 0.
       weight_decay: Decoupled, as in `optax.adamw`; `update` then needs `params`. None for none.
       mask: Of the decay, as in `optax.add_decayed_weights`.
-      stack_axes: As in `scale_by_shampoo`.
-      mesh: As in `scale_by_shampoo`.
-      **settings: Fields of `SoapOptions`.
+      shampoo_beta: Decay of the statistics, in (0, 1]; 1 sums them.
+      precondition_frequency: Steps between two refreshes of a basis, k >= 1.
+      start_preconditioning_step: Steps up to and including this one are Adam's.
+      stagger: As in `shampoo`.
+      max_preconditioner_dim: Longer dimensions are cut into the fewest even blocks of at most this size, >= 1.
+      merge_dims: As in `shampoo`.
+      precondition_1d: Whether vectors get a basis. Else, and for scalars, the step is Adam's.
+      one_sided: As in `shampoo`.
+      ignored_dim: As in `shampoo`.
+      basis: How an eigenbasis follows its statistics: one power iteration, orthogonalized by 'qr' (LAPACK or cuSOLVER)
+        or by 'gram_schmidt' (matrix products only), or 'eigh'; 'auto': 'qr' on a CPU, else 'gram_schmidt', decided when
+        the program is lowered.
+      preconditioner_dtype: As in `shampoo`.
+      mu_dtype: As in `shampoo`.
+      precision: As in `shampoo`.
+      stack_axes: As in `shampoo`.
+      mesh: As in `shampoo`.
 
     Returns:
       An `optax.GradientTransformation`.
 
     Raises:
-      ValueError: As `shampoo`.
+      ValueError: As `scale_by_shampoo`.
 
     Examples:
       >>> tx = soap(3e-3, precondition_frequency=10)
     """
-    scale = scale_by_soap(resolve_options("soap", **settings), stack_axes=stack_axes, mesh=mesh)
-    return with_learning_rate(scale, learning_rate, weight_decay, mask)
+    return with_learning_rate(scale_by_soap, dict(locals()))  # all arguments, so that none can be forgotten
+
+
+def soap_plan(params: Any, **arguments: Any) -> Plan:
+    """Make the plan that `soap` makes for these parameters; see `shampoo_plan`."""
+    given, stack_axes, _ = with_defaults(soap, arguments)
+    return make_plan(params, SoapOptions(**given), stack_axes)

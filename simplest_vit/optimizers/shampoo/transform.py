@@ -1,4 +1,4 @@
-"""What Shampoo and SOAP have in common: a state of stacked blocks, beside a diagonal method for everything else."""
+"""What Shampoo and SOAP share: a state of stacked blocks, beside a diagonal method for everything else."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,10 +10,27 @@ import optax
 from jax.sharding import Mesh
 
 from . import sharding
+from .axes import Axes, init_axes, refresh_staggered, refresh_together, update_statistics, without_statistics
 from .blocks import as_updates, from_blocks, gradient_leaves, to_blocks
-from .moments import diagonal_step, filter_gradient, init_moments
-from .options import Number, Options
-from .plan import VERSION, Plan, Stack, StackAxes, make_plan
+from .moments import SecondMoment, diagonal_step, init_moments
+from .options import Number
+from .plan import AnyOptions, BlockStack, Plan, StackAxes, make_plan
+
+VERSION = 3  # of the layout of the state
+
+
+class StackState(NamedTuple):
+    """The state of one stack of blocks.
+
+    Attributes:
+      mu: (N, *block_shape), the gradient's average without bias correction; SOAP's is in the eigenbases.
+      nu: (N, *block_shape), the second moment, likewise; `optax.MaskedNode` if the grafting method has none.
+      axes: For each preconditioned axis its statistics and preconditioners.
+    """
+
+    mu: jax.Array
+    nu: SecondMoment
+    axes: Axes
 
 
 class PreconditionedState(NamedTuple):
@@ -21,11 +38,11 @@ class PreconditionedState(NamedTuple):
 
     Attributes:
       count: int32, the number of steps taken.
-      version: int8 zeros; their number is the version of this layout, which is compared as shapes are.
+      version: int8 zeros; their shape is the version of this layout and the method, which are compared as shapes are.
       mu: The parameters' tree: the momentum of those that are not preconditioned, `optax.MaskedNode` for the others.
       nu: Likewise, the second moment.
-      stacks: For each stack of the plan its state, arrays with a slot for each block. The tree of a transformation
-        without parameters, with which `optax.tree.map_params` asks, has a leaf here.
+      stacks: For each stack of the plan its `StackState`. The tree of a transformation without parameters, with which
+        `optax.tree.map_params` asks, has a leaf here.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the field's name in every optax state
@@ -35,21 +52,37 @@ class PreconditionedState(NamedTuple):
     stacks: Any
 
 
-# (stack, options) -> the state of a stack, without a gradient.
-InitStack = Callable[[Stack, Any], Any]
-# (count, states by stack, gradients by stack, device, plan) -> new states and directions by stack.
-StepStacks = Callable[..., tuple[Sequence[Any], Sequence[jax.Array]]]
+class Method(NamedTuple):
+    """What tells Shampoo from SOAP.
+
+    Attributes:
+      number: In the state's version.
+      first_statistics: The statistics before the first gradient are this times I.
+      whitened: Whether statistics are KL-Shampoo's.
+      refresh_early: Whether all preconditioners are refreshed in each of the first k steps after the start as well.
+      rotates_moments: Whether a refresh changes the moments.
+      refresh: (plan, count, statistics, changing) -> changing, for some slots of all stacks. `changing` has for each
+        stack its moments, or None if a refresh leaves them, and the states of its axes without the statistics.
+      direction: (count, stack, state, gradients, finite, options) -> the new state and the direction of a stack.
+    """
+
+    number: int
+    first_statistics: Number
+    whitened: bool
+    refresh_early: bool
+    rotates_moments: bool
+    refresh: Callable[[Plan, jax.Array, Any, Any], Any]
+    direction: Callable[..., tuple[StackState, jax.Array]]
 
 
 def precondition(
-    options: Options, init_stack: InitStack, step_stacks: StepStacks, stack_axes: StackAxes, mesh: Mesh | None
+    options: AnyOptions, method: Method, stack_axes: StackAxes, mesh: Mesh | None
 ) -> optax.GradientTransformation:
-    """Make a transformation of what is done to stacks of blocks.
+    """Make the transformation of a method.
 
     Args:
-      options: The settings.
-      init_stack: Makes the state of a stack.
-      step_stacks: One step of the slots of one device.
+      options: The arguments.
+      method: The method.
       stack_axes: As in `scale_by_shampoo`.
       mesh: As in `scale_by_shampoo`.
 
@@ -57,24 +90,29 @@ def precondition(
       The transformation.
     """
     auto_mesh = sharding.as_auto(mesh)
+    version = (VERSION, method.number)
+
+    def init_stack(stack: BlockStack) -> StackState:
+        moments = init_moments((stack.count, *stack.block_shape), options, options.diagonal(True))
+        return StackState(*moments, init_axes(stack, options, method.first_statistics))
 
     def init_state(plan: Plan, params: optax.Params) -> PreconditionedState:
-        leaves = iter(plan.leaves)
+        plans = iter(plan.params)
 
         def moments(param: jax.Array) -> Any:
-            if next(leaves).pieces:
+            if next(plans).regions:
                 return optax.MaskedNode(), optax.MaskedNode()
-            mu, nu = init_moments(jnp.shape(param), options, preconditioned=False)
-            return jax.tree.map(lambda x: jnp.zeros_like(param, x.dtype), (mu, nu))
+            both = init_moments(jnp.shape(param), options, options.diagonal(False))
+            return jax.tree.map(lambda x: jnp.zeros_like(param, x.dtype), both)
 
         both = [moments(param) for param in jax.tree.leaves(params)]
         mu, nu = (jax.tree.unflatten(jax.tree.structure(params), [pair[i] for pair in both]) for i in range(2))
-        stacks = tuple(init_stack(stack, options) for stack in plan.stacks) if plan.leaves else jnp.zeros((), jnp.int8)
-        return PreconditionedState(jnp.zeros((), jnp.int32), jnp.zeros(VERSION, jnp.int8), mu, nu, stacks)
+        stacks = tuple(init_stack(stack) for stack in plan.stacks) if plan.params else jnp.zeros((), jnp.int8)
+        return PreconditionedState(jnp.zeros((), jnp.int32), jnp.zeros(version, jnp.int8), mu, nu, stacks)
 
     def init(params: optax.Params) -> PreconditionedState:
         state = init_state(make_plan(params, options, stack_axes), params)
-        return state._replace(stacks=sharding.place(state.stacks, mesh))
+        return state._replace(stacks=sharding.shard_state(state.stacks, mesh))
 
     def update(
         updates: optax.Updates, state: PreconditionedState, params: optax.Params | None = None
@@ -85,65 +123,127 @@ def precondition(
         return sharding.in_auto_axes(functools.partial(step, plan), updates, state, params)
 
     def step(plan: Plan, updates: Any, state: PreconditionedState, params: Any) -> tuple[Any, PreconditionedState]:
+        tree = updates if params is None else params
         count = optax.safe_increment(state.count)
-        gradients = sharding.alike(gradient_leaves(plan, updates), params, auto_mesh, count)
+        gradients = sharding.match_sharding(gradient_leaves(plan, updates, tree), params, auto_mesh, count)
         constrain = sharding.constrain_blocks(auto_mesh)
         blocks = to_blocks(plan, gradients, constrain)
-        run = sharding.spread(functools.partial(step_stacks, plan=plan), plan, auto_mesh)
+        run = sharding.shard_over_devices(functools.partial(_step_stacks, plan=plan, method=method), plan, auto_mesh)
         stacks, directions = run(count, list(state.stacks) if plan.stacks else [], blocks)
         leaves = from_blocks(plan, directions, constrain)
-        whole = [index for index, leaf in enumerate(plan.leaves) if not leaf.pieces]
+        # The diagonal method's own.
+        whole = [index for index, param in enumerate(plan.params) if not param.regions]
         mus = jax.tree.leaves(state.mu)
         nus: list[Any] = jax.tree.leaves(state.nu) or [optax.MaskedNode()] * len(whole)
         for place, index in enumerate(whole):
-            gradient = gradients[index].astype(options.dtype)
-            mus[place], momentum = filter_gradient(count, mus[place], gradient, options)
-            nus[place], leaves[index] = diagonal_step(count, nus[place], gradient, momentum, options.diagonal(False))
+            gradient, finite = _split_finite(gradients[index].astype(options.dtype))
+            moments, diagonal = (mus[place], nus[place]), options.diagonal(False)
+            moments, _, leaves[index] = diagonal_step(count, moments, gradient, finite, options.b1, diagonal)
+            mus[place], nus[place] = moments
         mu, nu = (
             jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(new))
             for tree, new in ((state.mu, mus), (state.nu, nus))
         )
-        leaves = sharding.alike(leaves, params, auto_mesh, count)
-        stacks = sharding.place(tuple(stacks), auto_mesh) if plan.stacks else state.stacks
-        return as_updates(plan, leaves, updates), PreconditionedState(count, state.version, mu, nu, stacks)
+        leaves = sharding.match_sharding(leaves, params, auto_mesh, count)
+        stacks = sharding.shard_state(tuple(stacks), auto_mesh) if plan.stacks else state.stacks
+        return as_updates(leaves, updates, tree), PreconditionedState(count, state.version, mu, nu, stacks)
 
     return optax.GradientTransformation(init, update)
+
+
+def _split_finite(gradient: jax.Array, axes: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
+    """Return the gradient with zeros for what is not finite, and where it is finite, over whole blocks along `axes`."""
+    finite = jnp.isfinite(gradient).all(axes, keepdims=True)
+    return jnp.where(finite, gradient, 0), finite
+
+
+def _step_stacks(
+    count: jax.Array,
+    states: Sequence[StackState],
+    gradients: Sequence[jax.Array],
+    device: Any,
+    *,
+    plan: Plan,
+    method: Method,
+) -> tuple[list[StackState], list[jax.Array]]:
+    """Take one step of the slots of one device.
+
+    Args:
+      count: The number of this step, from 1.
+      states: By stack.
+      gradients: By stack (N, *block_shape).
+      device: The number of the device.
+      plan: The plan.
+      method: The method.
+
+    Returns:
+      The new states, and for each stack its directions (N, *block_shape).
+    """
+    options = plan.options
+    k, start, precision = options.precondition_frequency, options.start, options.matmul_precision
+    split = [_split_finite(g, range(1, g.ndim)) for g in gradients]
+    axes = [
+        update_statistics(stack, s.axes, g, f.reshape(-1), options.statistics_decay, precision, method.whitened)
+        for stack, s, (g, f) in zip(plan.stacks, states, split, strict=True)
+    ]
+    statistics = [tuple(axis.statistics for axis in stack) for stack in axes]
+    changing: Any = [
+        ((s.mu, s.nu) if method.rotates_moments else None, tuple(map(without_statistics, stack)))
+        for s, stack in zip(states, axes, strict=True)
+    ]
+    refresh = functools.partial(method.refresh, plan, count)
+    is_early = (count > start) & (count <= start + k)
+    if plan.is_staggered:
+        phases = jnp.where(is_early, k, 1) if method.refresh_early and k > 1 else 1
+        changing = refresh_staggered(refresh, statistics, changing, count - 1, phases, k, device)
+    else:
+        is_due = (count % k == 0) & (count >= start)
+        is_due = is_due | is_early if method.refresh_early else is_due
+        changing = refresh_together(refresh, statistics, changing, is_due)
+    new, directions = [], []
+    for stack, state, kept, (moments, rest), (gradient, finite) in zip(
+        plan.stacks, states, statistics, changing, split, strict=True
+    ):
+        mu, nu = moments or (state.mu, state.nu)
+        whole = tuple(axis._replace(statistics=s) for axis, s in zip(rest, kept, strict=True))
+        state, direction = method.direction(count, stack, StackState(mu, nu, whole), gradient, finite, options)
+        new.append(state)
+        directions.append(direction)
+    return new, directions
 
 
 def _check(state: PreconditionedState, expected: Any) -> None:
     """Compare a state with what the plan needs, but for the names of parameters.
 
     Raises:
-      ValueError: Where they differ.
+      ValueError: If they differ.
     """
-    if state.version.shape != (VERSION,):
+    if state.version.shape != expected.version.shape:
         raise ValueError(
-            f"state.version: its shape is {state.version.shape}: it must be {(VERSION,)}, the version of this package; "
-            "go on with the package that the state was made with, or make a new state."
+            f"state.version: its shape is {state.version.shape}: it must be {expected.version.shape}, the version of "
+            "this package and its method; resume with the package and method that made the state, or make a new one."
         )
     for name in ("stacks", "mu", "nu"):
         given, needed = (_layout(name, getattr(tree, name)) for tree in (state, expected))
         if given != needed:
             raise ValueError(
                 f"state.{name}: it has {given}: it must have {needed}. The state was made with other parameters or "
-                "stack_axes, by another method, or with another of the settings that decide shapes and types "
-                "(max_preconditioner_dim, merge_dims, precondition_1d, one_sided, ignored_dim, grafting, "
-                "preconditioner_dtype, mu_dtype)."
+                "stack_axes, or with another of the arguments that decide shapes and types (max_preconditioner_dim, "
+                "even_blocks, merge_dims, precondition_1d, one_sided, ignored_dim, grafting, preconditioner_dtype, "
+                "mu_dtype)."
             )
 
 
 def _layout(name: str, tree: Any) -> str:
-    """Write the types and shapes of a part of the state; without the tree where that is the parameters'."""
+    """Write the types and shapes of a part of the state; without the tree if that is the parameters'."""
     arrays = jax.tree.map(lambda x: f"{x.dtype}{x.shape}", tree)
     return str(arrays if name == "stacks" else jax.tree.leaves(arrays))
 
 
 def with_learning_rate(
-    scale: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: Number | None,
-    mask: Any,
+    scale_by: Callable[..., optax.GradientTransformation], arguments: dict[str, Any]
 ) -> optax.GradientTransformation:
-    """Chain a scaling of gradients, decoupled weight decay and the learning rate."""
+    """Chain a scaling of gradients with its arguments, decoupled weight decay and the learning rate."""
+    learning_rate, weight_decay, mask = (arguments.pop(name) for name in ("learning_rate", "weight_decay", "mask"))
     decay = [] if weight_decay is None else [optax.add_decayed_weights(weight_decay, mask)]
-    return optax.chain(scale, *decay, optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(scale_by(**arguments), *decay, optax.scale_by_learning_rate(learning_rate))

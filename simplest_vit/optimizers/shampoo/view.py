@@ -11,7 +11,7 @@ def view_as(view: Callable[[Any], Any], tx: optax.GradientTransformation) -> opt
     """Run a transformation on another layout of the same parameters.
 
     Which dimensions merge, and so what is preconditioned with what, depends on the layout: with a view onto PyTorch's,
-    `shampoo(preset='reference')` does what the PyTorch reference does.
+    `reference_shampoo` does what the PyTorch reference does.
 
     Args:
       view: From the tree of parameters to any other tree with the same numbers in another order: transposes, reshapes,
@@ -27,11 +27,11 @@ def view_as(view: Callable[[Any], Any], tx: optax.GradientTransformation) -> opt
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from simplest_vit.optimizers.shampoo import shampoo
+      >>> from simplest_vit.optimizers.shampoo import reference_shampoo
       >>> def pytorch(params):  # (in, out) kernels -> (out, in), query, key and value as one
       ...     kernels = [params[name] for name in ("query", "key", "value")]
       ...     return {"qkv": jnp.concatenate([kernel.T for kernel in kernels])}
-      >>> tx = view_as(pytorch, shampoo(1e-3, preset="reference"))
+      >>> tx = view_as(pytorch, reference_shampoo(1e-3))
       >>> params = {name: jnp.ones((4, 4)) for name in ("query", "key", "value")}
       >>> updates, _ = tx.update(params, tx.init(params))
       >>> updates["key"].shape

@@ -24,14 +24,14 @@ def preconditioned(shape, one_sided=False, ignored=math.inf):
     return sorted(axes, key=lambda axis: shape[axis])[:1] if one_sided else axes
 
 
-def blocks_of(shape, most, ignored=math.inf):
-    """Slices of all blocks: the fewest even ones of each axis that is not ignored; the last may be smaller.
+def blocks_of(shape, most, ignored=math.inf, even=True):
+    """Slices of all blocks: of each axis that is not ignored the fewest even ones, or full ones and a remainder.
 
     Those of one shape come region by region, in row-major order.
     """
     axes = []
     for n in shape:
-        size = n if n > ignored else math.ceil(n / math.ceil(n / most))
+        size = n if n > ignored else math.ceil(n / math.ceil(n / most)) if even else min(n, most)
         axes.append([slice(i, min(i + size, n)) for i in range(0, n, size)])
     return list(itertools.product(*axes))
 
@@ -57,9 +57,9 @@ def root(matrix, p, epsilon, relative):
 class Block:
     """What all methods share: statistics, and whose turn it is."""
 
-    def __init__(self, shape, slot, *, b1, b2, frequency, start, axes, stagger=False, whiten=False):
+    def __init__(self, shape, slot, *, b1, b2, beta=None, frequency, start, axes, stagger=False, whiten=False):
         self.b1, self.b2, self.frequency, self.stagger, self.whiten = b1, b2, frequency, stagger, whiten
-        self.start = max(start, frequency) if stagger else start
+        self.start, self.beta = start, b2 if beta is None else beta
         self.slot, self.t, self.m, self.v = slot, 0, np.zeros(shape), np.zeros(shape)
         self.statistics = {axis: np.zeros((shape[axis], shape[axis])) for axis in axes}
 
@@ -71,8 +71,8 @@ class Block:
                 if other != axis:
                     white = multiply(white, other, roots.get(other, np.eye(g.shape[other]))) / np.sqrt(g.shape[other])
             new = unfold(white, axis) @ unfold(white, axis).T
-            if self.b2 < 1:
-                self.statistics[axis] = self.b2 * statistics + (1 - self.b2) * new
+            if self.beta < 1:
+                self.statistics[axis] = self.beta * statistics + (1 - self.beta) * new
             else:
                 self.statistics[axis] = statistics + new
 
@@ -95,7 +95,6 @@ class Shampoo(Block):
         b2=0.999,
         epsilon=1e-12,
         relative=False,
-        initial=0.0,
         grafting="adam",
         grafting_b2=0.999,
         grafting_epsilon=1e-8,
@@ -103,10 +102,11 @@ class Shampoo(Block):
         **common,
     ):
         super().__init__(shape, slot, b1=b1, b2=b2, **common)
+        self.start = max(self.start, self.frequency)  # by then there is a root
         self.epsilon, self.relative, self.grafting = epsilon, relative, grafting
         self.grafting_b2, self.grafting_epsilon = grafting_b2, grafting_epsilon
         self.p = exponent or (2 if self.whiten else 2 * len(self.statistics))
-        self.roots = {axis: initial * np.eye(len(s)) for axis, s in self.statistics.items()}
+        self.roots = {axis: np.eye(len(s)) for axis, s in self.statistics.items()}
         if not relative:
             self.statistics = {axis: epsilon * np.eye(len(s)) for axis, s in self.statistics.items()}
 
@@ -142,7 +142,10 @@ class Shampoo(Block):
 
 
 class Soap(Block):
-    """One block. The momentum stays in the parameter's own coordinates; second moments move by squared cosines."""
+    """One block. The momentum stays in the parameter's own coordinates; second moments move by squared cosines.
+
+    Bases are also refreshed in each of the first steps after the start, as many as the frequency says.
+    """
 
     def __init__(self, shape, slot=0, *, b1=0.95, b2=0.95, eps=1e-8, basis, **common):
         super().__init__(shape, slot, b1=b1, b2=b2, **common)
@@ -156,7 +159,8 @@ class Soap(Block):
 
     def step(self, g):
         self.take_in(g)
-        if self.is_due and self.t >= self.start:
+        is_early = self.start < self.t <= self.start + self.frequency
+        if is_early or (self.is_due and self.t >= self.start):
             new = {axis: self.refreshed(s, self.bases[axis]) for axis, s in self.statistics.items()}
             for axis, basis in new.items():
                 self.v = multiply(self.v, axis, (basis.T @ self.bases[axis]) ** 2)
@@ -209,11 +213,14 @@ class Optimizer:
         layered=(),
         one_sided=False,
         ignored=math.inf,
+        even=True,
+        stagger=False,
         **settings,
     ):
         self.learning_rate, self.weight_decay, self.decoupled = learning_rate, weight_decay, decoupled
         self.shapes, self.methods = {}, {}
-        slots = collections.Counter()  # of each block shape
+        slots = collections.Counter()  # of each block shape and its axes
+        made = []
         for k, v in sorted(params.items()):
             layers, shape = (v.shape[0], v.shape[1:]) if k in layered else (1, v.shape)
             shape = merge(shape, max_dim) if merge_dims else shape
@@ -223,14 +230,23 @@ class Optimizer:
                 continue
             self.methods[k] = []
             by_shape = collections.defaultdict(list)
-            for index in blocks_of(shape, max_dim, ignored):
+            of_all = preconditioned(shape, one_sided, ignored)
+            for index in blocks_of(shape, max_dim, ignored, even):
                 by_shape[np.zeros(shape)[index].shape].append(index)
             for block_shape, indices in by_shape.items():
-                axes = preconditioned(block_shape, one_sided, ignored)
+                axes = [axis for axis in of_all if block_shape[axis] > 1] or of_all
                 for layer, index in itertools.product(range(layers), indices):
-                    block = method(block_shape, slots[block_shape], axes=axes, **settings)
+                    kind = block_shape, tuple(axes)
+                    block = method(block_shape, slots[kind], axes=axes, **settings)
                     self.methods[k].append(((layer, *index), block))
-                    slots[block_shape] += 1
+                    slots[kind] += 1
+                    made.append(block)
+        # In turns only if that costs at most twice as much as all together.
+        cubes = {kind: sum(kind[0][axis] ** 3 for axis in kind[1]) for kind in slots}
+        together = sum(count * cubes[kind] for kind, count in slots.items())
+        in_turns = sum(math.ceil(n / settings["frequency"]) * cubes[kind] for kind, n in slots.items())
+        for block in made:
+            block.stagger = stagger and in_turns * settings["frequency"] <= 2 * together
 
     def step(self, params, grads):
         result = {}

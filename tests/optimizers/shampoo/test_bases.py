@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplest_vit.optimizers.shampoo import SoapOptions
 from simplest_vit.optimizers.shampoo.bases import gram_schmidt, refresh_basis
 
 SPECTRA = {
@@ -42,7 +41,7 @@ def test_refreshes_lead_to_an_eigenbasis(basis, n):
     """From the identity; what is left off the diagonal is less than a third after five of them, and falls on."""
     stack = jnp.asarray(matrices(n), jnp.float32)
     q = jnp.broadcast_to(jnp.eye(n), stack.shape)
-    refresh = jax.jit(lambda q: refresh_basis(stack, q, SoapOptions(basis=basis)))
+    refresh = jax.jit(lambda q: refresh_basis(stack, q, basis))
     left = []
     for _ in range(20):
         q, error = refresh(q)
@@ -58,7 +57,7 @@ def test_refreshes_lead_to_an_eigenbasis(basis, n):
 def test_a_zero_matrix_keeps_its_basis(basis):
     """But for signs."""
     q = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(1, 6, 6)))[0], jnp.float32)
-    new, error = refresh_basis(jnp.zeros((1, 6, 6)), q, SoapOptions(basis=basis))
+    new, error = refresh_basis(jnp.zeros((1, 6, 6)), q, basis)
     np.testing.assert_allclose(np.abs(new.mT @ q), np.eye(6)[None], atol=1e-6)
     assert error[0] < 1e-6
 

@@ -9,7 +9,7 @@ import optax
 import optax.contrib
 import pytest
 
-from simplest_vit.optimizers.shampoo import shampoo, soap
+from simplest_vit.optimizers.shampoo import shampoo, soap, static_args
 
 SETTINGS = {"precondition_frequency": 2, "max_preconditioner_dim": 4}
 METHODS = {"shampoo": shampoo, "soap": soap}
@@ -73,20 +73,23 @@ NUMBERS = {
     "learning_rate": 0.1,
     "b1": 0.8,
     "b2": 0.9,
-    "epsilon": 1e-3,
+    "eps": 1e-3,
     "weight_decay": 0.2,
 }
-GRAFTING = {"grafting_b2": 0.9, "grafting_epsilon": 0.1}  # Shampoo's own
+GRAFTING = {"grafting_b2": 0.9, "grafting_eps": 0.1}  # Shampoo's own
+SOAPS = {"shampoo_beta": 0.8}  # SOAP's own
 
 
 @pytest.mark.parametrize(
-    ("method", "numbers"), [(shampoo, NUMBERS | GRAFTING), (soap, NUMBERS)], ids=["shampoo", "soap"]
+    ("method", "numbers"),
+    [(shampoo, NUMBERS | GRAFTING), (soap, NUMBERS | {"shampoo_beta": 0.8})],
+    ids=["shampoo", "soap"],
 )
 def test_scheduled_numbers_are_those_of_each_step(method, numbers):
     """A plain loop makes the transformation with the numbers of the first steps, and anew with those of the others."""
-    half, static = STEPS - 2, tuple(SETTINGS)
+    half = STEPS - 2
     schedules = {name: lambda t, value=value: jnp.where(t < half, value, value / 2) for name, value in numbers.items()}
-    tx = optax.inject_hyperparams(method, static_args=static)(**schedules, **SETTINGS)
+    tx = optax.inject_hyperparams(method, static_args=static_args(method))(**schedules, **SETTINGS)
     params = parameters()
     ours, state = loop(jax.jit(tx.update), params, tx.init(params))
     first, second = (method(**{k: v / n for k, v in numbers.items()}, **SETTINGS) for n in (1, 2))
@@ -100,7 +103,7 @@ def test_scheduled_numbers_are_those_of_each_step(method, numbers):
 @every_method
 def test_a_scheduled_decay_of_one_sums(method):
     """As the number 1 does: no average that is divided by nothing."""
-    tx = optax.inject_hyperparams(method, static_args=tuple(SETTINGS))(0.1, b2=lambda t: jnp.ones(()), **SETTINGS)
+    tx = optax.inject_hyperparams(method, static_args=static_args(method))(0.1, b2=lambda t: jnp.ones(()), **SETTINGS)
     assert_close(train(tx), train(method(0.1, b2=1.0, **SETTINGS)))
 
 
@@ -112,7 +115,7 @@ def test_axes_and_masks_are_static(method):
         "mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
         "weight_decay": 0.1,
     }
-    tx = optax.inject_hyperparams(method, static_args=(*SETTINGS, "stack_axes", "mask"))(0.1, **SETTINGS, **given)
+    tx = optax.inject_hyperparams(method, static_args=static_args(method))(0.1, **SETTINGS, **given)
     assert_close(train(tx), train(method(0.1, **SETTINGS, **given)))
 
 

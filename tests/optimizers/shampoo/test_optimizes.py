@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from simplest_vit.optimizers.shampoo import ShampooOptions, SoapOptions, scale_by_shampoo, scale_by_soap
+from simplest_vit.optimizers.shampoo import scale_by_shampoo, scale_by_soap
 
 ADAM = optax.scale_by_adam()
 OURS = {
-    "shampoo": scale_by_shampoo(ShampooOptions(precondition_frequency=5, max_preconditioner_dim=64)),
-    "soap": scale_by_soap(SoapOptions(precondition_frequency=5, max_preconditioner_dim=64)),
+    "shampoo": scale_by_shampoo(precondition_frequency=5, max_preconditioner_dim=64),
+    "soap": scale_by_soap(precondition_frequency=5, max_preconditioner_dim=64),
 }
 
 

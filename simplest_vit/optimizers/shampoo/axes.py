@@ -1,0 +1,222 @@
+"""The state of the preconditioned axes of stacked blocks: statistics, preconditioners, and when these are refreshed."""
+
+import itertools
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .moments import accumulate
+from .options import Number, Options
+from .plan import BlockStack, Plan
+
+
+class AxisState(NamedTuple):
+    """The state of one axis of one stack of blocks: a slot for each block.
+
+    Attributes:
+      statistics: (N, n, n), the average of G G^T over this axis, without bias correction.
+      preconditioner: (N, n, n), the inverse root (Shampoo) or the eigenbasis (SOAP).
+      error: (N,) float32, how inaccurate the last one computed was.
+      rejections: (N,) int32, how many were computed and rejected.
+    """
+
+    statistics: jax.Array
+    preconditioner: jax.Array
+    error: jax.Array
+    rejections: jax.Array
+
+
+Axes = tuple[AxisState, ...]  # by preconditioned axis
+
+
+def init_axes(stack: BlockStack, options: Options, statistics: Number = 0.0) -> Axes:
+    """Make the state of a stack's axes before the first gradient: multiples of the identity."""
+
+    def axis(n: int) -> AxisState:
+        eyes = jnp.broadcast_to(jnp.eye(n, dtype=options.dtype), (stack.count, n, n))
+        zeros = jnp.zeros(stack.count, jnp.float32), jnp.zeros(stack.count, jnp.int32)
+        return AxisState(statistics * eyes, eyes, *zeros)
+
+    return tuple(axis(n) for n in stack.sizes)
+
+
+def without_statistics(state: AxisState) -> AxisState:
+    """Leave what changes only when a slot is refreshed."""
+    return state._replace(statistics=None)  # type: ignore[arg-type]
+
+
+def update_statistics(
+    stack: BlockStack,
+    axes: Axes,
+    blocks: jax.Array,
+    finite: jax.Array,
+    decay: Number,
+    precision: str | None,
+    whitened: bool = False,
+) -> Axes:
+    """Take gradients into the statistics of each axis: L <- b L + (1 - b) G G^T, and so on.
+
+    Args:
+      stack: The stack.
+      axes: Its state.
+      blocks: G (N, *block_shape), finite.
+      finite: Bool (N,). Blocks where it is False, or whose average would overflow, leave their statistics as they are:
+        a single one would poison the average for good.
+      decay: b; 1 sums.
+      precision: Of the products.
+      whitened: Whether G is first multiplied by the preconditioners of the other axes (KL-Shampoo).
+
+    Returns:
+      The state with new statistics.
+    """
+    letters = string.ascii_lowercase[: blocks.ndim - 1]
+    updated = []
+    for axis, state in zip(stack.axes, axes, strict=True):
+        g = blocks
+        if whitened:
+            others = [(a, s.preconditioner) for a, s in zip(stack.axes, axes, strict=True) if a != axis]
+            g = multiply_axes(g, others, precision)
+            g = g / (g[0].size / g.shape[axis + 1]) ** 0.5
+        letter = letters[axis]
+        equation = f"N{letters},N{letters.replace(letter, 'Z')}->N{letter}Z"
+        average = accumulate(state.statistics, jnp.einsum(equation, g, g, precision=precision), decay)
+        # The trace bounds every entry of a positive semi-definite matrix.
+        kept = (finite & jnp.isfinite(jnp.trace(average, axis1=1, axis2=2)))[:, None, None]
+        updated.append(state._replace(statistics=jnp.where(kept, average, state.statistics)))
+    return tuple(updated)
+
+
+def multiply_axes(
+    blocks: jax.Array, matrices: Sequence[tuple[int, jax.Array]], precision: str | None = None
+) -> jax.Array:
+    """Multiply axes of each block by matrices.
+
+    Args:
+      blocks: (N, *block_shape).
+      matrices: Axes of a block, each with its matrices (N, n, n); entry [i, j] takes j of the axis to i.
+      precision: Of the products.
+
+    Returns:
+      (N, *block_shape); for matrices, L G R^T.
+    """
+    letters = string.ascii_lowercase[: blocks.ndim - 1]
+    for axis, matrix in matrices:
+        equation = f"NZ{letters[axis]},N{letters}->N{letters.replace(letters[axis], 'Z')}"
+        blocks = jnp.einsum(equation, matrix, blocks, precision=precision)
+    return blocks
+
+
+def map_by_size(
+    plan: Plan, function: Callable[..., tuple[jax.Array, jax.Array]], *stacks: Sequence[Sequence[jax.Array]]
+) -> list[list[tuple[jax.Array, jax.Array]]]:
+    """Apply a function to all matrices of one size and root together.
+
+    Args:
+      plan: The plan.
+      function: From matrices (M, n, n), one for each of `stacks`, and p to two results with M slots.
+      *stacks: For each stack and axis an array (m, n, n).
+
+    Returns:
+      For each stack and axis its part of the two results.
+    """
+    results: list[list[Any]] = [[None] * len(stack.axes) for stack in plan.stacks]
+    for (_, p), places in plan.sizes.items():
+        arguments = [jnp.concatenate([matrices[i][axis] for i, axis in places]) for matrices in stacks]
+        first, second = function(*arguments, p)
+        ends = list(itertools.accumulate((len(stacks[0][i][axis]) for i, axis in places), initial=0))
+        for (i, axis), begin, end in zip(places, ends, ends[1:], strict=False):
+            results[i][axis] = first[begin:end], second[begin:end]
+    return results
+
+
+def update_if_valid(
+    old: AxisState, new: jax.Array, error: jax.Array, most: float, counts: jax.typing.ArrayLike = True
+) -> AxisState:
+    """Take a new preconditioner, or keep the old one if the new is not finite or its error above a limit.
+
+    Args:
+      old: The state of some slots.
+      new: (m, n, n).
+      error: (m,).
+      most: The largest error that is accepted.
+      counts: Whether this step's results are taken at all.
+
+    Returns:
+      The state with the error, and the rejection counted.
+    """
+    good = jnp.isfinite(new).all((1, 2)) & jnp.isfinite(error) & (error <= most)
+    return old._replace(
+        preconditioner=jnp.where((good & counts)[:, None, None], new, old.preconditioner),
+        error=error,
+        rejections=old.rejections + (~good & counts),
+    )
+
+
+def refresh_together(refresh: Callable[[Any, Any], Any], fixed: Any, changing: Any, is_due: jax.Array) -> Any:
+    """Refresh all slots if they are due; see `refresh_staggered` for the arguments."""
+    changing = _vary_as(fixed, changing)
+    return jax.lax.cond(is_due, lambda changing: refresh(fixed, changing), lambda changing: changing, changing)
+
+
+def refresh_staggered(
+    refresh: Callable[[Any, Any], Any],
+    fixed: Any,
+    changing: Any,
+    phase: jax.Array,
+    phases: jax.Array | int,
+    k: int,
+    device: Any,
+) -> Any:
+    """Refresh the slots i with i = phase (modulo k), and those of the next phases if there is more than one.
+
+    The rows of the ceil(N / k) slots that may be due are gathered at a traced offset and scattered back, without a
+    branch: all steps take the same time. A number of phases that is traced makes a loop, whose length a GPU's host
+    reads.
+
+    Args:
+      refresh: From (fixed, changing) of some slots to the new changing ones.
+      fixed: For each stack a tree of arrays with N slots each.
+      changing: Likewise.
+      phase: int32, from 0.
+      phases: How many phases are due: 1, or a traced number up to k.
+      k: The period in steps.
+      device: Which part of the slots these are.
+
+    Returns:
+      The new `changing`.
+    """
+
+    def rows_of(tree: Any, phase: jax.Array) -> jax.Array:
+        slots = len(jax.tree.leaves(tree)[0])
+        return (phase - device * slots) % k + k * jnp.arange(-(-slots // k))  # those beyond the last are dropped
+
+    def take(tree: Any, rows: jax.Array) -> Any:
+        return jax.tree.map(lambda x: x.at[rows].get(mode="clip", unique_indices=True, indices_are_sorted=True), tree)
+
+    def put(tree: Any, rows: jax.Array, new: Any) -> Any:
+        return jax.tree.map(
+            lambda x, y: x.at[rows].set(y, mode="drop", unique_indices=True, indices_are_sorted=True), tree, new
+        )
+
+    def refresh_phase(offset: jax.Array | int, changing: Any) -> Any:
+        rows = [rows_of(tree, phase + offset) for tree in changing]
+        new = refresh(*([take(tree, r) for tree, r in zip(trees, rows, strict=True)] for trees in (fixed, changing)))
+        return [put(*row) for row in zip(changing, rows, new, strict=True)]
+
+    if isinstance(phases, int):
+        return refresh_phase(0, changing)
+    return jax.lax.fori_loop(0, phases, refresh_phase, _vary_as(fixed, changing))
+
+
+def _vary_as(fixed: Any, changing: Any) -> Any:
+    """Mark arrays as varying over the same devices as others, as branches and loops within `jax.shard_map` need."""
+    over = {axis for x in jax.tree.leaves((fixed, changing)) for axis in getattr(jax.typeof(x), "vma", ())}
+
+    def vary(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(over - jax.typeof(x).vma))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, changing) if over else changing
