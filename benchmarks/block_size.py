@@ -41,7 +41,7 @@ def flops(shapes: list[tuple[int, int]], block: int) -> int:
     """Count a step's operations for kernels (LAYERS, m, n): the plan's, and the roots that are due."""
     params = [jax.ShapeDtypeStruct((LAYERS, *shape), jnp.float32) for shape in shapes]
     plan = shampoo_plan(params, max_preconditioner_dim=block, stack_axes=1)
-    return plan.step_flops + 2 * PRODUCTS_PER_ROOT * plan.turn_cubes
+    return plan.step_flops + 2 * PRODUCTS_PER_ROOT * plan.step_cubes
 
 
 def main(_: list[str]) -> None:

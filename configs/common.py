@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from simplest_vit.config import default, parse_arguments
 
 # Peak learning rates of the reference for SimplEsT-ViT-S with Adam and Shampoo; it has no Muon and no SOAP.
-LEARNING_RATES = {"adam": 5e-4, "muon": 1e-2, "shampoo": 7e-4, "soap": 7e-4}
+LEARNING_RATES = {"adam": 5e-4, "muon": 1e-2, "shampoo": 7e-4, "reference_shampoo": 7e-4, "soap": 7e-4}
 SIMPLE_VIT_ADAM = 1e-3
 
 
@@ -31,8 +31,6 @@ def start(arguments: str | None) -> ConfigDict:
     config.optimizer.learning_rate = LEARNING_RATES.get(choice["optimizer"], config.optimizer.learning_rate)
     if (choice["model"], choice["optimizer"]) == ("simple_vit", "adam"):
         config.optimizer.learning_rate = SIMPLE_VIT_ADAM
-    if choice["optimizer"] == "shampoo":
-        config.optimizer.precondition_frequency = 25
     if choice["augmentation"] == "basic":
         config.label_smoothing = 0.1
     else:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from simplest_vit.config import default, parse_arguments
 
-LEARNING_RATES = {"muon": 1e-2, "adam": 1e-3, "shampoo": 3e-3, "soap": 1e-2}
+LEARNING_RATES = {"muon": 1e-2, "adam": 1e-3, "shampoo": 3e-3, "reference_shampoo": 3e-3, "soap": 1e-2}
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
@@ -41,8 +41,6 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.model.c_val_0_target = 0.6
 
     config.optimizer.learning_rate = LEARNING_RATES.get(choice["optimizer"], config.optimizer.learning_rate)
-    if choice["optimizer"] == "shampoo":
-        config.optimizer.precondition_frequency = 25
     config.data.crop_padding = 0  # a shift of one pixel is an eighth of the image
     config.data.flip = False
     config.data.mixup_alpha = 0.2

@@ -23,7 +23,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.eval_every = config.checkpoint_every = 1251  # an epoch
     config.log_every = 100
     config.compute_dtype = "bfloat16"
-    if config.optimizer.name in ("adam", "shampoo"):
+    if config.optimizer.name in ("adam", "shampoo", "reference_shampoo"):
         config.optimizer.learning_rate = 3e-4
 
     config.model.variant = "S"

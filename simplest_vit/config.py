@@ -227,7 +227,7 @@ def fields(optimizer: str) -> dict[str, Field]:
     own = {}
     for name, (value, kind) in declared(optimizer).items():
         values = Values(lambda value: True, "anything", kind)
-        if name in OPTIMIZER_RANGES and optimizer not in ("shampoo", "soap"):  # which check their own
+        if name in OPTIMIZER_RANGES and "shampoo" not in optimizer and optimizer != "soap":  # they check their own
             values = OPTIMIZER_RANGES[name] if value is not None else _optional(OPTIMIZER_RANGES[name])
         own[f"optimizer.{name}"] = Field(value, values, f"an argument of {optimizer}")
     return FIELDS | own

@@ -45,7 +45,8 @@ def small(arguments, **overrides):
 )
 def test_a_step_waits_for_nothing(config):
     row, _ = compiled.describe(config, {})
-    assert row["host_waits"] == 0
+    # SOAP refreshes all bases in its first steps: the length of that loop is read by the host.
+    assert row["host_waits"] == (config.optimizer.name == "soap")
     times = 7 * (2 if config.sam.rho else 1)
     assert row["custom_calls"] == {"attention_forward": times, "attention_backward": times}
 

@@ -11,7 +11,7 @@ from simplest_vit.data.builders import BUILDERS
 from simplest_vit.errors import UserError
 from simplest_vit.models import model_arguments
 
-OPTIMIZERS = ("adam", "muon", "shampoo", "soap")
+OPTIMIZERS = ("adam", "muon", "shampoo", "reference_shampoo", "soap")
 IMAGES = {
     "digits": (8, 8, 1),
     "cifar10": (32, 32, 3),

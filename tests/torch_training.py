@@ -134,9 +134,9 @@ def create_optimizer(config: Any, model: nn.Module) -> torch.optim.Optimizer:
     return Shampoo(
         groups,
         frequency=settings.precondition_frequency,
-        start=settings.start_preconditioning_step or settings.precondition_frequency,
-        max_dim=settings.max_preconditioner_dim or 8192,
-        epsilon=settings.epsilon or 1e-12,
+        start=settings.start_preconditioning_step,
+        max_dim=settings.max_preconditioner_dim,
+        epsilon=settings.eps,
     )
 
 

@@ -110,15 +110,15 @@ class Run:
 
 
 def reference_layout(config: ConfigDict) -> Callable[[Any], Any]:
-    """Return the function from parameters to their layout in PyTorch, which Shampoo's reference preset sees.
+    """Return the function from parameters to their layout in PyTorch, which `reference_shampoo` sees.
 
     Raises:
-      UserError: If that preset is chosen for an attention without such a layout.
+      UserError: If it is chosen for an attention without such a layout.
     """
-    if config.optimizer.get("preset") == "reference" and config.model.attention == "value_skipinit":
+    if config.optimizer.name == "reference_shampoo" and config.model.attention == "value_skipinit":
         raise UserError(
-            "config.optimizer.preset='reference' has no layout for model.attention='value_skipinit'; choose another "
-            "of them"
+            "config.optimizer.name='reference_shampoo' has no layout for model.attention='value_skipinit'; choose "
+            "another of them"
         )
     return functools.partial(pytorch_layout, patch_size=config.model.patch_size)
 

@@ -27,7 +27,7 @@ RECIPES = {
     "muon": ("optimizer=muon", {}),
     # No roots in these steps: their batched eigendecompositions on eight fake devices wait for each other for ever
     # (see `models/initializers.py`).
-    "reference": ("optimizer=shampoo", {"optimizer__preset": "reference"}),
+    "reference": ("optimizer=reference_shampoo", {}),
 }
 # (data, fsdp)
 ONE, DATA, BOTH = (1, 1), (8, 1), (2, 4)

@@ -24,13 +24,12 @@ REFERENCE = {
         # Roots are new at steps 5, 10, 15, and used from step 6 on. At the reference's epsilon, 1e-12, they are made of
         # eigenvalues that are float32's rounding, which no two programs share.
         (
-            "shampoo",
+            "reference_shampoo",
             {
-                "optimizer__preset": "reference",
                 "optimizer__learning_rate": 1e-3,
                 "optimizer__precondition_frequency": 5,
                 "optimizer__start_preconditioning_step": 5,
-                "optimizer__epsilon": 1e-6,
+                "optimizer__eps": 1e-6,
             },
         ),
     ],

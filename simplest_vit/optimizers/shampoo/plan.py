@@ -230,9 +230,7 @@ def make_plan(params: Any, options: AnyOptions, stack_axes: StackAxes = None) ->
         cuts = [_cut(dim, options) for dim in merged] if long and math.prod(shape) else [[]]
         for parts in itertools.product(*cuts):
             starts, counts, block_shape = map(tuple, zip(*parts, strict=True))
-            # One number is no direction, and would change the root.
-            block_axes = tuple(axis for axis in long if block_shape[axis] > 1) or long
-            stack = stacks.setdefault((block_shape, block_axes), len(stacks))
+            stack = stacks.setdefault((block_shape, long), len(stacks))
             taken += [0] * (len(stacks) - len(taken))
             num_blocks = layers * math.prod(counts)
             regions.append(Region(starts, counts, block_shape, stack, taken[stack], num_blocks))
@@ -270,9 +268,9 @@ def _merged_shape(shape: tuple[int, ...], options: AnyOptions) -> tuple[int, ...
 
 
 def _preconditioned_axes(shape: tuple[int, ...], options: AnyOptions) -> tuple[int, ...]:
-    """Choose the axes of a parameter that have a preconditioner: of its own shape, whatever the shape of its blocks."""
+    """Choose the axes of a parameter that have a preconditioner, by its own shape: its blocks have the same ones."""
     axes = [axis for axis, dim in enumerate(shape) if dim <= options.ignored_dim]
-    axes = [axis for axis in axes if shape[axis] > 1] or axes
+    axes = [axis for axis in axes if shape[axis] > 1] or axes  # one number is no direction, and would change the root
     return tuple([min(axes, key=lambda axis: shape[axis])] if options.one_sided and axes else axes)
 
 

@@ -230,11 +230,10 @@ class Optimizer:
                 continue
             self.methods[k] = []
             by_shape = collections.defaultdict(list)
-            of_all = preconditioned(shape, one_sided, ignored)
+            axes = preconditioned(shape, one_sided, ignored)
             for index in blocks_of(shape, max_dim, ignored, even):
                 by_shape[np.zeros(shape)[index].shape].append(index)
             for block_shape, indices in by_shape.items():
-                axes = [axis for axis in of_all if block_shape[axis] > 1] or of_all
                 for layer, index in itertools.product(range(layers), indices):
                     kind = block_shape, tuple(axes)
                     block = method(block_shape, slots[kind], axes=axes, **settings)

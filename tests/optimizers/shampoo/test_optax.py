@@ -11,7 +11,8 @@ import pytest
 
 from simplest_vit.optimizers.shampoo import shampoo, soap, static_args
 
-SETTINGS = {"precondition_frequency": 2, "max_preconditioner_dim": 4}
+# From step 3 on statistics have full rank: until then bases are not unique, and rounding decides.
+SETTINGS = {"precondition_frequency": 2, "max_preconditioner_dim": 4, "start_preconditioning_step": 2}
 METHODS = {"shampoo": shampoo, "soap": soap}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 STEPS = 6  # steps 3 to 6 are preconditioned
@@ -64,7 +65,7 @@ def assert_close(a, b, rtol=2e-4, atol=2e-5):
 
 @every_method
 def test_what_is_tested_here_is_preconditioned(method):
-    trained, diagonal = train(alone(method)), train(method(0.1, start_preconditioning_step=99, **SETTINGS))
+    trained, diagonal = train(alone(method)), train(method(0.1, **SETTINGS | {"start_preconditioning_step": 99}))
     assert np.linalg.norm(trained["a"] - diagonal["a"]) > 1e-2
     assert_close(trained["b"]["d"], diagonal["b"]["d"])
 

@@ -109,12 +109,13 @@ def test_memory_is_what_the_plan_says(alias, given):
     ("alias", "given"), [(shampoo, {}), (shampoo, {"statistics": "kl"}), (soap, {})], ids=["shampoo", "kl", "soap"]
 )
 def test_flops_of_a_step_are_those_of_its_program(alias, given):
-    """The products over four blocks, each sum of which has 128 terms; those of a turn are over one."""
+    """The products over four blocks, each sum of which has 128 terms; those of a refresh are over one."""
     params = {"kernel": jax.ShapeDtypeStruct((4, 128, 128), jnp.float32)}
-    text = lower(alias(1.0, stack_axes=1, **given), params).as_text()
+    given = {"stack_axes": 1, "precondition_frequency": 4, **given}
+    text = lower(alias(1.0, **given), params).as_text()
     products = re.findall(r"stablehlo.dot_general.*-> tensor<4x128x128xf32>", text)
     flops = len(products) * 2 * 4 * 128**3
-    assert flops == PLANS[alias](params, stack_axes=1, **given).step_flops
+    assert flops == PLANS[alias](params, **given).step_flops
 
 
 @pytest.mark.parametrize(("stagger", "blocks"), [(True, 3), (False, 2.5)])
@@ -148,7 +149,7 @@ def test_compiled_size_is_small_and_does_not_grow_with_depth(alias):
     tx = alias(1.0, stack_axes=stack_axes)
     lowered = lower(tx, vit_parameters())
     instructions = count_instructions(lowered)
-    assert instructions < 2000
+    assert instructions < 2200
     start = time.process_time()
     lowered.compile()
     assert time.process_time() - start < 10

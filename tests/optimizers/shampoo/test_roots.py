@@ -116,7 +116,7 @@ def test_the_backward_error_is_that_of_the_matrix():
 
 @pytest.mark.parametrize("p", [2, 4])
 def test_a_root_that_is_wrong_has_an_error_above_the_limit(p):
-    damped = jnp.asarray(stack_of(48)[2:3]) + EPS * jnp.eye(48)
+    damped = jnp.asarray(stack_of(48)[2:3]) + EPS * jnp.eye(48)[None]
     values, vectors = np.linalg.eigh(np.float64(damped[0]))
     for wrong in (slice(-1, None), slice(0, 40)):  # the largest eigenvalue by 5 %; most of the damped ones by 2 x
         factors = np.ones(48)

@@ -416,13 +416,8 @@ def test_a_single_side_is_the_parameter_s_shorter_one(method):
     """Also if it is cut into blocks whose other side is shorter."""
     params = {"long": jax.ShapeDtypeStruct((50, 9), jnp.float32), "near": jax.ShapeDtypeStruct((10, 8), jnp.float32)}
     plan = (soap_plan if method == "soap" else shampoo_plan)(params, one_sided=True, max_preconditioner_dim=8)
-    assert {(stack.block_shape, stack.axes) for stack in plan.stacks} == {
-        ((8, 5), (1,)),
-        ((8, 4), (1,)),
-        ((1, 5), (1,)),
-        ((1, 4), (1,)),
-        ((5, 8), (1,)),
-    } or all(stack.axes == (1,) for stack in plan.stacks)
+    assert (5, 8) in [stack.block_shape for stack in plan.stacks]
+    assert {stack.axes for stack in plan.stacks} == {(1,)}
 
 
 @every_method
@@ -497,7 +492,7 @@ def test_ignored_and_single_sides(method):
     sizes = {
         "ignored_dim": ({"ignored_dim": 10}, {(3, 3), (4, 4), (6, 6)}, 4),
         "one_sided": ({"one_sided": True}, {(3, 3), (4, 4), (6, 6)}, 3),
-        "one_sided, cut": ({"one_sided": True, "max_preconditioner_dim": 3}, {(2, 2), (3, 3)}, 3),
+        "one_sided, cut": ({"one_sided": True, "max_preconditioner_dim": 3}, {(2, 2), (3, 3)}, 4),
         "all": ({"ignored_dim": 2}, {(1, 1)}, 1),
     }
     for settings, expected, count in sizes.values():

@@ -1,0 +1,112 @@
+"""Every argument of Shampoo and SOAP acts: made from their signatures, so that one without a row fails."""
+
+import contextlib
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simplest_vit.optimizers.shampoo import shampoo, soap
+from simplest_vit.optimizers.shampoo.options import static_args
+
+PARAMS = {"kernel": (2, 12, 10), "bias": (6,), "long": (40, 3)}
+# In turns of 2 steps, cut into 8 blocks (6, 5), 2 blocks (20, 3).
+BASE = {"precondition_frequency": 2, "max_preconditioner_dim": 10, "stack_axes": {"kernel": 1, "bias": 0, "long": 0}}
+MASK = {"kernel": True, "bias": False, "long": True}
+# Argument -> another value than the default's or BASE's, and what else is given both times.
+BOTH = {
+    "learning_rate": (0.2, {}),
+    "b1": (0.5, {}),
+    "b2": (0.5, {}),
+    "eps": (1e-2, {}),
+    "weight_decay": (0.1, {}),
+    "mask": (MASK, {"weight_decay": 0.1}),
+    "precondition_frequency": (3, {}),
+    "start_preconditioning_step": (5, {}),
+    "stagger": (False, {}),
+    "max_preconditioner_dim": (5, {}),
+    "merge_dims": (True, {"max_preconditioner_dim": 200}),
+    "precondition_1d": (True, {}),
+    "one_sided": (True, {}),
+    "ignored_dim": (11, {}),
+    "mu_dtype": ("bfloat16", {}),
+    "preconditioner_dtype": ("float64", {}),
+    "stack_axes": (None, {}),
+}
+ROWS = {
+    shampoo: {
+        **BOTH,
+        "relative_eps": (False, {}),
+        "even_blocks": (False, {}),
+        "root": ("newton", {}),
+        "exponent_override": (3, {}),
+        "statistics": ("kl", {}),
+        "grafting": ("rmsprop", {}),
+        "grafting_b2": (0.5, {}),
+        "grafting_eps": (1e-2, {}),
+    },
+    soap: {**BOTH, "shampoo_beta": (0.5, {}), "basis": ("gram_schmidt", {})},
+}
+# These change no step: test_optax.py (the products' precision) and test_sharding.py.
+ELSEWHERE = {"precision", "mesh"}
+
+
+def steps(alias, count=8, **given):
+    """The updates of some steps, as one vector."""
+    given = {"learning_rate": 0.1} | BASE | given
+    wide = given.get("preconditioner_dtype") == "float64"
+    with jax.enable_x64(True) if wide else contextlib.nullcontext():
+        tx = alias(**given)
+        params = {name: jnp.ones(shape, jnp.float32) for name, shape in PARAMS.items()}
+        state, update, found = tx.init(params), jax.jit(tx.update), []
+        for t in range(count):
+            rng = np.random.default_rng(t)
+            grads = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in PARAMS.items()}
+            updates, state = update(grads, state, params)
+            found += [np.ravel(updates[name]) for name in PARAMS]
+    return np.concatenate(found)
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    found = {}
+
+    def of(alias, given):
+        key = alias, str(given)
+        if key not in found:
+            found[key] = steps(alias, **given)
+        return found[key]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"), [(alias, name) for alias in ROWS for name in inspect.signature(alias).parameters]
+)
+def test_a_changed_value_changes_the_update(alias, name, unchanged):
+    if name in ELSEWHERE:
+        return
+    value, given = ROWS[alias][name]
+    changed = steps(alias, **given | {name: value})
+    assert np.all(np.isfinite(changed))
+    # Another way to the same root or basis differs in its rounding alone.
+    least = 0 if name in ("root", "basis", "preconditioner_dtype") else 1e-4
+    assert np.abs(changed - unchanged(alias, given)).max() > least
+
+
+@pytest.mark.parametrize("alias", ROWS)
+def test_defaults_are_what_is_not_given(alias):
+    """And are values: a run's record has no None."""
+    defaults = {name: p.default for name, p in inspect.signature(alias).parameters.items()}
+    outside = ("learning_rate", "weight_decay", "mask", "stack_axes", "mesh")
+    assert [name for name, value in defaults.items() if value is None] == [n for n in defaults if n in outside[1:]]
+    given = {name: value for name, value in defaults.items() if name not in (*BASE, "learning_rate")}
+    np.testing.assert_array_equal(steps(alias, count=4, **given), steps(alias, count=4))
+
+
+@pytest.mark.parametrize("alias", ROWS)
+def test_arguments_are_scheduled_or_static(alias):
+    scheduled = {"learning_rate", "weight_decay", "b1", "b2", "eps", "shampoo_beta", "grafting_b2", "grafting_eps"}
+    assert set(static_args(alias)) == set(inspect.signature(alias).parameters) - scheduled
