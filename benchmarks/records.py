@@ -172,7 +172,12 @@ def describe(flat: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 # Fields and values of commit 884f800 and before, and what they are called now.
-_RENAMED = {"model.shift_eps": "model.uniform_fraction", "model.shift_in_place": "model.identity_head_fraction"}
+_RENAMED = {
+    "model.shift_eps": "model.uniform_fraction",
+    "model.shift_in_place": "model.identity_head_fraction",
+    "optimizer.epsilon": "optimizer.eps",
+    "optimizer.grafting_epsilon": "optimizer.grafting_eps",
+}
 _GONE = {"data.label": "fine"}  # and their defaults
 _VALUES = {
     "model.attention": {"unshaped": "softmax"},
@@ -192,6 +197,8 @@ def modernize(flat: dict[str, Any]) -> dict[str, Any]:
     flat = {_RENAMED.get(name, name): value for name, value in flat.items() if _GONE.get(name, ...) != value}
     # Their settings stood at None for the default.
     flat = {name: value for name, value in flat.items() if value is not None or not name.startswith("optimizer.")}
+    if flat.pop("optimizer.preset", "fast") == "reference":
+        flat["optimizer.name"] = "reference_shampoo"
     for name, values in _VALUES.items():
         flat[name] = values.get(flat[name], flat[name])
     preset = flat["model.name"]

@@ -217,6 +217,7 @@ def make_plan(params: Any, options: AnyOptions, stack_axes: StackAxes = None) ->
     stacks: dict[tuple[Any, Any], int] = {}  # (block shape, preconditioned axes) -> number of the stack
     taken: list[int] = []  # blocks of each stack so far
     plans = []
+    parts: Any
     for (keys, leaf), leaf_axes in zip(jax.tree_util.tree_leaves_with_path(params), axes, strict=True):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         shape, dtype = tuple(jnp.shape(leaf)), jnp.result_type(leaf)
