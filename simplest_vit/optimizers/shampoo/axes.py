@@ -213,10 +213,15 @@ def refresh_staggered(
 
 def _vary_as(fixed: Any, changing: Any) -> Any:
     """Mark arrays as varying over the same devices as others, as branches and loops within `jax.shard_map` need."""
-    over = {axis for x in jax.tree.leaves((fixed, changing)) for axis in getattr(jax.typeof(x), "vma", ())}
+
+    def axes_of(x: jax.Array) -> set[str]:
+        kind: Any = jax.typeof(x)
+        return set(kind.vma if hasattr(kind, "vma") else kind.mat.varying)  # JAX 0.10 has the latter
+
+    over = set().union(*map(axes_of, jax.tree.leaves((fixed, changing))))
 
     def vary(x: jax.Array) -> jax.Array:
-        missing = tuple(sorted(over - jax.typeof(x).vma))
+        missing = tuple(sorted(over - axes_of(x)))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, changing) if over else changing

@@ -217,7 +217,6 @@ def make_plan(params: Any, options: AnyOptions, stack_axes: StackAxes = None) ->
     stacks: dict[tuple[Any, Any], int] = {}  # (block shape, preconditioned axes) -> number of the stack
     taken: list[int] = []  # blocks of each stack so far
     plans = []
-    parts: Any
     for (keys, leaf), leaf_axes in zip(jax.tree_util.tree_leaves_with_path(params), axes, strict=True):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         shape, dtype = tuple(jnp.shape(leaf)), jnp.result_type(leaf)
@@ -228,7 +227,7 @@ def make_plan(params: Any, options: AnyOptions, stack_axes: StackAxes = None) ->
         layers, merged = math.prod(shape[:leaf_axes]), _merged_shape(shape[leaf_axes:], options)
         long = _preconditioned_axes(merged, options)
         regions = []
-        cuts = [_cut(dim, options) for dim in merged] if long and math.prod(shape) else [[]]
+        cuts = [[]] if not long or 0 in shape else [_cut(dim, options) for dim in merged]
         for parts in itertools.product(*cuts):
             starts, counts, block_shape = map(tuple, zip(*parts, strict=True))
             stack = stacks.setdefault((block_shape, long), len(stacks))
