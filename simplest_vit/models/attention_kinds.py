@@ -93,8 +93,7 @@ class Espa(AttentionKind):
 
     def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
         """Return log A_l and its row sums."""
-        row_scale, bias = espa.shaped_attention(grid, depth, self.gamma_max_depth, self.form)
-        return {"attention_bias": bias, "row_scale": row_scale}
+        return _shaped(grid, depth, self.gamma_max_depth, self.form)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +106,12 @@ class Uspa(AttentionKind):
 
     def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
         """Return log A_l and its row sums."""
-        row_scale, bias = espa.shaped_attention(grid, depth, form="uspa", rho_max_depth=self.rho_max_depth)
-        return {"attention_bias": bias, "row_scale": row_scale}
+        return _shaped(grid, depth, self.rho_max_depth, "uspa")
+
+
+def _shaped(grid: Grid, depth: int, at_max_depth: float, form: str) -> dict[str, np.ndarray]:
+    row_scale, bias = espa.shaped_attention(grid, depth, at_max_depth, form)
+    return {"attention_bias": bias, "row_scale": row_scale}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,21 +1,21 @@
 r"""E-SPA: attention that preserves the signal at initialization, and its relatives.
 
-A deep stack of attention layers without skip connections drives all tokens to the same vector. The signal-preserving
-attention (SPA) of He et al., "Deep Transformers without Shortcuts" (arXiv 2302.10322), avoids that: a schedule of token
-kernels Sigma_0 = I, ..., Sigma_L is chosen first, and block l gets the attention matrix that turns Sigma_{l-1} into
-Sigma_l. `softmax` cannot give rows that do not sum to 1, so the matrix is split in two:
+A deep stack of attention layers without skip connections drives all tokens to the same vector. Signal-preserving
+attention (SPA) of He et al., "Deep Transformers without Shortcuts" (arXiv 2302.10322), avoids that. It chooses token
+kernels Sigma_0 = I, ..., Sigma_L and gives block l the attention matrix that maps Sigma_{l-1} to Sigma_l. Rows of a
+softmax sum to 1, so the matrix is split in two:
 
     A_l = diag(row_scale_l) softmax(attention_bias_l)
 
 which is exact at initialization, where queries are zero. Everything here is float64 NumPy and runs once.
 
-Forms (the config's `model.attention`):
-  espa            exponential kernel exp(-gamma_l |i - j|) over the raster order, symmetric square roots (the default)
+Forms (kinds of attention in `model.attention`):
+  espa            exponential kernel exp(-gamma_l |i - j|) in raster order, symmetric square roots
   espa_causal     the same kernel with Cholesky factors: lower triangular, the paper's form for language models
   espa_2d         exponential in rows and in columns: the Kronecker product of two 1-D kernels (not in any paper)
   uspa            uniform kernel (1 - rho_l) I + rho_l 1 1^T
-  espa_reference  `espa` with the bias of the PyTorch reference, which divides columns instead of rows: it does NOT give
-                  A_l (off by up to 0.06 at T = 64), and is here so that reference checkpoints evaluate identically
+  espa_reference  `espa` with the bias of the PyTorch reference, which divides columns instead of rows. It misses A_l by
+                  up to 0.06 at T = 64, and exists so that reference checkpoints evaluate identically
 """
 
 import functools
@@ -24,90 +24,62 @@ import numpy as np
 
 FORMS = ("espa", "espa_causal", "espa_2d", "uspa", "espa_reference")
 
-# Entries of A_l are positive in exact arithmetic but fall below float64 rounding, where they may come out negative.
-# A floor of 1e-12 moves a row of 256 tokens by less than 3e-10.
+# Entries of A_l are positive in exact arithmetic but fall below float64 rounding, which can make them negative. A floor
+# of 1e-12 moves a row of 256 tokens by less than 3e-10.
 FLOOR = 1e-12
 
 
 def gamma_schedule(depth: int, gamma_max_depth: float) -> np.ndarray:
-    """Decay rates gamma_1 .. gamma_L, falling to `gamma_max_depth` (gamma_0 is infinite: Sigma_0 = I).
+    """Compute decay rates gamma_1 .. gamma_L, float64 [L], falling to `gamma_max_depth` > 0 (gamma_0 is infinite).
 
-    The Cholesky factor of Sigma_l has the diagonal sqrt(1 - exp(-2 gamma_l)) after its first row. The schedule lets it
-    shrink by the same factor in every block, so that all blocks mix tokens equally strongly.
-
-    Args:
-      depth: Number of blocks L.
-      gamma_max_depth: gamma_L > 0; small values mix more.
-
-    Returns:
-      float64 [L].
+    The Cholesky factor of Sigma_l has the diagonal sqrt(1 - exp(-2 gamma_l)) after its first row. It shrinks by the
+    same factor in every block, so all blocks mix tokens equally strongly; small values mix more.
     """
     exponent = np.arange(1, depth + 1) / depth
     return -0.5 * np.log1p(-((-np.expm1(-2.0 * gamma_max_depth)) ** exponent))
 
 
 def rho_schedule(depth: int, rho_max_depth: float) -> np.ndarray:
-    """Correlations rho_1 .. rho_L of U-SPA, growing to `rho_max_depth` (rho_0 = 0: Sigma_0 = I).
+    """Compute correlations rho_1 .. rho_L of U-SPA, float64 [L], growing to `rho_max_depth` in (0, 1) (rho_0 = 0).
 
-    The kernel is that of the paper's U-SPA. The schedule follows the principle of `gamma_schedule`: far from the first
-    row the Cholesky factor of Sigma_l has the diagonal sqrt(1 - rho_l), which shrinks by the same factor in each block.
-
-    Args:
-      depth: Number of blocks L.
-      rho_max_depth: rho_L in (0, 1).
-
-    Returns:
-      float64 [L].
+    The kernel is the paper's. The schedule follows the principle of `gamma_schedule`: far from the first row the
+    Cholesky factor of Sigma_l has the diagonal sqrt(1 - rho_l), which shrinks by the same factor in each block.
     """
     return 1.0 - (1.0 - rho_max_depth) ** (np.arange(1, depth + 1) / depth)
 
 
 def exponential_kernel(num_tokens: int, gamma: float) -> np.ndarray:
-    """Kernel matrix Sigma[i, j] = exp(-gamma |i - j|), float64 [T, T]."""
+    """Return the kernel Sigma[i, j] = exp(-gamma |i - j|), float64 [T, T]."""
     position = np.arange(num_tokens)
     return np.exp(-gamma * np.abs(position[:, None] - position[None, :]))
 
 
-def uniform_kernel(num_tokens: int, rho: float) -> np.ndarray:
-    """Kernel matrix Sigma = (1 - rho) I + rho 1 1^T, float64 [T, T]."""
-    return (1.0 - rho) * np.eye(num_tokens) + rho
-
-
-def kernel_matrices(
-    grid: tuple[int, int],
-    depth: int,
-    gamma_max_depth: float = 0.005,
-    form: str = "espa",
-    rho_max_depth: float = 0.8,
-) -> np.ndarray:
-    """Token kernels Sigma_0 .. Sigma_L that attention alone produces at initialization.
+def kernel_matrices(grid: tuple[int, int], depth: int, at_max_depth: float = 0.005, form: str = "espa") -> np.ndarray:
+    """Compute the token kernels Sigma_0 .. Sigma_L that attention alone produces at initialization.
 
     Args:
       grid: Rows and columns of tokens; T = rows * columns, in raster order.
       depth: Number of blocks L.
-      gamma_max_depth: Decay rate at the last block, for the exponential kernels.
+      at_max_depth: gamma_L, or rho_L for `uspa`.
       form: One of `FORMS`.
-      rho_max_depth: Correlation at the last block, for `uspa`.
 
     Returns:
       float64 [L + 1, T, T], Sigma_0 = I.
     """
     rows, columns = grid
-    num_tokens = rows * columns
+    eye = np.eye(rows * columns)
     if form == "uspa":
-        kernels = [uniform_kernel(num_tokens, rho) for rho in rho_schedule(depth, rho_max_depth)]
-    elif form == "espa_2d":
-        kernels = [
-            np.kron(exponential_kernel(rows, gamma), exponential_kernel(columns, gamma))
-            for gamma in gamma_schedule(depth, gamma_max_depth)
-        ]
+        return np.stack([eye, *((1.0 - rho) * eye + rho for rho in rho_schedule(depth, at_max_depth))])
+    gammas = gamma_schedule(depth, at_max_depth)
+    if form == "espa_2d":
+        kernels = [np.kron(exponential_kernel(rows, g), exponential_kernel(columns, g)) for g in gammas]
     else:
-        kernels = [exponential_kernel(num_tokens, g) for g in gamma_schedule(depth, gamma_max_depth)]
-    return np.stack([np.eye(num_tokens), *kernels])
+        kernels = [exponential_kernel(rows * columns, g) for g in gammas]
+    return np.stack([eye, *kernels])
 
 
 def symmetric_sqrt(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric square roots and their inverses of positive definite matrices, each [..., n, n]."""
+    """Compute symmetric square roots of positive definite matrices [..., n, n], and their inverses."""
     eigenvalues, vectors = np.linalg.eigh(matrices)
     root = np.sqrt(eigenvalues)[..., None, :]
     transposed = np.swapaxes(vectors, -1, -2)
@@ -115,23 +87,12 @@ def symmetric_sqrt(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def attention_matrices(
-    grid: tuple[int, int],
-    depth: int,
-    gamma_max_depth: float = 0.005,
-    form: str = "espa",
-    rho_max_depth: float = 0.8,
+    grid: tuple[int, int], depth: int, at_max_depth: float = 0.005, form: str = "espa"
 ) -> np.ndarray:
-    """Attention matrices A_1 .. A_L with A_l Sigma_{l-1} A_l^T = Sigma_l.
+    """Compute attention matrices A_1 .. A_L with A_l Sigma_{l-1} A_l^T = Sigma_l; arguments as in `kernel_matrices`.
 
     A_l = Sigma_l^(1/2) Sigma_{l-1}^(-1/2) with symmetric square roots; for `espa_causal`
     A_l = chol(Sigma_l) chol(Sigma_{l-1})^(-1), which is lower triangular.
-
-    Args:
-      grid: Rows and columns of tokens; T = rows * columns.
-      depth: Number of blocks L.
-      gamma_max_depth: Decay rate at the last block.
-      form: One of `FORMS`.
-      rho_max_depth: Correlation at the last block, for `uspa`.
 
     Returns:
       float64 [L, T, T].
@@ -142,9 +103,9 @@ def attention_matrices(
     if form not in FORMS:
         raise ValueError(f"attention form {form!r} is unknown; expected one of {', '.join(FORMS)}")
     if form == "espa_2d":  # (R^1/2 (x) C^1/2)(R'^-1/2 (x) C'^-1/2) = A_row (x) A_column
-        row, column = (attention_matrices((1, n), depth, gamma_max_depth) for n in grid)
+        row, column = (attention_matrices((1, n), depth, at_max_depth) for n in grid)
         return np.stack([np.kron(a, b) for a, b in zip(row, column, strict=True)])
-    kernels = kernel_matrices(grid, depth, gamma_max_depth, form, rho_max_depth)
+    kernels = kernel_matrices(grid, depth, at_max_depth, form)
     if form == "espa_causal":
         factors = np.linalg.cholesky(kernels)
         # X = F_l F_{l-1}^-1 by solving F_{l-1}^T X^T = F_l^T.
@@ -156,29 +117,15 @@ def attention_matrices(
 
 @functools.lru_cache(maxsize=16)
 def shaped_attention(
-    grid: tuple[int, int],
-    depth: int,
-    gamma_max_depth: float = 0.005,
-    form: str = "espa",
-    rho_max_depth: float = 0.8,
+    grid: tuple[int, int], depth: int, at_max_depth: float = 0.005, form: str = "espa"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The constants d_l and B_l with d_l * softmax(B_l) = A_l. Cached; the arrays are read-only.
-
-    Args:
-      grid: Rows and columns of tokens; T = rows * columns.
-      depth: Number of blocks L.
-      gamma_max_depth: Decay rate at the last block.
-      form: One of `FORMS`.
-      rho_max_depth: Correlation at the last block, for `uspa`.
+    """Compute d_l and B_l with d_l * softmax(B_l) = A_l; arguments and errors as in `attention_matrices`.
 
     Returns:
-      `row_scale` d_l = row sums of A_l, float64 [L, T], and `attention_bias` B_l = log A_l, float64 [L, T, T], where
-      entries below `FLOOR` are raised to it and those that `espa_causal` masks are -inf.
-
-    Raises:
-      ValueError: If `form` is unknown.
+      `row_scale` d_l = row sums of A_l, float64 [L, T], and `attention_bias` B_l = log A_l, float64 [L, T, T]: entries
+      below `FLOOR` are raised to it, those that `espa_causal` masks are -inf. Cached; the arrays are read-only.
     """
-    matrices = attention_matrices(grid, depth, gamma_max_depth, form, rho_max_depth)
+    matrices = attention_matrices(grid, depth, at_max_depth, form)
     row_scale = matrices.sum(axis=-1)
     matrices = np.maximum(matrices, FLOOR)
     if form == "espa_reference":

@@ -1,9 +1,8 @@
 """Attention as one kernel forward and one backward, for NVIDIA GPUs from Ampere on (Pallas, compiled by Triton).
 
-`layers.attend` is the definition; XLA makes five passes over [B, H, T, T] of it. Here a program computes one head of
-one image. It reads the projections where they lie, [B, T, 3 D], adds their biases, and goes over tiles of queries with
-all keys at once: rows of softmax are whole, and no weight leaves the chip. The backward kernel computes the weights
-again.
+`attention.attend` is the definition, of which XLA makes five passes over [B, H, T, T]. Here a program computes one head
+of one image. It reads the projections in place, [B, T, 3 D], adds their biases, and goes over tiles of queries with all
+keys together: rows of the softmax are whole, and no weight leaves the chip. The backward kernel recomputes the weights.
 """
 
 import dataclasses
@@ -21,40 +20,23 @@ from simplest_vit.errors import UserError
 
 TOKENS = (16, 256)
 HEAD_WIDTHS = (16, 128)
-FASTER_TOKENS = 64  # up to so many it was seen to be faster than XLA's form (RESULTS.md); with 196 it was slower
-_TILE = 8192  # logits at a time: 64 KB of registers for the two float32 tiles of the backward pass
+FASTER_TOKENS = 64  # up to this number it was faster than XLA's form (RESULTS.md); with 196 it was slower
+_TILE = 8192  # logits in a tile: 64 KB of registers for the two float32 tiles of the backward pass
 _ACCUMULATED = 16384  # entries of the gradient of the keys, and as many of the values: 128 KB of registers
 
 
 def check_sizes(tokens: int, head_width: int) -> None:
-    """Check that the kernel can do them.
-
-    Args:
-      tokens: T.
-      head_width: D / H.
-
-    Raises:
-      UserError: If not.
-    """
-    for name, size, (low, high) in _misfits(tokens, head_width):
-        raise UserError(
-            f"config.model.attention_kernel='fused' does {name} of {low} to {high}, not {size}; "
-            "choose xla or another model"
-        )
-
-
-def _misfits(tokens: int, head_width: int) -> list[tuple[str, int, tuple[int, int]]]:
-    """Names, sizes and ranges of what the kernel cannot do."""
-    sizes = ("tokens", tokens, TOKENS), ("head width", head_width, HEAD_WIDTHS)
-    return [(name, size, (low, high)) for name, size, (low, high) in sizes if not low <= size <= high]
+    """Raise a UserError if the kernel cannot compute T tokens with heads of this width."""
+    for name, size, (low, high) in (("tokens", tokens, TOKENS), ("head width", head_width, HEAD_WIDTHS)):
+        if not low <= size <= high:
+            raise UserError(
+                f"config.model.attention_kernel='fused' does {name} of {low} to {high}, not {size}; "
+                "choose xla or another model"
+            )
 
 
 def check_devices(kernel: str, devices: Sequence[jax.Device]) -> None:
-    """Check that a kernel as in `choose` can run on the devices of a run.
-
-    Raises:
-      UserError: If not.
-    """
+    """Raise a UserError if a kernel (see `choose`) cannot run on the devices of a run."""
     for device in devices:
         if kernel == "fused" and not _is_recent(device):
             capability = getattr(device, "compute_capability", None)
@@ -65,32 +47,22 @@ def check_devices(kernel: str, devices: Sequence[jax.Device]) -> None:
 
 
 def choose(kernel: str, devices: Sequence[jax.Device], tokens: int, head_width: int) -> str:
-    """The kernel that a run takes.
-
-    Args:
-      kernel: `xla`, `fused`, or `auto` for the faster one.
-      devices: Of the run.
-      tokens: T.
-      head_width: D / H.
-
-    Returns:
-      `xla` or `fused`.
-    """
+    """Choose between `xla` and `fused`: `kernel`, or if it is `auto` the faster one on the devices of a run."""
     if kernel != "auto":
         return kernel
-    fits = tokens <= FASTER_TOKENS and not _misfits(tokens, head_width)
+    fits = TOKENS[0] <= tokens <= FASTER_TOKENS and HEAD_WIDTHS[0] <= head_width <= HEAD_WIDTHS[1]
     return "fused" if fits and all(map(_is_recent, devices)) else "xla"
 
 
 def _is_recent(device: jax.Device) -> bool:
-    """Whether it is an NVIDIA GPU from Ampere on; AMD's have names such as gfx942 for a capability."""
+    """Return whether it is an NVIDIA GPU from Ampere on; AMD's capabilities are names such as gfx942."""
     capability = str(getattr(device, "compute_capability", "")).replace(".", "", 1)
     return device.platform == "gpu" and capability.isdigit() and int(capability) >= 80
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Sizes of one head's work; all but `tokens`, `head_width` and `width` are powers of two, as Triton wants.
+    """Sizes of one head's work; all but `tokens`, `head_width` and `width` are powers of two, which Triton needs.
 
     Attributes:
       tokens: T.
@@ -100,7 +72,7 @@ class _Plan:
       keys: T, padded.
       queries: Queries in a tile.
       columns: The head's width, padded.
-      splits: Programs that share the columns of a head's gradients, because one has not the registers for them.
+      splits: Programs that share the columns of a head's gradients, which need too many registers for one program.
     """
 
     tokens: int
@@ -134,15 +106,15 @@ def fused(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Multi-head attention row_scale * softmax(q k^T / sqrt(d_head) + attention_bias) v in one kernel each way.
+    """Compute multi-head attention row_scale * softmax(q k^T / sqrt(d_head) + attention_bias) v.
 
     Products are in the dtype of `qkv`, true float32 included, sums and softmax in float32. Each device of the mesh in
-    context has its share of the images, which XLA could not tell of a kernel.
+    context computes its own images; XLA cannot partition a kernel.
 
     Args:
-      qkv: Queries, keys and values before their biases, bfloat16 or float32 [B, T, 3 D]; T as `TOKENS` says.
-      qkv_bias: Their biases [3 D], or None. Its gradient is summed where it arises.
-      num_heads: H, a divisor of D; heads are as wide as `HEAD_WIDTHS` says.
+      qkv: Queries, keys and values before their biases, bfloat16 or float32 [B, T, 3 D], T in `TOKENS`.
+      qkv_bias: Their biases [3 D], or None. The kernel sums its gradient over tokens.
+      num_heads: H, a divisor of D, D / H in `HEAD_WIDTHS`.
       attention_bias: Constant float32 [T, T], the same for all heads, or [H, T, T], or None. It gets no gradient.
       row_scale: Constant float32 [T], or None. It gets no gradient.
       interpret: Run without a GPU, slowly.
@@ -154,7 +126,7 @@ def fused(
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         images, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-        # Not checked, for a kernel does not say along which axes its output varies.
+        # Not checked, because a kernel does not say along which axes its output varies.
         compute = jax.shard_map(compute, in_specs=(images, whole, whole, whole), out_specs=images, check_vma=False)
     return compute(qkv, qkv_bias, attention_bias, row_scale)
 
@@ -168,12 +140,12 @@ def _fused(
     num_heads: int,
     interpret: bool,
 ) -> jax.Array:
-    """`fused` on one device."""
+    """Compute `fused` on one device."""
     b, t, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     plan = _Plan(t, width // num_heads, width, qkv.dtype.itemsize)
     return pl.pallas_call(
         functools.partial(attention_forward, plan=plan),
-        grid=(b * num_heads,),  # heads of an image side by side: they share lines of the cache
+        grid=(b * num_heads,),  # heads of an image follow each other: they share lines of the cache
         out_shape=jax.ShapeDtypeStruct((b, t, width), qkv.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
@@ -208,7 +180,7 @@ _fused.defvjp(_forward, _backward)
 
 
 def attention_forward(qkv: Any, qkv_bias: Any, attention_bias: Any, row_scale: Any, out: Any, *, plan: _Plan) -> None:
-    """Kernel: one head of one image, [T, d_head] of `out`."""
+    """Compute one head of one image, [T, d_head] of `out`: the forward kernel."""
     program = pl.program_id(0)
     heads = plan.width // plan.head_width
     image, head = program // heads, program % heads
@@ -236,7 +208,7 @@ def attention_backward(
     *,
     plan: _Plan,
 ) -> None:
-    """Kernel: the gradients of one head of one image, or of a part of its columns."""
+    """Compute the gradients of one head of one image, or of a part of its columns: the backward kernel."""
     program = pl.program_id(0)
     part, program = program % plan.splits, program // plan.splits
     heads = plan.width // plan.head_width
@@ -286,7 +258,7 @@ def attention_backward(
 
 
 def _whole(plan: _Plan, load: Callable[[], jax.Array]) -> Callable[[], jax.Array]:
-    """Keys or values of a head: loaded once, or, where the chip has not the room for both, wherever they are used."""
+    """Return keys or values of a head: loaded once, or in float32, too large to keep both, at each use."""
     if plan.itemsize == 4:
         return load
     array = load()
@@ -294,7 +266,7 @@ def _whole(plan: _Plan, load: Callable[[], jax.Array]) -> Callable[[], jax.Array
 
 
 def _for_each_tile(plan: _Plan, body: Any, carry: Any = None) -> Any:
-    """Apply `body` to the tiles of queries; with a carry, or without."""
+    """Apply `body` to the tiles of queries, with or without a carry."""
     tiles = pl.cdiv(plan.tokens, plan.queries)
     if carry is None:
         return body(0) if tiles == 1 else jax.lax.fori_loop(0, tiles, lambda tile, _: body(tile), None)
@@ -302,18 +274,18 @@ def _for_each_tile(plan: _Plan, body: Any, carry: Any = None) -> Any:
 
 
 def _mask(plan: _Plan, row: Any, rows: int, first: Any, columns: int) -> jax.Array:
-    """Which of a tile's entries exist, bool [rows, columns]."""
+    """Return which entries of a tile exist, bool [rows, columns]."""
     return (row + jnp.arange(rows) < plan.tokens)[:, None] & (first + jnp.arange(columns) < plan.head_width)[None]
 
 
 def _load(ref: Any, plan: _Plan, image: Any, row: Any, rows: int, start: Any, first: Any, columns: int) -> jax.Array:
-    """Rows of a head that begins at column `start`, from its column `first` on; zeros where there are none."""
+    """Load rows of a head that begins at column `start`, from its column `first` on; zeros where there are none."""
     tile = ref.at[image, pl.ds(row, rows), pl.ds(start + first, columns)]
     return plgpu.load(tile, mask=_mask(plan, row, rows, first, columns), other=0.0)
 
 
 def _store(ref: Any, x: jax.Array, plan: _Plan, image: Any, row: Any, start: Any, first: Any = 0) -> None:
-    """Write what `_load` would read."""
+    """Store the tile that `_load` loads."""
     tile = ref.at[image, pl.ds(row, x.shape[0]), pl.ds(start + first, x.shape[1])]
     plgpu.store(tile, x.astype(ref.dtype), mask=_mask(plan, row, x.shape[0], first, x.shape[1]))
 
@@ -330,7 +302,7 @@ def _projection(
     first: Any = 0,
     columns: int | None = None,
 ) -> jax.Array:
-    """Queries (index 0), keys (1) or values (2) of a head with their bias, [rows, columns]."""
+    """Load queries (index 0), keys (1) or values (2) of a head with their bias, [rows, columns]."""
     columns = columns or plan.columns
     start = index * plan.width + head * plan.head_width
     x = _load(qkv, plan, image, row, rows, start, first, columns)
@@ -342,7 +314,7 @@ def _projection(
 
 
 def _row_scale(row_scale: Any, plan: _Plan, row: Any) -> jax.Array:
-    """The scale of a tile's rows, float32 [queries, 1]."""
+    """Load the scale of the rows of a tile, float32 [queries, 1]."""
     mask = row + jnp.arange(plan.queries) < plan.tokens
     return plgpu.load(row_scale.at[pl.ds(row, plan.queries)], mask=mask, other=0.0)[:, None]
 
@@ -350,7 +322,7 @@ def _row_scale(row_scale: Any, plan: _Plan, row: Any) -> jax.Array:
 def _weights(
     q: jax.Array, k: jax.Array, attention_bias: Any, plan: _Plan, head: Any, row: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Weights before normalization, float32 [queries, keys], and their sums [queries, 1]."""
+    """Compute weights before normalization, float32 [queries, keys], and their sums [queries, 1]."""
     logits = _dot(q, k, transpose_b=True) * plan.head_width**-0.5
     exists = (jnp.arange(plan.keys) < plan.tokens)[None]
     if attention_bias is not None:
@@ -365,7 +337,7 @@ def _weights(
 
 
 def _dot(a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
-    """Product of two tiles, summed in float32; float32 operands are not rounded to TF32."""
+    """Multiply two tiles with sums in float32; float32 operands are not rounded to TF32."""
     dimensions = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
     precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6 if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(a, b, (dimensions, ((), ())), precision=precision, preferred_element_type=jnp.float32)

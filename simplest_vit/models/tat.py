@@ -1,4 +1,4 @@
-r"""TAT, tailored activation transformation: a leaky ReLU, the tailored rectifier, whose slope is solved for the depth.
+r"""TAT, tailored activation transformation: a leaky ReLU (the tailored rectifier) whose slope is solved for the depth.
 
 Zhang, Botev and Martens, "Deep Learning without Shortcuts: Shaping the Kernel with Tailored Rectifiers"
 (arXiv 2203.08120). In a wide network the cosine c of two inputs becomes C(c) after an activation (its C-map). A deep
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-_MOST_COMPOSITIONS = 2000  # of the deepest network that is suggested
+_MOST_COMPOSITIONS = 2000  # of the deepest network that an error suggests
 
 
 def c_map(c: np.ndarray | float, negative_slope: float) -> np.ndarray:
-    """C-map of a leaky ReLU for inputs of equal norm (TAT, section 3; Cho and Saul 2009 for slope 0).
+    """Compute the C-map of a leaky ReLU for inputs of equal norm (TAT, section 3; Cho and Saul 2009 for slope 0).
 
     Args:
       c: Cosines in [-1, 1].
@@ -35,7 +35,7 @@ def c_map(c: np.ndarray | float, negative_slope: float) -> np.ndarray:
 
 
 def composed_c_map(c: np.ndarray | float, negative_slope: float, compositions: int) -> np.ndarray:
-    """C-map of `compositions` layers, each a wide linear layer and a leaky ReLU; float64 like `c`."""
+    """Compose the C-maps of `compositions` layers, each a wide linear layer and a leaky ReLU; float64, shape of `c`."""
     for _ in range(compositions):
         c = c_map(c, negative_slope)
     return np.asarray(c, np.float64)
@@ -43,13 +43,13 @@ def composed_c_map(c: np.ndarray | float, negative_slope: float, compositions: i
 
 @functools.cache
 def solve_negative_slope(compositions: int, c_val_0_target: float = 0.9) -> float:
-    """Negative slope s in (0, 1) with C_f(0) = eta (TAT, equation 9).
+    """Solve for the negative slope s in (0, 1) with C_f(0) = eta (TAT, equation 9).
 
     C_f(0) falls from its value for ReLU (s = 0) to 0 (s = 1, a linear network).
 
     Args:
       compositions: Number of activations on a path through the network, 2 * depth here.
-      c_val_0_target: eta, the cosine that orthogonal inputs shall have after the network, in (0, 1).
+      c_val_0_target: eta, the cosine of orthogonal inputs after the network, in (0, 1).
 
     Returns:
       The slope.
@@ -80,22 +80,22 @@ def solve_negative_slope(compositions: int, c_val_0_target: float = 0.9) -> floa
 
 
 def output_scale(negative_slope: float) -> float:
-    """Factor sqrt(2 / (1 + s^2)) that keeps the mean square of a unit Gaussian input."""
+    """Return the factor sqrt(2 / (1 + s^2)) that keeps the mean square of a unit Gaussian input."""
     return math.sqrt(2.0 / (1.0 + negative_slope**2))
 
 
 def _slope(x: jax.Array, negative_slope: float) -> jax.Array:
-    """Derivative of TReLU; `x` may be its input or its output, which have the same sign."""
+    """Compute the derivative of TReLU; `x` may be its input or its output, which have the same sign."""
     scale = output_scale(negative_slope)
     return jnp.where(x > 0, jnp.asarray(scale, x.dtype), jnp.asarray(scale * negative_slope, x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def tailored_relu(x: jax.Array, negative_slope: float) -> jax.Array:
-    """TReLU(x) = sqrt(2 / (1 + s^2)) * leaky_relu(x, s) (TAT, section 4).
+    """Compute TReLU(x) = sqrt(2 / (1 + s^2)) * leaky_relu(x, s) (TAT, section 4).
 
-    The gradient is read off the output's sign, so that training keeps one array for each activation: the output, which
-    the next product needs anyway.
+    The gradient reads the sign of the output, so training keeps one array for each activation: the output, which the
+    next product needs anyway.
 
     Args:
       x: Pre-activations of any shape and float dtype.

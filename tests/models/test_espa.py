@@ -69,6 +69,7 @@ def test_layer_constants_give_the_attention_matrix_in_float32(grid, depth, form)
     form=st.sampled_from(CONSISTENT_FORMS),
 )
 def test_any_shape_depth_and_decay(grid, depth, gamma_max_depth, form):
+    gamma_max_depth = 0.8 if form == "uspa" else gamma_max_depth
     row_scale, attention_bias = espa.shaped_attention(grid, depth, gamma_max_depth, form)
     result = row_scale[..., None] * softmax(attention_bias)
     kernels = espa.kernel_matrices(grid, depth, gamma_max_depth, form)
@@ -109,7 +110,7 @@ def test_uspa_closed_form():
     a = np.sqrt((1 - rho[1:]) / (1 - rho[:-1]))
     b = np.sqrt((1 - rho[1:] + t * rho[1:]) / (1 - rho[:-1] + t * rho[:-1]))
     expected = a[:, None, None] * np.eye(t) + ((b - a) / t)[:, None, None]
-    np.testing.assert_allclose(espa.attention_matrices((4, 4), depth, form="uspa"), expected, atol=1e-12)
+    np.testing.assert_allclose(espa.attention_matrices((4, 4), depth, 0.8, "uspa"), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(("num_tokens", "depth", "deviation"), [(64, 12, 0.0575), (196, 12, 0.0575), (16, 6, 0.089)])
