@@ -90,7 +90,7 @@ def test_folders_within_a_class_are_searched_and_what_is_passed_over_is_counted(
     found = originals(prepare("image_folder", tmp_path / "tfds", photos), "train")
     assert len([name for name in found if name.startswith("train/cat/more/and more/deep.")]) == 6
     said = capfd.readouterr().err
-    assert "passed over 5 files that are no images: 2 .heic, 1" in said
+    assert "skipped 5 other files: 2 .heic, 1" in said
     assert len(image_files(photos)) == 6 + 9 + 2  # as predict lists a folder
 
 

@@ -76,7 +76,7 @@ def _read(folder: Path) -> Content:
     files, is_split = _list_files(folder, passed_over)
     if passed_over:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in passed_over.most_common())
-        print(f"passed over {passed_over.total():,} files that are no images: {kinds}", file=sys.stderr, flush=True)
+        print(f"skipped {passed_over.total():,} other files: {kinds}", file=sys.stderr, flush=True)
     if is_split:
         print(f"{folder}: {_RULE}", file=sys.stderr, flush=True)
     features = {
