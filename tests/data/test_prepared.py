@@ -176,6 +176,9 @@ def test_splits_are_kept_with_what_a_run_knows(tmp_path, make_config):
     assert dataset.info.to_json()["train_split"] == "train[:80%]"
     assert (dataset.train_size, dataset.validation_size) == (36, 12)
     np.testing.assert_array_equal(dataset.validation.images, PIXELS[36:48, 1:11])
+    split = prepare("shapes", tmp_path).split("data.validation_split", "test[:3]+train[36:]", "label")
+    np.testing.assert_array_equal(split.pixels(), np.concatenate([PIXELS[45:48], PIXELS[36:45]]))
+    np.testing.assert_array_equal(split.labels, np.concatenate([np.arange(45, 48), np.arange(36, 45)]) % 3)
 
 
 @pytest.mark.parametrize(
