@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 from simplest_vit.errors import UserError
 from simplest_vit.models.reference_layout import pytorch_layout
@@ -95,6 +96,8 @@ def test_muon_has_the_settings_of_the_run():
 
 def first_update(name, steps=3, **arguments):
     """The updates of a few steps, as one vector."""
+    if "precondition_frequency" in declared(name):
+        arguments = {"precondition_frequency": 2} | arguments
     tx = create_optimizer(name, 0.1, **arguments)
     state, found = tx.init(PARAMS), []
     for seed in range(steps):
@@ -110,6 +113,8 @@ OTHER = {
     "lion": {"b1": 0.0, "b2": 0.0},
     "sgd": {"momentum": 0.5},
     "muon": {"beta": 0.0, "ns_steps": 1, "nesterov": False, "adam_b1": 0.0, "adam_b2": 0.5},
+    "shampoo": {"b1": 0.0, "precondition_frequency": 1, "one_sided": True, "grafting": "sgd"},
+    "soap": {"b1": 0.0, "shampoo_beta": 0.5, "precondition_frequency": 1, "start_preconditioning_step": 2},
 }
 
 
@@ -118,6 +123,14 @@ def test_every_setting_reaches_optax(name, key):
     """Falsy ones too."""
     assert key in declared(name)
     assert np.abs(first_update(name, **{key: OTHER[name][key]}) - first_update(name)).max() > 1e-6
+
+
+@pytest.mark.parametrize("name", ["shampoo", "reference_shampoo", "soap"])
+def test_the_work_of_shampoo_is_spread_over_the_mesh(name):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    (state,) = [part for part in create_optimizer(name, 0.1, mesh=mesh).init(PARAMS)[0] if hasattr(part, "stacks")]
+    for leaf in jax.tree.leaves(state.stacks):
+        assert leaf.sharding.device_set == set(mesh.devices.flat)
 
 
 def test_every_setting_of_adam_has_a_row():
