@@ -23,6 +23,7 @@ if "SIMPLEST_VIT_REQUIRE_TORCH" not in os.environ:
     for library in ("onnx", "onnxruntime", "safetensors", "torch"):
         pytest.importorskip(library)
 
+import onnx
 import onnxruntime
 import safetensors
 import torch
@@ -70,6 +71,7 @@ def test_other_runtimes_compute_the_logits(model, tmp_path, monkeypatch):
     session = onnxruntime.InferenceSession(files["onnx"])
     (images,), (output,) = session.get_inputs(), session.get_outputs()
     assert (images.shape, output.shape) == (["batch", *DATA.image_shape], ["batch", 3])
+    assert "Expand" not in {node.op_type for node in onnx.load(files["onnx"]).graph.node}  # ONNX broadcasts by itself
     logits["onnx"] = session.run([output.name], {images.name: IMAGES})[0]
     metadata["onnx"] = as_values(session.get_modelmeta().custom_metadata_map)
 
@@ -167,6 +169,10 @@ def test_a_run_is_exported_from_its_folder(model, tmp_path, monkeypatch):
     monkeypatch.delitem(onnx_lowering._ELEMENTWISE, "erf")
     with pytest.raises(UserError, match="computes 'erf', which the ONNX export does not know"):
         export(str(folder), str(tmp_path / "other.onnx"), "onnx")
+    monkeypatch.setattr(export_module, "_MAX_BYTES", 10_000)
+    with pytest.raises(UserError, match="holds at most 2 GB and the model has"):
+        export(str(folder), str(tmp_path / "other.onnx"), "onnx")
+    monkeypatch.undo()
     replace, calls = os.replace, []
 
     def fail_second(*paths):
@@ -208,19 +214,52 @@ def test_a_missing_library_names_the_extra(tmp_path, monkeypatch):
 def every_primitive(images):
     """What the networks do not compute as well: images [B, 8, 12, 3] to [B, 4]."""
     x = images.astype(jnp.float32) / 64 - 2
-    x = x[:, ::2, :, ::-1] + x[:, 4:, :, jnp.array([2, 2, 0])]
-    x = jnp.concatenate([x, jnp.flip(x, 1), jnp.ones_like(x)], axis=1)
+    x = jnp.where(images.astype(jnp.int32) == 0, 0.0, x[:, ::-1, :, jnp.array([0, 2, 1])]) + jnp.flip(x, 3)
+    x += x[:, :1, :1, 1:3].sum(3, keepdims=True) - x[:, 0, :5, 0][:, 2:4].sum(1)[:, None, None, None]
+    tokens = x.reshape(-1, 3)
+    x = jnp.concatenate([tokens, jnp.ones_like(tokens)], axis=1)[:, 1:5].reshape(-1, 8, 16, 3)
+    x = jnp.concatenate([x[:, ::2, 4:], x[:, 4:, :12], jnp.ones_like(x[:, :4, :12])], axis=1)
     a, b, c = jnp.split(x, 3, axis=3)
     y = jnp.where(a > b, jax.nn.silu(a), jnp.minimum(b, c)) ** 3 + lax.rsqrt(1 + c**2) - jnp.abs(b) ** 0.5
     y += jnp.tanh(a) * jnp.sin(b) - jnp.cos(c) + jnp.log(1 + a * a) + jnp.sign(b) * jnp.sqrt(jnp.abs(c))
-    y += jnp.where((a <= b) & ~(b < c) | (a == 0), 1.0, -y) + jnp.where(c >= 0, jnp.min(y, axis=2, keepdims=True), y)
+    y += jnp.where((a <= b) & ~(b < c) | (a == 0), 1.0, -y)
+    y += jnp.where(c >= jnp.max(c, axis=2, keepdims=True), jnp.min(y, axis=2, keepdims=True), y)
     y = lax.fori_loop(0, 3, lambda i, y: y * 0.5 + y.mean(1, keepdims=True), y[..., 0])
+    y = lax.scan(lambda y, w: (y * w + a[..., 0] / w, None), y, jnp.array([0.5, 2.0]), reverse=True)[0]
     y = jnp.einsum("bij,bik->bkj", y, y[:, :, :4])
-    return jnp.einsum("kjn,bkj->bn", jnp.linspace(-1, 1, 4 * 12 * 4).reshape(4, 12, 4), y)
+    weights = jnp.linspace(-1, 1, 4)
+    y = jnp.concatenate([y, y[..., :4] * weights[None, :, None] - weights[None, None] * y[..., 4:8]], axis=2)
+    return jnp.einsum("kjn,bkj->bn", jnp.linspace(-1, 1, 4 * 16 * 4).reshape(4, 16, 4), y)
 
 
-def test_the_lowering_agrees_with_jax_primitive_by_primitive():
-    content = onnx_lowering.to_onnx(every_primitive, DATA.image_shape).SerializeToString()
+def first_pixel(images):
+    return jnp.broadcast_to(images[:, 0, 0, :1].astype(jnp.float32), (images.shape[0], 4))
+
+
+@pytest.mark.parametrize("function", [every_primitive, first_pixel])
+def test_the_lowering_agrees_with_jax(function):
+    content = onnx_lowering.to_onnx(function, DATA.image_shape).SerializeToString()
     actual = onnxruntime.InferenceSession(content).run(None, {"images": IMAGES})[0]
-    np.testing.assert_allclose(actual, jax.jit(every_primitive)(IMAGES), rtol=1e-4)
     assert actual.shape == (5, 4)
+    np.testing.assert_allclose(actual, jax.jit(function)(IMAGES), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda images: jnp.sort(images[:, :, 0, 0].astype(jnp.float32)), "computes 'sort'"),
+        (lambda images: lax.scan(lambda c, x: (c + x, None), 0.0 * images[:, 0], images.swapaxes(0, 1))[0], "a 'scan'"),
+    ],
+)
+def test_the_lowering_names_what_it_does_not_know(function, expected):
+    with pytest.raises(UserError, match=f"{expected}.*--format=stablehlo"):
+        onnx_lowering.to_onnx(function, DATA.image_shape)
+
+
+@pytest.mark.parametrize("value", [0.1, np.nan])
+def test_logits_that_differ_or_are_not_finite_are_refused(value):
+    def zeros(images):
+        return np.zeros((len(images), 3))
+
+    with pytest.raises(TrainingError, match="nothing was written"):
+        export_module._check("onnx", lambda images: zeros(images) + value * (len(images) == 3), zeros, DATA.image_shape)

@@ -127,13 +127,7 @@ class _Graph:
 
     def expand(self, x: Tensor, shape: Shape) -> Tensor:
         """Carry out a broadcast."""
-        if x.shape == shape:
-            return x
-        if isinstance(x, np.ndarray) and self._is_static(shape):
-            return np.broadcast_to(x, shape)
-        own = (1,) * (len(shape) - len(x.shape)) + x.shape
-        target = tuple(1 if n == m else m for n, m in zip(own, shape, strict=True))
-        return self.node("Expand", x, self._sizes(target), shape=shape)
+        return x if x.shape == shape else self.node("Expand", x, self._sizes(shape), shape=shape)
 
     def reshape(self, x: Tensor, shape: Shape) -> Tensor:
         """Reshape; of several dimensions at most one depends on the batch size."""
@@ -177,8 +171,7 @@ class _Graph:
         if name == "scan":
             return self._scan(params, operands)
         if all(isinstance(x, np.ndarray) for x in operands) and all(map(self._is_static, shapes + inputs)):
-            arrays = [self.expand(x, shape) for x, shape in zip(operands, inputs, strict=True)]
-            results = equation.primitive.bind(*arrays, **params)
+            results = equation.primitive.bind(*operands, **params)
             return [np.asarray(x) for x in (results if equation.primitive.multiple_results else [results])]
         if name in _ELEMENTWISE:
             return [self._elementwise(_ELEMENTWISE[name], *operands)]
@@ -255,13 +248,15 @@ class _Graph:
         Whole rows are gathered if the last axis is kept.
         """
         operand, *indices = operands
-        positions = np.arange(math.prod(operand.shape[1:]), dtype=np.int32).reshape(1, *operand.shape[1:])
+        one = tuple(map(self._of_one, operand.shape))
+        positions = np.arange(math.prod(one), dtype=np.int32).reshape(one)
         results = equation.primitive.bind(positions, *indices, **jax.tree.map(self._of_one, equation.params))
         outputs = []
         for result, shape in zip(results if equation.primitive.multiple_results else [results], shapes, strict=True):
             size = result.shape[-1]
             source = np.asarray(result).reshape(-1, size)
-            if (source[:, 0] % size).any() or (source != source[:, :1] + np.arange(size)).any():
+            misaligned = positions.size % size or (source[:, 0] % size).any()
+            if misaligned or (source != source[:, :1] + np.arange(size)).any():
                 source, size = source.reshape(-1, 1), 1
             rows = self.reshape(operand, (self.batch, positions.size // size, size))
             gathered = self.node("Gather", rows, source[:, 0] // size, shape=(self.batch, len(source), size), axis=1)
