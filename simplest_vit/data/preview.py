@@ -2,14 +2,13 @@
 
 import contextlib
 import functools
+import importlib.util
 import unicodedata
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from matplotlib.font_manager import findSystemFonts
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from simplest_vit.data.augment import Batch
@@ -59,10 +58,21 @@ def _captions(dataset: Dataset, label: np.ndarray) -> list[str]:
 @functools.cache
 def find_font(text: str) -> ImageFont.FreeTypeFont:
     """Find a font with all letters of a text: DejaVu Sans, which matplotlib brings, or else one of the system."""
-    dejavu = str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
-    letters = {ord(c) for c in text if unicodedata.category(c) != "Cf"}  # joiners have no shape
-    for path in (dejavu, *(sorted(findSystemFonts()) if letters - FT2Font(dejavu).get_charmap().keys() else ())):
-        with contextlib.suppress(RuntimeError, OSError):  # a font file that is damaged
-            if letters <= FT2Font(path).get_charmap().keys():
-                return ImageFont.truetype(path, _FONT_SIZE)
-    return ImageFont.truetype(dejavu, _FONT_SIZE)
+    matplotlib: Any = importlib.util.find_spec("matplotlib")  # importing it takes longer than to draw the grid
+    file = Path(matplotlib.submodule_search_locations[0], "mpl-data/fonts/ttf/DejaVuSans.ttf")
+    dejavu = ImageFont.truetype(str(file), _FONT_SIZE)
+    if _has_letters(dejavu, text):
+        return dejavu
+    from matplotlib.font_manager import findSystemFonts
+
+    for path in sorted(findSystemFonts()):
+        with contextlib.suppress(OSError):  # a font file that is damaged
+            if _has_letters(font := ImageFont.truetype(path, _FONT_SIZE), text):
+                return font
+    return dejavu
+
+
+def _has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    """Return whether no letter is drawn as the box of a missing one; joiners (Cf) have no shape."""
+    box = bytes(font.getmask("\uffff"))
+    return all(bytes(font.getmask(c)) != box for c in text if unicodedata.category(c) != "Cf")
