@@ -1,4 +1,4 @@
-"""How figures look, and how they are written: one style, colours that colour-blind readers tell apart."""
+"""One style for all figures, with colours that colour-blind readers can distinguish."""
 
 import contextlib
 import itertools
@@ -37,22 +37,22 @@ _STYLE: dict[Any, Any] = {
 
 
 def styled(items: Iterable[T]) -> Iterator[tuple[T, str, str]]:
-    """Each item with its color and marker, which begin anew where there are more items."""
+    """Pair each item with a colour and a marker, which repeat after eight items."""
     return zip(items, itertools.cycle(COLORS), itertools.cycle(MARKERS), strict=False)
 
 
 def create(height: float) -> Figure:
-    """An empty figure of README width and `height` inches, in the style of the project, without a display."""
+    """Create an empty figure of README width and `height` inches, in the style of the project, without a display."""
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def style() -> contextlib.AbstractContextManager[None]:
-    """Context in which figures are drawn and written."""
+    """Return a context in which figures are drawn and saved."""
     return matplotlib.rc_context(_STYLE)
 
 
 def save(figure: Figure, path: pathlib.Path) -> list[pathlib.Path]:
-    """Write a figure as PNG and SVG; `path` is without suffix. Returns the two files."""
+    """Save a figure as PNG and SVG; `path` has no suffix. Return the two files."""
     files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for file in files:
         figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)

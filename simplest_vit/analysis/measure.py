@@ -59,7 +59,7 @@ def _measure(
     x = model.embed(image)
 
     def loss(params: Any, probes: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean cross-entropy; the gradient at `probes` (zeros, one for each point between blocks) is the tokens'."""
+        """Compute the mean cross-entropy; the gradient at `probes` (zeros between blocks) is that at the tokens."""
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             params, constants, probe, start = layer

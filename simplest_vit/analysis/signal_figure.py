@@ -1,4 +1,4 @@
-"""The picture of signal propagation: one panel for each quantity, one colour for each model, theory dashed."""
+"""The figure of signal propagation: one panel for each quantity, one colour for each model, theory dashed."""
 
 import math
 
@@ -24,14 +24,14 @@ PANELS = {
 }
 
 
-# Below, a difference is rounding in float32; singular values, of which this is the share of the greatest, are roots of
-# what is computed.
+# Differences below this are rounding in float32. Singular values are square roots of what is computed; relative to the
+# largest.
 _FLOOR = 1e-7
 _JACOBIAN_FLOOR = 3e-4
 
 
-def shown(quantity: str, values: np.ndarray) -> np.ndarray:
-    """What is drawn of a quantity: 1 - cosine instead of a cosine, and nothing below rounding on a logarithmic axis."""
+def plotted_values(quantity: str, values: np.ndarray) -> np.ndarray:
+    """Return the values to plot: 1 - cosine for a cosine, and nothing below rounding on a logarithmic axis."""
     values = 1 - values if quantity.endswith("cosine") else values
     return np.maximum(values, _FLOOR) if PANELS[quantity][2] else values
 
@@ -71,7 +71,7 @@ def draw(results: list[Propagation], title: str) -> Figure:
 
 
 def draw_overview(results: list[Propagation], title: str) -> Figure:
-    """Draw how tokens and images lose their differences, and the Jacobian: the picture of the README."""
+    """Draw the differences of tokens, those of images, and the Jacobian: the figure of the README."""
     figure = figures.create(height=4.0)
     *cosines, jacobian = figure.subplots(1, 3)
     for axis, quantity in zip(cosines, ("token_cosine", "image_cosine"), strict=True):
@@ -84,7 +84,7 @@ def draw_overview(results: list[Propagation], title: str) -> Figure:
 
 
 def _add_legend(figure: Figure, results: list[Propagation], title: str) -> None:
-    """One legend for all panels, above them, under the title."""
+    """Add one legend for all panels, above them and under the title."""
     handles = [
         Line2D([], [], color=color, marker=marker, label=result.name)
         for result, color, marker in figures.styled(results)
@@ -101,14 +101,14 @@ def draw_quantity(axis: Axes, quantity: str, results: list[Propagation]) -> None
     for result, color, marker in [*figures.styled(results)][::-1]:
         if quantity not in result.measured:
             continue
-        y = shown(quantity, result.measured[quantity])
+        y = plotted_values(quantity, result.measured[quantity])
         blocks = np.arange(len(y))
         axis.plot(blocks, y, color=color, marker=marker, markevery=max(len(y) // 13, 1))
         if quantity in result.theory:
-            theory = shown(quantity, result.theory[quantity])
+            theory = plotted_values(quantity, result.theory[quantity])
             axis.plot(blocks, theory, color=color, linestyle="--", linewidth=1, alpha=0.8)
         if f"{quantity}_c_map" in result.theory and result is results[0]:
-            c_map = shown(quantity, result.theory[f"{quantity}_c_map"])
+            c_map = plotted_values(quantity, result.theory[f"{quantity}_c_map"])
             axis.plot(blocks, c_map, color=color, linestyle=":", linewidth=1.2)
     if logarithmic:
         axis.set_yscale("log")
@@ -117,7 +117,7 @@ def draw_quantity(axis: Axes, quantity: str, results: list[Propagation]) -> None
 
 
 def draw_jacobian(axis: Axes, results: list[Propagation]) -> None:
-    """Draw singular values of the Jacobian over the share of directions that have at most so much, without rounding."""
+    """Draw the quantiles of the Jacobian's singular values, without those that are rounding."""
     for result, color, _ in [*figures.styled(results)][::-1]:
         values, weights = result.jacobian
         steps = np.array([values[0], *values])

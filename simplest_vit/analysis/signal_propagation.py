@@ -29,7 +29,7 @@ from simplest_vit.training.workdir import check_workdir
 from simplest_vit.training.writers import SummaryWriter
 
 NUM_IMAGES = 16
-# The reference's bias lies over E-SPA there, and the others explain less.
+# The reference's bias would hide E-SPA, and the others explain less.
 _OVERVIEW = ("E-SPA + TAT", "vanilla, unshaped", "E-SPA, ReLU", "isometric", "SimpleViT")
 
 log = logging.getLogger("simplest_vit")
@@ -42,7 +42,7 @@ def signal_propagation(
 
     Args:
       config: The run's config.
-      workdir: The run's folder, which may be missing; written to is its subfolder `signal_propagation`.
+      workdir: The run's folder, which may be missing; results go to its subfolder `signal_propagation`.
       trained: Analyse the best checkpoint of the run instead of its initialization.
       inputs: `images` of the validation split, or `gaussian` noise of their shape with random labels.
       seeds: Number of initializations to average over.
@@ -88,7 +88,7 @@ def signal_propagation(
 
 
 def write(results: list[Propagation], folder: pathlib.Path, title: str) -> None:
-    """Write what `signal_propagation` promises to a folder.
+    """Write figures, tables and scalars to a folder.
 
     Raises:
       UserError: If it cannot be written.
@@ -113,7 +113,7 @@ def write(results: list[Propagation], folder: pathlib.Path, title: str) -> None:
 
 
 def rows(results: list[Propagation]) -> list[tuple[str, int, str, float | None, float | None]]:
-    """The table: model, block, quantity, measured, theory; None where there is none."""
+    """List rows of model, block, quantity, measured and theory; None if there is no value."""
     table = []
     for result in results:
         for quantity in dict.fromkeys([*result.measured, *result.theory]):
@@ -126,7 +126,7 @@ def rows(results: list[Propagation]) -> list[tuple[str, int, str, float | None, 
 
 
 def _write_scalars(result: Propagation, folder: pathlib.Path) -> None:
-    """One TensorBoard run for each model, so that models lie over one another."""
+    """Write one TensorBoard run for each model, so that TensorBoard overlays them."""
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
     writer = SummaryWriter(str(folder))

@@ -1,4 +1,4 @@
-"""Between the reference's state dict and the parameters and constants of a model here."""
+"""Conversion between the reference's state dict and the parameters and constants of a model here."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ _ATTENTIONS = {
 
 
 def _flat(state: ModelState) -> dict[str, Any]:
-    """Parameters and constants by path, such as `blocks/mlp/dense1/kernel`."""
+    """Return parameters and constants by path, such as `blocks/mlp/dense1/kernel`."""
     return traverse_util.flatten_dict(state.params, sep="/") | traverse_util.flatten_dict(state.constants, sep="/")
 
 
@@ -42,7 +42,7 @@ def _tensors(model: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]:
 
 
 def to_reference(model: Any, state: ModelState) -> dict[str, np.ndarray]:
-    """Name and lay out a model as the reference does.
+    """Convert a model to the names and layouts of the reference.
 
     Args:
       model: `config.model`.

@@ -16,11 +16,11 @@ from simplest_vit.training.evaluate import restore_best
 
 
 def export_reference(workdir: str, output: str, config: Any = None) -> None:
-    """Write `output` with the reference's `model_state_dict`: the parameters to evaluate and E-SPA's constants.
+    """Write a file with the reference's `model_state_dict`: the parameters to evaluate and E-SPA's constants.
 
     Args:
       workdir: The run's folder, which is all that is needed.
-      output: The file; replaced if it exists.
+      output: Replaced if it exists.
       config: None for the run's own; another is refused.
 
     Raises:

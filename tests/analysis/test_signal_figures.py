@@ -68,10 +68,10 @@ def test_every_panel_has_title_labels_and_the_data(analysed):
         drawn = [line.get_ydata() for line in axis.lines]
         for result in results:
             if quantity in result.measured:
-                expected = signal_figure.shown(quantity, result.measured[quantity])
+                expected = signal_figure.plotted_values(quantity, result.measured[quantity])
                 assert any(np.array_equal(y, expected, equal_nan=True) for y in drawn)
             if quantity in result.theory:
-                expected = signal_figure.shown(quantity, result.theory[quantity])
+                expected = signal_figure.plotted_values(quantity, result.theory[quantity])
                 dashed = [line.get_ydata() for line in axis.lines if line.get_linestyle() == "--"]
                 assert any(np.array_equal(y, expected) for y in dashed)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -124,7 +124,7 @@ def test_contrasts_that_do_not_fit_are_told_before_anything_is_done(tmp_path, mo
 
 
 def test_what_is_shown_of_a_cosine_is_its_distance_from_one():
-    shown = signal_figure.shown("token_cosine", np.array([0.75, 1.0, math.nan]))
+    shown = signal_figure.plotted_values("token_cosine", np.array([0.75, 1.0, math.nan]))
     np.testing.assert_array_equal(shown[:2], [0.25, 1e-7])
     assert math.isnan(shown[2])
 
