@@ -138,7 +138,7 @@ def make_run(problem: Problem, scale: optax.GradientTransformation) -> Callable[
     def loss(params: Any, rows: jax.Array | slice) -> jax.Array:
         x = images[rows]
         for index, layer in enumerate(params):
-            x = x @ layer["kernel"] + layer["bias"]
+            x = x @ layer["kernel"] + layer["bias"][None]
             x = problem.activation(x) if index < len(params) - 1 else x
         return problem.loss(x, images[rows], labels[rows])
 

@@ -206,6 +206,16 @@ def test_reference_shampoo_sees_the_parameters_as_pytorch_lays_them_out(model):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), view(updates), expected)
 
 
+def test_the_reference_s_values_are_those_of_its_train_py():
+    found = {name: value for name, (value, _) in declared("reference_shampoo").items()}
+    expected = {"b1": 0.9, "b2": 0.999, "eps": 1e-12, "relative_eps": False, "precondition_frequency": 25}
+    expected |= {"max_preconditioner_dim": 8192, "merge_dims": True, "precondition_1d": True, "even_blocks": False}
+    expected |= {"stagger": False, "one_sided": False, "root": "eigh", "exponent_override": 0, "precision": "highest"}
+    expected |= {"grafting": "adam", "grafting_b2": 0.999, "grafting_eps": 1e-8, "statistics": "shampoo"}
+    assert {name: found[name] for name in expected} == expected
+    assert found["ignored_dim"] > 10**9
+
+
 def test_reference_shampoo_has_no_layout_for_value_skipinit():
     config = tiny_config("optimizer=reference_shampoo", model__attention="value_skipinit")
     with pytest.raises(

@@ -164,3 +164,8 @@ def test_all_at_once_costs_nothing_in_other_steps():
     assert "syevd" in text
     assert "syevd" not in entry
     assert "conditional" in entry
+
+
+def test_a_side_is_ignored_above_the_limit_only():
+    plans = (shampoo_plan(jnp.zeros((10, 4)), ignored_dim=limit) for limit in (10, 9))
+    assert [plan.stacks[0].sizes for plan in plans] == [[10, 4], [4]]
