@@ -61,7 +61,7 @@ class Times(NamedTuple):
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """Seconds of one call, to the end of its work."""
+    """Return the seconds of one call, to the end of its work."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
@@ -88,7 +88,7 @@ class Run:
         return len(self.seconds) >= self.frequency + max(self.frequency, LEAST_STEPS)
 
     def step(self, data: Any) -> None:
-        """Makes a step and takes its time."""
+        """Take a step and record its time."""
 
         def call() -> Any:
             self.state = self.update(*self.state, data)
@@ -97,12 +97,12 @@ class Run:
         self.seconds.append(timed(call))
 
     def times(self) -> Times:
-        """Seconds by kind of step."""
+        """Return the seconds of the first step and of those after the first period."""
         return Times(self.seconds[0], np.array(self.seconds[self.frequency :]))
 
 
 def measure(runs: dict[str, Run], data: Any) -> dict[str, Times]:
-    """Times every optimizer, one step of each in turn."""
+    """Time every optimizer, one step of each after the other."""
     while waiting := [run for run in runs.values() if not run.is_done]:
         for run in waiting:
             run.step(data)
@@ -110,12 +110,12 @@ def measure(runs: dict[str, Run], data: Any) -> dict[str, Times]:
 
 
 def make_runs(params: Any, gradient_of: Callable[..., Any]) -> dict[str, Run]:
-    """One run for each optimizer."""
+    """Make a run for each optimizer."""
     return {name: Run(frequency, tx, params, gradient_of) for name, (frequency, tx) in optimizers().items()}
 
 
 def _main(_: list[str]) -> None:
-    """Prints a table and the plan."""
+    """Print a table and the plan."""
     config = cli.CONFIG.value
     run = build(config, fake_data.info_of(config))
     state = run.create_state()

@@ -94,8 +94,8 @@ def main(path):
         best = min(rates, key=lambda rate: np.nan_to_num(runs[rate][:, -WINDOW:].mean(), nan=np.inf))
         curves = smooth(runs[best])
         steps = [int(np.argmax(curve <= GOAL)) + WINDOW if np.any(curve <= GOAL) else "-" for curve in curves]
-        told = ", ".join(map(str, steps))
-        print(f"{name:9}  {best:<5}  {curves[:, -1].mean():.5f}    {told:13}  {seconds:.1f}", flush=True)
+        reached = ", ".join(map(str, steps))
+        print(f"{name:9}  {best:<5}  {curves[:, -1].mean():.5f}    {reached:13}  {seconds:.1f}", flush=True)
         x = np.arange(WINDOW, STEPS + 1)
         (line,) = axes.semilogy(x, np.exp(np.log(curves).mean(0)), label=f"{name}, {best}")
         axes.fill_between(x, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15, linewidth=0)

@@ -82,19 +82,11 @@ def _kind(parameter: inspect.Parameter) -> type | None:
     """Return the type of a setting's values, None if a flag cannot give them."""
     if isinstance(parameter.default, bool | int | float | str):
         return type(parameter.default)
-    choices = typing.get_args(parameter.annotation) or (parameter.annotation,)
     if parameter.default is not None:
         return None
-    numbers = [kind for kind in (bool, float, int) if kind in choices]
-    if float in numbers:  # in optax, bool, int and float together mean any number
+    if float in typing.get_args(parameter.annotation):  # of optax's type for numbers
         return float
-    return numbers[0] if numbers else str if parameter.name.endswith("dtype") or _is_text(choices) else None
-
-
-def _is_text(choices: tuple[Any, ...]) -> bool:
-    return any(
-        choice is str or isinstance(choice, str) or typing.get_origin(choice) is typing.Literal for choice in choices
-    )
+    return str if parameter.name.endswith("dtype") else None
 
 
 def create_optimizer(

@@ -1,4 +1,4 @@
-"""SAM: the gradient at the worst point near by (Foret et al., arXiv 2010.01412)."""
+"""SAM: the gradient at the worst nearby point (Foret et al., arXiv 2010.01412)."""
 
 from collections.abc import Callable
 from typing import Any
