@@ -9,8 +9,9 @@ import signal
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -21,7 +22,7 @@ from simplest_vit.errors import Interrupted, TrainingError, UserError, not_insta
 from simplest_vit.files import local_path
 
 _CONFIGS: list[flags.FlagHolder] = []
-_PAUSED_READER_S = 2
+_EXIT_S = 5
 
 
 class _PathParser(flags.ArgumentParser):
@@ -132,19 +133,12 @@ def run(
             lambda arguments: _run_program(program, arguments[1:]),
             flags_parser=lambda argv: _parse(argv, usage, required, optional, positional),
         )
-    except (UserError, TrainingError) as error:
+    except UserError as error:
         sys.exit(print_error(error))
     except flags.Error as error:
         sys.exit(print_error(UserError(str(error))))
-    except Interrupted as error:
-        # Whoever reads standard error may have paused, and the pipe be full.
-        printer = threading.Thread(target=print_error, args=(error,), daemon=True)
-        printer.start()
-        printer.join(_PAUSED_READER_S)
-        if not printer.is_alive():
-            atexit._run_exitfuncs()
-        # XLA's threads may still be at work, and crash when the interpreter is torn down around them.
-        os._exit(error.exit_code)
+    except (TrainingError, Interrupted) as error:
+        _exit(error)
     except _StdoutError as error:
         if error.errno == errno.EPIPE:  # of `| head`: nobody reads any more
             sys.exit(128 + signal.SIGPIPE)
@@ -157,6 +151,23 @@ def print_saved(text: str) -> None:
         print(text, flush=True)
     except _StdoutError as error:
         logging.getLogger("simplest_vit").warning("standard output cannot be written (%s)", error)
+
+
+def _exit(error: TrainingError | Interrupted) -> NoReturn:
+    """End the process without waiting for its threads.
+
+    XLA may be at work, and crash when the interpreter is torn down around it. Threads of Orbax wait for ever after an
+    error of the disk. Whoever reads standard error may have paused, so that the pipe is full.
+    """
+
+    def end() -> None:
+        print_error(error)
+        atexit._run_exitfuncs()
+
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    ending.join(_EXIT_S)
+    os._exit(error.exit_code)
 
 
 class _StdoutError(Exception):
@@ -215,12 +226,19 @@ def _configure_logging() -> None:
     absl_logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     threading.excepthook = _report_thread
+    sys.excepthook = _report
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s  %(message)s", "%H:%M:%S"))
     log = logging.getLogger("simplest_vit")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """Print a traceback, except for what TensorStore's callbacks find after Orbax has failed."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _report_thread(arguments: threading.ExceptHookArgs) -> None:
