@@ -65,10 +65,7 @@ def _one_of(*choices: str) -> Values:
 
 
 def _folder(path: Any) -> bool:
-    if not isinstance(path, str) or not path:
-        return False
-    local_path(path)  # raises
-    return True
+    return isinstance(path, str) and bool(path) and bool(local_path(path))  # which raises
 
 
 def _optional(values: Values) -> Values:
@@ -234,13 +231,10 @@ def fields(optimizer: str) -> dict[str, Field]:
 
 
 def default(optimizer: str = "adam") -> ConfigDict:
-    """Create the config of all defaults.
+    """Create the config of all defaults, for a recipe to change.
 
     Args:
-      optimizer: Its name, for each has settings of its own.
-
-    Returns:
-      The config, for a recipe to change.
+      optimizer: Its name, because each has settings of its own.
 
     Raises:
       UserError: If there is no such optimizer.
@@ -291,11 +285,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_settings(settings: dict[str, Any]) -> ConfigDict:
-    """Create and check a config from nested dicts, as a run's folder stores them.
-
-    Raises:
-      UserError: See `check`.
-    """
+    """Create a config from nested dicts, as a run's folder stores them, and `check` it."""
     flat = flatten(settings)
     config = default(str(flat.get("optimizer.name", "adam")))
     with config.ignore_type():
@@ -307,16 +297,10 @@ def from_settings(settings: dict[str, Any]) -> ConfigDict:
 def suggest(name: str, table: Iterable[str] | None = None) -> str:
     """Suggest the field that was meant by an unknown one: learning_rate -> config.optimizer.learning_rate."""
     names = [*(FIELDS if table is None else table)]
-    last = name.rsplit(".", 1)[-1]
-    near = [
-        *(each for each in names if each.rsplit(".", 1)[-1] == last),
-        *difflib.get_close_matches(name, names, 1),
-        *difflib.get_close_matches(last, [each.rsplit(".", 1)[-1] for each in names], 1),
-    ]
-    if not near:
-        return "the fields are in simplest_vit/config.py"
-    full = next(each for each in names if each == near[0] or each.endswith(f".{near[0]}"))
-    return f"did you mean config.{full}?"
+    last = {each.rsplit(".", 1)[-1]: each for each in reversed(names)}
+    near = [last[each] for each in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, 1)]
+    near = near or difflib.get_close_matches(name, names, 1)
+    return f"did you mean config.{near[0]}?" if near else "the fields are in simplest_vit/config.py"
 
 
 def check(config: ConfigDict) -> None:
