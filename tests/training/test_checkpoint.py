@@ -288,3 +288,20 @@ def test_what_a_killed_process_left_half_written_is_removed(workdir):
     shutil.copytree(workdir / "checkpoints" / "6", workdir / "checkpoints" / "9.orbax-checkpoint-tmp")
     save(workdir, {9: 0.4})
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "6", "9"}
+
+
+def test_a_reader_takes_the_next_checkpoint_if_a_training_removes_the_one_it_chose(workdir, monkeypatch, caplog):
+    monkeypatch.setattr("simplest_vit.training.checkpoint._REMOVAL_S", 0)
+    removed = []
+    with Checkpoints(workdir, create=False) as checkpoints:
+
+        def choose():
+            step = checkpoints.newest()
+            if not removed:
+                removed.append(step)
+                shutil.rmtree(workdir / "checkpoints" / str(step))
+            return step
+
+        assert checkpoints.load(choose, {"step": abstract()["step"]})["step"] == 3
+    assert removed == [6]
+    assert "damaged" not in caplog.text
