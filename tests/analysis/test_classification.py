@@ -1,0 +1,78 @@
+"""Measures of a classifier, against scikit-learn and definitions written out in NumPy."""
+
+import csv
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import confusion_matrix, top_k_accuracy_score
+
+from simplest_vit.analysis.classification import BINS, classify, write_classification
+
+
+@pytest.fixture(scope="module")
+def split():
+    """200 logits and classes of 8, of which class 7 has no image."""
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 7, 200)
+    logits = rng.normal(size=(200, 8)).astype(np.float32) + 1.5 * np.eye(8, dtype=np.float32)[target]
+    return logits, target
+
+
+@pytest.fixture(scope="module")
+def result(split):
+    """The same in batches of 64, the last one padded by copies that have no weight."""
+    logits, target = split
+    index = np.resize(np.arange(200), 256)
+    weight = (np.arange(256) < 200).astype(np.float32)
+    batches = [
+        {"image": jnp.asarray(logits[part]), "label": jax.nn.one_hot(target[part], 8), "weight": jnp.asarray(w)}
+        for part, w in zip(index.reshape(4, 64), weight.reshape(4, 64), strict=True)
+    ]
+    return classify(lambda image: image, batches, 8)
+
+
+def test_accuracy_confusion_and_top5_are_scikit_learns(split, result):
+    logits, target = split
+    np.testing.assert_array_equal(result.confusion, confusion_matrix(target, logits.argmax(axis=1), labels=range(8)))
+    assert result.accuracy == pytest.approx((logits.argmax(axis=1) == target).mean())
+    assert result.top5_accuracy == pytest.approx(top_k_accuracy_score(target, logits, k=5, labels=range(8)))
+    by_class = [(logits[target == k].argmax(axis=1) == k).mean() for k in range(7)]
+    np.testing.assert_allclose(result.class_accuracy[:7], by_class)
+    assert np.isnan(result.class_accuracy[7])
+
+
+def test_calibration_error_is_its_definition(split, result):
+    logits, target = split
+    probability = np.exp(logits.astype(np.float64))
+    probability /= probability.sum(axis=1, keepdims=True)
+    confidence, correct = probability.max(axis=1), probability.argmax(axis=1) == target
+    error = 0.0
+    for b in range(BINS):
+        inside = (confidence > b / BINS) & (confidence <= (b + 1) / BINS)
+        if inside.any():
+            error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    assert result.calibration_error == pytest.approx(error, abs=1e-6)
+    assert error > 0.02
+
+
+def test_a_tie_with_the_true_class_is_among_the_five():
+    tied = jnp.asarray([[1.0, 1, 1, 1, 1, 1], [1, 2, 3, 4, 5, 6]])
+    batch = {"image": tied, "label": jax.nn.one_hot(jnp.asarray([0, 0]), 6), "weight": jnp.ones(2)}
+    assert classify(lambda image: image, [batch], 6).top5_accuracy == 0.5
+
+
+def test_files_hold_what_was_computed(result, tmp_path):
+    names = [f"class {k}" for k in range(7)] + ["$none$"]
+    write_classification(result, names, tmp_path / "new")
+    with (tmp_path / "new" / "classes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == names
+    assert sum(int(row["images"]) for row in rows) == 200
+    assert float(rows[3]["accuracy"]) == pytest.approx(result.class_accuracy[3], abs=1e-4)
+    assert rows[7]["accuracy"] == ""
+    with (tmp_path / "new" / "confusion.csv").open() as file:
+        matrix = [[int(value) for value in row[1:]] for row in list(csv.reader(file))[1:]]
+    np.testing.assert_array_equal(matrix, result.confusion)
+    assert (tmp_path / "new" / "confusion.png").stat().st_size > 10_000
