@@ -36,7 +36,8 @@ def test_train_then_evaluate(tmp_path):
     assert "ETA" in trained.stderr
     assert "blocks/attention/query/kernel" in trained.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    evaluated = main(*command, "--mode", "evaluate")
+    evaluated = main(*command, "--mode", "evaluate", "--output", str(tmp_path / "report"))
     assert evaluated.returncode == 0, evaluated.stderr
     latest = json.loads(evaluated.stdout)["latest"]
     assert latest["validation_accuracy"] == results["validation_accuracy"]
+    assert {path.name for path in (tmp_path / "report").iterdir()} > {"classes.csv", "confusion.csv", "confusion.png"}

@@ -2,7 +2,7 @@
 
     simplest-vit evaluate --workdir runs/mine
     simplest-vit evaluate --workdir runs/mine --split=test
-    simplest-vit evaluate --workdir runs/mine --image_folder=/photos2
+    simplest-vit evaluate --workdir runs/mine --image_folder=/photos2 --output=report
 
 The config is the run's own; give --config only if its data have moved.
 """
@@ -21,6 +21,7 @@ def main() -> None:
     """Run the command."""
     split = flags.DEFINE_string("split", None, "Split to evaluate instead of the run's, such as test or test[:1000].")
     image_folder = cli.define_path("image_folder", None, "Folder with images of the same classes to evaluate instead.")
+    output = cli.define_path("output", None, "Folder for the best checkpoint's accuracy by class and confusion matrix.")
 
     def evaluate(arguments: list[str]) -> None:
         del arguments
@@ -36,7 +37,13 @@ def main() -> None:
         jax.config.update("jax_enable_preemption_service", False)
         with processes.connected(config):
             outcome = evaluate.evaluate(str(cli.WORKDIR.value), config, other_data)
-        if distributed.is_primary():
-            print(json.dumps(outcome, indent=2))
+        if not distributed.is_primary():
+            return
+        print(json.dumps({name: evaluation.summary() for name, evaluation in outcome.items()}, indent=2))
+        if output.value:
+            # Imported here because matplotlib takes a second to import.
+            from simplest_vit.analysis.classification_files import write_classification
+
+            write_classification(outcome["best"], output.value)
 
     cli.run(evaluate, "simplest-vit evaluate --workdir FOLDER", required=("workdir",), optional=("config",))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -14,12 +15,43 @@ from simplest_vit.data.dataset import Dataset
 from simplest_vit.errors import UserError
 from simplest_vit.models import fused_attention
 from simplest_vit.training.checkpoint import Checkpoints
+from simplest_vit.training.classification import Classification, classification
 from simplest_vit.training.interrupt import Interruption
 from simplest_vit.training.metrics import Sums, mean_metrics
 from simplest_vit.training.run import Run, build
 from simplest_vit.training.sharding import batch_sharding, create_mesh
 from simplest_vit.training.state import ModelState
+from simplest_vit.training.step import make_eval_step
 from simplest_vit.training.workdir import check_data, read_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A checkpoint on a split.
+
+    Attributes:
+      step: Its step.
+      loss: Mean loss.
+      accuracy: The share of images that are classified correctly.
+      classification: The same by class, and more.
+      class_names: In the order of the labels.
+    """
+
+    step: int
+    loss: float
+    accuracy: float
+    classification: Classification
+    class_names: tuple[str, ...]
+
+    def summary(self) -> dict[str, float]:
+        """Return plain numbers by name."""
+        return {
+            "step": self.step,
+            "validation_accuracy": self.accuracy,
+            "validation_loss": self.loss,
+            "top5_accuracy": self.classification.top5_accuracy,
+            "calibration_error": self.classification.calibration_error,
+        }
 
 
 def validate(
@@ -30,6 +62,17 @@ def validate(
     Returns:
       `validation_loss` and `validation_accuracy`, or None if a signal came meanwhile.
     """
+    sums = _sum_batches(run, dataset, state, run.eval_step, interrupted)
+    if sums is None:
+        return None
+    mean = mean_metrics(sums)
+    return {"validation_loss": mean["loss"], "validation_accuracy": mean["accuracy"]}
+
+
+def _sum_batches(
+    run: Run, dataset: Dataset, state: ModelState, eval_step: Any, interrupted: Interruption | None = None
+) -> list[dict[str, Any]] | None:
+    """Evaluate the batches of the validation split; None if a signal came meanwhile."""
     part = run.config.batch_size / run.config.accumulation_steps  # what is in memory at a time
     batch_size = math.ceil(part / run.mesh.size) * run.mesh.size
     batches = input_pipeline.eval_batches(dataset, batch_size=batch_size, sharding=batch_sharding(run.mesh))
@@ -38,15 +81,14 @@ def validate(
         preemption.check()
         if interrupted and interrupted.pending:
             return None
-        sums.append(run.eval_step(state.params, state.constants, batch))
+        sums.append(eval_step(state.params, state.constants, batch))
         jax.block_until_ready(sums[-2:-1])  # one batch waits while one is computed, not all of them
-    mean = mean_metrics(jax.device_get(sums))
-    return {"validation_loss": mean["loss"], "validation_accuracy": mean["accuracy"]}
+    return jax.device_get(sums)
 
 
 def evaluate(
     workdir: str, config: ConfigDict | None = None, other_data: dict[str, str] | None = None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Evaluation]:
     """Evaluate the checkpoints of the run in `workdir` on the validation split.
 
     Args:
@@ -56,7 +98,7 @@ def evaluate(
       other_data: Fields of `config.data` that name other data of the same classes, such as `validation_split`.
 
     Returns:
-      For `latest` and `best`: `step`, `validation_accuracy` and `validation_loss`.
+      Those of `latest` and `best`.
 
     Raises:
       UserError: If the folder holds no checkpoint, or one of another config or other data.
@@ -86,13 +128,18 @@ def evaluate(
     else:
         check_data(path, dataset.info)
     run = build(resolved, data, create_mesh(resolved.fsdp))
-    outcome: dict[str, dict[str, float]] = {}
+    eval_step = make_eval_step(run.graphdef, run.mesh, detailed=True)
+    outcome: dict[str, Evaluation] = {}
     with Checkpoints(path, create=False) as checkpoints:
         for name, choose in (("latest", checkpoints.newest), ("best", checkpoints.best)):
             state = run.model_state(checkpoints.load(choose, run.abstract_model))
             step = int(state.step)
-            done = next((result for result in outcome.values() if result["step"] == step), None)
-            outcome[name] = done or {"step": step, **(validate(run, dataset, state) or {})}
+            if any(done.step == step for done in outcome.values()):
+                outcome[name] = outcome["latest"]
+                continue
+            sums = _sum_batches(run, dataset, state, eval_step) or []
+            mean = mean_metrics(sums)
+            outcome[name] = Evaluation(step, mean["loss"], mean["accuracy"], classification(sums), data.class_names)
     return outcome
 
 

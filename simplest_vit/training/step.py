@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from simplest_vit.data.augment import Batch
 from simplest_vit.optimizers.sam import sam
 from simplest_vit.optimizers.shampoo import shampoo_metrics
+from simplest_vit.training.classification import confusion_sums
 from simplest_vit.training.metrics import Sums, classification_sums
 from simplest_vit.training.sharding import replicated
 from simplest_vit.training.state import TrainState, apply_model
@@ -134,16 +135,20 @@ def _accumulate(of_part: _GradientOfPart, batch: Batch, key: jax.Array, steps: i
     return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
-def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> Callable[[Any, Any, Batch], Sums]:
+def make_eval_step(
+    graphdef: nnx.GraphDef, mesh: Mesh | None = None, *, detailed: bool = False
+) -> Callable[[Any, Any, Batch], Sums]:
     """Create a jitted function of parameters, constants and a batch that returns `classification_sums`, unsmoothed.
 
     Args:
       graphdef: The model.
       mesh: The devices; None for one.
+      detailed: Whether `confusion_sums` are returned as well.
     """
 
     def eval_step(params: Any, constants: Any, batch: Batch) -> Sums:
         logits = apply_model(graphdef, params, constants, batch["image"], mesh=mesh)
-        return classification_sums(logits, batch["label"], batch["weight"])
+        sums = classification_sums(logits, batch["label"], batch["weight"])
+        return sums | confusion_sums(logits, batch["label"], batch["weight"]) if detailed else sums
 
     return jax.jit(eval_step, out_shardings=None if mesh is None else replicated(mesh))

@@ -51,7 +51,7 @@ def test_an_imported_checkpoint_gives_the_logits_of_pytorch(tmp_path, data_dir, 
 def test_an_imported_run_is_evaluated_and_trained_on_quick(tmp_path, data_dir):
     config = config_of("simplest_vit", data_dir)
     import_reference(config, str(tmp_path), str(FIXTURES / "simplest_vit.pth"))
-    assert evaluate.evaluate(str(tmp_path), config)["best"]["step"] == 1
+    assert evaluate.evaluate(str(tmp_path), config)["best"].step == 1
     assert train.train(config, str(tmp_path))["steps"] == 6
 
 

@@ -95,19 +95,25 @@ def test_evaluation_repeats_what_training_found(finished, data_dir, monkeypatch)
     monkeypatch.chdir(workdir.parent)
     monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
     evaluated = evaluate.evaluate(workdir.name)
-    assert evaluated["latest"] == {
+    summary = evaluated["latest"].summary()
+    assert summary == {
         "step": 6,
         "validation_loss": pytest.approx(outcome["validation_loss"]),
         "validation_accuracy": outcome["validation_accuracy"],
+        "top5_accuracy": evaluated["latest"].classification.top5_accuracy,
+        "calibration_error": evaluated["latest"].classification.calibration_error,
     }
-    assert evaluated["best"]["validation_accuracy"] == outcome["best_validation_accuracy"]
+    assert outcome["validation_accuracy"] <= summary["top5_accuracy"] <= 1
+    assert evaluated["latest"].classification.confusion.sum() == 360
+    assert evaluated["latest"].classification.accuracy == pytest.approx(outcome["validation_accuracy"])
+    assert evaluated["best"].accuracy == outcome["best_validation_accuracy"]
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}, "evaluation wrote to the workdir"
 
 
 def test_evaluation_takes_another_split_or_folder_of_the_same_classes(finished, tmp_path):
     workdir, outcome = finished
     same, other = (
-        evaluate.evaluate(str(workdir), other_data={"validation_split": split})["latest"]["validation_accuracy"]
+        evaluate.evaluate(str(workdir), other_data={"validation_split": split})["latest"].accuracy
         for split in ("validation", "validation[:100]")
     )
     assert same == outcome["validation_accuracy"]
@@ -163,15 +169,15 @@ def test_evaluation_by_the_folder_alone_takes_the_devices_at_hand(finished, tmp_
     record["config"]["model"] |= {"attention_kernel": "fused"}
     (workdir / "config.json").write_text(json.dumps(record))
     evaluated = evaluate.evaluate(str(workdir))
-    assert evaluated["latest"]["validation_accuracy"] == finished[1]["validation_accuracy"]
+    assert evaluated["latest"].accuracy == finished[1]["validation_accuracy"]
 
 
 def test_evaluation_takes_devices_that_do_not_divide_the_batch(finished, data_dir, tmp_path, monkeypatch):
     for module in (evaluate, train):
         monkeypatch.setattr(module, "create_mesh", lambda fsdp: create_mesh(fsdp, jax.devices()[:3]))
     evaluated = evaluate.evaluate(str(finished[0]), tiny_config(data__dir=data_dir, ema__decay=0.9))
-    assert evaluated["latest"]["validation_accuracy"] == finished[1]["validation_accuracy"]
-    assert evaluated["latest"]["validation_loss"] == pytest.approx(finished[1]["validation_loss"])
+    assert evaluated["latest"].accuracy == finished[1]["validation_accuracy"]
+    assert evaluated["latest"].loss == pytest.approx(finished[1]["validation_loss"])
     with pytest.raises(UserError, match=r"config.batch_size=64 cannot be split over 3 devices; .* that divides it"):
         train.train(tiny_config(data__dir=str(tmp_path / "data")), str(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == [], "told before data are prepared"
@@ -322,11 +328,10 @@ def test_the_weights_of_the_best_validation_are_kept(data_dir, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "validate", validate)
-        patch.setattr(evaluate, "validate", validate)
         outcome = train.train(config, str(tmp_path))
         evaluated = evaluate.evaluate(str(tmp_path), config)
-    assert outcome["best_validation_accuracy"] == evaluated["best"]["validation_accuracy"] == 0.9
-    assert (evaluated["latest"]["step"], evaluated["best"]["step"]) == (6, 2)
+    assert outcome["best_validation_accuracy"] == 0.9
+    assert (evaluated["latest"].step, evaluated["best"].step) == (6, 2)
     assert restore_best(str(tmp_path))[1].step == 2
 
 
@@ -411,7 +416,7 @@ def test_a_folder_with_the_signs_of_a_pattern_is_a_folder(data_dir, tmp_path):
     workdir = tmp_path / "lr=[1] *?" / "{seed}"
     config = tiny_config(data__dir=data_dir, steps=3)
     outcome = train.train(config, str(workdir))
-    assert evaluate.evaluate(str(workdir), config)["best"]["validation_accuracy"] == outcome["validation_accuracy"]
+    assert evaluate.evaluate(str(workdir), config)["best"].accuracy == outcome["validation_accuracy"]
 
 
 def test_a_checkpoint_is_saved_when_it_is_time(data_dir, tmp_path, monkeypatch):

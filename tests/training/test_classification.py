@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
-from simplest_vit.analysis.classification import BINS, classify, write_classification
+from simplest_vit.analysis.classification_files import write_classification
+from simplest_vit.errors import UserError
+from simplest_vit.training.classification import BINS, classification, confusion_sums
+from simplest_vit.training.evaluate import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +29,13 @@ def result(split):
     logits, target = split
     index = np.resize(np.arange(200), 256)
     weight = (np.arange(256) < 200).astype(np.float32)
-    batches = [
-        {"image": jnp.asarray(logits[part]), "label": jax.nn.one_hot(target[part], 8), "weight": jnp.asarray(w)}
-        for part, w in zip(index.reshape(4, 64), weight.reshape(4, 64), strict=True)
-    ]
-    return classify(lambda image: image, batches, 8)
+    parts = zip(index.reshape(4, 64), weight.reshape(4, 64), strict=True)
+    return classification(
+        [
+            confusion_sums(jnp.asarray(logits[part]), jax.nn.one_hot(target[part], 8), jnp.asarray(w))
+            for part, w in parts
+        ]
+    )
 
 
 def test_accuracy_confusion_and_top5_are_scikit_learns(split, result):
@@ -59,13 +64,13 @@ def test_calibration_error_is_its_definition(split, result):
 
 def test_a_tie_with_the_true_class_is_among_the_five():
     tied = jnp.asarray([[1.0, 1, 1, 1, 1, 1], [1, 2, 3, 4, 5, 6]])
-    batch = {"image": tied, "label": jax.nn.one_hot(jnp.asarray([0, 0]), 6), "weight": jnp.ones(2)}
-    assert classify(lambda image: image, [batch], 6).top5_accuracy == 0.5
+    sums = confusion_sums(tied, jax.nn.one_hot(jnp.asarray([0, 0]), 6), jnp.ones(2))
+    assert classification([sums]).top5_accuracy == 0.5
 
 
 def test_files_hold_what_was_computed(result, tmp_path):
     names = [f"class {k}" for k in range(7)] + ["$none$"]
-    write_classification(result, names, tmp_path / "new")
+    write_classification(Evaluation(3, 0.5, result.accuracy, result, tuple(names)), str(tmp_path / "new"))
     with (tmp_path / "new" / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == names
@@ -76,3 +81,9 @@ def test_files_hold_what_was_computed(result, tmp_path):
         matrix = [[int(value) for value in row[1:]] for row in list(csv.reader(file))[1:]]
     np.testing.assert_array_equal(matrix, result.confusion)
     assert (tmp_path / "new" / "confusion.png").stat().st_size > 10_000
+
+
+def test_a_folder_that_cannot_be_written_is_named(result, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output=.*file cannot be written \(File exists\)"):
+        write_classification(Evaluation(3, 0.5, 0.5, result, tuple("abcdefgh")), str(tmp_path / "file"))

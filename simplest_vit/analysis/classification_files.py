@@ -1,0 +1,58 @@
+"""Files of an evaluation: accuracy by class and the confusion matrix, as CSV and as a picture."""
+
+import csv
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from simplest_vit.analysis import figures
+from simplest_vit.errors import UserError
+from simplest_vit.training.classification import Classification
+from simplest_vit.training.evaluate import Evaluation
+
+
+def write_classification(evaluation: Evaluation, folder: str) -> None:
+    """Write `classes.csv`, `confusion.csv` and `confusion.png` (with names for up to 50 classes).
+
+    Args:
+      evaluation: Of a checkpoint.
+      folder: Created if missing.
+
+    Raises:
+      UserError: If the folder cannot be written.
+    """
+    path, result, names = pathlib.Path(folder), evaluation.classification, evaluation.class_names
+    accuracy = ["" if np.isnan(value) else f"{value:.4f}" for value in result.class_accuracy]
+    images = result.confusion.sum(axis=1).astype(int).tolist()
+    matrix = result.confusion.astype(int).tolist()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_csv(path / "classes.csv", [["class", "images", "accuracy"], *zip(names, images, accuracy, strict=True)])
+        rows = [[name, *row] for name, row in zip(names, matrix, strict=True)]
+        _write_csv(path / "confusion.csv", [["class \\ predicted", *names], *rows])
+        _draw_confusion(result, names, path / "confusion")
+    except OSError as error:
+        raise UserError(f"--output={folder} cannot be written ({error.strerror}); choose another folder") from error
+
+
+def _write_csv(path: pathlib.Path, rows: Iterable[Sequence[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def _draw_confusion(result: Classification, class_names: Sequence[str], path: pathlib.Path) -> None:
+    with figures.style():
+        figure = figures.create(height=7.0)
+        axes = figure.subplots()
+        images = np.maximum(result.confusion.sum(axis=1, keepdims=True), 1)
+        shown = axes.imshow(result.confusion / images, vmin=0, vmax=1, cmap="Blues")
+        figure.colorbar(shown, ax=axes, label="share of the images of a class", shrink=0.8)
+        axes.set(xlabel="predicted class", ylabel="class", title=f"accuracy {result.accuracy:.1%}")
+        axes.grid(visible=False)
+        if len(class_names) <= 50:
+            names = [name.replace("$", r"\$") for name in class_names]  # matplotlib takes $...$ for a formula
+            axes.set_xticks(range(len(names)), names, rotation=90)
+            axes.set_yticks(range(len(names)), names)
+        figures.save(figure, path)
