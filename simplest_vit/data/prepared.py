@@ -78,7 +78,7 @@ class Prepared:
                 f"{self.folder}: prepared as {file_format}, expected array_record; convert it: "
                 f"tfds convert_format --dataset_dir={self.folder} --out_file_format=array_record"
             )
-        features = dict(builder.info.features)
+        features = dict(sorted(builder.info.features.items()))  # TFDS's order is random in each process
         images = [name for name, feature in features.items() if type(feature) is tfds.features.Image]
         self.labels = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
         if not self.labels or not images or (len(images) > 1 and "image" not in images):
@@ -270,7 +270,7 @@ class Prepared:
 
     def _state(self) -> str:
         """Digest the names and sizes of the files and the metadata, which tell whether the sidecar is up to date."""
-        digest = hashlib.sha256(b"1")
+        digest = hashlib.sha256(b"2")
         for name, split in sorted(self.info.splits.items()):
             digest.update(f"{name} {split.shard_lengths}\n".encode())
         for path in sorted(self.folder.iterdir()):
