@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from simplest_vit.optimizers.shampoo import shampoo, soap
     from simplest_vit.predict import Predictor, load
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Predictor", "create_model", "default_config", "load", "shampoo", "soap", "train"]
 
 _HOMES = {

@@ -5,6 +5,7 @@ import sys
 import jax
 import pytest
 
+import simplest_vit
 from simplest_vit import cli
 from simplest_vit.errors import TrainingError, UserError
 
@@ -104,4 +105,11 @@ def test_help_needs_no_width_and_no_docstrings():
     assert ended.returncode == 0, ended.stderr
     flags = [line.split()[0] for line in ended.stdout.splitlines() if line.startswith("  --")]
     assert flags[:2] == ["--workdir", "--config"]
-    assert set(flags[2:]) == {"--split", "--image_folder", "--coordinator_address", "--num_processes", "--process_id"}
+    of_processes = {"--coordinator_address", "--num_processes", "--process_id"}
+    assert set(flags[2:]) == {"--split", "--image_folder", "--output", *of_processes}
+
+
+def test_the_version_is_the_package_s():
+    command = [sys.executable, "-m", "simplest_vit", "--version"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, f"simplest-vit {simplest_vit.__version__}\n")

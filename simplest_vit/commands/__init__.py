@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 
+from simplest_vit import __version__
 from simplest_vit.errors import UserError, not_installed, print_error
 
 COMMANDS = {
@@ -31,6 +32,9 @@ def main() -> None:
     if arguments[:1] in (["help"], ["--help"], ["-h"]):
         commands = "\n".join(f"  {name:<10} {meaning}" for name, meaning in COMMANDS.items())
         print(f"{USAGE}\n\n{commands}\n\nsimplest-vit COMMAND --help lists the flags of a command.")
+        return
+    if arguments[:1] == ["--version"]:
+        print(f"simplest-vit {__version__}")
         return
     name, arguments = _split(arguments)
     if name not in COMMANDS:
