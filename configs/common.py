@@ -1,10 +1,10 @@
-"""What the recipes for CIFAR, TinyImageNet and ImageNet share: their choices, and what these change."""
+"""The choices of network, optimizer and augmentation that the CIFAR, TinyImageNet and ImageNet recipes share."""
 
 from ml_collections import ConfigDict
 
 from simplest_vit.config import default, parse_arguments
 
-# Peak learning rates of the reference for SimplEsT-ViT-S with Adam and Shampoo; it has no Muon and no SOAP.
+# The reference's peak learning rates for SimplEsT-ViT-S with Adam and Shampoo; it has neither Muon nor SOAP.
 LEARNING_RATES = {"adam": 5e-4, "muon": 1e-2, "shampoo": 7e-4, "reference_shampoo": 7e-4, "soap": 7e-4}
 SIMPLE_VIT_ADAM = 1e-3
 
@@ -14,11 +14,11 @@ def start(arguments: str | None) -> ConfigDict:
 
     Args:
       arguments: `model=simplest_vit|isometric_vit|shift_mlp|simple_vit`, `optimizer=NAME` (adam, muon, shampoo, soap or
-        an optimizer of optax, whose learning rate is then left at the default), `augmentation=basic|strong` (label
-        smoothing, or mixup and RandAugment; both crop and flip).
+        any other optax optimizer, which keeps the default learning rate), `augmentation=basic|strong` (label smoothing,
+        or mixup and RandAugment; both crop and flip).
 
     Returns:
-      The config, for a recipe to complete.
+      The config, which a recipe completes.
     """
     choice = parse_arguments(
         arguments,

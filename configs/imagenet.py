@@ -1,6 +1,8 @@
 r"""ViT-S/16 on ImageNet-1k (224 px): 90 epochs of batches of 1024 (112,590 steps).
 
-Top-1 validation accuracy of the reference, augmentation basic / strong: simplest_vit with shampoo@25 70.53 / 70.71 %.
+Top-1 validation accuracy of the reference with augmentation basic / strong:
+
+    simplest_vit, shampoo@25    70.53 / 70.71 %
 
     python main.py --config configs/imagenet.py:optimizer=shampoo,augmentation=strong --workdir runs/imagenet \
         --config.data.manual_dir=TARS

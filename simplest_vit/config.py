@@ -1,7 +1,7 @@
-"""Every field of a run's config in one table: its default, the values it may have, its meaning.
+"""Every field of a run's config in one table: its default, allowed values and meaning.
 
 A config file is Python: its `get_config(arguments)` starts from `default()` and sets what differs. On the command line
-`--config my.py:optimizer=shampoo` gives its arguments, `--config.batch_size=512` sets one field.
+`--config my.py:optimizer=shampoo` passes arguments to it, and `--config.batch_size=512` sets one field.
 
     from simplest_vit.config import default
 
@@ -24,7 +24,7 @@ from simplest_vit.files import local_path
 
 
 class Values(NamedTuple):
-    """The values that a field may have, and how to say so; `kind` is their type where the default is None."""
+    """The allowed values of a field and their description; `kind` is their type if the default is None."""
 
     allows: Callable[[Any], bool]
     expected: str
@@ -77,74 +77,78 @@ _FLAG = Values(lambda value: isinstance(value, bool), "True or False")
 _TEXT = Values(lambda value: isinstance(value, str), "a name")
 _FOLDER = _optional(Values(_folder, "the path of a folder"))
 
-# Names, and ranges that depend on other fields, are checked by what they are for: `model_arguments`, `image_shape`,
-# `create_optimizer`.
+# Names, and ranges that depend on other fields, are checked by the functions that use them: `model_arguments`,
+# `image_shape`, `create_optimizer`.
 FIELDS = {
-    "seed": Field(
-        3407, _integer(0, 2**32 - 1), "seed of initialization, order of the examples, augmentation and dropout"
-    ),
+    "seed": Field(3407, _integer(0, 2**32 - 1), "seed of initialization, example order, augmentation and dropout"),
     "epochs": Field(90.0, _positive(1e6), "passes over the training split"),
-    "steps": Field(None, _optional(_integer(1)), "number of steps; None: by epochs"),
+    "steps": Field(None, _optional(_integer(1)), "number of steps; None: computed from epochs"),
     "batch_size": Field(2048, _integer(1), "examples in a step, over all devices"),
-    "warmup_steps": Field(
-        75, _integer(0), "steps of linear warm-up of the learning rate; then it follows a cosine to 0"
-    ),
-    "grad_clip": Field(1.0, _number(0, 1e9), "clip gradients to this global norm; 0: off"),
-    "weight_decay": Field(0.0, _number(0, 100), "weight decay of kernels, not of biases or LayerNorm"),
+    "warmup_steps": Field(75, _integer(0), "steps of linear learning-rate warm-up; a cosine decay to 0 follows"),
+    "grad_clip": Field(1.0, _number(0, 1e9), "clip gradients to this global norm; 0: no clipping"),
+    "weight_decay": Field(0.0, _number(0, 100), "weight decay of kernels; biases and LayerNorm do not decay"),
     "decoupled_weight_decay": Field(False, _FLAG, "False: L2, added to the gradient; True: decoupled, as in AdamW"),
-    "label_smoothing": Field(0.0, _DECAY, "share of each label that is spread over all classes"),
+    "label_smoothing": Field(0.0, _DECAY, "share of each label's weight that is spread evenly over all classes"),
     "max_skipped_steps": Field(
-        10, _integer(1), "stop after this many skipped steps in a row (loss or gradient not finite)"
+        10,
+        _integer(1),
+        "stop after this many skipped steps in a row; a step whose loss or gradient is not finite is skipped",
     ),
-    "fsdp": Field(1, _integer(1), "devices that share one copy of parameters and optimizer state; 1: each has its own"),
+    "fsdp": Field(
+        1, _integer(1), "devices that shard one copy of the parameters and optimizer state; 1: each has a full copy"
+    ),
     "distributed": Field(
         None,
         _optional(_one_of("auto")),
-        "auto: several processes, described by the cluster (SLURM, MPI, Kubernetes, TPU)",
+        "auto: connect the processes that the cluster describes (SLURM, MPI, Kubernetes, TPU)",
     ),
     "accumulation_steps": Field(
-        1, _integer(1), "micro-batches in a step, to save memory; the result is that of the whole batch"
+        1, _integer(1), "micro-batches per step, to save memory; the result is that of the whole batch"
     ),
     "compute_dtype": Field(
         "bfloat16",
         _one_of("float32", "bfloat16"),
-        "dtype of the model; parameters, softmax, logits and loss stay float32",
+        "compute dtype of the model; parameters, softmax, logits and loss stay float32",
     ),
-    "eval_every": Field(240, _integer(1), "steps between two evaluations"),
+    "eval_every": Field(240, _integer(1), "steps between evaluations"),
     "checkpoint_every": Field(
-        240, _integer(1), "steps between two checkpoints; each is evaluated, and the best validation is also saved"
+        240, _integer(1), "steps between checkpoints; each is evaluated, and every new best evaluation is saved as well"
     ),
     "checkpoint_minutes": Field(
-        None, _optional(_positive(1e6)), "also save at a report after this many minutes without a checkpoint"
+        None, _optional(_positive(1e6)), "if no checkpoint was saved for this many minutes, save one at the next report"
     ),
-    "log_every": Field(24, _integer(1), "steps between two reports of training loss, accuracy and speed"),
-    "sam.rho": Field(0.0, _number(0, 100), "radius of sharpness-aware minimization; 0: off, the reference's is 0.05"),
-    "sam.every": Field(1, _integer(1), "steps between two sharpness-aware ones"),
+    "log_every": Field(24, _integer(1), "steps between reports of training loss, accuracy and speed"),
+    "sam.rho": Field(
+        0.0, _number(0, 100), "radius of sharpness-aware minimization (SAM); 0: off; the reference uses 0.05"
+    ),
+    "sam.every": Field(1, _integer(1), "use SAM in every n-th step"),
     "ema.decay": Field(
-        0.0, _DECAY, "decay of an average of the parameters, which is evaluated; 0: off, the reference's is 0.99"
+        0.0,
+        _DECAY,
+        "decay of a moving average of the parameters, which is then evaluated; 0: off; the reference uses 0.99",
     ),
-    "ema.every": Field(5, _integer(1), "steps between two updates of the average"),
+    "ema.every": Field(5, _integer(1), "steps between updates of the moving average"),
     "compilation_cache": Field(
         True,
         _FLAG,
-        "keep compiled programs for accelerators in JAX_COMPILATION_CACHE_DIR, else in ~/.cache/simplest_vit",
+        "cache compiled accelerator programs in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/simplest_vit",
     ),
-    "profile.first_step": Field(0, _integer(0), "profile the steps after this one; 0: off"),
+    "profile.first_step": Field(0, _integer(0), "profile the steps after this one; 0: no profile"),
     "profile.num_steps": Field(5, _integer(1), "number of steps to profile"),
-    "init_from": Field(None, _FOLDER, "fine-tuning: start from the best weights of the run in this folder"),
+    "init_from": Field(None, _FOLDER, "fine-tune: start from the best weights of the run in this folder"),
     "model.name": Field("simplest_vit", _TEXT, "network: simplest_vit, isometric_vit, shift_mlp or simple_vit"),
-    "model.variant": Field("S", _TEXT, "Ti, S, B or L: sets depth, width, num_heads and mlp_dim if they are None"),
+    "model.variant": Field("S", _TEXT, "Ti, S, B or L; sets depth, width, num_heads and mlp_dim if they are None"),
     "model.depth": Field(None, _optional(_integer(1, 1000)), "number of blocks"),
     "model.width": Field(None, _optional(_integer(1, 2**16)), "channels of a token"),
-    "model.num_heads": Field(None, _optional(_integer(1, 2**18)), "number of heads; a divisor of the width"),
+    "model.num_heads": Field(None, _optional(_integer(1, 2**18)), "number of attention heads; a divisor of the width"),
     "model.mlp_dim": Field(None, _optional(_integer(1, 2**18)), "hidden channels of an MLP"),
-    "model.patch_size": Field(4, _integer(1, 2**14), "pixels; a divisor of the image size"),
-    "model.dropout": Field(0.0, _DECAY, "share of the activations that is dropped in training"),
+    "model.patch_size": Field(4, _integer(1, 2**14), "side of a patch in pixels; a divisor of the image size"),
+    "model.dropout": Field(0.0, _DECAY, "dropout rate of the activations in training"),
     "model.remat": Field(False, _FLAG, "recompute blocks in the backward pass, to save memory"),
     "model.attention_kernel": Field(
         "auto",
         _one_of("auto", "xla", "fused"),
-        "fused: attention as one kernel, for NVIDIA GPUs from Ampere on; auto: where it is faster (docs/gpu.md)",
+        "fused: attention in one kernel, on NVIDIA GPUs from Ampere on; auto: if that is faster (docs/gpu.md)",
     ),
     # None leaves the choice to the network.
     "model.attention": Field(
@@ -156,58 +160,78 @@ FIELDS = {
     "model.gamma_max_depth": Field(0.005, _number(1e-9, 10), "E-SPA: decay at the last block"),
     "model.rho_max_depth": Field(0.8, _number(1e-9, 0.999999), "U-SPA: correlation at the last block"),
     # At 0 no query could ever reach another token.
-    "model.uniform_fraction": Field(0.01, _inside(0, 1), "shift attention: share of uniform attention"),
+    "model.uniform_fraction": Field(0.01, _inside(0, 1), "shift attention: weight of uniform attention"),
     "model.identity_head_fraction": Field(
-        0.75, _positive(1), "shift attention: share of the heads that start in place"
+        0.75, _positive(1), "shift attention: share of heads that start by attending to their own token"
     ),
-    "model.mlp": Field(None, _optional(_TEXT), "tat, looks_linear (orthogonal at initialization) or plain"),
+    "model.mlp": Field(
+        None, _optional(_TEXT), "type of MLP: tat, looks_linear (orthogonal at initialization) or plain"
+    ),
     "model.activation": Field(
         None, _optional(_TEXT), "tailored_relu or relu for mlp='tat'; gelu, silu or relu for the others"
     ),
-    "model.c_val_0_target": Field(0.9, _number(1e-6, 0.9999), "TAT: eta"),
+    "model.c_val_0_target": Field(0.9, _number(1e-6, 0.9999), "TAT: eta, the target of the C-map at 0"),
     "model.init": Field(
         None,
         _optional(_TEXT),
-        "espa_tat, reference (its scale of orthogonal kernels), orthogonal (all but queries and keys) or pytorch",
+        "initialization: espa_tat, reference (the reference's scale), orthogonal (all but queries, keys) or pytorch",
     ),
-    "model.norm": Field(None, _optional(_TEXT), "none, or layer_norm before attention, MLP and head"),
-    "model.skip": Field(None, _optional(_TEXT), "none, residual (x + f(x)) or scaled ((x + f(x)) / sqrt 2)"),
+    "model.norm": Field(None, _optional(_TEXT), "normalization: none, or layer_norm before attention, MLP and head"),
+    "model.skip": Field(
+        None, _optional(_TEXT), "skip connections: none, residual (x + f(x)) or scaled ((x + f(x)) / sqrt 2)"
+    ),
     "data.name": Field(
         "digits", _TEXT, "or cifar10, cifar100, tiny_imagenet, imagenet, image_folder; or a set that TFDS prepared"
     ),
-    "data.dir": Field(None, _FOLDER, "of prepared data sets; None: ~/tensorflow_datasets"),
-    "data.manual_dir": Field(None, _FOLDER, "of the original files, where they are not downloaded"),
+    "data.dir": Field(None, _FOLDER, "folder of prepared data sets; None: ~/tensorflow_datasets"),
+    "data.manual_dir": Field(None, _FOLDER, "folder of the original files, if they are not downloaded"),
     "data.label": Field(
         None,
         _optional(_TEXT),
         "class label to learn, such as coarse_label of cifar100; None: label, or the only one",
     ),
-    "data.train_split": Field("train", _TEXT, "in TFDS's syntax, such as train[:45000]"),
+    "data.train_split": Field("train", _TEXT, "training split in TFDS's syntax, such as train[:45000]"),
     "data.validation_split": Field(
-        None, _optional(_TEXT), "in TFDS's syntax, such as train[45000:]; None: validation, or else test"
+        None, _optional(_TEXT), "validation split, such as train[45000:]; None: validation if it exists, else test"
     ),
     "data.image_size": Field(
-        None, _optional(_integer(1, 2**14)), "pixels; None: the images' own, or 224 where they differ"
+        None,
+        _optional(_integer(1, 2**14)),
+        "side of an image in pixels; None: the original size, or 224 if sizes differ",
     ),
-    "data.random_resized_crop": Field(False, _FLAG, "ImageNet's augmentation, on the host; before crop_padding's"),
-    "data.crop_padding": Field(4, _integer(0, 2**14), "random crop from the image, padded by so many pixels; 0: off"),
-    "data.flip": Field(True, _FLAG, "mirror half of the images"),
-    "data.rand_augment.num_ops": Field(0, _integer(0, 100), "RandAugment: operations for each image; 0: off"),
-    "data.rand_augment.magnitude": Field(10, _integer(0, 30), "RandAugment: their strength"),
-    "data.mixup_alpha": Field(0.0, _number(0, 1000), "lambda = min(z, 1 - z), z ~ Beta(alpha, alpha); 0: off"),
-    "data.cutmix_alpha": Field(0.0, _number(0, 1000), "likewise; with both, each batch draws one of them"),
-    "data.mixup_mode": Field("batch", _one_of("batch", "example"), "one lambda or box a batch, or for each image"),
+    "data.random_resized_crop": Field(
+        False, _FLAG, "crop and resize at random, as for ImageNet; on the host, before the crop of crop_padding"
+    ),
+    "data.crop_padding": Field(4, _integer(0, 2**14), "pad the image by this many pixels and crop at random; 0: off"),
+    "data.flip": Field(True, _FLAG, "mirror a random half of the images"),
+    "data.rand_augment.num_ops": Field(0, _integer(0, 100), "RandAugment: operations per image; 0: off"),
+    "data.rand_augment.magnitude": Field(10, _integer(0, 30), "RandAugment: strength of the operations"),
+    "data.mixup_alpha": Field(
+        0.0, _number(0, 1000), "mixup: weight of the partner min(z, 1 - z), z ~ Beta(alpha, alpha); 0: off"
+    ),
+    "data.cutmix_alpha": Field(
+        0.0,
+        _number(0, 1000),
+        "CutMix: share 1 - z of the area is pasted, z ~ Beta(alpha, alpha); 0: off; with mixup, each batch draws one",
+    ),
+    "data.mixup_mode": Field(
+        "batch", _one_of("batch", "example"), "one mixing weight or box per batch, or per example"
+    ),
     "data.device_budget_bytes": Field(
-        2_000_000_000, _integer(0, 2**60), "data sets of uint8 images up to this size live on the device"
+        2_000_000_000, _integer(0, 2**60), "keep a split on the device if its uint8 images take at most this many bytes"
     ),
     "data.num_workers": Field(
-        None, _optional(_integer(0, 1024)), "processes that decode larger ones; 0: threads of this one; None: by cores"
+        None,
+        _optional(_integer(0, 1024)),
+        "processes that decode streamed images; 0: threads instead; None: chosen by the number of cores",
     ),
-    "optimizer.name": Field("adam", _TEXT, "or muon, shampoo, soap, or any optimizer of optax by its name there"),
-    "optimizer.learning_rate": Field(1e-3, _positive(1000), "peak of the learning rate"),
+    "optimizer.name": Field(
+        "adam", _TEXT, "optimizer: adam, muon, shampoo, soap, or the name of any other optax optimizer"
+    ),
+    "optimizer.learning_rate": Field(1e-3, _positive(1000), "peak learning rate"),
 }
 
-# An optimizer's own fields come from its signature (`optimizers.factory.declared`). Ranges that optax does not check:
+# An optimizer's own fields come from its signature (`optimizers.factory.declared`). optax does not check these ranges:
 OPTIMIZER_RANGES = {
     **dict.fromkeys(("b1", "b2", "b3", "beta", "decay", "momentum", "adam_b1", "adam_b2"), _DECAY),
     "eps": _positive(1),
@@ -219,7 +243,7 @@ OPTIMIZER_RANGES = {
 
 def fields(optimizer: str) -> dict[str, Field]:
     """Return the table with the settings of one optimizer, by dotted name."""
-    from simplest_vit.optimizers.factory import declared  # here, because it needs JAX
+    from simplest_vit.optimizers.factory import declared  # imported here because it needs JAX
 
     own = {}
     for name, (value, kind) in declared(optimizer).items():
@@ -231,10 +255,10 @@ def fields(optimizer: str) -> dict[str, Field]:
 
 
 def default(optimizer: str = "adam") -> ConfigDict:
-    """Create the config of all defaults, for a recipe to change.
+    """Create the config of all defaults, which a recipe then changes.
 
     Args:
-      optimizer: Its name, because each has settings of its own.
+      optimizer: Name of the optimizer, which determines the fields of `config.optimizer`.
 
     Raises:
       UserError: If there is no such optimizer.
@@ -250,11 +274,11 @@ def default(optimizer: str = "adam") -> ConfigDict:
 
 
 def parse_arguments(arguments: str | None, **choices: str | tuple[str, ...]) -> dict[str, str]:
-    """Read the `key=value,key=value` behind a config file's colon.
+    """Parse the `key=value,key=value` after a config file's colon.
 
     Args:
       arguments: The text, or None.
-      **choices: For each key its possible values, the default first; or only the default if any value is possible.
+      **choices: The allowed values of each key, the default first; only the default if any value is allowed.
 
     Returns:
       A value for each key.
@@ -277,7 +301,7 @@ def parse_arguments(arguments: str | None, **choices: str | tuple[str, ...]) -> 
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dict -> dict with dotted names."""
+    """Flatten a nested dict to dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -285,7 +309,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_settings(settings: dict[str, Any]) -> ConfigDict:
-    """Create a config from nested dicts, as a run's folder stores them, and `check` it."""
+    """Create a config from nested dicts, as stored in a run's folder, and `check` it."""
     flat = flatten(settings)
     config = default(str(flat.get("optimizer.name", "adam")))
     with config.ignore_type():
@@ -295,7 +319,7 @@ def from_settings(settings: dict[str, Any]) -> ConfigDict:
 
 
 def suggest(name: str, table: Iterable[str] | None = None) -> str:
-    """Suggest the field that was meant by an unknown one: learning_rate -> config.optimizer.learning_rate."""
+    """Suggest the intended field for an unknown name: learning_rate -> config.optimizer.learning_rate."""
     names = [*(FIELDS if table is None else table)]
     last = {each.rsplit(".", 1)[-1]: each for each in reversed(names)}
     near = [last[each] for each in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, 1)]
@@ -304,7 +328,7 @@ def suggest(name: str, table: Iterable[str] | None = None) -> str:
 
 
 def check(config: ConfigDict) -> None:
-    """Check everything that can be judged without the data; `cli.run` does so once, before anything else.
+    """Check everything that can be checked without the data; `cli.run` does so once, before anything else.
 
     Args:
       config: The run's config.

@@ -135,7 +135,7 @@ FIELDS = [
         "adam",
         "log_every",
         "missing",
-        "is missing; its default is 24 (steps between two reports",
+        "is missing; its default is 24 (steps between reports",
     ),
     ("adam", "optimizer", "missing", "config.optimizer.name is missing"),
     ("adam", "data.rand_augment", "missing", "config.data.rand_augment.num_ops is missing"),

@@ -15,17 +15,17 @@ COMMANDS = {
     "prepare": "prepare a data set ahead of time",
     "preview": "draw augmented training images",
     "sweep": "train a grid of configs over seeds",
-    "report": "compare finished runs with the reference's results",
+    "report": "print a table of finished runs, with accuracy over seeds",
 }
 USAGE = "simplest-vit COMMAND --flags"
 
-# What makes commands fast on few CPU cores; a user's own setting wins. The threads of LAPACK would compete with XLA's
-# for the cores.
+# Defaults that make commands fast on few CPU cores; a user's own setting takes precedence. LAPACK's threads would
+# compete with XLA's for the cores.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
 
 
 def main() -> None:
-    """Run the command that the command line names: by its first word, or by --mode, which defaults to train."""
+    """Run the command named by the first word of the command line or by --mode; the default is train."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # before NumPy and SciPy are imported
     arguments = sys.argv[1:]

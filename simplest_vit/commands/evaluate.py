@@ -4,7 +4,7 @@
     simplest-vit evaluate --workdir runs/mine --split=test
     simplest-vit evaluate --workdir runs/mine --image_folder=/photos2 --output=report
 
-The config is the run's own; give --config only if its data have moved.
+The run's own config is used; give --config only if the data have moved.
 """
 
 import json
@@ -33,7 +33,7 @@ def main() -> None:
         other_data = {"validation_split": split.value} if split.value else {}
         if image_folder.value:
             other_data |= {"name": "image_folder", "manual_dir": image_folder.value}
-        # JAX would take SIGTERM so that all processes stop after the same step, and an evaluation has no steps.
+        # JAX would handle SIGTERM so that all processes stop after the same step, but an evaluation has no steps.
         jax.config.update("jax_enable_preemption_service", False)
         with processes.connected(config):
             outcome = evaluate.evaluate(str(cli.WORKDIR.value), config, other_data)

@@ -1,10 +1,10 @@
-"""Write the best checkpoint of a run as one file that other runtimes load.
+"""Write the best checkpoint of a run as one file that other runtimes can load.
 
 simplest-vit export --workdir runs/mine --output model.onnx --format onnx
 
-stablehlo and onnx take uint8 images [batch, H, W, C] and normalize them inside the graph. safetensors holds arrays
-alone; its metadata say how images are normalized. Class names are in the metadata: for stablehlo in FILE.json, else in
-the file. docs/export.md shows how each is loaded.
+stablehlo and onnx take uint8 images [batch, H, W, C] and normalize them inside the graph. safetensors holds
+only arrays; its metadata say how to normalize images. Class names are in the metadata: in FILE.json for stablehlo, in
+the file itself for the others. docs/export.md shows how to load each format.
 """
 
 from absl import flags

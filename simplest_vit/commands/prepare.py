@@ -4,7 +4,7 @@
     simplest-vit prepare imagenet --data_dir=/data/tfds --manual_dir=/data/tars
     simplest-vit prepare image_folder --manual_dir=/photos --skip_corrupt
 
-A prepared data set is complete or absent, never half. Prints its splits, classes and checksums.
+A prepared data set is either complete or absent. Prints its splits, classes and checksums.
 """
 
 from absl import flags
@@ -15,9 +15,9 @@ from simplest_vit.errors import UserError
 
 def main() -> None:
     """Run the command."""
-    data_dir = cli.define_path("data_dir", None, "Where TFDS data sets live; else ~/tensorflow_datasets.")
-    manual_dir = cli.define_path("manual_dir", None, "Folder with the original files; else they are downloaded.")
-    skip_corrupt = flags.DEFINE_bool("skip_corrupt", False, "Leave damaged images out instead of failing.")
+    data_dir = cli.define_path("data_dir", None, "Folder of TFDS data sets (default: ~/tensorflow_datasets).")
+    manual_dir = cli.define_path("manual_dir", None, "Folder with the original files; if absent, they are downloaded.")
+    skip_corrupt = flags.DEFINE_bool("skip_corrupt", False, "Skip damaged images instead of failing.")
     usage = "simplest-vit prepare NAME"
 
     def prepare(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Draw what a model is trained on: a grid of augmented training images with their labels.
+"""Draw a grid of augmented training images with their labels, as a model is trained on them.
 
 simplest-vit preview --config my_config.py --output preview.png
 """

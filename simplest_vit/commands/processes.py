@@ -1,4 +1,4 @@
-"""The flags of a run of several processes."""
+"""Flags for a run with several processes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,15 +7,21 @@ from typing import Any
 from absl import flags
 
 COORDINATOR_ADDRESS = flags.DEFINE_string(
-    "coordinator_address", None, "For several processes: HOST:PORT of process 0; or --config.distributed=auto."
+    "coordinator_address",
+    None,
+    "For several processes: HOST:PORT of process 0. On a cluster use --config.distributed=auto instead.",
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "For several processes: their number.", lower_bound=1)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "For several processes: number of this one.", lower_bound=0)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "For several processes: the number of processes.", lower_bound=1
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "For several processes: the number of this process, from 0.", lower_bound=0
+)
 
 
 @contextlib.contextmanager
 def connected(config: Any) -> Iterator[None]:
-    """Connect the processes that the flags or the config name, and stop all of them if one fails."""
+    """Connect the processes that the flags or the config describe, and stop all of them if one fails."""
     from simplest_vit.training import distributed
 
     by_cluster = config is not None and config.get("distributed") == "auto"

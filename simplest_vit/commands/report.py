@@ -1,8 +1,8 @@
-"""Print a table of finished runs: what differs between them, and their accuracies over seeds.
+"""Print a table of finished runs: the settings that differ, and the accuracy over seeds.
 
     simplest-vit report runs/
 
-Runs of one config and one data set that differ only in their seed share a row.
+Runs on the same data whose configs differ only in the seed share a row.
 """
 
 from simplest_vit import cli

@@ -3,9 +3,9 @@ r"""Train a grid of configs over seeds, and print one table at the end.
     simplest-vit sweep --config my_config.py --workdir runs/sweep --seeds 3 \
         --grid config.optimizer.learning_rate=5e-4,3e-4 --grid config.weight_decay=0,5e-5
 
-Each run is a process in its own folder of --workdir, one on each GPU of the machine at the same time; with --at_once=N
-they are N, on an equal share of the GPUs each. Rerun the command to resume what is not finished. With
---print_commands the commands are printed instead, for a cluster to run.
+Each run is a process with its own folder in --workdir. By default one run per GPU is active at a time; with
+--at_once=N, N runs share the GPUs equally. Rerun the command to resume unfinished runs. With --print_commands the
+commands are printed instead, to be run on a cluster.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class Point:
 
 
 def parse_grid(axes: list[str], config: Any) -> dict[str, list[str]]:
-    """Read `config.FIELD=VALUE,VALUE,...` texts.
+    """Parse `config.FIELD=VALUE,VALUE,...` texts.
 
     Args:
       axes: The texts.
@@ -82,7 +82,7 @@ def plan(grid: dict[str, list[str]], seeds: int, first_seed: int, workdir: str, 
     Args:
       grid: Values by field.
       seeds: Runs of each point.
-      first_seed: Their seeds begin here.
+      first_seed: Seed of the first run; the others count up from it.
       workdir: Folder of the sweep.
       arguments: `--config` and overrides.
 
@@ -110,7 +110,7 @@ def plan(grid: dict[str, list[str]], seeds: int, first_seed: int, workdir: str, 
 
 
 def check_points(points: list[Point]) -> None:
-    """Check the config of every point, so that none is refused when its turn comes.
+    """Check the config of every point now, so that none fails hours later.
 
     Raises:
       UserError: Names the point and what is wrong with it.
@@ -129,7 +129,7 @@ def find_devices() -> tuple[str, list[int]]:
     Raises:
       UserError: If there is none.
     """
-    # By a process of its own: one that had looked would keep memory of every GPU until the sweep ends.
+    # In a separate process, because a process that has initialized JAX keeps memory of every GPU until it ends.
     program = "import jax; d = jax.local_devices(); print(d[0].platform, *(x.local_hardware_id for x in d))"
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -140,17 +140,17 @@ def find_devices() -> tuple[str, list[int]]:
 
 
 def share_devices(platform: str, devices: list[int], at_once: int | None) -> list[dict[str, str]]:
-    """Share the GPUs of this machine evenly among the runs that are at work at the same time.
+    """Share the GPUs of this machine evenly among the runs that are active at the same time.
 
     Args:
-      platform: Of the devices; others than GPUs are not shared: each run has all of them.
+      platform: Platform of the devices. Devices other than GPUs are not shared: each run sees all of them.
       devices: Their numbers.
-      at_once: Runs at the same time; None for one on each GPU, or one where there are none. More than there are GPUs
-        get one together with others.
+      at_once: Number of simultaneous runs; None for one per GPU, or one without GPUs. If there are more runs than GPUs,
+        several runs share a GPU.
 
     Returns:
-      For each of these runs the environment variables that name its devices, and its part of the memory of one that
-      it shares.
+      For each simultaneous run the environment variables that select its devices and, on a shared GPU, its fraction of
+      the memory.
     """
     if platform != "gpu":
         return [{}] * (at_once or 1)
@@ -158,20 +158,20 @@ def share_devices(platform: str, devices: list[int], at_once: int | None) -> lis
     each = max(len(devices) // at_once, 1)
     shares = [[devices[(slot * each + i) % len(devices)] for i in range(each)] for slot in range(at_once)]
     names = ("JAX_CUDA_VISIBLE_DEVICES", "JAX_ROCM_VISIBLE_DEVICES")
-    # Left alone, each run would take three quarters of its GPU's memory at once.
+    # By default, each run would preallocate three quarters of its GPU's memory.
     together = math.ceil(at_once / len(devices))
     memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / together:.3f}"} if together > 1 else {}
     return [dict.fromkeys(names, ",".join(map(str, share))) | memory for share in shares]
 
 
 def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
-    """Run all, several at once. A signal makes those that are running save their step.
+    """Run all points, several at a time. On a signal, the active runs save their step.
 
-    A run that was finished before ends immediately, or refuses if its config was another.
+    A run that has already finished ends immediately, or fails if its folder holds the run of another config.
 
     Args:
       points: The runs.
-      environments: Variables of each of the runs that are at work at the same time.
+      environments: Environment variables of each simultaneous run.
 
     Returns:
       The number of runs that failed; the sweep continues after them.
@@ -203,7 +203,7 @@ def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
 
 
 class _Printer:
-    """Prints lines on standard error by a thread, so that no run waits for whoever reads them."""
+    """Prints lines to standard error from a thread, so that no run waits for a slow reader."""
 
     def __init__(self) -> None:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -218,13 +218,13 @@ class _Printer:
             print(line, end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Wait until all is printed, but not for a reader that has paused."""
+        """Wait until everything is printed, but not forever for a reader that has paused."""
         self._lines.put(None)
         self._thread.join(_READER_TIMEOUT_S)
 
 
 class _Process(subprocess.Popen[str]):
-    """A run, whose lines on standard error are printed after its name."""
+    """A run, whose lines on standard error are printed with its name as a prefix."""
 
     def __init__(
         self, folder: pathlib.Path, command: list[str], environment: dict[str, str], printer: _Printer
@@ -250,15 +250,15 @@ class _Process(subprocess.Popen[str]):
             printer.print(f"{self.folder.parent.name}/{self.folder.name}: {line}")
 
     def end(self) -> int:
-        """Wait for its end and its last line, and return its exit code."""
+        """Wait for the process to end and for its last line, and return its exit code."""
         code = self.wait()
         self._reader.join(_READER_TIMEOUT_S)  # a process that it started may keep the pipe open
         return code
 
 
 def summary(points: list[Point]) -> str:
-    """A Markdown table of the points, the highest mean accuracy first; points without a finished run last."""
-    from simplest_vit.analysis.report import table  # imported here, for figures take a second to import
+    """Return a Markdown table of the points, by decreasing mean accuracy; points without a finished run come last."""
+    from simplest_vit.analysis.report import table  # imported here because figures take a second to import
 
     body = []
     for point in points:
@@ -281,7 +281,7 @@ def summary(points: list[Point]) -> str:
 
 
 def sync_to_wandb(points: list[Point], project: str) -> None:
-    """Send the TensorBoard files of all runs to Weights & Biases."""
+    """Upload the TensorBoard files of all runs to Weights & Biases."""
     for folder in itertools.chain.from_iterable(point.workdirs for point in points):
         if folder.exists():
             subprocess.run(["wandb", "sync", "--sync-tensorboard", "--project", project, str(folder)], check=False)
@@ -289,15 +289,17 @@ def sync_to_wandb(points: list[Point], project: str) -> None:
 
 def main() -> None:
     """Run the command."""
-    axes = flags.DEFINE_multi_string("grid", [], "config.FIELD=VALUE,VALUE,...; give it once for each field.")
-    seeds = flags.DEFINE_integer("seeds", 1, "Runs of each point, with seeds from config.seed on.", lower_bound=1)
+    axes = flags.DEFINE_multi_string("grid", [], "config.FIELD=VALUE,VALUE,...; repeat the flag for each field.")
+    seeds = flags.DEFINE_integer(
+        "seeds", 1, "Number of runs of each point; their seeds count up from config.seed.", lower_bound=1
+    )
     at_once = flags.DEFINE_integer(
-        "at_once", None, "Runs at the same time; else one on each GPU, or one where there is none.", lower_bound=1
+        "at_once", None, "Number of simultaneous runs (default: one per GPU, or one without GPUs).", lower_bound=1
     )
     printed = flags.DEFINE_bool(
         "print_commands", False, "Print the commands of unfinished runs instead of running them."
     )
-    project = flags.DEFINE_string("wandb", None, "Project of Weights & Biases to send the TensorBoard files to.")
+    project = flags.DEFINE_string("wandb", None, "Weights & Biases project to upload the TensorBoard files to.")
 
     def program(arguments: list[str]) -> None:
         del arguments

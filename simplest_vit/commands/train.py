@@ -16,7 +16,7 @@ flags.adopt_module_key_flags(processes)
 def train(arguments: list[str]) -> None:
     """Train, and print the results."""
     del arguments
-    # Imported here, so that a mistyped flag is reported immediately; likewise in the other commands.
+    # Imported here so that a mistyped flag is reported immediately; the other commands do the same.
     from simplest_vit.training import distributed, train
 
     config = cli.CONFIG.value
