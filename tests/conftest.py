@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,6 +18,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -240,7 +240,7 @@ COMMANDS = [
     (INIT_FROM + "={old}/empty", "/empty holds no checkpoint; train there first, or name another folder"),
     (INIT_FROM + "={old}/torn", "the file is damaged"),
     (INIT_FROM + "={old}/lost_dataset", "dataset.json cannot be read"),
-    (INIT_FROM + "={old}/run", "holds another model: its config.model.depth is 2, here 12"),
+    (INIT_FROM + "={old}/run", "holds another model: its config.model.name is 'simplest_vit', here 'isometric_vit'"),
     (INIT_FROM + "=3", "config.init_from"),
     (OLD + "/run --mode predict --images {old}/text.jpg", "text.jpg: not a complete image"),
     (OLD + "/run --mode predict --images {old}/cut.jpg {old}/empty", "has no images"),
@@ -353,7 +353,7 @@ PROCESSES = [
         "--grid=x: expected config.FIELD",
     ),
     ("-m simplest_vit prepare digits --data_dir {old}/text.jpg", "cannot prepare digits there"),
-    ("-m simplest_vit preview --config configs/digits.py --config.data.label=x", "data.label=x: "),
+    ("-m simplest_vit preview --config configs/digits.py --config.data.label=x --config.data.dir={old}/data", "data.label=x: "),
     ("-m benchmarks.train_step --config configs/digits.py --config.seed=-1", "config.seed=-1 must be"),
 ]
 

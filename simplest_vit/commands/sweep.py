@@ -246,8 +246,9 @@ class _Process(subprocess.Popen[str]):
     stderr: IO[str]
 
     def _read(self, printer: _Printer) -> None:
-        for line in self.stderr:
-            printer.print(f"{self.folder.parent.name}/{self.folder.name}: {line}")
+        with self.stderr:
+            for line in self.stderr:
+                printer.print(f"{self.folder.parent.name}/{self.folder.name}: {line}")
 
     def end(self) -> int:
         """Wait for the process to end and for its last line, and return its exit code."""

@@ -155,7 +155,7 @@ def test_pooling_norm_and_head_are_float32_under_bfloat16(name):
     if name == "simple_vit":
         pooled = (pooled - pooled.mean(axis=1, keepdims=True)) / np.sqrt(pooled.var(axis=1, keepdims=True) + 1e-5)
     expected = pooled @ np.float64(model.head.kernel[...]) + np.float64(model.head.bias[...])
-    np.testing.assert_allclose(model.classify(x), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(model.head(model.pool(x)), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["isometric_vit", "simple_vit"])
