@@ -353,7 +353,10 @@ PROCESSES = [
         "--grid=x: expected config.FIELD",
     ),
     ("-m simplest_vit prepare digits --data_dir {old}/text.jpg", "cannot prepare digits there"),
-    ("-m simplest_vit preview --config configs/digits.py --config.data.label=x --config.data.dir={old}/data", "data.label=x: "),
+    (
+        "-m simplest_vit preview --config configs/digits.py --config.data.label=x --config.data.dir={old}/data",
+        "data.label=x: ",
+    ),
     ("-m benchmarks.train_step --config configs/digits.py --config.seed=-1", "config.seed=-1 must be"),
 ]
 
