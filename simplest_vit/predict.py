@@ -32,24 +32,24 @@ Images = Sequence[str | os.PathLike[str]] | np.ndarray
 
 
 class Predictor:
-    """The best checkpoint of a run, to classify and embed images that are preprocessed as for validation.
+    """Classifies and embeds images with the best checkpoint of a run, preprocessed as for validation.
 
     Attributes:
-      class_names: In the order of the logits.
+      class_names: Names of the classes in the order of the logits.
       image_shape: (H, W, C) of a preprocessed image.
       step: The step of the checkpoint.
       model: The network, from normalized float32 images [B, H, W, C] to logits [B, num_classes].
     """
 
     def __init__(self, workdir: str | os.PathLike[str], config: ConfigDict | None = None):
-        """Load the weights; the run's folder is all that is needed.
+        """Load the weights; only the run's folder is needed.
 
         Args:
           workdir: The run's folder; nothing is written to it.
-          config: None for the run's own; another is refused.
+          config: None for the run's own config; any other raises a UserError.
 
         Raises:
-          UserError: If there is no checkpoint, or it is one of another config.
+          UserError: If there is no checkpoint, or it belongs to another config.
         """
         run, state = restore_best(local_path(os.fspath(workdir)), config)
         self._data = run.data
@@ -65,13 +65,13 @@ class Predictor:
         """Read an image file as uint8 [H, W, C].
 
         Raises:
-          UserError: If it is not an image that can be decoded.
+          UserError: If it cannot be decoded as an image.
           OSError: If it cannot be read.
         """
         return eval_image(pathlib.Path(path).read_bytes(), self.image_shape, self._data.eval_resize)
 
     def normalize(self, pixels: np.ndarray) -> jax.Array:
-        """Normalize pixels, uint8 [N, H, W, C], to what `model` takes."""
+        """Normalize pixels, uint8 [N, H, W, C], to the float32 input of `model`."""
         return normalize(jnp.asarray(pixels), self._data.mean, self._data.std)
 
     def probabilities(self, images: Images) -> np.ndarray:
@@ -84,7 +84,7 @@ class Predictor:
         return self._compute(self._classify, images)
 
     def embed(self, images: Images) -> np.ndarray:
-        """Compute features, float32 [N, D]: what the linear head sees. Errors as in `probabilities`."""
+        """Compute features, float32 [N, D], the input of the linear head. Errors as in `probabilities`."""
         return self._compute(self._embed, images)
 
     def predict(self, images: Images) -> list[Prediction]:
@@ -93,7 +93,7 @@ class Predictor:
         return [self.describe(name, p) for name, p in zip(names, self.probabilities(images), strict=True)]
 
     def describe(self, name: str, probability: np.ndarray) -> Prediction:
-        """Name the most probable classes of one image by its probabilities [num_classes]."""
+        """List the most probable classes of one image from its probabilities [num_classes]."""
         top = np.argsort(-probability)[:_TOP]
         best = [{"class": self.class_names[k], "probability": float(probability[k])} for k in top]
         return {"image": name, "top": best}
@@ -108,7 +108,7 @@ class Predictor:
                 f"images: {pixels.dtype} {list(pixels.shape)} must be uint8 [N, {height}, {width}, {channels}]; "
                 "give paths to have images resized"
             )
-        # Batches are padded to the largest one so far, because another size would be compiled again.
+        # Pad batches to the largest size so far, because each new size is compiled.
         self._size = max(self._size, min(len(pixels), _BATCH))
         parts = [pixels[start : start + self._size] for start in range(0, len(pixels), self._size)]
         padded = [np.pad(part, ((0, self._size - len(part)), (0, 0), (0, 0), (0, 0))) for part in parts]
@@ -123,20 +123,20 @@ def load(workdir: str | os.PathLike[str]) -> Predictor:
 def predict(
     workdir: str, images: list[str], rollout_dir: str | None = None, config: ConfigDict | None = None
 ) -> Iterator[Prediction]:
-    """Classify image files, a batch at a time.
+    """Classify image files, one batch at a time.
 
     Args:
-      workdir: The run's folder, which is all that is needed.
-      images: Files, and folders of images.
+      workdir: The run's folder; nothing else is needed.
+      images: Image files and folders of images.
       rollout_dir: Folder for a picture of the attention over each image, or None.
-      config: None for the run's own; another is refused.
+      config: None for the run's own config; any other raises a UserError.
 
     Returns:
-      The predictions, as soon as they are known. A file that is not an image is logged and skipped.
+      An iterator over the predictions, in order. A file that is not an image is logged and skipped.
 
     Raises:
-      UserError: If there is no checkpoint, it is one of another config, or, after all predictions, if some files were
-        skipped.
+      UserError: If there is no checkpoint, if it belongs to another config, or, after all predictions, if some files
+        were skipped.
     """
     files = find_images(images)
     predictor = Predictor(workdir, config)
@@ -161,10 +161,10 @@ def predict(
 
 
 def find_images(paths: list[str]) -> list[pathlib.Path]:
-    """List the files among `paths`, and the images in its folders, sorted.
+    """List the files among `paths`, and the images in the folders among them in sorted order.
 
     Raises:
-      UserError: If there is none, or a path does not exist.
+      UserError: If there are none, or a path does not exist.
     """
     files: list[pathlib.Path] = []
     for name in paths:
@@ -186,7 +186,7 @@ def find_images(paths: list[str]) -> list[pathlib.Path]:
 def _read(
     files: list[pathlib.Path], predictor: Predictor, unreadable: list[str]
 ) -> Iterator[tuple[pathlib.Path, np.ndarray]]:
-    """Yield each file with its pixels; those that are not images are logged, added to `unreadable` and skipped."""
+    """Yield each file with its pixels; files that are not images are logged, added to `unreadable` and skipped."""
     for file in files:
         preemption.check()
         try:
@@ -197,6 +197,6 @@ def _read(
 
 
 def as_text(prediction: Prediction) -> str:
-    """Describe a prediction in one line: the path of an image, then classes with probabilities, best first."""
+    """Format a prediction as one line: the path of the image, then classes with probabilities, best first."""
     best = "  ".join(f"{best['class']} {best['probability']:.1%}" for best in prediction["top"])
     return one_line(f"{prediction['image']}  {best}")

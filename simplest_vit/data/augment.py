@@ -1,8 +1,8 @@
 """Augmentation on the device: pure functions from a random key and a batch to a batch.
 
-The order is crop, flip, RandAugment (all on uint8), normalize, then mixup or CutMix: examples blended in pairs, image
-and label alike. An example's partner is the one opposite in the batch, which is in random order anyway. (Reversing,
-unlike rolling, is fused by XLA with what made the images: four times as fast on a CPU.)
+The order is crop, flip, RandAugment (all on uint8), normalize, then mixup or CutMix: examples are blended in
+pairs, images and labels alike. An example's partner is at the mirrored position in the batch, which is in random order
+anyway. (XLA fuses reversing, unlike rolling, with the preceding operations: four times as fast on a CPU.)
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ Batch = dict[str, jax.Array]
 class Preprocessing:
     """The preprocessing of a batch; hashable, because it is a static argument of `jax.jit`.
 
-    Mean and deviation are per channel, of pixels in [0, 1]; `num_ops` and `magnitude` are RandAugment's. The meaning of
-    the others stands with the fields of `config.data`.
+    Mean and deviation are per channel, of pixels in [0, 1]; `num_ops` and `magnitude` are RandAugment's. The other
+    fields are described in `config.data`.
     """
 
     mean: tuple[float, ...]
@@ -41,7 +41,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, info: Any, data: Any = None) -> "Preprocessing":
-        """Return the preprocessing of a data set: for evaluation, or with a `config.data`, for training."""
+        """Return the preprocessing of a data set: for training if `config.data` is given, else for evaluation."""
         fields = {"mean": info.mean, "std": info.std, "num_classes": info.num_classes}
         if data:
             names = ("crop_padding", "flip", "mixup_alpha", "cutmix_alpha", "mixup_mode")
@@ -56,7 +56,7 @@ def train_batch(key: jax.Array, images: jax.Array, labels: jax.Array, preprocess
       key: Random key of the batch.
       images: uint8 [B, H, W, C].
       labels: int32 [B].
-      preprocessing: What to do.
+      preprocessing: The preprocessing and augmentation.
 
     Returns:
       image float32 [B, H, W, C], label float32 [B, num_classes], weight float32 [B] of ones.
@@ -93,7 +93,7 @@ def eval_batch(images: jax.Array, labels: jax.Array, weight: jax.Array, preproce
 def random_crop_and_flip(key: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:
     """Shift each image by up to `padding` pixels along both axes, and mirror half of them.
 
-    The same as padding with zeros, a random crop of the original size, then the flip: one gather.
+    Equivalent to padding with zeros, a random crop of the original size, and the flip, but in one gather.
 
     Args:
       key: Random key.
@@ -154,7 +154,7 @@ def cutmix(
     """Paste a random box of its partner into each image; the labels are blended by area.
 
     The box has the image's aspect ratio, the share 1 - z of its area with z ~ Beta(alpha, alpha), and a uniformly
-    random centre; what sticks out is cut off and not counted. Arguments and result as those of `mixup`.
+    random centre; the part outside the image is cut off and not counted. Arguments and result are those of `mixup`.
 
     References:
       Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019.
@@ -178,7 +178,7 @@ def cutmix(
 def symmetric_beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
     """Draw from Beta(alpha, alpha) by its quantiles.
 
-    `jax.random.beta` rejects samples in a loop of unknown length, for which a GPU waits for its host in every step.
+    `jax.random.beta` rejects samples in a loop of unknown length, which makes a GPU wait for its host in every step.
 
     Returns:
       float32 in [0, 1]. The distribution function is exact at 8,192 quantiles, and off by less than 1 / 8,192 between.
@@ -197,5 +197,5 @@ def _quantiles(alpha: float) -> np.ndarray:
 
 
 def _blend(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Mix in the reversal of `x` along the first axis."""
+    """Blend `x` with its reversal along the first axis."""
     return (1 - weight) * x + weight * x[::-1]

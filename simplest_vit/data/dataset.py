@@ -1,4 +1,4 @@
-"""Load a data set: the facts that a model needs, and its examples on the device or on disk."""
+"""Load a data set: the facts that a model needs, and the examples, on the device or on disk."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ from simplest_vit.data.records import DiskSplit
 from simplest_vit.errors import UserError, first_line
 
 _LOG = logging.getLogger(__name__)
-_LOADED = itertools.count()  # data sets, alike in all processes
+_LOADED = itertools.count()  # number of the data set, the same in all processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class InMemorySplit:
     Attributes:
       images: uint8 [N, H, W, C].
       labels: int32 [N].
-      copies: The split on every device of a mesh, for each mesh that has asked.
+      copies: The split replicated over a mesh, for each mesh it was requested for.
     """
 
     images: jax.Array
@@ -42,17 +42,17 @@ class InMemorySplit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """The facts of a data set that a run needs, kept in its folder as `dataset.json`.
+    """The facts about a data set that a run needs, kept in the run's folder as `dataset.json`.
 
     Attributes:
-      version: Of the prepared data set, such as "3.0.2".
+      version: Version of the prepared data set, such as "3.0.2".
       description: One line; for a folder of images it says how the splits were made.
-      train_split: In TFDS's syntax; so is `validation_split`.
-      class_names: In the order of the labels.
+      train_split: Training split in TFDS's syntax; so is `validation_split`.
+      class_names: Names of the classes in the order of the labels.
       image_shape: (H, W, C) of a preprocessed image.
       eval_resize: Pixels of the shorter side before evaluation crops the centre, at least H.
-      mean: Per channel, of pixels in [0, 1].
-      std: Per channel, of pixels in [0, 1].
+      mean: Mean per channel, of pixels in [0, 1].
+      std: Standard deviation per channel, of pixels in [0, 1].
       fingerprint: A digest of all labels and image files.
     """
 
@@ -72,16 +72,16 @@ class DatasetInfo:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """The number of classes."""
         return len(self.class_names)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, equal to what a JSON file of them gives back."""
+        """Return plain values that survive a round trip through JSON unchanged."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], path: Path) -> "DatasetInfo":
-        """Read what `to_json` returned; `path` is the file, for messages.
+        """Read the values that `to_json` returned; `path` is the file, for messages.
 
         Raises:
           UserError: If a field is missing, unknown or damaged.
@@ -124,10 +124,10 @@ class DatasetInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset(DatasetInfo):
-    """A loaded data set, of which each split is on the device or on disk.
+    """A loaded data set; each split is on the device or on disk.
 
     Attributes:
-      num_workers: Processes that decode a split on disk; 0 for threads, None for one a core.
+      num_workers: Processes that decode a split on disk; 0 for threads, None for one per core.
     """
 
     train: InMemorySplit | DiskSplit
@@ -136,15 +136,15 @@ class Dataset(DatasetInfo):
 
     @property
     def info(self) -> DatasetInfo:
-        """The facts of the data set, without its examples."""
+        """The facts about the data set, without its examples."""
         return DatasetInfo(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DatasetInfo)})
 
 
 def image_shape(data: Any) -> tuple[int, int, int]:
-    """Return the (H, W, C) of a preprocessed image, before a data set is prepared if this project prepares it.
+    """Return the (H, W, C) of a preprocessed image; data sets with a builder need not be prepared for this.
 
     Raises:
-      UserError: If nobody has prepared it.
+      UserError: If there is no builder and TFDS has not prepared the data set.
     """
     builder = find_builder(data.name)
     height, width, channels = (builder or open_prepared(data.name, data.dir)).image_shape
@@ -152,16 +152,16 @@ def image_shape(data: Any) -> tuple[int, int, int]:
 
 
 def load(data: Any) -> Dataset:
-    """Load a data set, and prepare it first if that has not been done.
+    """Load a data set, and prepare it first if necessary.
 
-    A split goes onto the device if its images, uint8 of the size that training takes, fit the budget, unless they are
-    to be cropped at random from their original size. Otherwise it stays on disk.
+    A split is put on the device if its images, as uint8 of the size used in training, fit in the budget, unless they
+    are to be cropped at random from their original size. Otherwise it stays on disk.
 
     Args:
       data: `config.data`.
 
     Raises:
-      UserError: If the data set cannot be prepared or is damaged, or the splits do not fit each other.
+      UserError: If the data set cannot be prepared or is damaged, or if the splits do not match.
     """
     prepared = _prepare_once(data)
     label = prepared.label_feature(data.label)
@@ -181,7 +181,7 @@ def load(data: Any) -> Dataset:
         validation_size=len(validation.labels),
         class_names=class_names,
         image_shape=shape,
-        # ImageNet resizes to 256 for a crop of 224; images that are trained on whole are also evaluated whole.
+        # For ImageNet, resize to 256 and crop 224. Images that are not cropped in training are not cropped here either.
         eval_resize=round(shape[0] * 256 / 224) if data.random_resized_crop else shape[0],
         mean=prepared.mean,
         std=prepared.std,
@@ -199,12 +199,12 @@ def load(data: Any) -> Dataset:
 def _prepare_once(data: Any) -> Prepared:
     """Prepare a data set in process 0 while the others wait.
 
-    Then they see it, or prepare it for themselves if they do not share its disk.
+    Afterwards the others open it, or prepare their own copy if they do not share its disk.
     """
     several, key = jax.process_count() > 1, f"simplest_vit/prepared/{next(_LOADED)}"
     client: Any = ocp.multihost.get_jax_distributed_client() if several else None
     while several and jax.process_index() > 0:
-        preemption.check()  # it may take hours
+        preemption.check()  # preparation may take hours
         try:
             if error := client.blocking_key_value_get(key, 1000):
                 raise UserError(error)
@@ -215,7 +215,7 @@ def _prepare_once(data: Any) -> Prepared:
     error = ""
     try:
         return prepare(data.name, data.dir, data.manual_dir)
-    except BaseException as problem:  # the others must neither wait, nor believe that the data are ready
+    except BaseException as problem:  # the others must not wait any longer, nor assume that the data are ready
         error = first_line(problem)
         raise
     finally:
@@ -224,7 +224,7 @@ def _prepare_once(data: Any) -> Prepared:
 
 
 def _check_splits(train: Split, validation: Split, classes: np.ndarray, class_names: tuple[str, ...]) -> None:
-    """Raise a UserError if the two share examples, or the first one lacks a class that occurs in the data set."""
+    """Raise a UserError if the splits share examples, or if `train` lacks a class that occurs in the data set."""
     for name, start, stop in train.intervals:
         for other, first, last in validation.intervals:
             if name == other and (shared := min(stop, last) - max(start, first)) > 0:
@@ -242,7 +242,7 @@ def _check_splits(train: Split, validation: Split, classes: np.ndarray, class_na
 
 
 def load_split(split: Split, info: DatasetInfo, budget: int, *, stream: bool = False) -> InMemorySplit | DiskSplit:
-    """Load a split onto the device if its images fit the budget in bytes, unless it is to be streamed from disk."""
+    """Load a split onto the device if its images fit in the budget in bytes, unless `stream` keeps it on disk."""
     shape, num_bytes = (len(split.labels), *info.image_shape), len(split.labels) * math.prod(info.image_shape)
     what = f"{info.name}, {split.spec}: {len(split.labels):,} images of {'x'.join(map(str, info.image_shape))}"
     if stream:
@@ -254,7 +254,7 @@ def load_split(split: Split, info: DatasetInfo, budget: int, *, stream: bool = F
     _LOG.info("%s, %.3g GB on the device", what, num_bytes / 1e9)
     if split.pixels and split.pixel_shape == info.image_shape and info.eval_resize == info.image_shape[0]:
         return InMemorySplit(jax.device_put(split.pixels()), jax.device_put(split.labels))
-    # The copy in the host's memory lives only until the device has its own.
+    # The copy in host memory is freed as soon as the device has its own.
     images = np.empty(shape, np.uint8)
 
     def decode(part: range) -> None:

@@ -1,7 +1,7 @@
 """Make batches of a data set that lives on the device: sampling and augmentation in one jitted function.
 
-The arrays are arguments of the jitted functions, never constants in them, and (seed, step) are traced:
-one trace and one compilation serve the whole run, and each call is dispatched without waiting for the last.
+The arrays are arguments of the jitted functions, never constants in them, and (seed, step) are traced. One trace and
+one compilation therefore serve the whole run, and each call is dispatched without waiting for the previous one.
 """
 
 import functools
@@ -39,9 +39,9 @@ def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding |
 
 
 def _replicate(arrays: Any, sharding: NamedSharding | None) -> InMemorySplit:
-    """Put a whole split on every device of a mesh, so that each samples its part of a batch alone.
+    """Put a whole split on every device of a mesh, so that each samples its part of a batch without communication.
 
-    Each process has loaded the split and copies it to its own devices; once, for every evaluation asks anew.
+    Each process has loaded the split and copies it to its own devices. The result is cached for later evaluations.
     """
     if sharding is None:
         return arrays
@@ -72,14 +72,14 @@ def train_batch(
     Args:
       images: The whole split, uint8 [N, H, W, C].
       labels: int32 [N].
-      seed: Of the run, uint32 scalar.
-      step: uint32 scalar.
-      preprocessing: What to do to the examples.
+      seed: Seed of the run, uint32 scalar.
+      step: Step of the run, uint32 scalar.
+      preprocessing: The preprocessing and augmentation.
       batch_size: Examples in the batch, at most N.
-      sharding: Of the batch.
+      sharding: Sharding of the batch.
 
     Returns:
-      The batch, as `augment.train_batch`.
+      The batch, as from `augment.train_batch`.
     """
     size = len(labels)
     epoch, step_of_epoch = jnp.divmod(step, size // batch_size)
@@ -106,5 +106,5 @@ def eval_batch(
 
 
 def constrain(tree: Any, sharding: NamedSharding | None) -> Any:
-    """Split every array of a tree along its first axis as `sharding` says."""
+    """Shard every array of a tree along its first axis according to `sharding`."""
     return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)

@@ -1,11 +1,11 @@
-"""The one door to data: from `config.data` to batches on the device.
+"""The entry point for data: from `config.data` to batches on the device.
 
     dataset = load(config.data)
     for batch in train_batches(dataset, config.data, batch_size=128, seed=0, start_step=0, sharding=None): ...
     for batch in eval_batches(dataset, batch_size=1000, sharding=None): ...
 
 A batch is a dict of arrays that are already on the device(s): image float32 [B, H, W, C] (normalized), label float32
-[B, num_classes] (one-hot, or mixed), weight float32 [B] (0 for padding). Training batch k depends on (seed, k) only:
+[B, num_classes] (one-hot, or mixed), weight float32 [B] (0 for padding). Training batch k depends only on (seed, k):
 to resume, start at the step reached.
 """
 
@@ -27,7 +27,7 @@ def steps_per_epoch(train_size: int, batch_size: int) -> int:
     """Count the full batches of a training split.
 
     Raises:
-      UserError: If there is none.
+      UserError: If there are none.
     """
     if batch_size > train_size:
         raise UserError(
@@ -39,17 +39,17 @@ def steps_per_epoch(train_size: int, batch_size: int) -> int:
 def train_batches(
     dataset: Dataset, data: Any, *, batch_size: int, seed: int, start_step: int, sharding: NamedSharding | None
 ) -> Iterator[Batch]:
-    """Iterate over training batches without end.
+    """Iterate over training batches forever.
 
-    Every epoch is a new permutation of the examples; those that do not fill a batch are left out of that epoch.
+    Every epoch is a new permutation of the examples; the remainder that does not fill a batch is skipped in that epoch.
 
     Args:
       dataset: From `load`.
       data: `config.data`, which describes the augmentation.
       batch_size: Examples in a batch, over all devices.
       seed: Determines the order of the examples and their augmentation.
-      start_step: The first batch.
-      sharding: Over the batch axis of a mesh; None for one device.
+      start_step: Number of the first batch.
+      sharding: Sharding of the batch axis over a mesh; None for one device.
 
     Returns:
       The batches of steps `start_step`, `start_step` + 1, ...
@@ -69,8 +69,8 @@ def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding |
 
     Args:
       dataset: From `load`.
-      batch_size: Examples in a batch; the last one is padded with weight 0.
-      sharding: Over the batch axis of a mesh; None for one device.
+      batch_size: Examples in a batch; the last one is padded with examples of weight 0.
+      sharding: Sharding of the batch axis over a mesh; None for one device.
     """
     place = in_memory if isinstance(dataset.validation, InMemorySplit) else streaming
     return place.eval_batches(dataset, batch_size=batch_size, sharding=sharding)

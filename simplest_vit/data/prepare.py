@@ -1,6 +1,6 @@
 """Prepare data sets: from the original files to TFDS's array_record files, without TensorFlow.
 
-A prepared data set is complete or absent, never half.
+A prepared data set is either complete or absent.
 """
 
 import contextlib
@@ -31,30 +31,30 @@ from simplest_vit.data.records import cannot_read, cpu_count, system_error
 from simplest_vit.errors import UserError, first_line, one_line
 from simplest_vit.files import local_path
 
-_LEASE = 60  # seconds of silence after which a process that prepares counts as gone; it renews the lease every 20
-_CHUNK = 256  # images that are read and checked together
+_LEASE = 60  # seconds without a renewal after which the preparing process counts as dead; it renews every 20
+_CHUNK = 256  # images read and checked together
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another")
 _REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable or choose another")
 _REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)")
-# The file's own fault, not that of a disk or of the system.
+# Errors of a single file, not of a disk or of the system.
 _OF_ONE_FILE = (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM)
 
 
 def prepare(
     name: str, data_dir: str | None = None, manual_dir: str | None = None, *, skip_corrupt: bool = False
 ) -> Prepared:
-    """Prepare a data set unless it is there.
+    """Prepare a data set unless it is already prepared.
 
-    Of several processes, on one host or on many that share a file system, one prepares and the others wait for it.
+    If several processes call this, on one host or on many that share a file system, one prepares and the others wait.
 
     Args:
-      name: A name in `BUILDERS`, or of a set that TFDS has prepared.
-      data_dir: Where TFDS data sets live; None for ~/tensorflow_datasets.
-      manual_dir: A folder with the original files; None to download them to `data_dir`/downloads.
-      skip_corrupt: Whether to leave unreadable images out instead of failing.
+      name: A name in `BUILDERS`, or of a data set that TFDS has prepared.
+      data_dir: Folder of TFDS data sets; None for ~/tensorflow_datasets.
+      manual_dir: Folder with the original files; None to download them to `data_dir`/downloads.
+      skip_corrupt: Whether to skip unreadable images instead of failing.
 
     Raises:
-      UserError: If the name is unknown, the originals are missing or damaged, or the disk cannot take it.
+      UserError: If the name is unknown, the originals are missing or damaged, or the disk is full or not writable.
     """
     builder = find_builder(name)
     if builder is None:
@@ -64,7 +64,7 @@ def prepare(
         originals = Path(local_path(manual_dir)) if manual_dir else root / "downloads"
         path = root / builder.name / builder.version
         with _reading(originals):
-            if builder.config or not path.exists():  # a prepared set needs its originals only to find its variant
+            if builder.config or not path.exists():  # a prepared set needs its originals only to determine its variant
                 _check_originals(name, manual_dir, originals)
             if builder.config:
                 path = root / builder.name / builder.config(originals) / builder.version
@@ -103,7 +103,7 @@ def _root(data_dir: str | None) -> Path:
 
 
 def _check_originals(name: str, manual_dir: str | None, originals: Path) -> None:
-    """Raise a UserError if the named folder is empty, or none is named although the data set needs one."""
+    """Raise a UserError if the given folder is empty, or if none is given although the data set needs one."""
     if manual_dir and not (originals.is_dir() and any(originals.iterdir())):
         problem = "an empty folder" if originals.is_dir() else "no such folder"
         raise UserError(f"data.manual_dir={manual_dir}: {problem}; give the one with the original files")
@@ -113,7 +113,7 @@ def _check_originals(name: str, manual_dir: str | None, originals: Path) -> None
 
 @contextlib.contextmanager
 def _reading(originals: Path) -> Iterator[None]:
-    """Blame the original files, not the folder that is written to, for an error of the system."""
+    """Attribute system errors to the original files, not to the folder that is written to."""
     try:
         yield
     except OSError as error:
@@ -124,8 +124,8 @@ def _open(folder: Path) -> tfds.core.DatasetBuilder:
     """Open a prepared data set.
 
     Raises:
-      UserError: If TFDS stumbles over its metadata; a file that is no JSON is named.
-      TrainingError: If the system cannot read it.
+      UserError: If TFDS cannot read its metadata; the message names a file that is not valid JSON.
+      TrainingError: If a system error occurs.
     """
     try:
         return tfds.builder_from_directory(folder)
@@ -149,30 +149,30 @@ def _open(folder: Path) -> tfds.core.DatasetBuilder:
 def _prepare_alone(
     builder: Builder, name: str, originals: Path, path: Path, *, download: bool, skip_corrupt: bool
 ) -> None:
-    """Prepare a data set unless it is there, while no other process does."""
+    """Prepare a data set unless it is already prepared, while no other process does."""
     while not path.exists():
         lease = SoftFileLease(path.with_name(".preparing"), lease_duration=_LEASE)
         try:
             with _held(lease):
-                if not path.exists():  # or another process has been faster
+                if not path.exists():  # another process may have been faster
                     print(f"preparing {name} in {path}", file=sys.stderr, flush=True)
                     if builder.archive and download:
                         builder.archive.download(originals)
                     _prepare(builder, originals, path, skip_corrupt)
         except Exception:
-            if not lease.compromise:  # else this process stood still, and another has taken over
+            if not lease.compromise:  # otherwise this process was suspended, and another has taken over
                 raise
 
 
 @contextlib.contextmanager
 def _held(lease: SoftFileLease) -> Iterator[None]:
-    """Hold a lease: a file with host, process and heartbeat, since file systems of several hosts may not know flock."""
+    """Hold a lease: a file with host, process and heartbeat, because shared file systems may not support flock."""
     folder = Path(lease.lock_file).parent
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lease.acquire(blocking=False)
     except Timeout:
-        owner = lease.owner  # None while it writes its name
+        owner = lease.owner  # None while the owner writes its name
         who = f"process {owner.pid} of {owner.hostname}" if owner else "another process"
         print(f"waiting for {who} to prepare {folder}", file=sys.stderr)
         lease.acquire(poll_interval=0.5)
@@ -203,7 +203,7 @@ def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) 
 
 
 def _name_old_copies(folder: Path) -> None:
-    """Print the copies that were prepared of earlier states of the same folder, `NAME-ORIGINALS-STATE`."""
+    """Print the older prepared copies of the same folder, `NAME-ORIGINALS-STATE`."""
     prefix = folder.name.rpartition("-")[0]
     old = sorted(other for other in folder.parent.glob(f"{prefix}-*") if other != folder)
     if old:
@@ -220,7 +220,7 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
     """Write all files of a data set to a folder.
 
     Raises:
-      UserError: If images are unreadable (they are listed on standard error), unless they are to be skipped.
+      UserError: If images are unreadable and `skip_corrupt` is False; they are listed on standard error.
     """
     features = tfds.features.FeaturesDict(content.features)
     files: dict[str, dict[Path, Shard]] = {}
@@ -280,7 +280,7 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
 def _write_shard(
     path: Path, shard: Shard, features: tfds.features.FeaturesDict, progress: Progress, skip_corrupt: bool
 ) -> int:
-    """Write a shard; return the number of unreadable images, which are named."""
+    """Write a shard, print its unreadable images, and return their number."""
     unreadable, partial = 0, path.with_name(f"partial-{secrets.token_hex(4)}")
     try:
         writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")  # JPEG and PNG compress no further
@@ -290,19 +290,19 @@ def _write_shard(
                 unreadable += 1
             else:
                 record = features.serialize_example(features.encode_example({"image": image, **example.features}))
-                # The order of a map's entries is random in each process, unless it is asked for.
+                # The order of a map's entries differs between processes unless `deterministic` is set.
                 writer.write(tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True))
             progress.add(1, example.size)
         writer.close()
-    except RuntimeError as error:  # array_record's, such as of a full disk
+    except RuntimeError as error:  # from array_record, such as a full disk
         raise (system_error(error) or error) from error
-    if not unreadable or skip_corrupt:  # else this shard is read again, and its images are listed again
+    if not unreadable or skip_corrupt:  # otherwise the next attempt reads this shard again and lists its images again
         os.replace(partial, path)
     return unreadable
 
 
 def _read_images(examples: Iterator[Example]) -> Iterator[tuple[Example, bytes | str]]:
-    """Read and check images on all cores, in order: the file, or what is wrong with it."""
+    """Read and check images on all cores, in order; yield the file content, or a description of the error."""
 
     def read(example: Example) -> bytes | str:
         try:
@@ -311,7 +311,7 @@ def _read_images(examples: Iterator[Example]) -> Iterator[tuple[Example, bytes |
             if error.errno not in _OF_ONE_FILE:
                 raise UserError(str(cannot_read(Path(one_line(example.name)), error))) from error
             return str(error.strerror)
-        except Exception as error:  # a zip file raises more than its own
+        except Exception as error:  # reading a zip file raises errors of many kinds
             return first_line(error)
 
     with ThreadPoolExecutor(cpu_count()) as pool:
@@ -320,7 +320,7 @@ def _read_images(examples: Iterator[Example]) -> Iterator[tuple[Example, bytes |
 
 
 def describe(prepared: Prepared) -> str:
-    """Return the splits, classes and checksums of a prepared data set, a line each."""
+    """Describe the splits, classes and checksums of a prepared data set, one per line."""
     lines = [f"{prepared.info.full_name} in {prepared.folder}"]
     for name, split in prepared.info.splits.items():
         lines.append(f"  {name}: {split.num_examples:,} examples, {split.num_bytes / 1e6:,.1f} MB")

@@ -1,4 +1,4 @@
-"""A prepared data set: features found by their type, splits in TFDS's syntax, and measurements made once."""
+"""Open a prepared data set: features found by type, splits in TFDS's syntax, and measurements made once."""
 
 import contextlib
 import dataclasses
@@ -31,12 +31,12 @@ class Split:
     """A split of a prepared data set, or a part of one.
 
     Attributes:
-      field: The field of the config that names it.
-      spec: The name, in TFDS's syntax.
-      intervals: For each part (split, start, stop).
+      field: The config field that names it.
+      spec: Its name in TFDS's syntax.
+      intervals: (split, start, stop) of each part.
       disk: The examples.
       labels: int32 [N].
-      pixels: Loads the decoded images, uint8 [N, *pixel_shape]; None if they differ in size or are too many.
+      pixels: Loads the decoded images, uint8 [N, *pixel_shape]; None if sizes differ or there are too many images.
       pixel_shape: (H, W, C) of a decoded image, or None.
     """
 
@@ -52,8 +52,9 @@ class Split:
 class Prepared:
     """A data set that this project or TFDS has prepared as array_record.
 
-    What TFDS does not record is measured at the first use and kept in the folder, in `simplest_vit.npz`: a digest of
-    all labels and image files, the labels, decoded images if they are small and of one size, mean and deviation.
+    Facts that TFDS does not record are measured at the first use and kept in the folder, in `simplest_vit.npz`: a
+    digest of all labels and image files, the labels, decoded images if they are small and of one size, mean and
+    deviation.
 
     Args:
       builder: TFDS's builder of the folder.
@@ -61,7 +62,7 @@ class Prepared:
       std: Likewise.
 
     Raises:
-      UserError: If it is no image classification set in array_record files.
+      UserError: If it is not an image classification set in array_record files.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Prepared:
         self.image_shape = (size, size, channels or 3)
 
     def measure(self) -> None:
-        """Measure the data set now, unless that has been done."""
+        """Measure the data set now, unless it is already measured."""
         _ = self._measured
 
     @property
@@ -105,7 +106,7 @@ class Prepared:
 
     @property
     def std(self) -> tuple[float, ...]:
-        """The deviation per channel, of pixels in [0, 1]."""
+        """The standard deviation per channel, of pixels in [0, 1]."""
         return self._std or tuple(self._measured["std"].tolist())
 
     @property
@@ -130,12 +131,12 @@ class Prepared:
         """Find a split.
 
         Args:
-          field: The field of the config that names it.
-          spec: In TFDS's syntax, such as train[:90%].
-          label: The feature that is the label.
+          field: The config field that names it.
+          spec: Its name in TFDS's syntax, such as train[:90%].
+          label: The feature to use as the label.
 
         Raises:
-          UserError: If there is no such split, it is empty, or has examples without a label.
+          UserError: If there is no such split, or it is empty or has examples without a label.
         """
         splits = self.info.splits
         sizes = {name: split.num_examples for name, split in splits.items()}
@@ -162,7 +163,7 @@ class Prepared:
         return np.unique(labels[labels >= 0])
 
     def _pixels(self, intervals: tuple[tuple[str, int, int], ...]) -> np.ndarray:
-        """Read decoded images from the sidecar, a zip file, which has a checksum."""
+        """Read decoded images from the sidecar, a zip file with checksums."""
         path = self.folder / _SIDECAR
         try:
             with path.open("rb") as opened, np.load(opened) as file:
@@ -206,7 +207,7 @@ class Prepared:
         """Read each example once.
 
         Returns:
-          What goes into the sidecar, and for each split SPLIT/pixels, uint8 [N, H, W, C], unless they are too many.
+          The content of the sidecar, and for each split SPLIT/pixels, uint8 [N, H, W, C], unless there are too many.
         """
         sizes = {name: split.num_examples for name, split in sorted(self.info.splits.items())}
         keep = self._shape is not None and sum(sizes.values()) * math.prod(self._shape) <= _MAX_PIXEL_BYTES
@@ -236,8 +237,8 @@ class Prepared:
 
         Args:
           split: Its name.
-          keep: Whether to decode all images, which are of one size.
-          every: Of so many images one is measured; 0 for none.
+          keep: Whether to decode and keep all images, which must have one size.
+          every: Measure one in this many images; 0 for none.
 
         Returns:
           A hash of each example; labels int32 [N, labels]; images uint8 [N, H, W, C] or None; and of the pixels of the
@@ -269,7 +270,7 @@ class Prepared:
         return b"".join(hashes for hashes, _ in parts), labels, images, moments
 
     def _state(self) -> str:
-        """Digest the names and sizes of the files and the metadata, which tell whether the sidecar is up to date."""
+        """Digest the names and sizes of the files and the metadata, to detect an outdated sidecar."""
         digest = hashlib.sha256(b"2")
         for name, split in sorted(self.info.splits.items()):
             digest.update(f"{name} {split.shard_lengths}\n".encode())

@@ -1,4 +1,4 @@
-"""Multi-head attention: one class, one formula; what the kinds differ in is in `attention_kinds`."""
+"""Multi-head attention: one class and one formula for all kinds of attention in `attention_kinds`."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ QKV = tuple[jax.Array, jax.Array | None]
 
 
 class Attention(nnx.Module):
-    """Self-attention of tokens by one kind of attention, with or without normalization and output projection."""
+    """Self-attention of one kind, with or without normalization and output projection."""
 
     def __init__(
         self,
@@ -35,13 +35,13 @@ class Attention(nnx.Module):
         """Initialize parameters (float32).
 
         Args:
-          kind: The kind.
+          kind: The kind of attention.
           constants: From `kind.constants`, of this block.
           width: D.
           num_heads: H, a divisor of D.
           init: Initializers.
           norm: One of `layers.NORMS`.
-          output_projection: Whether a kernel [D, D] mixes the heads; if so, no projection has a bias (SimpleViT).
+          output_projection: Whether a kernel [D, D] mixes the heads; if so, no projection has a bias, as in SimpleViT.
           dtype: Compute dtype.
           rngs: Streams for the initialization.
         """
@@ -73,8 +73,7 @@ class Attention(nnx.Module):
 
         Args:
           x: The tokens.
-          qkv: This block's slices of `concatenate_qkv`, for one product and one kernel (`fused_attention`); None for
-            `attend`.
+          qkv: This block's slices of `concatenate_qkv`, which select `fused_attention`; None selects `attend`.
         """
         tokens = layers.flatten_tokens(self.norm(x))
         softmax_attention = self._softmax_attention(tokens, x.shape, qkv)
@@ -83,9 +82,9 @@ class Attention(nnx.Module):
         return mixed if self.out is None else self.out(layers.flatten_tokens(mixed)).reshape(x.shape)
 
     def matrix(self, x: jax.Array) -> jax.Array:
-        """Return what the values of tokens [B, T, D] are multiplied with: float32 [B, H, T, T].
+        """Return the attention matrices for tokens [B, T, D], float32 [B, H, T, T].
 
-        That is what attention makes of the identity.
+        They are the result of attention applied to the identity as values.
         """
         b, t, _ = x.shape
         eye = jnp.broadcast_to(jnp.tile(jnp.eye(t), self.num_heads), (b, t, self.num_heads * t))
@@ -94,10 +93,10 @@ class Attention(nnx.Module):
         return rows.reshape(b, t, self.num_heads, t).swapaxes(1, 2)
 
     def concatenate_qkv(self) -> QKV | None:
-        """Concatenate the projections, for one product and one kernel; None if the kind has no queries.
+        """Concatenate the projections for `fused_attention`; None if the kind has no queries.
 
-        Of the whole stack together: by layer, this and the gradient's way back were 55 more launches in a step of 12
-        blocks.
+        Call it on the whole stack of blocks: layer by layer, it and its gradient took 55 more kernel launches in a step
+        of 12 blocks.
 
         Returns:
           [..., D, 3 D], and [..., 3 D] or None.
@@ -125,7 +124,7 @@ class Attention(nnx.Module):
         return lambda _: fused_attention.fused(product.reshape(*shape[:2], -1), bias, *constants)
 
     def _arrays(self) -> dict[str, jax.Array]:
-        """Return constants and parameters of the kind by name."""
+        """Return the constants and parameters of the kind, by name."""
         return {name: getattr(self, name)[...] for name in self.array_names}
 
 
@@ -139,21 +138,21 @@ def attend(
 ) -> jax.Array:
     """Compute multi-head attention row_scale * softmax(q k^T / sqrt(d_head) + attention_bias) v.
 
-    Logits and softmax are float32 for any dtype of the tokens. The arrays [B, H, T, T] that the backward pass keeps,
-    and its products, have the dtype of the tokens.
+    Logits and softmax are float32 for any dtype of the tokens. The arrays [B, H, T, T] kept for the backward pass, and
+    its products, have the dtype of the tokens.
 
     Args:
       query: [B, T, H * d_head].
       key: [B, T, H * d_head].
       value: [B, T, H * d], any d.
       num_heads: H.
-      attention_bias: Constant float32 [T, T], the same for all heads, or [H, T, T], or None. It gets no gradient.
+      attention_bias: Constant float32 [T, T] for all heads, or [H, T, T], or None. It gets no gradient.
       row_scale: Constant float32 [T], or None. It gets no gradient.
 
     Returns:
       [B, T, H * d] in the dtype of `value`.
     """
-    # Heads before tokens: the products then need no further transposes, forward or backward.
+    # Put heads before tokens, so that the products need no further transposes, forward or backward.
     q, k, v = (x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2) for x in (query, key, value))
     return _attend_heads(q, k, v, attention_bias, row_scale).swapaxes(1, 2).reshape(value.shape)
 
@@ -194,5 +193,5 @@ _attend_heads.defvjp(_forward, _backward)
 
 
 def _scaled(x: jax.Array, row_scale: jax.Array | None) -> jax.Array:
-    """Scale tokens by head: after the product with the weights, which have T / d_head times as many numbers."""
+    """Scale rows after the product with the weights, which have T / d_head times as many entries as its result."""
     return x if row_scale is None else x * row_scale[None, None, :, None]

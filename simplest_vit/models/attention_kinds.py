@@ -1,7 +1,7 @@
-"""The kinds of attention, each one object in `KINDS` that owns its settings, constants, parameters and checks.
+"""The kinds of attention: each is an object in `KINDS` that owns its settings, constants, parameters and checks.
 
-A new kind is a subclass of `AttentionKind` and a row of `KINDS`. Its settings are fields of `config.model` by their
-names. Checks, training and analysis ask the kind; nothing else knows which kinds there are.
+A new kind is a subclass of `AttentionKind` and a row of `KINDS`. Its settings are the fields of `config.model` with the
+same names. Checks, training and analysis call the kind; they do not need to know which kinds exist.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
-    """Plain softmax attention, and what other kinds may override.
+    """Plain softmax attention, and the methods that other kinds override.
 
     Attributes:
       has_queries: Whether attention depends on queries and keys.
-      zero_queries: Whether queries start at zero, so that attention starts as its constants say.
-      parameters: Scalars to train in each block, and their initial values.
+      zero_queries: Whether queries start at zero, so that the constants determine the initial attention.
+      parameters: Trainable scalars of each block, with their initial values.
     """
 
     has_queries: ClassVar[bool] = True
@@ -36,13 +36,13 @@ class AttentionKind:
     parameters: ClassVar[dict[str, float]] = {}
 
     def check(self, grid: Grid, num_heads: int) -> None:
-        """Raise a UserError if attention of this kind does not exist for a token grid and a number of heads."""
+        """Raise a UserError if this kind of attention does not support a token grid and a number of heads."""
 
     def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
         """Return the constants of all blocks, arrays [L, ...].
 
         `attention_bias` [L, T, T] or [L, H, T, T] is added to the logits, `row_scale` [L, T] multiplies the rows of
-        the softmax; others are for `mix`.
+        the softmax; `mix` may use others.
         """
         del grid, depth, num_heads
         return {}
@@ -54,7 +54,7 @@ class AttentionKind:
 
         Args:
           value: [B, T, H * d], any d.
-          softmax_attention: row_scale * softmax(q k^T / sqrt(d_head) + attention_bias), applied to values.
+          softmax_attention: Function that applies row_scale * softmax(q k^T / sqrt(d_head) + attention_bias) to values.
           num_heads: H.
           arrays: Constants and parameters of this block by name.
 
@@ -65,10 +65,10 @@ class AttentionKind:
         return softmax_attention(value)
 
     def initial_matrix(self, constants: Arrays, num_tokens: int) -> np.ndarray | None:
-        """Return what values are multiplied with at initialization, by the constants of all blocks.
+        """Compute the attention matrices at initialization from the constants of all blocks.
 
         Returns:
-          float64 [L or 1, H or 1, T, T], or None if it depends on the weights drawn.
+          float64 [L or 1, H or 1, T, T], or None if they depend on random weights.
         """
         del num_tokens
         if not self.zero_queries:
@@ -84,7 +84,7 @@ class AttentionKind:
 
 @dataclasses.dataclass(frozen=True)
 class Espa(AttentionKind):
-    """E-SPA, which starts as the matrix A_l that keeps a chosen token kernel: `espa.py` has the forms."""
+    """E-SPA, which starts as the matrix A_l that produces a prescribed token kernel: `espa.py` has the forms."""
 
     form: str
     gamma_max_depth: float = 0.005
@@ -133,13 +133,13 @@ class Shift(AttentionKind):
             )
 
     def sources(self, grid: Grid, depth: int, num_heads: int) -> np.ndarray:
-        """Return the token that each head looks at from each token, int [L, H, T]."""
+        """Return the token that each head attends to from each token, int [L, H, T]."""
         return shift.sources(shift.head_offsets(num_heads, grid, depth, self.identity_head_fraction), grid)
 
     def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
-        """Return the logarithm of the matrices."""
+        """Return the logarithms of the attention matrices."""
         matrices = shift.attention_matrices(self.sources(grid, depth, num_heads), self.uniform_fraction)
-        with np.errstate(divide="ignore"):  # without uniform attention, what no query can overcome
+        with np.errstate(divide="ignore"):  # log 0 = -inf if uniform_fraction is 0
             return {"attention_bias": np.log(matrices)}
 
 
@@ -150,7 +150,7 @@ class FixedShift(Shift):
     has_queries: ClassVar[bool] = False
 
     def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
-        """Return the tokens that heads look at."""
+        """Return the tokens that the heads attend to."""
         return {"source": self.sources(grid, depth, num_heads)}
 
     def mix(
@@ -171,7 +171,7 @@ class FixedShift(Shift):
 class ValueSkipInit(AttentionKind):
     """Attention alpha I + beta softmax(q k^T / sqrt(d_head)), trainable alpha = 1 and beta = 0 at initialization.
 
-    The skip inside the attention of He et al. (arXiv 2302.10322), equation 4 of arXiv 2311.01906.
+    The skip connection inside attention of He et al. (arXiv 2302.10322), equation 4 of arXiv 2311.01906.
     """
 
     parameters: ClassVar[dict[str, float]] = {"alpha": 1.0, "beta": 0.0}
@@ -179,7 +179,7 @@ class ValueSkipInit(AttentionKind):
     def mix(
         self, value: jax.Array, softmax_attention: Callable[[jax.Array], jax.Array], num_heads: int, arrays: Arrays
     ) -> jax.Array:
-        """Add values to what softmax attention makes of them; see `AttentionKind.mix`."""
+        """Add the values to the output of softmax attention; see `AttentionKind.mix`."""
         alpha, beta = (arrays[name].astype(value.dtype) for name in ("alpha", "beta"))
         return alpha * value + beta * softmax_attention(value)
 
@@ -188,7 +188,7 @@ class ValueSkipInit(AttentionKind):
         return np.eye(num_tokens)[None, None]
 
 
-# What makes a kind of its settings, which have defaults.
+# Functions from the settings of a kind, which have defaults, to the kind.
 KINDS: dict[str, Callable[..., AttentionKind]] = {
     **{form: functools.partial(Espa, form) for form in ("espa", "espa_causal", "espa_2d", "espa_reference")},
     "uspa": Uspa,

@@ -1,4 +1,4 @@
-"""Parts of a network: patches, positions, activations, and depth as a scan."""
+"""Parts of a network: patches, positions, activations, and a scan over stacked blocks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-# `scan` unrolls stacks of up to this many layers. A loop copies the arrays of the backward pass into arrays of all
-# layers and out again, after filling these with zeros: 9 % of a step of S/4 at batch 64 on a CPU.
+# `scan` unrolls stacks of up to this many layers. A loop would copy the arrays of the backward pass into zero-filled
+# arrays of all layers and out again, which takes 9 % of a step of S/4 at batch 64 on a CPU.
 _MAX_UNROLLED = 12
 
 
@@ -50,8 +50,8 @@ def patchify(image: jax.Array, patch_size: int) -> jax.Array:
 def flatten_tokens(x: jax.Array) -> jax.Array:
     """Reshape tokens [B, T, D] to [B * T, D], for layers that act on each token alone.
 
-    The gradient of a kernel is then one plain product. When it is summed over batch and tokens, XLA first transposes
-    the operands: 66 ms instead of 17 ms for an MLP kernel of S/4 at batch 64 on a CPU.
+    The gradient of a kernel is then one plain product. If it is summed over batch and tokens, XLA first transposes the
+    operands: 66 ms instead of 17 ms for an MLP kernel of S/4 at batch 64 on a CPU.
     """
     return x.reshape(-1, x.shape[-1])
 
@@ -87,7 +87,7 @@ def stack(create: Callable[..., Any], depth: int, rngs: nnx.Rngs, constants: dic
       create: Makes a block from `rngs` and one slice of each constant.
       depth: L.
       rngs: Split into one stream for each block.
-      constants: Arrays [L, ...]; floats become float32, integers int32.
+      constants: Arrays [L, ...]; floats are converted to float32, integers to int32.
 
     Returns:
       The stacked module; apply it with `scan`.
@@ -106,10 +106,10 @@ def stack(create: Callable[..., Any], depth: int, rngs: nnx.Rngs, constants: dic
 
 @jax.custom_vjp
 def all_gather_params(params: Any) -> Any:
-    """Gather parameters that the mesh in context shards, so that every device computes with whole ones.
+    """Gather parameters that are sharded over the current mesh, so that every device computes with complete ones.
 
-    Without this, XLA moves activations to some kernels instead. Gradients are left to XLA, which reduces them into the
-    shards.
+    Without this, XLA moves activations to the shards of some kernels instead. Gradients are left to XLA, which
+    reduce-scatters them.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return params
@@ -120,13 +120,13 @@ all_gather_params.defvjp(lambda params: (all_gather_params(params), None), lambd
 
 
 def scan(blocks: Any, x: jax.Array, *per_layer: Any, remat: bool = False) -> jax.Array:
-    """Apply stacked blocks one after another: one traced block, whatever the depth, and a loop from depth 13 on.
+    """Apply stacked blocks one after another. One block is traced at any depth; from depth 13 on, it runs in a loop.
 
     Args:
       blocks: A module from `stack`.
       x: Tokens [B, T, D].
-      *per_layer: Further arguments of the blocks, trees of arrays [L, ...] of which each block gets its slices.
-      remat: Recompute each block in the backward pass: memory for one block instead of all, for a third more FLOPs.
+      *per_layer: Further arguments of the blocks: trees of arrays [L, ...], of which each block gets its slices.
+      remat: Recompute each block in the backward pass: memory for one block instead of all, at a third more FLOPs.
 
     Returns:
       Tokens [B, T, D].

@@ -1,4 +1,4 @@
-"""MLPs by name: two dense layers D -> M -> D that act on each token, after a normalization if there is one."""
+"""MLPs by name: two dense layers D -> M -> D that act on each token, after an optional normalization."""
 
 from collections.abc import Callable
 
@@ -42,7 +42,7 @@ class PlainMLP(nnx.Module):
           activation: One of `activations`.
           init: Initializers.
           norm: One of `layers.NORMS`.
-          negative_slope: Of the activations of `TatMLP`.
+          negative_slope: Negative slope of the activations of `TatMLP`.
           dtype: Compute dtype.
           rngs: Streams for the initialization.
         """
@@ -57,7 +57,7 @@ class PlainMLP(nnx.Module):
 
     @staticmethod
     def check(width: int, mlp_dim: int) -> None:
-        """Raise a UserError if there is no MLP of these sizes."""
+        """Raise a UserError if the MLP does not support these sizes."""
 
     @staticmethod
     def _kernel_inits(init: initializers.Init, width: int, mlp_dim: int, rngs: nnx.Rngs) -> tuple[Callable, Callable]:
@@ -70,9 +70,9 @@ class PlainMLP(nnx.Module):
         return self.dense2(hidden).reshape(x.shape)
 
     def initial_c_map(self) -> Callable[[np.ndarray], np.ndarray] | None:
-        """Return what the MLP at initialization makes of cosines of tokens, in the limit of infinite width.
+        """Return the map of cosines between tokens by the MLP at initialization, in the limit of infinite width.
 
-        Mean squares stay what they are. None if there is no closed form.
+        Mean squares are unchanged. None if there is no closed form.
         """
         return None
 
@@ -100,7 +100,7 @@ class LooksLinearMLP(PlainMLP):
 
 
 class TatMLP(PlainMLP):
-    """Two `Dense -> TReLU` layers, whose slope TAT solves for the depth; with slope 0 ReLU, as a contrast."""
+    """Two `Dense -> TReLU` layers, whose slope TAT solves for the depth; slope 0 gives ReLU, as a contrast."""
 
     activations = ("tailored_relu", "relu")
 
@@ -111,7 +111,7 @@ class TatMLP(PlainMLP):
         return tat.tailored_relu(self.dense2(hidden), self.negative_slope).reshape(x.shape)
 
     def initial_c_map(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Return the C-map of both activations. The scales of both dense layers cancel, the reference's as well."""
+        """Return the C-map of both activations. The scales of the dense layers cancel, also the reference's."""
         return lambda cosine: tat.composed_c_map(cosine, self.negative_slope, 2)
 
 

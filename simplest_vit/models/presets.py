@@ -1,4 +1,4 @@
-"""Networks by name, and from the fields of `config.model` to a network."""
+"""Networks by name, and the construction of a network from the fields of `config.model`."""
 
 import difflib
 import math
@@ -16,12 +16,12 @@ from simplest_vit.models.mlp import MLPS
 from simplest_vit.models.vit import SKIPS, ViT
 
 _ISOMETRIC = {"attention": "shift", "mlp": "looks_linear", "init": "orthogonal", "norm": "none", "skip": "none"}
-# What a network is made of, where its config says nothing else.
+# The parts of each network; fields of the config that are not None override them.
 PRESETS: dict[str, dict[str, Any]] = {
     "simplest_vit": {"attention": "espa", "mlp": "tat", "init": "espa_tat", "norm": "none", "skip": "none"},
     "isometric_vit": _ISOMETRIC,
     "shift_mlp": _ISOMETRIC | {"attention": "fixed_shift"},
-    # As the PyTorch reference has it, which leaves PyTorch's default initialization.
+    # As in the PyTorch reference, which uses PyTorch's default initialization.
     "simple_vit": {
         "attention": "softmax",
         "mlp": "plain",
@@ -39,7 +39,7 @@ VARIANTS = {
     "B": {"depth": 12, "width": 768, "num_heads": 12, "mlp_dim": 3072},
     "L": {"depth": 24, "width": 1024, "num_heads": 16, "mlp_dim": 4096},
 }
-# Fields by which a network is chosen, and their values.
+# Fields that choose a part of a network, and their values.
 _CHOICES: dict[str, Collection[str]] = {
     "attention": attention_kinds.KINDS,
     "mlp": MLPS,
@@ -68,18 +68,18 @@ def _check_names(fields: Collection[str]) -> None:
 def model_arguments(
     name: str, *, image_shape: tuple[int, int, int], variant: str = "S", patch_size: int = 4, **fields: Any
 ) -> dict[str, Any]:
-    """Resolve preset and variant, and check every field that depends on another or on the image.
+    """Resolve preset and variant, and check every field that depends on other fields or on the image.
 
     Args:
       name: One of `PRESETS`.
       image_shape: Height, width and channels.
-      variant: One of `VARIANTS`, which decides the sizes that are None.
+      variant: One of `VARIANTS`; determines the sizes that are None.
       patch_size: Side of a patch in pixels.
-      **fields: Other fields of `config.model`, in the ranges of `config.FIELDS`; None leaves the preset's choice.
+      **fields: Other fields of `config.model`, in the ranges of `config.FIELDS`; None keeps the preset's choice.
 
     Returns:
-      Arguments of `ViT` but `image_shape`, `num_classes`, `dtype` and `rngs`. Fields that this network does not read
-      are left out.
+      The arguments of `ViT` except `image_shape`, `num_classes`, `dtype` and `rngs`. Fields that this network does not
+      use are left out.
 
     Raises:
       UserError: If a name is unknown or sizes do not fit.
@@ -115,7 +115,7 @@ def model_arguments(
     kind = attention_kinds.KINDS[arguments["attention"]](**settings)
     kind.check(grid, num_heads)
     arguments |= settings
-    # `auto` is XLA's form here; whoever knows the devices asks `fused_attention.choose` first.
+    # `auto` means XLA's form here; callers that know the devices call `fused_attention.choose` first.
     arguments["attention_kernel"] = "xla"
     if given.get("attention_kernel") == "fused" and kind.has_queries:
         fused_attention.check_sizes(math.prod(grid), width // num_heads)
@@ -148,7 +148,7 @@ def create_model(
       variant: One of `VARIANTS`.
       dtype: Compute dtype.
       rngs: Streams for the initialization.
-      **fields: Other fields of `config.model`, which take the place of the preset's and the variant's.
+      **fields: Other fields of `config.model`, which override the preset's and the variant's.
 
     Returns:
       The network.

@@ -1,11 +1,11 @@
 """Vision transformers, with or without normalization and skip connections: one class and one forward pass.
 
-`presets` names the networks. SimpleViT is normalized and has skip connections. The vanilla networks have neither, and
-their initialization keeps the signal alive at any depth:
+`presets` names the networks. SimpleViT has normalization and skip connections. The vanilla networks have neither; their
+initialization preserves the signal at any depth:
 
-- SimplEsT-ViT: E-SPA (`espa.py`) shapes attention and TAT (`tat.py`) the activation, which controls the kernels of
-  tokens and images.
-- The isometric ViT: shift attention (`shift.py`) and a looks-linear MLP are orthogonal maps.
+- SimplEsT-ViT: E-SPA (`espa.py`) shapes attention and TAT (`tat.py`) shapes the activation, which controls the kernel
+  matrices of tokens and images.
+- The isometric ViT: shift attention (`shift.py`) and a looks-linear MLP are (almost) orthogonal maps.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from simplest_vit.models.attention_kinds import KINDS
 from simplest_vit.models.initializers import INITS
 from simplest_vit.models.mlp import MLPS
 
-# How a block adds what attention or an MLP makes of its input.
+# How a block combines its input x with the output y of attention or an MLP.
 SKIPS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "none": lambda x, y: y,
     "residual": lambda x, y: x + y,
@@ -46,7 +46,7 @@ class Block(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Patches, position embedding, `depth` blocks, mean over tokens, linear head."""
+    """A vision transformer: patches, position embedding, `depth` blocks, mean over tokens, linear head."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class ViT(nnx.Module):
         rngs: nnx.Rngs,
         **attention_settings: float,
     ):
-        """Initialize parameters (float32) and constants. `presets.model_arguments` makes and checks the arguments.
+        """Initialize parameters (float32) and constants. `presets.model_arguments` creates and checks the arguments.
 
         Args:
           image_shape: Height, width and channels; height and width are multiples of `patch_size`.
@@ -87,16 +87,16 @@ class ViT(nnx.Module):
           mlp: One of `mlp.MLPS`.
           activation: One of the MLP's `activations`.
           init: One of `initializers.INITS`.
-          norm: One of `layers.NORMS`; before attention, MLP and head.
-          skip: One of `SKIPS`; around attention and MLP.
+          norm: One of `layers.NORMS`, applied before attention, MLP and head.
+          skip: One of `SKIPS`, applied around attention and MLP.
           output_projection: Whether attention ends with a projection; its projections then have no biases.
           c_val_0_target: TAT's eta, for the activation `tailored_relu`.
-          dropout: Rate on the tokens before pooling.
+          dropout: Dropout rate on the tokens before pooling.
           remat: Recompute blocks in the backward pass.
           attention_kernel: `xla` (`attention.attend`) or `fused` (`fused_attention`).
           dtype: Compute dtype; softmax, constants, pooling and logits stay float32.
           rngs: Streams for the initialization.
-          **attention_settings: Settings of the kind of attention; absent ones have the kind's defaults.
+          **attention_settings: Settings of the kind of attention; missing ones take the kind's defaults.
 
         Raises:
           ValueError: If TAT has no solution for the depth.
@@ -152,7 +152,7 @@ class ViT(nnx.Module):
         return self.head(self.features(image, dropout_key=dropout_key))
 
     def features(self, image: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
-        """Map images [B, H, W, C] to what the head sees, float32 [B, D]; `dropout_key` turns dropout on."""
+        """Map images [B, H, W, C] to the input of the head, float32 [B, D]; `dropout_key` turns dropout on."""
         qkv = self.blocks.attention.concatenate_qkv() if self.attention_kernel == "fused" else None
         x = layers.scan(self.blocks, self.embed(image), qkv, remat=self.remat)
         return self.pool(self.dropout(x, deterministic=dropout_key is None, rngs=dropout_key))
@@ -169,7 +169,7 @@ class ViT(nnx.Module):
     def initial_attention(self) -> np.ndarray | None:
         """Return the attention matrices at initialization, float64 [L, H or 1, T, T].
 
-        None if they depend on the weights drawn.
+        None if they depend on random weights.
         """
         attention = self.blocks.attention
         constants = nnx.to_pure_dict(nnx.state(attention, layers.Constant))

@@ -1,4 +1,4 @@
-"""The optimizer of a run: by its name, as one optax chain."""
+"""The optimizer of a run: chosen by name, built as one optax chain."""
 
 import difflib
 import functools
@@ -17,14 +17,14 @@ from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.schedules import WarmupCosine
 from simplest_vit.optimizers.shampoo import reference_shampoo, shampoo, soap, view_as
 
-# Optimizers of optax that a run cannot use: they need the loss, its Hessian or a key in each update, or parameters for
-# evaluation that are not those of the gradient; `optimistic_adam` is deprecated.
+# optax optimizers that a run cannot use: in each update they need the loss, its Hessian or a random key, or they
+# evaluate other parameters than they take gradients at; `optimistic_adam` is deprecated.
 _UNUSABLE = {"lbfgs", "momo", "momo_adam", "noisy_sgd", "optimistic_adam", "sophia"}
 _UNUSABLE |= {"schedule_free_adamw", "schedule_free_sgd"}
-# Arguments that come from the run, not from the user. The mask says which parameters decay.
+# Arguments that come from the run, not from the user. The mask selects the parameters that decay.
 _MASKS = ("mask", "weight_decay_mask")
 _FROM_THE_RUN = {"learning_rate", "weight_decay", "stack_axes", "mesh", "muon_weight_dimension_numbers", *_MASKS}
-# Their weight decay is in the run's chain, so that it can be L2 as well; others that have one apply it themselves.
+# The chain applies their weight decay, so that it can also be L2; other optimizers with a weight decay apply their own.
 _SHAMPOOS: dict[str, Any] = {"reference_shampoo": reference_shampoo, "shampoo": shampoo, "soap": soap}
 _DECAYED_OUTSIDE = {"muon", *_SHAMPOOS}
 _FUNCTIONS = (types.FunctionType, functools.partial)
@@ -32,7 +32,7 @@ _FUNCTIONS = (types.FunctionType, functools.partial)
 
 @functools.cache
 def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
-    """Return every optimizer by its name: those of optax and `optax.contrib`, Shampoo and SOAP."""
+    """Return all optimizers by name: those of optax and `optax.contrib`, Shampoo and SOAP."""
     found = {
         name: function
         for module in (optax, optax.contrib)
@@ -56,10 +56,10 @@ def declared(name: str) -> dict[str, tuple[Any, type]]:
       name: As in optax, such as 'adamw'.
 
     Returns:
-      For each setting its default and the type of its values; settings that are no number, name or flag are left out.
+      For each setting its default and the type of its values; only numbers, names and flags are included.
 
     Raises:
-      UserError: If there is no such optimizer; the message suggests near names.
+      UserError: If there is no such optimizer; the message suggests similar names.
     """
     settings = {}
     for key, parameter in inspect.signature(_named(name)).parameters.items():
@@ -79,12 +79,12 @@ def _named(name: str) -> Callable[..., optax.GradientTransformation]:
 
 
 def _kind(parameter: inspect.Parameter) -> type | None:
-    """Return the type of a setting's values, None if a flag cannot give them."""
+    """Return the type of a setting's values, or None if a command-line flag cannot set it."""
     if isinstance(parameter.default, bool | int | float | str):
         return type(parameter.default)
     if parameter.default is not None:
         return None
-    if float in typing.get_args(parameter.annotation):  # of optax's type for numbers
+    if float in typing.get_args(parameter.annotation):  # such as `float | jax.Array`
         return float
     return str if parameter.name.endswith("dtype") else None
 
@@ -100,24 +100,24 @@ def create_optimizer(
     layout: Callable[[optax.Params], Any] | None = None,
     **arguments: Any,
 ) -> optax.GradientTransformation:
-    """Chain: clip by global norm -> L2 decay -> optimizer with its learning rate -> decoupled decay.
+    """Build the chain: clip by global norm -> L2 decay -> optimizer with its learning rate -> decoupled decay.
 
     Args:
-      name: An optimizer of optax, 'shampoo', 'reference_shampoo' or 'soap'.
+      name: An optax optimizer, 'shampoo', 'reference_shampoo' or 'soap'.
       learning_rate: A number or a schedule.
-      grad_clip: The largest global norm of a gradient; 0 does not clip.
-      weight_decay: Of kernels only. An optimizer of optax that takes a weight decay, such as AdamW, takes this one.
-      decoupled_weight_decay: For the others: False adds the decay to the gradient (L2), True to the update, times the
-        learning rate.
+      grad_clip: The largest global norm of a gradient; 0 disables clipping.
+      weight_decay: Weight decay of kernels only. It is passed to optax optimizers with a weight decay, such as AdamW.
+      decoupled_weight_decay: For all other optimizers: False adds the decay to the gradient (L2); True adds it to the
+        update, times the learning rate.
       mesh: Devices that share the work of Shampoo and SOAP; None for one.
-      layout: Parameters -> the layout in which `reference_shampoo` sees them; None for their own.
-      **arguments: The optimizer's own, as `declared` lists them.
+      layout: Function from parameters to the layout in which `reference_shampoo` sees them; None for their own.
+      **arguments: The optimizer's own settings, as `declared` lists them.
 
     Returns:
       The transformation; its updates are added to the parameters.
 
     Raises:
-      UserError: If the optimizer is unknown or refuses an argument.
+      UserError: If the optimizer is unknown or rejects an argument.
     """
     function = _named(name)
     parameters = inspect.signature(function).parameters
@@ -125,7 +125,7 @@ def create_optimizer(
     given = dict(arguments)
     if name in _SHAMPOOS:
         given["mesh"] = mesh
-        # The reference's layers are apart in its own layout, or preconditioned as one.
+        # In the reference's layout layers are already separate; without it, they are preconditioned as one.
         given["stack_axes"] = None if name == "reference_shampoo" else paths.stack_axes
     else:
         given |= {key: paths.decay_mask for key in _MASKS if key in parameters}
@@ -137,12 +137,12 @@ def create_optimizer(
         tx = function(learning_rate, **given)
     except (TypeError, ValueError) as error:  # its message begins with the field
         raise UserError(f"config.optimizer.{error}") from error
-    # Which dimensions the reference merges depends on its layout: q, k and v fused, layers apart, [out, in].
+    # Which dimensions the reference merges depends on its layout: q, k and v fused, layers separate, [out, in].
     chain = [view_as(layout, tx) if name == "reference_shampoo" and layout is not None else tx]
     if decays_itself:
         pass
     elif weight_decay and decoupled_weight_decay:
-        # Behind the optimizer, whose updates already have the learning rate and its sign.
+        # After the optimizer, whose updates already include the learning rate and its sign.
         rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
         chain.append(optax.add_decayed_weights(lambda step: -weight_decay * rate(step), paths.decay_mask))
     elif weight_decay:
@@ -153,7 +153,7 @@ def create_optimizer(
 
 
 def _of_muon(learning_rate: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Say which parameters are Muon's; Adam's learning rate follows the run's schedule from a peak of its own."""
+    """Choose the parameters that Muon updates; Adam's learning rate follows the run's schedule with its own peak."""
     peak = given.get("adam_learning_rate")
     if peak is not None and isinstance(learning_rate, WarmupCosine):
         peak = learning_rate.at_peak(peak)

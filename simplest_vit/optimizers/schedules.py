@@ -10,12 +10,12 @@ import optax
 class WarmupCosine:
     """A schedule: linear warm-up from 0, then a cosine to 0.
 
-    Step t (from 0) gets peak * (t + 1) / warmup_steps in the warm-up, so that the first step is not lost on 0. The last
-    step of the run gets 0, or the peak if all steps are warm-up.
+    During warm-up, step t (from 0) has the rate peak * (t + 1) / warmup_steps, so that the first step is not wasted on
+    a rate of 0. The last step of the run has the rate 0, or the peak if all steps are warm-up.
 
     Attributes:
       peak: The highest learning rate.
-      warmup_steps: Steps of warm-up; a run of fewer steps shortens it to all of its own.
+      warmup_steps: Steps of warm-up; at most `total_steps` are used.
       total_steps: Steps of the run.
     """
 
@@ -24,7 +24,7 @@ class WarmupCosine:
     total_steps: int
 
     def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """Return the learning rate of a step, from 0."""
+        """Return the learning rate of a step, counted from 0."""
         warmup_steps = min(self.warmup_steps, self.total_steps)
         warmup = optax.linear_schedule(0.0, self.peak, warmup_steps)
         cosine = optax.cosine_decay_schedule(self.peak, max(self.total_steps - warmup_steps, 1))

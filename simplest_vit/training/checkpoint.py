@@ -1,4 +1,4 @@
-"""The checkpoints of a run by Orbax: asynchronous, atomic, numbered by step, and proved when they are read."""
+"""The checkpoints of a run, saved by Orbax: asynchronous, atomic, numbered by step, and verified when read."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ log = logging.getLogger("simplest_vit")
 _State = TypeVar("_State", TrainState, dict[str, Any])
 
 _RESUME = "the checkpoints before it are intact; make room on the disk and rerun the command to resume"
-# A training may remove a checkpoint while another process reads it.
+# A training run may remove a checkpoint while another process reads it.
 _TRIES = 5
 _REMOVAL_S = 0.5
 
@@ -41,13 +41,13 @@ def has_checkpoint(workdir: pathlib.Path) -> bool:
 
 
 class Checkpoints:
-    """The folders `checkpoints/STEP` of a run: the latest two and the best. Leaving waits for the last save.
+    """The folders `checkpoints/STEP` of a run: the latest two and the best. Exiting waits for the last save.
 
-    Of several processes the first decides which are damaged, because each may see another state of the disk.
+    Process 0 decides which checkpoints are damaged, because each process may see another state of the disk.
     """
 
     def __init__(self, workdir: pathlib.Path, *, create: bool):
-        """Open the checkpoints of the run in `workdir`; with `create` to write, else only to read.
+        """Open the checkpoints of the run in `workdir`: for writing if `create`, else read-only.
 
         Raises:
           CheckpointError: If the folder cannot be made.
@@ -72,7 +72,7 @@ class Checkpoints:
             self._manager = _Manager(self._alias(), options=options, item_handlers=handlers)
 
     def _alias(self) -> pathlib.Path:
-        """Return a path of the folder that Orbax, which looks for files by patterns, does not take for one itself."""
+        """Return a path of the folder without glob characters, because Orbax looks for files by patterns."""
         if glob.escape(str(self.directory)) == str(self.directory):
             return self.directory
         folder = tempfile.mkdtemp(prefix="simplest-vit-")
@@ -90,7 +90,7 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         if error is not None and jax.process_count() > 1:
-            return  # to close would wait for the others, of which one may have gone
+            return  # closing would wait for the others, one of which may be gone
         try:
             with self._translate_errors("cannot be written"):
                 self._manager.close()
@@ -105,7 +105,7 @@ class Checkpoints:
         return list(self._manager.all_steps())
 
     def newest(self) -> int | None:
-        """Find the newest whole checkpoint; newer ones are damaged, which is reported, and renamed if we may write.
+        """Find the newest intact checkpoint. Newer, damaged ones are reported, and renamed if opened for writing.
 
         Returns:
           Its step, or None if there is no checkpoint yet.
@@ -118,7 +118,7 @@ class Checkpoints:
         return step
 
     def best(self) -> int | None:
-        """Find the whole checkpoint of the highest validation accuracy, as `newest` does; if none has one, the newest.
+        """Find the intact checkpoint with the highest validation accuracy, or the newest if none was evaluated.
 
         Raises:
           UserError: If all checkpoints are damaged.
@@ -127,13 +127,13 @@ class Checkpoints:
         return distributed.broadcast_from_primary(lambda: self._first_whole(ranked()))
 
     def progress(self, step: int) -> RunProgress:
-        """Read the progress of a checkpoint that is whole."""
+        """Read the progress of an intact checkpoint."""
         return RunProgress(**read_record(self.directory / str(step))["progress"])
 
     def save(self, state: TrainState, progress: RunProgress, step: int) -> None:
-        """Save in the background; if the step is saved already, only its progress, immediately and atomically.
+        """Save in the background. If the step is already saved, replace only its progress, immediately and atomically.
 
-        That happens after an interruption during an evaluation: the state is the same, and may be the only one.
+        That happens after an interruption during an evaluation: the state is the same, and may be the only copy.
 
         Raises:
           CheckpointError: If this one, or the one before, cannot be written.
@@ -149,7 +149,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True)
 
     def wait(self) -> None:
-        """Wait until what was saved is on the disk.
+        """Wait until the last save is on the disk.
 
         Raises:
           CheckpointError: If it cannot be written.
@@ -161,9 +161,9 @@ class Checkpoints:
         """Load a checkpoint onto the devices that `abstract` names.
 
         Args:
-          abstract: From `abstract_state`: the structure, shapes, dtypes and shardings to restore; or a dict of some of
-            its fields, and nothing else is read.
-          step: Which checkpoint.
+          abstract: From `abstract_state`: the structure, shapes, dtypes and shardings to restore. If it is a dict of
+            some of its fields, only these are read.
+          step: Step of the checkpoint.
 
         Returns:
           The state, or those fields of it, and the progress.
@@ -195,10 +195,10 @@ class Checkpoints:
         return restored["state"], RunProgress(**record["progress"])
 
     def load(self, choose: Callable[[], int | None], abstract: dict[str, Any]) -> dict[str, Any]:
-        """Load what `abstract` names of the checkpoint that `choose` finds, beside a training that may remove it.
+        """Load the fields in `abstract` of the checkpoint that `choose` finds; retry if it is removed meanwhile.
 
         Raises:
-          UserError: If there is no whole checkpoint, or it holds another state.
+          UserError: If there is no intact checkpoint, or it holds another state.
         """
         for tries_left in reversed(range(_TRIES)):
             step = choose() or 0
@@ -210,7 +210,7 @@ class Checkpoints:
         raise AssertionError("unreachable")
 
     def _is_removed(self, step: int) -> bool:
-        """Return whether a checkpoint was just removed, by the training whose folder is only read here."""
+        """Return whether a training run that owns this folder has just removed a checkpoint."""
         if self._writable:
             return False
         time.sleep(_REMOVAL_S)
@@ -221,14 +221,14 @@ class Checkpoints:
         return True
 
     def _write_record(self) -> None:
-        """Called by Orbax when all files are written, before the folder gets its name."""
+        """Write the record; Orbax calls this when all files are written, before the folder gets its final name."""
         if distributed.is_primary():
             step, progress = self._saving
             (folder,) = self.directory.glob(f"{step}.*tmp*")
             write_record(folder, dataclasses.asdict(progress))
 
     def _rank(self, step: int) -> tuple[float, int]:
-        """Return what the best checkpoint has most of: accuracy, if it was evaluated, and steps."""
+        """Return the sort key of the best checkpoint: validation accuracy (-1 if not evaluated), then the step."""
         try:
             progress = self._saving[1] if step == self._saving[0] else self.progress(step)
             evaluated = progress.last_evaluation == step and progress.validation_accuracy is not None
@@ -237,7 +237,7 @@ class Checkpoints:
             return -1.0, step
 
     def _first_whole(self, steps: Iterable[int]) -> int | None:
-        """Find the first of these steps whose checkpoint is whole."""
+        """Find the first of these steps whose checkpoint is intact."""
         damages: dict[int, str] = {}
         for step in steps:
             if step in self._damaged:
@@ -269,7 +269,7 @@ class Checkpoints:
         return None
 
     def _set_aside(self, step: int) -> pathlib.Path:
-        """Rename a checkpoint so that Orbax does not see it: not removed, because it may only be unreadable now."""
+        """Rename a checkpoint so that Orbax ignores it; keep it, because it may be unreadable only temporarily."""
         folder = self.directory / str(step)
         aside = folder.with_name(f"{step}.damaged")
         with self._translate_errors("cannot be renamed"):
@@ -278,7 +278,7 @@ class Checkpoints:
             return folder.rename(aside)
 
     def _damage(self, step: int) -> str | None:
-        """Describe what is wrong with the files of a checkpoint; None if it is whole, which is found out once."""
+        """Describe what is wrong with the files of a checkpoint; None if it is intact, which is checked only once."""
         damage = None if step in self._whole else find_damage(self.directory / str(step))
         if damage is None:
             self._whole.add(step)
@@ -286,27 +286,27 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _translate_errors(self, failure: str, remedy: str = _RESUME) -> Iterator[None]:
-        """Make one line of what Orbax raises; it wraps a full disk in errors of many kinds."""
+        """Turn an error of Orbax into a one-line error; Orbax wraps a full disk in errors of many kinds."""
         try:
             yield
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None:
                 if isinstance(cause, jax.errors.JaxRuntimeError):
-                    raise cause from None  # not of the disk: of a computation, or of another process that has gone
+                    raise cause from None  # not a disk error, but one of a computation or of a lost process
                 cause = cause.__cause__ or cause.__context__
             raise CheckpointError(f"checkpoint in {self.directory} {failure} ({_reason(error)}): {remedy}") from error
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, but it does not ask JAX whether to stop: that is asked once after each step (`Interruption`)."""
+    """Orbax's manager, but it does not ask JAX whether to stop: `Interruption` asks once after each step."""
 
     def reached_preemption(self, step: int) -> bool:
         return False
 
 
 class _Best:
-    """Orbax's preservation policy for one step. Its own `BestN` knows only metrics that never change."""
+    """A preservation policy for one step. Orbax's own `BestN` assumes that metrics never change."""
 
     step: int | None = None
 
@@ -316,13 +316,13 @@ class _Best:
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's own; but a process that has failed does not wait for the others (20 minutes) before it reports."""
+    """Orbax's barrier, but a process that has failed does not wait 20 minutes for the others before it reports."""
     if sys.exception() is None:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _difference(found: Any, expected: Any) -> str | None:
-    """Describe the first difference between two trees of what has a shape and a dtype, or None."""
+    """Describe the first difference in shape or dtype between two trees, or return None."""
 
     def leaves(tree: Any) -> dict[str, str]:
         return {
@@ -338,6 +338,6 @@ def _difference(found: Any, expected: Any) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    """Say what went wrong in few words: the system's, without a path, if it is a system error."""
+    """Describe an error in a few words; of a system error use the system's message without a path."""
     code = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))  # as TensorStore and Python quote it
     return os.strerror(int(code[1])) if code else " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""A finished or running training, read from its folder: its checkpoints evaluated, its best model restored."""
+"""Evaluate the checkpoints of a finished or running training run, and restore its best model."""
 
 import dataclasses
 import math
@@ -27,13 +27,13 @@ from simplest_vit.training.workdir import check_data, read_run
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A checkpoint on a split.
+    """The evaluation of a checkpoint on a split.
 
     Attributes:
       step: Its step.
       loss: Mean loss.
       accuracy: The share of images that are classified correctly.
-      classification: The same by class, and more.
+      classification: Accuracy by class, confusion matrix and calibration.
       class_names: In the order of the labels.
     """
 
@@ -72,8 +72,8 @@ def validate(
 def _sum_batches(
     run: Run, dataset: Dataset, state: ModelState, eval_step: Any, interrupted: Interruption | None = None
 ) -> list[dict[str, Any]] | None:
-    """Evaluate the batches of the validation split; None if a signal came meanwhile."""
-    part = run.config.batch_size / run.config.accumulation_steps  # what is in memory at a time
+    """Evaluate the batches of the validation split; return None if a signal is received."""
+    part = run.config.batch_size / run.config.accumulation_steps  # examples in memory at a time
     batch_size = math.ceil(part / run.mesh.size) * run.mesh.size
     batches = input_pipeline.eval_batches(dataset, batch_size=batch_size, sharding=batch_sharding(run.mesh))
     sums: list[Sums] = []
@@ -82,7 +82,7 @@ def _sum_batches(
         if interrupted and interrupted.pending:
             return None
         sums.append(eval_step(state.params, state.constants, batch))
-        jax.block_until_ready(sums[-2:-1])  # one batch waits while one is computed, not all of them
+        jax.block_until_ready(sums[-2:-1])  # at most one batch is queued while one is computed
     return jax.device_get(sums)
 
 
@@ -93,12 +93,12 @@ def evaluate(
 
     Args:
       workdir: The run's folder; nothing is written to it.
-      config: None for the run's own, on the devices at hand. Another may differ only in where its data are and in how
-        it is computed.
+      config: None for the run's own, adapted to the available devices. Another config may differ only in the location
+        of the data and in how the run is computed (`RESUMABLE_FIELDS`).
       other_data: Fields of `config.data` that name other data of the same classes, such as `validation_split`.
 
     Returns:
-      Those of `latest` and `best`.
+      The evaluations of `latest` and `best`.
 
     Raises:
       UserError: If the folder holds no checkpoint, or one of another config or other data.
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def restore_best(workdir: str, config: ConfigDict | None = None, mesh: Mesh | None = None) -> tuple[Run, ModelState]:
-    """Load the checkpoint with the highest validation accuracy; the run's folder is all that is needed.
+    """Load the checkpoint with the highest validation accuracy; only the run's folder is needed.
 
     Args:
       workdir: The folder; nothing is written to it.

@@ -1,4 +1,4 @@
-"""What Orbax lacks: damage to a checkpoint is noticed. A record beside its arrays has the checksums of all files.
+"""Detection of damaged checkpoints, which Orbax lacks: a record beside the arrays has the checksums of all files.
 
 The record also holds the progress of the run, so that both change together and atomically.
 """
@@ -25,7 +25,7 @@ def rewrite_progress(folder: pathlib.Path, progress: dict[str, Any]) -> None:
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
-    """Read a record as it is; one that is damaged raises an error of `UNREADABLE` here or where it is used."""
+    """Read a record without checks; a damaged one raises one of `UNREADABLE`, here or when it is used."""
     return json.loads((folder / RECORD).read_text())
 
 
@@ -33,7 +33,7 @@ UNREADABLE = (OSError, LookupError, TypeError, ValueError, RecursionError, Attri
 
 
 def find_damage(folder: pathlib.Path) -> str | None:
-    """Describe what is wrong with the files of a checkpoint; None if it is whole."""
+    """Describe what is wrong with the files of a checkpoint; None if it is intact."""
     try:
         record = read_record(folder)
         expected, found = dict(record["checksums"]), _checksums(folder, record["progress"])
@@ -48,7 +48,7 @@ def find_damage(folder: pathlib.Path) -> str | None:
 
 
 def _checksums(folder: pathlib.Path, progress: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of every file of the arrays, and of the progress."""
+    """Compute the SHA-256 of every file of the arrays, and of the progress."""
     sums = {"progress": _digest(progress)}
     for path in (folder / "state").rglob("*"):
         if path.is_file():

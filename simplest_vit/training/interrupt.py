@@ -1,4 +1,4 @@
-"""Signals during training: the step reached is saved, by all processes of the run at the same one."""
+"""Signals during training: all processes of the run save the same step."""
 
 import contextlib
 import os
@@ -12,10 +12,10 @@ from simplest_vit import preemption
 
 
 class Interruption:
-    """Asks whether the run was told to stop.
+    """Reports whether the run should stop.
 
-    With several processes JAX takes SIGTERM and makes all of them stop after the same step; other signals are forwarded
-    as SIGTERM.
+    With several processes, JAX handles SIGTERM and makes all of them stop after the same step; other signals are
+    forwarded as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -24,21 +24,22 @@ class Interruption:
 
     @property
     def pending(self) -> bool:
-        """Whether a signal came; with several processes always False, because they may only stop together."""
+        """Whether a signal was received; always False with several processes, which must stop together."""
         return self._alone and preemption.received() is not None
 
     def reached(self) -> bool:
-        """Return whether the run ends here. All processes must ask once after each step."""
+        """Return whether the run must stop here. All processes must call this once after each step."""
         if self._alone:
             return self.pending
-        # All stop at a call that none has made yet: a number that the steps of a resumed run would never be equal to.
+        # JAX stops all processes at a call that none has made yet. It counts calls, and the steps of a resumed run
+        # would never match that count.
         self._calls += 1
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
 
 @contextlib.contextmanager
 def interruption() -> Iterator[Interruption]:
-    """Take the decision where to stop from the rest of the program."""
+    """Defer signals, so that they stop the run only at the end of a step."""
 
     def forward(number: signal.Signals) -> None:
         if jax.process_count() > 1 and number != signal.SIGTERM:

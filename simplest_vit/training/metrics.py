@@ -1,6 +1,6 @@
-"""What a run reports: sums over examples, the steps between two reports, and lines of progress.
+"""The metrics of a run: sums over examples, a meter for the steps between reports, and log lines.
 
-Loss and accuracy are sums and counts, so that parts add up to the whole whatever their sizes.
+Loss and accuracy are kept as sums and counts, so that batches of any size add up to the whole.
 """
 
 import datetime
@@ -19,14 +19,14 @@ from simplest_vit.errors import DivergenceError
 # `loss` and `correct` are sums over examples, `count` the sum of their weights; all float32 [].
 Sums = dict[str, jax.Array]
 
-# Steps that may wait on the device: enough to keep it busy, few enough that their batches fit beside the model.
+# Steps that may be queued on the device: enough to keep it busy, few enough that their batches fit beside the model.
 _STEPS_IN_FLIGHT = 2
 _SUMS = ("loss", "correct", "count")
 _NOT_GAUGES = (*_SUMS, "skipped_steps", "skipped_in_a_row")
 
 
 def cross_entropy(logits: jax.Array, label: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """Softmax cross-entropy to a distribution over classes.
+    """Compute the softmax cross-entropy to a distribution over classes.
 
     Args:
       logits: float32 [B, num_classes].
@@ -61,18 +61,18 @@ def classification_sums(logits: jax.Array, label: jax.Array, weight: jax.Array, 
 
 
 def add_sums(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Add sums up, in float64 on the host."""
+    """Add up sums in float64 on the host."""
     return {name: math.fsum(float(part[name]) for part in parts) for name in _SUMS}
 
 
 def mean_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean `loss` and `accuracy` over all examples of some sums."""
+    """Compute the mean `loss` and `accuracy` over all examples of some sums."""
     total = add_sums(parts)
     return {"loss": total["loss"] / total["count"], "accuracy": total["correct"] / total["count"]}
 
 
 def check_finite(values: dict[str, Any], step: int) -> None:
-    """Stop a run whose validation loss is no longer a number.
+    """Stop a run whose validation loss is not finite.
 
     Raises:
       DivergenceError: Names the metric and the step.
@@ -86,7 +86,7 @@ def check_finite(values: dict[str, Any], step: int) -> None:
 
 
 class Meter:
-    """Collects what training steps return, without waiting for them, until it is asked to report."""
+    """Collects the metrics of training steps, without waiting for them, until the next report."""
 
     def __init__(self, batch_size: int, max_skipped_steps: int, earlier: Mapping[str, float] | None = None):
         """Start with the sums of an interrupted run since its last report (`pending_sums`)."""
@@ -99,7 +99,7 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Start the clock, after anything that is not training."""
+        """Restart the clock, after anything that is not training."""
         self._start = time.monotonic()
 
     def add(self, metrics: Sums) -> None:
@@ -109,24 +109,24 @@ class Meter:
             jax.block_until_ready(self._steps[-1 - _STEPS_IN_FLIGHT])
 
     def pending_sums(self) -> dict[str, float]:
-        """Sum the steps since the last report, for a checkpoint; empty if there is none."""
+        """Sum the steps since the last report, for a checkpoint; empty if there are none."""
         steps = [*self._earlier, *jax.device_get(self._steps)]
         worst = max((int(metrics["skipped_in_a_row"]) for metrics in steps), default=0)
         return {**add_sums(steps), "skipped_in_a_row": worst} if steps else {}
 
     def report(self, step: int) -> dict[str, float]:
-        """Wait for the steps since the last report, of which there is one at least, and sum them up.
+        """Wait for the steps since the last report (at least one) and sum them up.
 
         Args:
           step: Number of the last step added.
 
         Returns:
-          `train_loss` and `train_accuracy` over the steps that were not skipped, the other metrics of the last of them
-          under their names (all these are missing where every step was skipped), `skipped_steps` since the run began,
-          `step_time` in seconds, `steps_per_second`, `images_per_second`.
+          `train_loss` and `train_accuracy` over the steps that were not skipped and the other metrics of the last such
+          step (all of these are missing if every step was skipped), `skipped_steps` since the run began, `step_time` in
+          seconds, `steps_per_second`, `images_per_second`.
 
         Raises:
-          DivergenceError: If as many steps in a row were skipped as are allowed.
+          DivergenceError: If `max_skipped_steps` steps in a row were skipped.
         """
         total = self.pending_sums()
         steps = [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(self._steps)]
@@ -156,12 +156,12 @@ class Meter:
 
     @property
     def step_time_median(self) -> float | None:
-        """Median over the reports of the seconds for a step, less the first, which compiles; None without another."""
+        """Median seconds per step over the reports but the first, which compiles; None if there is no other."""
         return statistics.median(self._step_times) if self._step_times else None
 
 
 def train_line(step: int, total_steps: int, scalars: dict[str, Any]) -> str:
-    """Describe the steps since the last report.
+    """Format the log line of a report.
 
     Args:
       step: Steps made.
@@ -185,7 +185,7 @@ def train_line(step: int, total_steps: int, scalars: dict[str, Any]) -> str:
 
 
 def validation_line(step: int, result: Mapping[str, float], best: float) -> str:
-    """Describe an evaluation and the best accuracy so far."""
+    """Format the log line of an evaluation, with the best accuracy so far."""
     return (
         f"step {step}  validation loss {result['validation_loss']:.4f}  "
         f"accuracy {result['validation_accuracy']:.2%}  best {best:.2%}"

@@ -1,4 +1,4 @@
-"""A run before its first step: model, optimizer, shapes and shardings of a config, its data and some devices."""
+"""A run before its first step: model, optimizer, shapes and shardings, built from a config, data facts and devices."""
 
 import dataclasses
 import functools
@@ -29,11 +29,11 @@ from simplest_vit.training.step import Batch, make_eval_step, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What training, evaluation, prediction, interchange, analysis and benchmarks share; nothing is computed yet.
+    """The basis of training, evaluation, prediction, interchange, analysis and benchmarks; nothing is computed yet.
 
     Attributes:
       config: The config.
-      data: What is known of the data; the examples are not needed.
+      data: Facts about the data set; the examples are not needed.
       mesh: The devices.
       steps_per_epoch: Steps in a pass over the training split.
       total_steps: Steps of the whole run.
@@ -56,7 +56,7 @@ class Run:
     abstract: TrainState
 
     def create_state(self, initial_params: dict[str, Any] | None = None) -> TrainState:
-        """Compute the state at step 0 on the devices; parameters by module (consumed) take the place of its own."""
+        """Compute the state at step 0 on the devices; `initial_params` (by module, consumed) replace its parameters."""
         return create_state(self.initialize, self.abstract, initial_params)
 
     @functools.cached_property
@@ -83,17 +83,17 @@ class Run:
 
     @property
     def abstract_model(self) -> dict[str, Any]:
-        """The fields of the state that the model is made of: what an optimizer left is not read."""
+        """The fields of the state that make up the model, so that the optimizer state is not read."""
         params = "params" if self.abstract.ema_params is None else "ema_params"
         return {name: getattr(self.abstract, name) for name in ("step", "constants", params)}
 
     def model_state(self, found: dict[str, Any]) -> ModelState:
-        """Make what `abstract_model` describes a `ModelState`."""
+        """Convert the fields that `abstract_model` describes to a `ModelState`."""
         params = found["params"] if self.abstract.ema_params is None else found["ema_params"]
         return ModelState(step=found["step"], params=params, constants=found["constants"])
 
     def model(self, state: ModelState) -> ViT:
-        """Make the model itself."""
+        """Build the model with the given arrays."""
         return nnx.merge(self.graphdef, state.params, state.constants)
 
     def should_save(self, step: int) -> bool:
@@ -101,19 +101,19 @@ class Run:
         return step >= self.total_steps or step % self.config.checkpoint_every == 0
 
     def should_evaluate(self, step: int) -> bool:
-        """Return whether an evaluation is due after this step: every checkpoint in turn is evaluated."""
+        """Return whether an evaluation is due after this step; every scheduled checkpoint is evaluated."""
         return self.should_save(step) or step % self.config.eval_every == 0
 
     def should_log(self, step: int) -> bool:
-        """Return whether a report is due after this step: before every evaluation one is."""
+        """Return whether a report is due after this step; every evaluation is preceded by one."""
         return self.should_evaluate(step) or step % self.config.log_every == 0
 
 
 def reference_layout(config: ConfigDict) -> Callable[[Any], Any]:
-    """Return the function from parameters to their layout in PyTorch, which `reference_shampoo` sees.
+    """Return the function that arranges parameters as in PyTorch, the layout in which `reference_shampoo` sees them.
 
     Raises:
-      UserError: If it is chosen for an attention without such a layout.
+      UserError: If `reference_shampoo` is chosen for a kind of attention without such a layout.
     """
     if config.optimizer.name == "reference_shampoo" and config.model.attention == "value_skipinit":
         raise UserError(
@@ -124,11 +124,11 @@ def reference_layout(config: ConfigDict) -> Callable[[Any], Any]:
 
 
 def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
-    """Construct a run; there is no other way to one.
+    """Build a run; this is the only way to make one.
 
     Args:
       config: A checked config.
-      data: What is known of the data.
+      data: Facts about the data set.
       mesh: The devices; None for one.
 
     Returns:

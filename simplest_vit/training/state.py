@@ -1,4 +1,4 @@
-"""The state of a run: everything that changes from step to step, as arrays and as plain numbers."""
+"""The state of a run: all that changes from step to step, as arrays and as plain numbers."""
 
 import contextlib
 import dataclasses
@@ -17,11 +17,11 @@ from simplest_vit.training.sharding import state_shardings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelState:
-    """The arrays of a model, for everything but training.
+    """The arrays of a model, for everything except training.
 
     Attributes:
       step: int32 [], batches seen.
-      params: Nested dict of float32 parameters: their average if the run keeps one.
+      params: Nested dict of float32 parameters, or of their moving average if the run keeps one.
       constants: Nested dict of the model's constants.
     """
 
@@ -38,11 +38,11 @@ class TrainState:
     Attributes:
       step: int32 [], batches seen.
       params: Nested dict of float32 parameters.
-      constants: Nested dict of the model's constants, which are kept so that a checkpoint is a whole model.
+      constants: Nested dict of the model's constants, kept so that a checkpoint holds the complete model.
       opt_state: State of the optax chain.
       ema_params: Exponential moving average of `params`, or None when it is off.
-      skipped_steps: int32 [], steps whose loss or gradient was not finite; they changed nothing but `step`.
-      skipped_in_a_row: int32 [], how many of them came after the last update.
+      skipped_steps: int32 [], number of steps whose loss or gradient was not finite; they advanced only `step`.
+      skipped_in_a_row: int32 [], number of steps skipped since the last update.
     """
 
     step: jax.Array
@@ -55,20 +55,20 @@ class TrainState:
 
     @property
     def model_state(self) -> ModelState:
-        """The part that is evaluated."""
+        """The part of the state that is evaluated."""
         params = self.params if self.ema_params is None else self.ema_params
         return ModelState(self.step, params, self.constants)
 
 
 @dataclasses.dataclass
 class RunProgress:
-    """What a resume needs beside the arrays; plain JSON.
+    """The progress of a run that a resume needs in addition to the arrays; plain JSON.
 
     Attributes:
-      last_evaluation: Step of the last evaluation that was completed; 0 for none.
-      best_validation_accuracy: Over all evaluations; its weights are saved.
+      last_evaluation: Step of the last completed evaluation; 0 for none.
+      best_validation_accuracy: The highest over all evaluations; the weights are saved.
       pending_sums: Sums over the steps since the last report, so that an interruption leaves no gap between reports.
-      wall_time_s: Of all processes that worked on the run one after the other.
+      wall_time_s: Total time of the run, including earlier processes that were interrupted.
     """
 
     last_evaluation: int = 0
@@ -89,12 +89,12 @@ class RunProgress:
         return is_best
 
     def record_training(self, scalars: dict[str, float]) -> None:
-        """Record a report, which has no loss if every step was skipped."""
+        """Record a report; it has no loss if every step was skipped."""
         self.train_loss = scalars.get("train_loss", self.train_loss)
         self.train_accuracy = scalars.get("train_accuracy", self.train_accuracy)
 
     def results(self) -> dict[str, float | None]:
-        """Return what `results.json` takes over."""
+        """Return the values for `results.json`."""
         own = ("last_evaluation", "pending_sums")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in own}
 
@@ -102,20 +102,20 @@ class RunProgress:
 def state_initializer(
     create: Callable[[nnx.Rngs], nnx.Module], tx: optax.GradientTransformation, *, seed: int, average: bool
 ) -> tuple[nnx.GraphDef, Callable[..., TrainState]]:
-    """Describe model and state without computing anything.
+    """Describe the model and the state without computing anything.
 
     Args:
       create: Creates the model.
       tx: The optimizer.
       seed: Determines the initialization.
-      average: Whether the state has an average of the parameters.
+      average: Whether the state has a moving average of the parameters.
 
     Returns:
-      The model's graph definition, and a pure function that makes the state at step 0. Its arguments are parameters by
-      module, or None, which take the place of the model's own, and a seed in place of `seed`.
+      The model's graph definition, and a pure function that creates the state at step 0. Its optional arguments are
+      parameters by module that replace the model's own, and a seed that replaces `seed`.
 
     Raises:
-      UserError: If the arguments of the model do not fit.
+      UserError: If the arguments of the model are invalid.
     """
 
     def create_seeded(seed: Any = seed) -> nnx.Module:
@@ -139,7 +139,7 @@ def state_initializer(
 
 
 def abstract_state(initialize: Callable[..., TrainState], mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state on a mesh."""
+    """Return shapes, dtypes and shardings of the state on a mesh."""
     shapes = jax.eval_shape(initialize)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -173,12 +173,12 @@ def apply_model(
       constants: Its constants.
       image: Images [B, H, W, C].
       dropout_key: Turns dropout on.
-      mesh: Devices that share out the parameters; None for one.
+      mesh: Devices that shard the parameters; None for one.
 
     Returns:
       float32 [B, num_classes].
     """
     with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        # Those of the blocks are gathered layer by layer.
+        # The parameters of the blocks are gathered layer by layer.
         params = {name: tree if name == "blocks" else all_gather_params(tree) for name, tree in params.items()}
         return nnx.merge(graphdef, params, constants)(image, dropout_key=dropout_key)

@@ -17,8 +17,8 @@ from simplest_vit.training.metrics import Sums, classification_sums
 from simplest_vit.training.sharding import replicated
 from simplest_vit.training.state import TrainState, apply_model
 
-# Separates the keys of dropout from those of augmentation, which are folded from the seed by the step: no step has
-# this number.
+# Separates the random keys of dropout from those of augmentation, which fold the step into the seed: no step has this
+# number.
 _DROPOUT = 2**32 - 1
 
 # (part of a batch, dropout key) -> (sums over its examples, gradient of the summed loss)
@@ -50,13 +50,13 @@ def make_train_step(
       sam_every: Period in steps of sharpness-aware minimization.
       ema_decay: Decay of the average of the parameters.
       ema_every: Period in steps of the average.
-      shardings: From `state_shardings`, so that a state is returned as it was given; None on one device.
+      shardings: From `state_shardings`, so that the new state is sharded like the old one; None on one device.
 
     Returns:
       A jitted function of the state, which it consumes, and a batch. It returns the new state and metrics: the sums of
       `classification_sums` over the batch, `grad_norm` before clipping, the state's counts of skipped steps, and the
-      metrics of Shampoo or SOAP. If loss or gradient are not finite, the step is skipped: the sums are 0, and of the
-      state only `step` and the counts change.
+      metrics of Shampoo or SOAP. If the loss or the gradient is not finite, the step is skipped: the sums are 0, and
+      only `step` and the counts of the state change.
     """
     mesh = None if shardings is None else shardings.step.mesh
 
@@ -68,7 +68,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
 
-        # 1. The gradient of the mean loss, or with SAM the one at the worst point near by.
+        # 1. The gradient of the mean loss; with SAM, at the worst point nearby.
         def mean_gradient(params: Any) -> tuple[Sums, Any]:
             def of_part(part: Batch, key: jax.Array) -> tuple[Sums, Any]:
                 gradient, sums = jax.grad(loss, has_aux=True)(params, state.constants, part, key)
@@ -90,8 +90,8 @@ def make_train_step(
             rate = jnp.where(step % ema_every == 0, 1.0 - ema_decay, 0.0)
             ema_params = optax.incremental_update(params, ema_params, rate)
 
-        # 3. A step that is not finite is skipped. Loss and gradient are sums over all devices, so all decide alike; XLA
-        # fuses the choice into the update.
+        # 3. Skip the step if loss or gradient is not finite. Both are sums over all devices, so all devices decide
+        # alike. XLA fuses the selection into the update.
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(grad_norm)
         params, opt_state, ema_params = optax.tree.where(
             finite, (params, opt_state, ema_params), (state.params, state.opt_state, state.ema_params)
@@ -114,13 +114,13 @@ def make_train_step(
         }
         return new_state, metrics
 
-    # Metrics are whole on every device, so that each process can read them.
+    # Metrics are replicated, so that each process can read them.
     out = None if shardings is None else (shardings, shardings.step)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
 def _accumulate(of_part: _GradientOfPart, batch: Batch, key: jax.Array, steps: int) -> tuple[Sums, Any]:
-    """Add up sums and gradients over `steps` micro-batches, of which one at a time is in memory."""
+    """Add up sums and gradients over `steps` micro-batches, with one at a time in memory."""
     if steps == 1:
         return of_part(batch, key)
     # [B, ...] -> [steps, B / steps, ...]; every device splits its own share of the batch.

@@ -1,6 +1,6 @@
-"""Training on one page: set up, then for each batch step, log, evaluate and save.
+"""Training on one page: set up; then for each batch step, log, evaluate and save.
 
-A run that is interrupted anywhere and resumed ends bit-equal to one that is not.
+A run that is interrupted anywhere and resumed ends bit-identical to an uninterrupted one.
 """
 
 import contextlib
@@ -37,27 +37,27 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Train as the config describes, or resume the run in `workdir`.
 
     Args:
-      config: The run's config, checked.
+      config: The run's config, already checked.
       workdir: Folder for checkpoints, TensorBoard files and `results.json`.
 
     Returns:
       The content of `results.json`.
 
     Raises:
-      UserError: If the config, the data or the folder does not fit.
+      UserError: If the config, the data and the folder do not match.
       TrainingError: If too many steps in a row were skipped because their loss or gradient is not finite, if the
         validation loss is not finite, or if the disk is full; the last checkpoint is intact.
-      Interrupted: If a signal came; the step reached is saved.
+      Interrupted: If a signal was received; the step reached is saved.
     """
     start_time = time.monotonic()
     _enable_compilation_cache(config.compilation_cache)
 
-    # 1. Devices and folder come first: mistakes in them are found before data are prepared.
+    # 1. Devices and folder are checked first, so that mistakes in them are found before the data are prepared.
     mesh = create_mesh(config.fsdp)
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
     fused_attention.check_devices(config.model.attention_kernel, jax.devices())
     path = check_workdir(workdir, config.to_dict())
-    if distributed.broadcast_from_primary((path / RESULTS).exists):  # whatever has become of the data since
+    if distributed.broadcast_from_primary((path / RESULTS).exists):  # even if the data are gone
         log.info("%s has finished: its %s is repeated here", path, RESULTS)
         return distributed.broadcast_from_primary(lambda: read_json(path / RESULTS))
 
@@ -69,7 +69,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         initial_params = load_initial_params(run, config.init_from)
 
     with contextlib.ExitStack() as stack:
-        # 3. The state: from the newest checkpoint, or at step 0.
+        # 3. The state, from the newest checkpoint or at step 0.
         lock = lock_workdir(path, config.to_dict(), run.data)
         distributed.broadcast_from_primary(lambda: stack.enter_context(lock))
         interrupted = stack.enter_context(interruption())
@@ -92,7 +92,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         earlier_wall_time_s, saved_step, saved_time = progress.wall_time_s, first_step, time.monotonic()
 
         def evaluate(step: int) -> bool:
-            """Evaluate, and return whether these weights are to be saved: the best so far always are."""
+            """Evaluate, and return whether to save these weights; the best ones so far are always saved."""
             result = validate(run, dataset, state.model_state, interrupted)
             if result is None:
                 stop(step)
@@ -121,7 +121,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             reached = f"step {step} of {run.total_steps} is saved" if step else "no step was made"
             raise Interrupted(f"{reached}; rerun the command to resume")
 
-        # 4. Train. An evaluation that was interrupted is made up for first.
+        # 4. Train, after catching up on an evaluation that was interrupted.
         if interrupted.reached():
             stop(first_step)
         if run.should_evaluate(first_step) and progress.last_evaluation < first_step and evaluate(first_step):
@@ -175,7 +175,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def _enable_compilation_cache(wanted: bool) -> None:
-    """Keep what is compiled for accelerators for the next start, with the kernels that XLA chose by timing them."""
+    """Cache compiled accelerator programs on disk, including the kernels that XLA chose by timing them."""
     if wanted and jax.default_backend() != "cpu":
         if not jax.config.values["jax_compilation_cache_dir"]:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/simplest_vit"))
@@ -184,7 +184,7 @@ def _enable_compilation_cache(wanted: bool) -> None:
 
 @contextlib.contextmanager
 def _profile(first_step: int, num_steps: int, path: pathlib.Path) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call after each step, which profiles `num_steps` of them; a started profile is written."""
+    """Yield a function to call after each step; it profiles `num_steps` steps. An unfinished profile is written too."""
     running = False
 
     def after(step: int) -> None:

@@ -1,4 +1,4 @@
-"""The state of the preconditioned axes of stacked blocks: statistics, preconditioners, and when these are refreshed."""
+"""The preconditioned axes of stacked blocks: their statistics, preconditioners and refreshes."""
 
 import itertools
 import string
@@ -19,8 +19,8 @@ class AxisState(NamedTuple):
     Attributes:
       statistics: (N, n, n), the average of G G^T over this axis, without bias correction.
       preconditioner: (N, n, n), the inverse root (Shampoo) or the eigenbasis (SOAP).
-      error: (N,) float32, how inaccurate the last one computed was.
-      rejections: (N,) int32, how many were computed and rejected.
+      error: (N,) float32, error of the last preconditioner computed.
+      rejections: (N,) int32, number of preconditioners rejected.
     """
 
     statistics: jax.Array
@@ -44,7 +44,7 @@ def init_axes(stack: BlockStack, options: Options, statistics: Number = 0.0) -> 
 
 
 def without_statistics(state: AxisState) -> AxisState:
-    """Leave what changes only when a slot is refreshed."""
+    """Drop the statistics; what remains changes only when a slot is refreshed."""
     return state._replace(statistics=None)  # type: ignore[arg-type]
 
 
@@ -57,16 +57,16 @@ def update_statistics(
     precision: str | None,
     whitened: bool = False,
 ) -> Axes:
-    """Take gradients into the statistics of each axis: L <- b L + (1 - b) G G^T, and so on.
+    """Update the statistics of each axis with gradients: L <- b L + (1 - b) G G^T, and so on.
 
     Args:
       stack: The stack.
       axes: Its state.
       blocks: G (N, *block_shape), finite.
-      finite: Bool (N,). Blocks where it is False, or whose average would overflow, leave their statistics as they are:
-        a single one would poison the average for good.
+      finite: Bool (N,). Blocks where it is False, or whose average would overflow, leave their statistics unchanged,
+        because a single bad value would never leave the average.
       decay: b; 1 sums.
-      precision: Of the products.
+      precision: Precision of the products.
       whitened: Whether G is first multiplied by the preconditioners of the other axes (KL-Shampoo).
 
     Returns:

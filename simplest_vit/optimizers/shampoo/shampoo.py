@@ -15,7 +15,7 @@ from .plan import BlockStack, Plan, StackAxes, make_plan
 from .roots import inverse_pth_root
 from .transform import Method, StackState, precondition, with_learning_rate
 
-# A root whose backward error is greater is rejected.
+# Roots with a larger backward error are rejected.
 MOST_ERROR = 0.01
 
 
@@ -28,16 +28,16 @@ def scale_by_shampoo(**arguments: Any) -> optax.GradientTransformation:
         L \leftarrow b_2 L + (1 - b_2) G G^\top, \quad R \leftarrow b_2 R + (1 - b_2) G^\top G, \quad
         \Delta = \hat L^{-1/4} \, \hat m \, \hat R^{-1/4},
 
-    scaled to the norm of the grafting method's step. A block with k axes takes roots of 2k. The arguments are those of
-    `shampoo` but for the learning rate, the weight decay and its mask.
+    scaled to the norm of the grafting method's step. For a block with k axes the exponent is -1/(2k). The arguments are
+    those of `shampoo` except the learning rate, the weight decay and its mask.
 
     Returns:
       An `optax.GradientTransformation`. Updates have the gradients' tree and types.
 
     Raises:
       ValueError: For an argument out of range, with its name, value and range; from `init` for a parameter that is not
-        a real floating-point array; from `update` for a state of other shapes or of another version, and for gradients
-        that are not the parameters'.
+        a real floating-point array; from `update` for a state with other shapes or of another version, and for
+        gradients that do not match the parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -81,7 +81,7 @@ def _refresh(plan: Plan, count: jax.Array, statistics: Any, changing: Any) -> An
 def _direction(
     count: jax.Array, stack: BlockStack, state: StackState, gradient: jax.Array, finite: jax.Array, options: Any
 ) -> tuple[StackState, jax.Array]:
-    """Precondition the momentum; up to the start step take the grafting method's own step."""
+    """Precondition the momentum; up to the start step, take the grafting method's own step."""
     moments, diagonal = (state.mu, state.nu), options.diagonal(True)
     moments, momentum, own = diagonal_step(count, moments, gradient, finite, options.b1, diagonal)
     roots = [(axis, s.preconditioner) for axis, s in zip(stack.axes, state.axes, strict=True)]
@@ -121,46 +121,48 @@ def shampoo(
     stack_axes: StackAxes = None,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
-    """The Shampoo optimizer: `scale_by_shampoo`, weight decay, learning rate.
+    """The Shampoo optimizer: `scale_by_shampoo`, then weight decay and learning rate.
 
-    `reference_shampoo` is the same with the values of the PyTorch reference.
+    `reference_shampoo` is the same function with the defaults of the PyTorch reference.
 
     Args:
       learning_rate: A number or a schedule.
       b1: Decay of the gradient's average (momentum), in [0, 1).
       b2: Decay of the statistics, in (0, 1]; 1 sums them (AdaGrad).
-      eps: Damping of the statistics before their root; a relative one is at least 1e-6 (1e-14 in float64).
-      weight_decay: Decoupled, as in `optax.adamw`; `update` then needs `params`. None for none.
-      mask: Of the decay, as in `optax.add_decayed_weights`.
+      eps: Damping added to the statistics before their root; if relative, at least 1e-6 (1e-14 in float64).
+      weight_decay: Decoupled weight decay, as in `optax.adamw`; `update` then needs `params`. None disables it.
+      mask: Mask of the weight decay, as in `optax.add_decayed_weights`.
       relative_eps: Whether `eps` is in units of the statistics' Frobenius norm.
       precondition_frequency: Steps between two computations of a preconditioner, k >= 1.
-      start_preconditioning_step: Steps up to and including this one, and up to the k-th, are the grafting method's own.
+      start_preconditioning_step: Steps up to and including this one, and up to the k-th, are the grafting method's.
       stagger: Whether preconditioners are computed in turns, each once in k steps, so that all steps take the same
-        time. They are computed together, at multiples of k, if False, or if turns cost more than twice as much.
+        time. They are all computed together, at multiples of k, if this is False or if turns cost more than twice as
+        much.
       max_preconditioner_dim: Longer dimensions are cut into blocks of at most this size, >= 1.
-      even_blocks: Whether blocks are the fewest and most even ones, or full ones and a remainder.
+      even_blocks: True cuts a dimension into the fewest blocks, as even as possible; False into full ones and a
+        remainder.
       merge_dims: Whether neighbouring dimensions are merged while their product is at most `max_preconditioner_dim`.
-      precondition_1d: Whether vectors get a (full-matrix) preconditioner. Else, and for scalars, the step is the
-        grafting method's own.
+      precondition_1d: Whether vectors get a (full-matrix) preconditioner. Otherwise, and for scalars, the step is the
+        grafting method's.
       one_sided: Whether only the shortest axis of each parameter (of those longer than 1) is preconditioned.
-      ignored_dim: Dimensions longer than this (of a vocabulary, say) are neither cut nor preconditioned.
-      root: 'eigh', 'newton' (matrix products only), or 'auto': 'eigh' on a CPU, else 'newton', decided when the program
-        is lowered. If `relative_eps` is False, 'auto' is 'eigh'.
-      exponent_override: Take the p-th inverse root with this p >= 1; 0 means 2 x the preconditioned axes of a block.
+      ignored_dim: Dimensions longer than this (such as a vocabulary) are neither cut nor preconditioned.
+      root: 'eigh', 'newton' (matrix products only), or 'auto': 'eigh' on a CPU, otherwise 'newton', chosen when the
+        program is lowered. If `relative_eps` is False, 'auto' is 'eigh'.
+      exponent_override: The p >= 1 of the inverse p-th root; 0 means twice the preconditioned axes of a block.
       statistics: 'shampoo' (G G^T), or 'kl': the gradient is first multiplied by the preconditioners of its other axes
         (KL-Shampoo), and p is 2.
-      grafting: The method whose norm each block's step takes, and whose step all other parameters take ('none':
-        Adam's).
+      grafting: The method that determines the norm of each block's step, and the step of all other parameters (with
+        'none', that step is Adam's).
       grafting_b2: Decay of the grafting method's second moment, in (0, 1); 'adagrad' sums.
       grafting_eps: Added to the root of that second moment, > 0.
       preconditioner_dtype: float32, or float64 with x64 enabled.
       mu_dtype: Type of the stored momentum, such as bfloat16.
       precision: Of the products that make and apply the preconditioners: 'default' (TF32 on a GPU), 'high', 'highest',
         or 'jax' for `jax.default_matmul_precision`. Roots and bases always take 'highest'.
-      stack_axes: How many leading axes of each parameter stack layers (each is preconditioned by itself): a tree of
-        integers, a prefix of one, or a function from the parameters to it; None for no such axes.
-      mesh: Devices to spread statistics, roots and their computation over, with Auto or Explicit axes; neither the
-        state's shapes nor the steps depend on it.
+      stack_axes: The number of leading axes of each parameter that stack layers, each preconditioned separately: a tree
+        of integers, a prefix of one, or a function from the parameters to it; None for no such axes.
+      mesh: Devices that share statistics, roots and their computation, with Auto or Explicit axes; neither the shapes
+        of the state nor the steps depend on it.
 
     Returns:
       An `optax.GradientTransformation`.
@@ -183,7 +185,7 @@ def shampoo(
     return with_learning_rate(scale_by_shampoo, dict(locals()))  # all arguments, so that none can be forgotten
 
 
-# Shampoo as the PyTorch reference (richardcepka/SimplEsT-ViT, train.py), whose trajectory it follows.
+# Shampoo with the settings of the PyTorch reference (richardcepka/SimplEsT-ViT, train.py), whose trajectory it follows.
 reference_shampoo = functools.partial(
     shampoo,
     eps=1e-12,
@@ -200,11 +202,11 @@ reference_shampoo = functools.partial(
 
 
 def shampoo_plan(params: Any, **arguments: Any) -> Plan:
-    """Make the plan that `shampoo` makes for these parameters; print it to see how each is preconditioned and its cost.
+    """Return the plan of `shampoo` for these parameters; print it to see how each is preconditioned, and the cost.
 
     Args:
       params: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
-      **arguments: Of `scale_by_shampoo`.
+      **arguments: Arguments of `scale_by_shampoo`.
 
     Returns:
       The plan.

@@ -15,7 +15,7 @@ from .options import Basis, Number, Precision, SoapOptions, with_defaults
 from .plan import BlockStack, Plan, StackAxes, make_plan
 from .transform import Method, StackState, precondition, with_learning_rate
 
-# A basis that is further from orthogonal is rejected.
+# Bases that are further from orthogonal are rejected.
 MOST_ERROR = 0.1
 
 
@@ -28,10 +28,10 @@ def scale_by_soap(**arguments: Any) -> optax.GradientTransformation:
         G' = Q_L^\top G Q_R, \quad m \leftarrow b_1 m + (1 - b_1) G', \quad V \leftarrow b_2 V + (1 - b_2) G'^2, \quad
         \Delta = Q_L \frac{\hat m}{\sqrt{\hat V} + \epsilon} Q_R^\top.
 
-    Both moments live in the eigenbasis, and rotate with it when it is refreshed. A basis is the identity, and the step
-    Adam's, up to the start step. In each of the k steps after it all bases are refreshed, because a basis from few
-    gradients is poor and a refresh is but one step of an iteration; then each is refreshed once in k steps. The
-    arguments are those of `soap` but for the learning rate, the weight decay and its mask.
+    Both moments are kept in the eigenbasis and rotate with it when it is refreshed. Up to the start step, bases are the
+    identity and steps are Adam's. In each of the next k steps all bases are refreshed, because a basis from few
+    gradients is poor and a refresh is only one step of an iteration. After that, each is refreshed once in k steps. The
+    arguments are those of `soap` except the learning rate, the weight decay and its mask.
 
     Returns:
       An `optax.GradientTransformation`.
@@ -47,10 +47,10 @@ def scale_by_soap(**arguments: Any) -> optax.GradientTransformation:
       >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state)
 
     References:
-      Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321. New here: second moments are
-      carried over to a refreshed basis (`rotate_moments`); a basis is refreshed before the step, not after it, and in
-      each of the first k steps; the first one comes from the identity as later ones come from the last, while the
-      authors' code decomposes.
+      Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321. Differences here:
+      second moments are carried over to a refreshed basis (`rotate_moments`); a basis is refreshed before the step, not
+      after it, and in each of the first k steps; the first basis is iterated from the identity, while the authors' code
+      decomposes.
     """
     given, stack_axes, mesh = with_defaults(soap, arguments)
     method = Method(
@@ -66,7 +66,7 @@ def scale_by_soap(**arguments: Any) -> optax.GradientTransformation:
 
 
 def _refresh(plan: Plan, count: jax.Array, statistics: Any, changing: Any) -> Any:
-    """Refresh the bases of some slots and rotate their moments; before the start step nothing changes."""
+    """Refresh the bases of some slots and rotate their moments; before the start step, change nothing."""
     options: Any = plan.options
     old = [[axis.preconditioner for axis in axes] for _, axes in changing]
     bases = map_by_size(plan, lambda s, q, _: refresh_basis(s, q, options.basis), statistics, old)
@@ -90,17 +90,17 @@ def rotate_moments(
 ) -> tuple[jax.Array, jax.Array]:
     """Carry moments over to new bases.
 
-    The second moments are exact for uncorrelated coordinates: variances add with the squares of the rotation's entries.
-    If the basis barely moves, or its vectors only change places, they move along with the vectors.
+    The second moments are exact for uncorrelated coordinates: variances add up with the squares of the rotation's
+    entries as weights. If the basis barely moves or its vectors are permuted, the second moments follow the vectors.
 
     Args:
       mu: (N, *block_shape), averages of the coordinates in the old bases, of any type.
       nu: (N, *block_shape), averages of their squares.
       rotations: Axes of a block, each with Q_new^T Q_old (N, n, n).
-      precision: Of the products.
+      precision: Precision of the products.
 
     Returns:
-      Both in the new bases; the sum of the second moments of each block is as before.
+      Both moments in the new bases; the sum of the second moments of each block is unchanged.
     """
     squared = [(axis, jnp.square(rotation)) for axis, rotation in rotations]
     return multiply_axes(mu, rotations, precision), multiply_axes(nu, squared, precision)
@@ -109,7 +109,7 @@ def rotate_moments(
 def _direction(
     count: jax.Array, stack: BlockStack, state: StackState, gradient: jax.Array, finite: jax.Array, options: Any
 ) -> tuple[StackState, jax.Array]:
-    """Project, step as Adam, project back."""
+    """Project the gradient, take Adam's step, project back."""
     bases = [(axis, s.preconditioner) for axis, s in zip(stack.axes, state.axes, strict=True)]
     projected = multiply_axes(gradient, [(axis, q.mT) for axis, q in bases], options.matmul_precision)
     moments, diagonal = (state.mu, state.nu), options.diagonal(True)
@@ -141,22 +141,22 @@ def soap(
     stack_axes: StackAxes = None,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
-    """The SOAP optimizer: `scale_by_soap`, weight decay, learning rate.
+    """The SOAP optimizer: `scale_by_soap`, then weight decay and learning rate.
 
     Args:
       learning_rate: A number or a schedule.
       b1: Decay of the gradient's average in the eigenbasis, in [0, 1).
       b2: Decay of the second moment in the eigenbasis, in (0, 1]; 1 sums it.
       eps: Added to the root of the second moment, > 0.
-      weight_decay: Decoupled, as in `optax.adamw`; `update` then needs `params`. None for none.
-      mask: Of the decay, as in `optax.add_decayed_weights`.
+      weight_decay: Decoupled weight decay, as in `optax.adamw`; `update` then needs `params`. None disables it.
+      mask: Mask of the weight decay, as in `optax.add_decayed_weights`.
       shampoo_beta: Decay of the statistics, in (0, 1]; 1 sums them.
       precondition_frequency: Steps between two refreshes of a basis, k >= 1.
       start_preconditioning_step: Steps up to and including this one are Adam's.
       stagger: As in `shampoo`.
       max_preconditioner_dim: Longer dimensions are cut into the fewest even blocks of at most this size, >= 1.
       merge_dims: As in `shampoo`.
-      precondition_1d: Whether vectors get a basis. Else, and for scalars, the step is Adam's.
+      precondition_1d: Whether vectors get a basis. Otherwise, and for scalars, the step is Adam's.
       one_sided: As in `shampoo`.
       ignored_dim: As in `shampoo`.
       basis: How an eigenbasis follows its statistics: one power iteration, orthogonalized by 'qr' (LAPACK or cuSOLVER)
@@ -181,6 +181,6 @@ def soap(
 
 
 def soap_plan(params: Any, **arguments: Any) -> Plan:
-    """Make the plan that `soap` makes for these parameters; see `shampoo_plan`."""
+    """Return the plan of `soap` for these parameters; see `shampoo_plan`."""
     given, stack_axes, _ = with_defaults(soap, arguments)
     return make_plan(params, SoapOptions(**given), stack_axes)

@@ -1,4 +1,4 @@
-"""What Shampoo and SOAP share: a state of stacked blocks, beside a diagonal method for everything else."""
+"""The transformation behind Shampoo and SOAP: stacks of preconditioned blocks, and a diagonal method for the rest."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class StackState(NamedTuple):
     """The state of one stack of blocks.
 
     Attributes:
-      mu: (N, *block_shape), the gradient's average without bias correction; SOAP's is in the eigenbases.
+      mu: (N, *block_shape), the momentum without bias correction; SOAP's is in the eigenbases.
       nu: (N, *block_shape), the second moment, likewise; `optax.MaskedNode` if the grafting method has none.
       axes: For each preconditioned axis its statistics and preconditioners.
     """
@@ -38,11 +38,12 @@ class PreconditionedState(NamedTuple):
 
     Attributes:
       count: int32, the number of steps taken.
-      version: int8 zeros; their shape is the version of this layout and the method, which are compared as shapes are.
+      version: int8 zeros whose shape is (version of this layout, number of the method), so that it is checked like any
+        other shape.
       mu: The parameters' tree: the momentum of those that are not preconditioned, `optax.MaskedNode` for the others.
       nu: Likewise, the second moment.
-      stacks: For each stack of the plan its `StackState`. The tree of a transformation without parameters, with which
-        `optax.tree.map_params` asks, has a leaf here.
+      stacks: For each stack of the plan its `StackState`; a leaf if there are no parameters, as in a call by
+        `optax.tree.map_params`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the field's name in every optax state
@@ -53,11 +54,11 @@ class PreconditionedState(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What tells Shampoo from SOAP.
+    """The differences between Shampoo and SOAP.
 
     Attributes:
-      number: In the state's version.
-      first_statistics: The statistics before the first gradient are this times I.
+      number: Number of the method in the state's version.
+      first_statistics: Multiple of the identity with which statistics start.
       whitened: Whether statistics are KL-Shampoo's.
       refresh_early: Whether all preconditioners are refreshed in each of the first k steps after the start as well.
       rotates_moments: Whether a refresh changes the moments.
@@ -131,7 +132,7 @@ def precondition(
         run = sharding.shard_over_devices(functools.partial(_step_stacks, plan=plan, method=method), plan, auto_mesh)
         stacks, directions = run(count, list(state.stacks) if plan.stacks else [], blocks)
         leaves = from_blocks(plan, directions, constrain)
-        # The diagonal method's own.
+        # Parameters without blocks take the diagonal method's step.
         whole = [index for index, param in enumerate(plan.params) if not param.regions]
         mus = jax.tree.leaves(state.mu)
         nus: list[Any] = jax.tree.leaves(state.nu) or [optax.MaskedNode()] * len(whole)
@@ -213,7 +214,7 @@ def _step_stacks(
 
 
 def _check(state: PreconditionedState, expected: Any) -> None:
-    """Compare a state with what the plan needs, but for the names of parameters.
+    """Compare a state with the one that the plan needs, except for the names of parameters.
 
     Raises:
       ValueError: If they differ.
@@ -235,7 +236,7 @@ def _check(state: PreconditionedState, expected: Any) -> None:
 
 
 def _layout(name: str, tree: Any) -> str:
-    """Write the types and shapes of a part of the state; without the tree if that is the parameters'."""
+    """Format the types and shapes of a part of the state, without the tree structure if it is the parameters'."""
     arrays = jax.tree.map(lambda x: f"{x.dtype}{x.shape}", tree)
     return str(arrays if name == "stacks" else jax.tree.leaves(arrays))
 
@@ -243,7 +244,7 @@ def _layout(name: str, tree: Any) -> str:
 def with_learning_rate(
     scale_by: Callable[..., optax.GradientTransformation], arguments: dict[str, Any]
 ) -> optax.GradientTransformation:
-    """Chain a scaling of gradients with its arguments, decoupled weight decay and the learning rate."""
+    """Chain `scale_by` and its arguments with decoupled weight decay and the learning rate."""
     learning_rate, weight_decay, mask = (arguments.pop(name) for name in ("learning_rate", "weight_decay", "mask"))
     decay = [] if weight_decay is None else [optax.add_decayed_weights(weight_decay, mask)]
     return optax.chain(scale_by(**arguments), *decay, optax.scale_by_learning_rate(learning_rate))
