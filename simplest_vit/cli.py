@@ -1,4 +1,4 @@
-"""What all commands share: the flags of a run, streams and signals, and one line for each mistake of a user."""
+"""The parts that all commands share: the flags of a run, streams, signals, and one-line errors."""
 
 import atexit
 import errno
@@ -26,7 +26,7 @@ _EXIT_S = 5
 
 
 class _PathParser(flags.ArgumentParser):
-    """Expand and check paths where they are given: see `local_path`."""
+    """Expands and checks paths when they are parsed: see `local_path`."""
 
     def parse(self, argument: str) -> str:
         return local_path(argument) if argument else argument
@@ -63,7 +63,7 @@ WORKDIR = define_path("workdir", None, "Folder of the run: checkpoints, TensorBo
 
 
 def load_config(arguments: list[str]) -> ConfigDict:
-    """Load and check the config of a `--config` flag and its overrides, as a program that is called with them does.
+    """Load and check a config from `--config` flags, as a command that is called with these flags does.
 
     Raises:
       UserError: If it cannot be loaded, or a value is not allowed.
@@ -83,7 +83,7 @@ def load_config(arguments: list[str]) -> ConfigDict:
 
 
 def config_arguments(arguments: list[str]) -> list[str]:
-    """The `--config...` flags among the arguments of a program, which has parsed them."""
+    """Return the `--config...` flags among the arguments of a command that has parsed them."""
     given, words = [], iter(arguments)
     for word in words:
         name, equals, _ = word.lstrip("-").partition("=")
@@ -95,7 +95,7 @@ def config_arguments(arguments: list[str]) -> list[str]:
 
 
 def _require_config(config: flags.FlagHolder) -> None:
-    """Read a config file, which flags leave to its first use."""
+    """Read a config file now; flags read it only at its first use."""
     getattr(config.value, "to_dict", None)
     if not isinstance(config.value, ConfigDict):
         raise UserError(f"--{config.name}: get_config of the file returns no ConfigDict; see configs/digits.py")
@@ -109,7 +109,7 @@ def run(
     optional: tuple[str, ...] = (),
     positional: bool = False,
 ) -> None:
-    """Parse the flags, run, and turn a user's mistake into one line on standard error.
+    """Parse the flags, run a command, and print each error of a user as one line on standard error.
 
     Exit codes: 0, 2 for a `UserError`, 3 for a `TrainingError`, 75 for an `Interrupted`.
 
@@ -140,13 +140,13 @@ def run(
     except (TrainingError, Interrupted) as error:
         _exit(error)
     except _StdoutError as error:
-        if error.errno == errno.EPIPE:  # of `| head`: nobody reads any more
+        if error.errno == errno.EPIPE:  # such as in `| head`: the reader has exited
             sys.exit(128 + signal.SIGPIPE)
         sys.exit(print_error(TrainingError(f"standard output cannot be written ({error})")))
 
 
 def print_saved(text: str) -> None:
-    """Print what is on the disk as well, so that a full disk or a closed pipe does not matter."""
+    """Print text that is also saved on disk, so that a failure to print is only logged."""
     try:
         print(text, flush=True)
     except _StdoutError as error:
@@ -156,8 +156,8 @@ def print_saved(text: str) -> None:
 def _exit(error: TrainingError | Interrupted) -> NoReturn:
     """End the process without waiting for its threads.
 
-    XLA may be at work, and crash when the interpreter is torn down around it. Threads of Orbax wait for ever after an
-    error of the disk. Whoever reads standard error may have paused, so that the pipe is full.
+    XLA may be running, and would crash when the interpreter is torn down. Threads of Orbax wait forever after a disk
+    error. The reader of standard error may have paused, so that the pipe is full.
     """
 
     def end() -> None:
@@ -177,7 +177,7 @@ class _StdoutError(Exception):
 
 
 class _Stream:
-    """A standard stream that handles what cannot be written by `_fail`; names that are not UTF-8 are escaped."""
+    """A standard stream that calls `_fail` on write errors and escapes names that are not UTF-8."""
 
     def __init__(self, stream: Any) -> None:
         stream.reconfigure(errors="backslashreplace")
@@ -200,11 +200,11 @@ class _Stream:
             self._fail(error)
 
     def _fail(self, error: OSError) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # for what is flushed at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # so that the flush at exit does not fail
 
 
 class _Stderr(_Stream):
-    """Drops what cannot be written: a log line is not worth a run."""
+    """Drops text that cannot be written, because a log line must not end a run."""
 
 
 class _Stdout(_Stream):
@@ -219,10 +219,10 @@ class _OneLine(logging.Formatter):
 
 
 def _configure_logging() -> None:
-    # Libraries report what goes wrong, this project also its progress.
+    # Libraries log only errors; this project also logs its progress.
     absl_logging.set_verbosity(absl_logging.ERROR)
-    # Orbax logs whatever it raises as well, with a traceback for each of its threads, and TensorStore prints another
-    # (needed by tests/faults/test_disk.py).
+    # Orbax also logs every error that it raises, with a traceback for each of its threads (tests/faults/test_disk.py
+    # checks that these are hidden).
     absl_logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     threading.excepthook = _report_thread
@@ -236,7 +236,7 @@ def _configure_logging() -> None:
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """Print a traceback, except for what TensorStore's callbacks find after Orbax has failed."""
+    """Print a traceback, except for errors in TensorStore's callbacks after Orbax has failed."""
     if str(error) != "Event loop is closed":
         sys.__excepthook__(kind, error, trace)
 
@@ -248,10 +248,10 @@ def _report_thread(arguments: threading.ExceptHookArgs) -> None:
 
 
 def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Check the config and run; what the machine lacks is the user's to mend as well."""
+    """Check the config and run; missing libraries, memory or devices become one-line errors, too."""
     try:
         if configs := _given():
-            from simplest_vit.config import check  # imported here, so that a mistyped flag is answered at once
+            from simplest_vit.config import check  # imported here so that a mistyped flag is reported immediately
 
             for config in configs:
                 check(config.value)
@@ -277,12 +277,12 @@ def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> 
 
 
 def _given() -> list[flags.FlagHolder]:
-    """The flags of config files that the command line has."""
+    """Return the config-file flags given on the command line."""
     return [config for config in _CONFIGS if config.present]
 
 
 def _raised_in(error: BaseException) -> str:
-    """The module that raised an exception."""
+    """Return the name of the module that raised an exception."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return frames[-1].f_globals["__name__"] if frames else ""
 
@@ -290,7 +290,7 @@ def _raised_in(error: BaseException) -> str:
 def _parse(
     argv: list[str], usage: str, required: tuple[str, ...], optional: tuple[str, ...], positional: bool
 ) -> list[str]:
-    """Parse flags; a config that cannot be made of them is the user's mistake."""
+    """Parse flags; raise a UserError if they do not make a valid config."""
     name = CONFIG.name
     try:
         remaining = flags.FLAGS(argv)
@@ -303,7 +303,7 @@ def _parse(
         for config in _given():
             name = config.name
             _require_config(config)
-    except Exception as error:  # a config file is a program: it may raise anything
+    except Exception as error:  # a config file is a program and may raise anything
         raise UserError(_explain(error, name, argv[1:])) from error
     if len(remaining) > 1 and not positional:
         raise UserError(f"unexpected argument {remaining[1]!r}; every option is a --flag")
@@ -311,7 +311,7 @@ def _parse(
 
 
 def _help(program: Callable[[list[str]], None], shared: tuple[str, ...]) -> str:
-    """Describe a program by the docstring of its module, the flags of that module, and those of the run it takes."""
+    """Format the help of a command: its module's docstring and flags, and the shared flags that it accepts."""
     module = sys.modules[program.__module__]
     own = flags.FLAGS.get_key_flags_for_module(sys.argv[0] if module.__name__ == "__main__" else module.__name__)
     taken = [flags.FLAGS[name] for name in shared] + [flag for flag in own if flag.name not in shared]
@@ -321,11 +321,11 @@ def _help(program: Callable[[list[str]], None], shared: tuple[str, ...]) -> str:
 
 def _meaning(flag: flags.Flag) -> str:
     default = "" if flag.default in (None, [], False) else f" (default: {flag.default_as_str})"
-    return flag.help.splitlines()[0].rstrip(";") + default  # absl appends lines of its own
+    return flag.help.splitlines()[0].rstrip(";") + default  # absl appends its own lines
 
 
 def _explain(error: BaseException, flag: str, arguments: list[str]) -> str:
-    """Say in one line what is behind a chain of exceptions from parsing the flags, of which one may be a config's."""
+    """Describe in one line the cause of a chain of exceptions from parsing flags or loading a config."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -336,7 +336,7 @@ def _explain(error: BaseException, flag: str, arguments: list[str]) -> str:
 
         return f"a --config.FIELD flag names {name!r}, which is no field; {suggest(name)}"
     if isinstance(innermost, UserError):
-        named = re.match(r"flag --([\w.]+)=", str(error))  # of a path
+        named = re.match(r"flag --([\w.]+)=", str(error))  # error of `_PathParser`
         return f"--{named[1]}={innermost}" if named else str(innermost)
     message = (str(innermost).splitlines() or [""])[-1].strip()
     if not isinstance(error, flags.Error) or isinstance(innermost, SyntaxError | ImportError | OSError):

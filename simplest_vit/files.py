@@ -1,4 +1,4 @@
-"""Local paths, and files that are written whole or not at all."""
+"""Local paths, and atomic writing of files."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 from simplest_vit.errors import UserError
 
-# Linux allows 4,096 bytes; what is written below a folder needs the rest.
+# Linux allows 4,096 bytes; files below a folder need the rest.
 _LONGEST_PATH = 3500
 
 
@@ -16,8 +16,8 @@ def local_path(path: str | os.PathLike[str]) -> str:
     """Expand `~`, and accept `file:///PATH` for `/PATH`.
 
     Raises:
-      UserError: If the text names no local path: one of another scheme, such as gs://, of an unknown user, not of
-        UTF-8, or too long.
+      UserError: If the text is not a local path: it has another scheme, such as gs://, names an unknown user, is not
+        UTF-8, or is too long.
     """
     text = os.fspath(path)
     if text.startswith("file://"):
@@ -40,7 +40,7 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
-    """Write a file whole or not at all, even if the power fails."""
+    """Write a file atomically, even if the power fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -53,9 +53,9 @@ def write_file(path: pathlib.Path, content: bytes) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the name
+        os.fsync(folder)  # makes the new name durable
     except OSError:
-        pass  # a file system that cannot
+        pass  # the file system does not support it
     finally:
         os.close(folder)
 

@@ -1,9 +1,9 @@
-"""Signals that ask a program to stop: noted when they come, obeyed at safe points, never lost.
+"""Signals that ask a program to stop: recorded when they arrive, acted on at safe points, never lost.
 
-Nothing is raised where a signal happens to arrive, because JAX swallows exceptions in its callbacks and extension
-modules crash when their import is interrupted. A thread notes the signal, whatever the main thread is busy with.
+A signal does not raise an exception where it happens to arrive, because JAX swallows exceptions in its callbacks and
+extension modules crash if their import is interrupted. Instead, a thread records it, whatever the main thread is doing.
 Programs call `check` where they can stop. A program that reaches no such point within a few seconds has nothing to save
-(training has, see `deferred`), and the thread ends the process. A second SIGINT ends it immediately.
+(except training, see `deferred`), so the thread ends the process. A second SIGINT ends it immediately.
 """
 
 import contextlib
@@ -18,26 +18,28 @@ from collections.abc import Callable, Iterator
 from simplest_vit.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-GRACE_S = 5.0  # to reach a safe point
+GRACE_S = 5.0  # time to reach a safe point
 
 
 class _Watch:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.obeyed = False  # a safe point was reached: the program is on its way out
-        self.listeners: list[Callable[[signal.Signals], object]] = []  # of those who stop the program themselves
+        self.obeyed = False  # a safe point was reached and the program is stopping
+        self.listeners: list[
+            Callable[[signal.Signals], object]
+        ] = []  # callers of `deferred`, which stop the program themselves
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        # `nohup` ignores SIGHUP, and that shall stay so.
+        # `nohup` makes a program ignore SIGHUP; keep that.
         numbers = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-        # Python writes the number of a signal that has a handler to the pipe, whatever it is busy with.
+        # Python writes the number of each signal that has a handler to the pipe, whatever the main thread is doing.
         self._handlers = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Restore what was there before."""
+        """Restore the previous handlers."""
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -79,7 +81,7 @@ def install() -> None:
 
 
 def received() -> signal.Signals | None:
-    """Return the first signal that came, or None."""
+    """Return the first signal received, or None."""
     return _watch.received if _watch else None
 
 
@@ -87,7 +89,7 @@ def check() -> None:
     """Mark a point at which the program can stop.
 
     Raises:
-      Interrupted: If a signal came.
+      Interrupted: If a signal was received.
     """
     if _watch and _watch.received and not _watch.listeners:
         _watch.obeyed = True
@@ -96,10 +98,10 @@ def check() -> None:
 
 @contextlib.contextmanager
 def deferred(note: Callable[[signal.Signals], object] = lambda number: None) -> Iterator[None]:
-    """Leave it to the caller to stop, who asks `received` and takes the time to save.
+    """Let the caller stop the program: it polls `received` and may take its time to save.
 
     Args:
-      note: Called by the thread with the first signal, or immediately if it came before.
+      note: Called by the thread with the first signal, or immediately if one was already received.
     """
     global _watch
     own = None

@@ -1,4 +1,4 @@
-"""Read array_record files at random: few are open at a time, and only a checksum calls one damaged."""
+"""Random access to array_record files: few are open at a time, and only a failed checksum counts as damage."""
 
 import contextlib
 import errno
@@ -27,8 +27,8 @@ except ImportError:  # Windows
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
-_CHUNK = 256  # examples that a core takes at a time
-_MAX_THREADS = 16  # that read one request; a network file system answers them together
+_CHUNK = 256  # examples per task of a core
+_MAX_THREADS = 16  # parallel reads of one request, for network file systems
 _NAMES = ("image/filename", "file_name", "id")  # features that may name an example
 _REMEDIES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -48,14 +48,14 @@ class Shard(NamedTuple):
 
 
 class Example(NamedTuple):
-    """An example as it lies in a file: the bytes of its image, its labels, and its name for messages."""
+    """An example as stored: the bytes of its image, its labels, and its name for messages."""
 
     image: bytes
     labels: list[int]
     name: str
 
     def decode(self, to_pixels: Callable[[bytes], np.ndarray]) -> np.ndarray:
-        """Apply a decoder to the image; its UserError will name the example."""
+        """Apply a decoder to the image; its UserError names the example."""
         try:
             return to_pixels(self.image)
         except UserError as error:
@@ -63,18 +63,18 @@ class Example(NamedTuple):
 
 
 class DiskSplit:
-    """A split on disk, read at random.
+    """A split on disk with random access.
 
     Args:
       shards: The files, in the order of the examples.
-      image: The feature that is the image.
-      labels: The features that are labels.
+      image: Name of the image feature.
+      labels: Names of the label features.
     """
 
     def __init__(self, shards: tuple[Shard, ...], image: str, labels: list[str]) -> None:
         self.shards, self.image, self.labels = shards, image, labels
         self._ends = list(itertools.accumulate((shard.take for shard in shards), initial=0))[1:]
-        self._reader = functools.lru_cache(_max_open_files() // 4)(self._open)  # what is dropped is closed
+        self._reader = functools.lru_cache(_max_open_files() // 4)(self._open)  # dropped readers are closed
 
     def __reduce__(self) -> tuple:  # the readers stay in their process
         return type(self), (self.shards, self.image, self.labels)
@@ -113,8 +113,8 @@ class DiskSplit:
         """Read image uint8 [n, H, W, C] and label int32 [n].
 
         Args:
-          indices: Which n examples.
-          to_pixels: From an image file and its place in `indices` to pixels.
+          indices: Indices of n examples.
+          to_pixels: Function from the content of an image file and its position in `indices` to pixels.
 
         Raises:
           UserError: If an image or a file of the data set is damaged.
@@ -126,7 +126,7 @@ class DiskSplit:
         return {"image": np.stack(images), "label": np.array([example.labels[0] for example in examples], np.int32)}
 
     def map(self, work: Callable[[range], Result], what: str) -> Iterator[Result]:
-        """Do something with consecutive ranges of examples on all cores, and report the progress of `what`."""
+        """Apply `work` to consecutive ranges of examples on all cores, and report the progress as `what`."""
         progress = Progress(what, len(self), _LOG.info)
         parts = [range(start, min(start + _CHUNK, len(self))) for start in range(0, len(self), _CHUNK)]
         with ThreadPoolExecutor(cpu_count()) as pool:

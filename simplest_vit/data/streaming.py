@@ -1,7 +1,8 @@
 """Make batches of a data set that stays on disk: Grain reads, decodes and crops; the device does the rest.
 
-Work comes in chunks of a few dozen examples. Chunk k of the run depends on (seed, k) alone, so neither the number of
-workers nor of hosts changes a batch. Each host reads only its own chunks; a resume starts at the chunk reached.
+The unit of work is a chunk of a few dozen examples. Chunk k of the run depends only on (seed, k), so neither the number
+of workers nor the number of hosts changes a batch. Each host reads only its own chunks; a resume starts at the chunk
+reached.
 """
 
 import atexit
@@ -37,7 +38,7 @@ from simplest_vit.errors import TrainingError, UserError
 
 _LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 32
-_IMAGES_PER_WORKER = 2000  # that are worth the seconds of its start
+_IMAGES_PER_WORKER = 2000  # a worker with fewer takes longer to start than it works
 _BATCHES_AHEAD = 2  # on the device as uint8, beyond the one in use
 # Signals that end a worker process, with cause and remedy.
 _SIGNALS: dict[int, str] = {
@@ -104,12 +105,12 @@ def random_resized_crop(content: bytes, rng: np.random.Generator, size: int, cha
     """
     height, width = image_size(content)
     left, top, box_width, box_height = map(float, _random_box(rng, height, width))
-    # The whole image is decoded, but no larger than it takes for the box to have `size` pixels a side.
+    # Decode the whole image, but only as large as needed for the box to have `size` pixels per side.
     enough = min(1.0, size / min(box_width, box_height))
     pixels = decode_image(content, channels, (math.ceil(height * enough), math.ceil(width * enough)))
     y, x = pixels.shape[0] / height, pixels.shape[1] / width
     left, right, top, bottom = left * x, (left + box_width) * x, top * y, (top + box_height) * y
-    # As after a crop: the filter must not see what lies outside.
+    # Crop first, because the filter must not see pixels outside the box.
     x0, y0 = math.floor(left), math.floor(top)
     inside = pixels[y0 : math.ceil(bottom), x0 : math.ceil(right)]
     return resize_box(inside, (left - x0, top - y0, right - x0, bottom - y0), size)
@@ -154,17 +155,17 @@ def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding |
 
 
 def _workers(num_workers: int | None, images: int) -> int:
-    """Count the processes that decode: one a core, but none that takes longer to start than it works."""
+    """Choose the number of decoding processes: one per core, but none that takes longer to start than it works."""
     if num_workers is not None:
         return num_workers
     return min(cpu_count(), images // jax.process_count() // _IMAGES_PER_WORKER)
 
 
 def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: int) -> Iterator[_Chunk]:
-    """Read chunks in worker processes, or in threads of this one, and join them to batches."""
+    """Read chunks in worker processes, or in threads of this process, and join them into batches."""
     if num_workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, even if the program has none
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags even if the program defines none
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         stream = chunks.to_iter_dataset(options).mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2),
@@ -193,9 +194,9 @@ def _start_workers(iterator: grain.DatasetIterator) -> None:
     """Start the worker processes with signals blocked; a run that receives one saves and then ends them itself.
 
     A terminal sends SIGINT to all processes of a command, and a cluster may send SIGTERM to all. A new process inherits
-    what is blocked in the thread that starts it: it is deaf from its first moment, not only once it has imported all.
+    the blocked signals of the thread that starts it, so they are blocked even while the process imports its modules.
     """
-    iterator.get_state()  # makes the queues between the processes, where multiprocessing unblocks SIGINT and SIGTERM
+    iterator.get_state()  # creates the queues between processes, which makes multiprocessing unblock SIGINT and SIGTERM
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
     try:
         iterator.start_prefetch()
@@ -212,11 +213,11 @@ def _signal_that_ended(error: RuntimeError) -> str | None:
 def _close(iterator: grain.DatasetIterator) -> None:
     """End the workers and free their shared memory."""
     iterator.close()
-    gc.collect()  # Grain's end of iteration is an exception, in a cycle with the frames that hold the last chunks
+    gc.collect()  # Grain ends iteration with an exception, in a reference cycle with frames that hold the last chunks
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """End this worker process with its parent; it would outlive a run that is killed and keep its shared memory."""
+    """End this worker process with its parent; otherwise it would outlive a killed run and keep its shared memory."""
     del worker, workers
     parent: Any = multiprocessing.parent_process()
 
@@ -228,7 +229,7 @@ def _end_with_parent(worker: int, workers: int) -> None:
 
 
 def _join(chunks: Iterator[_Chunk]) -> _Chunk:
-    """Join chunks to one, copied out of shared memory; return an empty dict if there are none."""
+    """Join chunks into one, copied out of shared memory; return an empty dict if there are none."""
     parts = list(chunks)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
@@ -241,7 +242,7 @@ def _to_device(arrays: tuple[np.ndarray, ...], sharding: NamedSharding | None) -
 
 
 def _ahead(batches: Iterator[_Arrays]) -> Iterator[_Arrays]:
-    """Yield the same batches, with the transfer of the next two started before each is used."""
+    """Yield the same batches, with the transfer of the next two already started."""
     queue = collections.deque(itertools.islice(batches, 1 + _BATCHES_AHEAD))
     while queue:
         yield queue.popleft()

@@ -3,11 +3,11 @@ r"""E-SPA: attention that preserves the signal at initialization, and its relati
 A deep stack of attention layers without skip connections drives all tokens to the same vector. Signal-preserving
 attention (SPA) of He et al., "Deep Transformers without Shortcuts" (arXiv 2302.10322), avoids that. It chooses token
 kernels Sigma_0 = I, ..., Sigma_L and gives block l the attention matrix that maps Sigma_{l-1} to Sigma_l. Rows of a
-softmax sum to 1, so the matrix is split in two:
+softmax sum to 1, so the matrix is factored:
 
     A_l = diag(row_scale_l) softmax(attention_bias_l)
 
-which is exact at initialization, where queries are zero. Everything here is float64 NumPy and runs once.
+This is exact at initialization, when queries are zero. Everything here is float64 NumPy and runs once.
 
 Forms (kinds of attention in `model.attention`):
   espa            exponential kernel exp(-gamma_l |i - j|) in raster order, symmetric square roots

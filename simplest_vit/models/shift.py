@@ -1,18 +1,18 @@
 """Shift attention: every head starts as a translation of the token grid, so that attention is an isometry.
 
-Head h looks at the token that lies `offset_h` away, on a grid whose opposite borders meet, and a little at all of them:
+Head h attends to the token at distance `offset_h`, on a grid that wraps around, and slightly to all tokens:
 
     A_h = (1 - eps) P_h + eps / T 1 1^T = softmax(log A_h)
 
-P_h is a permutation and eps the `uniform_fraction`. Heads own disjoint columns of the values: at eps = 0 the output has
-the norm of the input for any input, sum_h |P_h X W_h|^2 = |X W|^2 = |X|^2 for orthogonal values W = [W_1 .. W_H]. Rows
-of A_h sum to 1, so no row scale is needed. eps keeps every token in reach of learning: a query has to overcome
+P_h is a permutation and eps the `uniform_fraction`. Heads own disjoint columns of the values. At eps = 0 the output
+therefore has the norm of any input: sum_h |P_h X W_h|^2 = |X W|^2 = |X|^2 for orthogonal values W = [W_1 .. W_H]. Rows
+of A_h sum to 1, so no row scale is needed. With eps > 0, queries can learn to reach every token: they have to overcome
 log(eps / T).
 
 By default three of four heads stay in place and the others move by one token. After L blocks the content of a channel
-has then moved by about sqrt(L / 4) tokens; if all heads moved, it would be anywhere on a small grid.
+has then moved by about sqrt(L / 4) tokens; if all heads moved, it could be anywhere on a small grid.
 
-Impulse initialization (arXiv 2505.19985) starts heads in this way in networks with skip connections and normalization.
+Impulse initialization (arXiv 2505.19985) starts heads this way in networks with skip connections and normalization.
 """
 
 import jax
@@ -21,12 +21,12 @@ import numpy as np
 
 
 def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, identity_head_fraction: float = 0.75) -> np.ndarray:
-    """Choose the offsets of the heads of each block: zero for heads that stay in place, near ones for the others.
+    """Choose the offsets of the heads of each block: zero for heads that stay in place, nearby ones for the others.
 
-    The moving heads are spread evenly over the blocks, so that a share that is not a whole number of heads holds over
-    several blocks. Moving heads take turns, through all blocks, over the m nearest offsets and all that are as near as
-    the last of these; m is the largest number of moving heads in a block. Opposite offsets follow each other: one
-    moving head looks left, right, up and down in four blocks; two look left and right, then up and down.
+    The moving heads are spread evenly over the blocks, so that a share that is not a whole number of heads holds on
+    average. Over all blocks they cycle through the m nearest offsets and those tied with the last of them, where m is
+    the largest number of moving heads in a block. Opposite offsets are consecutive: a single moving head attends left,
+    right, up and down in four blocks; two attend left and right, then up and down.
 
     Args:
       num_heads: H, at most T = rows * columns.
@@ -35,7 +35,7 @@ def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, identity_hea
       identity_head_fraction: Share of the heads of all blocks that stay, in (0, 1]; their number is rounded up.
 
     Returns:
-      int [L, H, 2], rows and columns to look away; those of the heads that move are different within a block.
+      int [L, H, 2], offsets in rows and columns; the moving heads of a block have different offsets.
 
     Raises:
       ValueError: If there are more heads than tokens.
@@ -81,7 +81,7 @@ def attention_matrices(source: np.ndarray, uniform_fraction: float) -> np.ndarra
 def translate(heads: jax.Array, source: jax.Array) -> jax.Array:
     """Move tokens by head: output[b, t, h] = heads[b, source[h, t], h].
 
-    The gradient moves them back; left to JAX it would be a scatter.
+    The custom gradient moves them back; JAX's own would be a scatter.
 
     Args:
       heads: [B, T, H, d].

@@ -1,11 +1,11 @@
-r"""TAT, tailored activation transformation: a leaky ReLU (the tailored rectifier) whose slope is solved for the depth.
+r"""TAT (tailored activation transformation): a leaky ReLU (tailored rectifier) whose slope is solved for the depth.
 
 Zhang, Botev and Martens, "Deep Learning without Shortcuts: Shaping the Kernel with Tailored Rectifiers"
 (arXiv 2203.08120). In a wide network the cosine c of two inputs becomes C(c) after an activation (its C-map). A deep
-composition of C-maps drives every cosine to 1: all inputs look alike. TAT picks the negative slope of a leaky ReLU so
-that orthogonal inputs end at the cosine `c_val_0_target` (eta) after the whole network, C_f(0) = eta < 1.
+composition of C-maps drives every cosine to 1, so that all inputs look alike. TAT picks the negative slope of a leaky
+ReLU so that orthogonal inputs end at the cosine `c_val_0_target` (eta) after the whole network, C_f(0) = eta < 1.
 
-A block of SimplEsT-ViT has two activations: a network of depth L composes the map 2 L times.
+A block of SimplEsT-ViT has two activations, so a network of depth L composes the map 2 L times.
 """
 
 import functools
@@ -94,8 +94,8 @@ def _slope(x: jax.Array, negative_slope: float) -> jax.Array:
 def tailored_relu(x: jax.Array, negative_slope: float) -> jax.Array:
     """Compute TReLU(x) = sqrt(2 / (1 + s^2)) * leaky_relu(x, s) (TAT, section 4).
 
-    The gradient reads the sign of the output, so training keeps one array for each activation: the output, which the
-    next product needs anyway.
+    The gradient uses the sign of the output, so training keeps one array per activation: the output, which the next
+    product needs anyway.
 
     Args:
       x: Pre-activations of any shape and float dtype.

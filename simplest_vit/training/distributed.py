@@ -1,7 +1,7 @@
-"""A run of several processes, one for each host or device, by JAX's multi-controller runtime.
+"""A run with several processes, one per host or device, on JAX's multi-controller runtime.
 
-Every process runs the same program on its share of each batch. Process 0 is also the coordinator to which the others
-connect, and the only one that logs and writes results. All of them write checkpoints.
+Every process runs the same program on its share of each batch. Process 0 is the coordinator to which the others
+connect, and the only one that logs and writes results. All processes write checkpoints.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from jax.experimental import multihost_utils
 
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError, print_error
 
-# Seconds until all processes must have started, until a silent one counts as gone, and for failing together.
+# Seconds within which all processes must start, without a heartbeat until one counts as lost, and to fail together.
 _START_TIMEOUT = 300
 _HEARTBEAT_TIMEOUT = 30
 _FAILURE_TIMEOUT = 10
-# Errors of collectives (gloo on CPU, NCCL on GPU) and of the coordinator when a process has gone.
+# Errors of collectives (gloo on CPU, NCCL on GPU) and of the coordinator after a process is lost.
 _GONE = re.compile(r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)|gloo|connection|remote process|heartbeat", re.IGNORECASE)
 
 log = logging.getLogger("simplest_vit")
@@ -40,13 +40,14 @@ def initialize(
     """Connect to the other processes. Must be called before anything that uses a device.
 
     Args:
-      detect: Whether to ask the cluster (SLURM, MPI, Kubernetes, TPU) for the other arguments, which are None then.
+      detect: Whether to get the other arguments, which must then be None, from the cluster (SLURM, MPI, Kubernetes,
+        TPU).
       coordinator_address: Host and port of process 0, such as "10.0.0.1:1234".
       num_processes: Number of processes.
-      process_id: Number of this one, from 0.
+      process_id: Number of this process, from 0.
 
     Raises:
-      UserError: If something is missing or the others cannot be reached.
+      UserError: If an argument is missing or the other processes cannot be reached.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -78,14 +79,14 @@ def initialize(
         )
     except (ValueError, RuntimeError) as error:
         reason = _first_line(error)
-        if detect and isinstance(error, ValueError):  # JAX misses what no cluster has told
+        if detect and isinstance(error, ValueError):  # JAX found no cluster that provides the arguments
             raise UserError(
                 f"config.distributed=auto: no cluster was found ({reason}); it knows SLURM, Open MPI, Kubernetes and "
                 f"TPU; elsewhere give {', '.join(f'--{name}' for name in given)}"
             ) from error
         if detect:
             raise UserError(
-                f"config.distributed=auto: the processes cannot find each other ({reason}); see README.md, Many hosts"
+                f"config.distributed=auto: the processes cannot find each other ({reason}); see docs/running.md"
             ) from error
         raise UserError(f"--coordinator_address={coordinator_address} cannot be used ({reason})") from error
     if jax.process_index() > 0:
@@ -133,7 +134,7 @@ def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
         except UserError as error:
             content = json.dumps({"error": str(error)}).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    characters = np.frombuffer(content.ljust(size), np.uint8)  # of the same shape in all
+    characters = np.frombuffer(content.ljust(size), np.uint8)  # the same shape in all processes
     received = json.loads(multihost_utils.broadcast_one_to_all(characters).tobytes())
     if "error" in received:
         raise UserError(received["error"])
@@ -144,9 +145,9 @@ def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
 def abort_together() -> Iterator[None]:
     """Stop all processes of a run if one of them cannot continue.
 
-    If all fail alike, within `_FAILURE_TIMEOUT`, each ends as if it were alone. If one fails, it exits immediately. So
-    do the others when collectives fail, or JAX aborts them after `_HEARTBEAT_TIMEOUT` without a heartbeat. Nothing is
-    closed then, because checkpoints and JAX's own shutdown would wait for all processes.
+    If all processes fail within `_FAILURE_TIMEOUT`, each ends as if it were the only one. If only one fails, it exits
+    immediately; the others exit when a collective fails, or JAX aborts them after `_HEARTBEAT_TIMEOUT` without a
+    heartbeat. Nothing is closed in that case, because checkpoints and JAX's own shutdown would wait for all processes.
 
     Raises:
       TrainingError: If a single process is out of device memory.
@@ -179,7 +180,7 @@ def abort_together() -> Iterator[None]:
 
 
 def _all_fail() -> bool:
-    """Return whether all processes arrive here."""
+    """Return whether all processes fail, that is, reach this barrier."""
     try:
         ocp.multihost.get_barrier_sync_fn()(key="failure", timeout_ms=1000 * _FAILURE_TIMEOUT)
     except jax.errors.JaxRuntimeError:

@@ -11,15 +11,15 @@ from simplest_vit.training.run import Run
 
 log = logging.getLogger("simplest_vit")
 
-# What two models of the same weights may differ in.
+# Fields in which two models with the same weights may differ.
 _MAY_DIFFER = ("attention_kernel", "dropout", "init", "remat")
 
 
 def load_initial_params(run: Run, folder: str) -> dict[str, Any]:
     """Load parameters from the best checkpoint of another run. Writes nothing.
 
-    Loads all parameters but the head, which is reinitialized unless the classes match. Constants (E-SPA's matrices, the
-    position embedding) belong to the grid of tokens and are those of the new run.
+    Loads all parameters except the head, which is reinitialized unless the classes match. Constants (E-SPA's matrices,
+    the position embedding) depend on the token grid and are those of the new run.
 
     Args:
       run: The new run.
@@ -61,7 +61,7 @@ def load_initial_params(run: Run, folder: str) -> dict[str, Any]:
 
 
 def _function(run: Run) -> dict[str, Any]:
-    """Describe what the model computes from its parameters."""
+    """Return the settings that determine the function from parameters and images to logits."""
     arguments = model_arguments(**run.config.model, image_shape=run.data.image_shape)
     return {"name": run.config.model.name} | {k: v for k, v in arguments.items() if k not in _MAY_DIFFER}
 

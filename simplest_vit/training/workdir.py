@@ -1,4 +1,4 @@
-"""The folder of a run: its config, what it was trained on, checkpoints (`checkpoint.py`), and its results."""
+"""The folder of a run: its config, facts about its data, checkpoints (`checkpoint.py`), and its results."""
 
 import contextlib
 import fcntl
@@ -25,11 +25,11 @@ DATASET = "dataset.json"
 RESULTS = "results.json"
 _LOCK = ".lock"
 
-# The version of the project at which what a folder holds last changed, so that older folders are refused. A new field
-# of the config needs none if its default is what the code did before: folders without it are read with the default.
+# The project version that last changed the content of a folder; folders of other versions are rejected. A new config
+# field needs no new version if its default is the previous behaviour: folders without it are read with the default.
 VERSION = "0.3"
 
-# Fields that do not change what is computed, and may differ when a run is resumed.
+# Fields that do not change the result and may differ when a run is resumed.
 RESUMABLE_FIELDS = (
     "checkpoint_every",
     "checkpoint_minutes",
@@ -50,15 +50,15 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def is_resumable(field: str) -> bool:
-    """Return whether a field, by dotted name, is one of `RESUMABLE_FIELDS` or in a section that is."""
+    """Return whether a field (dotted name) or its section is in `RESUMABLE_FIELDS`."""
     return any(f"{field}.".startswith(f"{name}.") for name in RESUMABLE_FIELDS)
 
 
 def check_workdir(workdir: str, settings: dict[str, Any]) -> pathlib.Path:
-    """Check that a folder is free for a run, or holds just that run. Writes nothing.
+    """Check that a folder is free for a run, or already holds that run. Writes nothing.
 
     Args:
-      workdir: Path of the folder, which may be missing.
+      workdir: Path of the folder, which need not exist.
       settings: The run's config as nested dicts.
 
     Returns:
@@ -80,17 +80,17 @@ def check_workdir(workdir: str, settings: dict[str, Any]) -> pathlib.Path:
 
 
 def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[pathlib.Path, dict[str, Any], DatasetInfo]:
-    """Read what a folder remembers of its run. Writes nothing.
+    """Read the config and the data facts of the run in a folder. Writes nothing.
 
     Args:
       workdir: The folder.
-      settings: A config, as nested dicts, that must be that run's; None takes the run's own.
+      settings: A config, as nested dicts, that must match the run's; None takes the run's own.
 
     Returns:
-      The folder, the config, and what the run was trained on.
+      The folder, the config, and the facts about the data that the run was trained on.
 
     Raises:
-      UserError: If the folder holds no run, a damaged one, or one of another config or version.
+      UserError: If the folder holds no run, a damaged run, or a run of another config or version.
     """
     path, _ = _locate(workdir)
     if not (path / CONFIG).exists():
@@ -108,7 +108,7 @@ def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[path
 
 @contextlib.contextmanager
 def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo) -> Iterator[None]:
-    """Create the folder, record whose run it holds, and keep it from other processes until the end.
+    """Create the folder, record the run's config and data in it, and lock it against other processes.
 
     Raises:
       UserError: If it cannot be written, another process trains there, or it holds the run of another config or data.
@@ -116,7 +116,7 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
     with contextlib.ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            # NFS keeps a lock between hosts only for a file that is open for writing.
+            # NFS shares a lock between hosts only if the file is open for writing.
             file = stack.enter_context((path / _LOCK).open("w"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,7 +126,7 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
                 ) from error
             except OSError as error:
                 log.warning("%s cannot be locked (%s): make sure that no other process trains there", path, error)
-            if (path / CONFIG).exists():  # perhaps only since `check_workdir`, which was not alone
+            if (path / CONFIG).exists():  # another process may have written it since `check_workdir`
                 _check_same(path, settings)
                 check_data(path, data)
             else:
@@ -138,7 +138,7 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
 
 
 def check_data(path: pathlib.Path, data: DatasetInfo) -> None:
-    """Check that a run is resumed with the data that it was started with.
+    """Check that a run is resumed with the data it was started with.
 
     Raises:
       UserError: Names the first thing that differs.
@@ -172,8 +172,8 @@ def environment() -> dict[str, Any]:
     """Describe device, versions and commit of this process.
 
     Returns:
-      `device`, such as "1 x NVIDIA H200"; `versions` of Python and the packages that compute; `commit` of the code,
-      with "+" appended where files were changed since, or None outside of a git checkout.
+      `device`, such as "1 x NVIDIA H200"; `versions` of Python and the main packages; `commit` of the code, with "+"
+      appended if files have changed since, or None outside a git checkout.
     """
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -188,7 +188,7 @@ def environment() -> dict[str, Any]:
 def _commit() -> str | None:
     root = pathlib.Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    # Of this project: an installed package may lie below the repository of another.
+    # Only this project's repository: an installed package may lie inside another one.
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}
     try:
         found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=10)
@@ -198,13 +198,13 @@ def _commit() -> str | None:
 
 
 def _locate(workdir: str) -> tuple[pathlib.Path, pathlib.Path]:
-    """Return the folder, and as much of its path as exists."""
+    """Return the folder, and the longest part of its path that exists."""
     try:
         path = pathlib.Path(local_path(workdir)).absolute()
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
     except UserError as error:
         raise UserError(f"--workdir={error}") from error
-    except OSError as error:  # a name that is too long
+    except OSError as error:  # such as a name that is too long
         raise UserError(f"--workdir={workdir} is no path of a folder ({error.strerror}); choose another") from error
     if not existing.is_dir():
         raise UserError(f"--workdir={workdir}: {existing} is a file; name a folder")
@@ -212,9 +212,9 @@ def _locate(workdir: str) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def _read_settings(path: pathlib.Path) -> dict[str, Any]:
-    """Read the config of a folder's run, by dotted name."""
+    """Read the config of the run in a folder, flattened to dotted names."""
     content = read_json(path / CONFIG)
-    version = content.get("version", "0.1")  # which wrote none
+    version = content.get("version", "0.1")  # version 0.1 did not record itself
     if version != VERSION:
         raise UserError(
             f"--workdir={path} was made by version {version} of this project, this is {VERSION}; use version "

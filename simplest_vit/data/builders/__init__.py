@@ -1,4 +1,4 @@
-"""Data sets that this project prepares, from their original files to examples, without TensorFlow."""
+"""The data sets that this project prepares from their original files, without TensorFlow."""
 
 from simplest_vit.data.builders import cifar, digits, image_folder, imagenet, tiny_imagenet
 from simplest_vit.data.builders.base import Builder

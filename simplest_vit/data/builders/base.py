@@ -1,4 +1,4 @@
-"""The parts of a data set: a description, and how to read the files that its authors published."""
+"""The description of a data set, and the reading of the files that its authors published."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ class Example(NamedTuple):
 
     name: str  # in messages
     size: int  # of the original in bytes
-    image: Callable[[], bytes]  # gives a JPEG or PNG, or raises anything
+    image: Callable[[], bytes]  # returns a JPEG or PNG; may raise any error
     features: dict[str, Any]  # besides `image`
 
 
@@ -39,7 +39,7 @@ class Content(NamedTuple):
 
     features: dict[str, Any]
     splits: dict[str, list[Shard]]
-    description: str = ""  # in place of the builder's
+    description: str = ""  # replaces the builder's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Archive:
         return f"SHA-256 {found}, expected {self.sha256}" if found != self.sha256 else ""
 
     def download(self, folder: Path) -> None:
-        """Download the archive into a folder unless it is there; raise a UserError if that fails or it is another."""
+        """Download the archive into a folder unless it exists; raise a UserError if that fails or the file differs."""
         path = folder / self.file_name
         if path.exists():
             return
@@ -76,7 +76,7 @@ class Archive:
         progress = Progress(f"downloading {self.file_name}", self.size / 1e6, unit="MB")
 
         def tell(block: int, size: int, total: int) -> None:
-            megabytes = size / 1e6 if block else 0.0  # it is called with 0 before the first block
+            megabytes = size / 1e6 if block else 0.0  # urlretrieve calls it with block 0 before the first block
             progress.add(megabytes, megabytes)
 
         try:
@@ -96,11 +96,11 @@ class Archive:
         """Read members of the archive, packed or unpacked.
 
         Args:
-          folder: Holds the archive itself, the folder it unpacks to, or is that folder.
+          folder: Contains the archive or its unpacked folder, or is that folder.
           members: Names in the archive's folder; the first one identifies that folder.
 
         Returns:
-          For each member its place, for messages, and its content.
+          For each member its location, for messages, and its content.
 
         Raises:
           UserError: If the archive and its files are missing, or damaged.
@@ -130,13 +130,13 @@ class Builder:
 
     Attributes:
       name: TFDS's name; the version is TFDS's, too.
-      image_shape: (H, W, C) of the images; if they differ in size, the shape that they are resized to.
-      mean: Per channel, of pixels in [0, 1], as the field uses it; so is `std`.
-      read: From the folder with the original files to their content.
-      config: From that folder to the name of a variant, if there are several.
+      image_shape: (H, W, C) of the images; if sizes differ, the shape that they are resized to.
+      mean: Mean per channel, of pixels in [0, 1], as commonly used; `std` likewise.
+      read: Reads the content of the folder with the original files.
+      config: Returns the name of the variant in that folder, if there are several variants.
       archive: The archive to download if no folder is given.
-      resumable: Whether what an interrupted process has written is kept.
-      expected: Images of each split in the published set, if fewer are possible.
+      resumable: Whether the files that an interrupted process has written are kept.
+      expected: Published number of images in each split, if the originals may hold fewer.
     """
 
     name: str
@@ -153,7 +153,7 @@ class Builder:
 
 
 def checked(read: Callable[[], bytes]) -> Callable[[], bytes]:
-    """Return a function that reads an image file and decodes it once, as small as possible, so that nobody fails later.
+    """Return a function that reads an image file and decodes it once at minimal size, as a check.
 
     It raises a UserError if the file cannot be decoded, and whatever `read` raises.
     """

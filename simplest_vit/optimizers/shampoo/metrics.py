@@ -1,4 +1,4 @@
-"""What a training loop can log about the preconditioners, without waiting for the device."""
+"""Metrics of the preconditioners, for a training loop to log without waiting for the device."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from .axes import AxisState
 
 
 def shampoo_metrics(opt_state: Any) -> dict[str, jax.Array]:
-    """Find Shampoo or SOAP anywhere in an optimizer state and sum up its preconditioners.
+    """Find Shampoo or SOAP anywhere in an optimizer state and compute metrics of its preconditioners.
 
-    Call it within the jitted train step: it reduces arrays and never asks for their values.
+    Call it within the jitted train step: it reduces arrays and never reads their values.
 
     Args:
       opt_state: Any optax state, however nested.
 
     Returns:
-      `rejected_roots`: int32, how many computed preconditioners were rejected so far; `worst_residual`: float32, the
-      greatest error of the last one computed in each slot, rejected or not. Empty if the state holds neither Shampoo
+      `rejected_roots`: int32, number of preconditioners rejected so far; `worst_residual`: float32, the largest error
+      over the slots of the last preconditioner computed, rejected or not. Empty if the state holds neither Shampoo
       nor SOAP.
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AxisState))

@@ -1,7 +1,7 @@
-"""Averages over time that no single bad gradient can spoil, and the diagonal methods made of them.
+"""Moving averages that are robust to a single bad gradient, and the diagonal methods based on them.
 
-Grafting (arXiv 2002.11803; for Shampoo 2002.09018): the direction is Shampoo's, and the norm of each block's step is
-that of a diagonal method. Both work on the same momentum.
+Grafting (arXiv 2002.11803; for Shampoo 2002.09018) takes the direction from Shampoo and the norm of each block's step
+from a diagonal method. Both use the same momentum.
 """
 
 import math
@@ -22,7 +22,7 @@ def accumulate(average: jax.Array, new: jax.Array, decay: Number) -> jax.Array:
 
 
 def bias_correction(decay: Number, count: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Compute 1 - decay^count, exact to rounding also for few steps; 1 for sums (decay 1)."""
+    """Compute 1 - decay^count, accurate to rounding even for few steps; 1 for sums (decay 1)."""
     wide = jnp.result_type(float)  # float64 if that is enabled
     if isinstance(decay, jax.Array):
         correction = -jnp.expm1(count.astype(wide) * jnp.log(decay.astype(wide)))
@@ -33,7 +33,7 @@ def bias_correction(decay: Number, count: jax.Array, dtype: jnp.dtype) -> jax.Ar
 
 
 def init_moments(shape: tuple[int, ...], options: Options, diagonal: Diagonal) -> tuple[jax.Array, SecondMoment]:
-    """Make the momentum in `mu_dtype` and, if the diagonal method has one, the second moment."""
+    """Create the momentum in `mu_dtype` and, if the diagonal method has one, the second moment."""
     mu = jnp.zeros(shape, options.momentum_dtype)
     return mu, jnp.zeros(shape, options.dtype) if diagonal.has_second_moment else optax.MaskedNode()
 
@@ -46,13 +46,13 @@ def diagonal_step(
     b1: Number,
     diagonal: Diagonal,
 ) -> tuple[tuple[jax.Array, SecondMoment], jax.Array, jax.Array]:
-    """Take in a gradient: m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2; the step is m / (sqrt(v) + eps).
+    """Update the moments: m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2; the step is m / (sqrt(v) + eps).
 
     Args:
       count: The number of this step, from 1.
       moments: m in any float type, without bias correction, and v.
-      gradient: Of their shape. Entries whose squares overflow leave both moments as they are.
-      finite: Of a shape that broadcasts to it; both moments stay where it is False. The gradient is finite there too.
+      gradient: Finite, of the shape of the moments. Entries whose squares overflow leave both moments unchanged.
+      finite: Broadcasts to the gradient; where it is False, both moments are unchanged.
       b1: The decay of the momentum.
       diagonal: The method, which may have no second moment.
 

@@ -1,4 +1,4 @@
-"""Checks of the arguments of Shampoo and SOAP. `shampoo` and `soap` document them and hold their defaults."""
+"""Checks of the arguments of Shampoo and SOAP, which `shampoo` and `soap` document with their defaults."""
 
 import dataclasses
 import inspect
@@ -41,7 +41,7 @@ _LEAST = {  # of integers
     "ignored_dim": 1,
     "exponent_override": 0,
 }
-# A relative damping below this drowns in the rounding of the statistics.
+# A smaller relative damping would be lost in the rounding of the statistics.
 LEAST_EPS = {"float32": 1e-6, "float64": 1e-14}
 
 
@@ -55,7 +55,7 @@ def static_args(optimizer: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def with_defaults(optimizer: Callable[..., Any], arguments: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
-    """Complete arguments by the defaults of `shampoo` or `soap`; return `stack_axes` and `mesh` apart."""
+    """Complete arguments with the defaults of `shampoo` or `soap`; return `stack_axes` and `mesh` separately."""
     outside = ("learning_rate", "weight_decay", "mask")
     parameters = inspect.signature(optimizer).parameters.items()
     given = {name: parameter.default for name, parameter in parameters if name not in outside} | arguments
@@ -67,7 +67,7 @@ class Diagonal(NamedTuple):
 
     Attributes:
       method: Its name.
-      decay: Of its second moment; 1 sums it.
+      decay: Decay of its second moment; 1 sums it.
       eps: Added to the root of the second moment.
     """
 
@@ -77,13 +77,13 @@ class Diagonal(NamedTuple):
 
     @property
     def has_second_moment(self) -> bool:
-        """Whether it divides by one."""
+        """Whether the method divides by the root of a second moment."""
         return self.method in ("adagrad", "rmsprop", "adam")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The arguments that Shampoo and SOAP have in common, checked."""
+    """The checked arguments that Shampoo and SOAP have in common."""
 
     b1: Number
     b2: Number

@@ -1,15 +1,15 @@
-"""The static plan: which parameter is cut into which blocks, and what that costs.
+"""The static plan: how parameters are cut into blocks, and the cost.
 
-It is made from shapes alone. Blocks of one shape are stacked in one array (N, *block_shape), so that statistics and
-preconditioning are one batched product for each axis of each block shape, however deep the model is. Matrices of one
-size and one root are decomposed together. With `max_preconditioner_dim=384`:
+The plan depends on shapes alone. Blocks of one shape are stacked in one array (N, *block_shape), so that statistics and
+preconditioning are one batched product per axis of each block shape, however deep the model is. Matrices of the same
+size and root are decomposed together. With `max_preconditioner_dim=384`:
 
     (48, 64)                      -> one block                  -> 1 slot of a stack (N, 48, 64)
     (384, 1536)                   -> 4 blocks (384, 384)        -> 4 slots of (N, 384, 384)
     (12, 384, 1536), stack_axes=1 -> 12 layers of 4 blocks      -> 48 slots of (N, 384, 384)
     (1000, 4)                     -> even: 2 of (334, 4) and 1 of (332, 4); else 2 of (384, 4) and 1 of (232, 4)
     (50257, 768)                  -> 2 blocks (50257, 384), of which only the short axis has a preconditioner
-    (384,)                        -> no block: the diagonal method's
+    (384,)                        -> no block: updated by the diagonal method
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ import jax.numpy as jnp
 
 from .options import ShampooOptions, SoapOptions
 
-# How many leading axes of each parameter are stacked layers: a tree of integers or a prefix of one, a function from the
-# parameters to it, or None for no such axes.
+# The number of leading axes of each parameter that stack layers: a tree of integers or a prefix of one, a function from
+# the parameters to it, or None for no such axes.
 StackAxes = int | Any | Callable[[Any], Any]
 AnyOptions = ShampooOptions | SoapOptions
 
-# Staggering recomputes at least one block of each shape in a step. It is given up if that is this much more work than
-# recomputing all blocks together, as for a few blocks of many shapes.
+# Staggering recomputes at least one block of each shape per step. It is disabled if that takes more than this many
+# times the work of recomputing all blocks together, as for few blocks of many shapes.
 _MOST_STAGGERED = 2.0
 
 
@@ -41,8 +41,8 @@ class Region:
       starts: Where the region begins on each (merged) axis.
       counts: Blocks along each axis.
       block_shape: The shape of a block.
-      stack: The number of the stack that holds them.
-      slot: The first of them in the stack.
+      stack: Index of the stack that holds them.
+      slot: Slot of the first block in the stack.
       num_blocks: Blocks in the region, over all stacked layers.
     """
 
@@ -59,12 +59,12 @@ class ParamPlan:
     """How one parameter is preconditioned.
 
     Attributes:
-      path: Its names with '/' between them, such as 'blocks/mlp/kernel', for messages.
+      path: Its path in the tree, such as 'blocks/mlp/kernel', for messages.
       shape: Its shape.
-      dtype: Its type.
-      num_layers: The product of its leading stack axes.
-      merged_shape: The shape of one layer after merging of dimensions.
-      regions: Its regions of equal blocks; none if it is not preconditioned.
+      dtype: Its dtype.
+      num_layers: Product of its leading stack axes.
+      merged_shape: Shape of one layer after small dimensions are merged.
+      regions: Its regions of equal blocks; empty if it is not preconditioned.
     """
 
     path: str
@@ -83,7 +83,7 @@ class BlockStack:
       block_shape: The shape of a block.
       axes: The axes that have a preconditioner.
       count: The number of blocks.
-      root: p of the inverse p-th root that their preconditioners are.
+      root: The p of the inverse p-th roots that are their preconditioners.
     """
 
     block_shape: tuple[int, ...]
@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def sizes(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
-        """(n, p) -> the (stack, axis) whose matrices are n x n with the inverse p-th root: decomposed together."""
+        """Map (n, p) to the (stack, axis) pairs whose n x n matrices have inverse p-th roots; decomposed together."""
         sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for index, stack in enumerate(self.stacks):
             for axis, n in enumerate(stack.sizes):
@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the whole state but for the few of its version: `stack_bytes`, moments and count."""
+        """Bytes of the whole state (`stack_bytes`, moments and count), without the few bytes of its version."""
         options = self.options
         size, mu_size = options.dtype.itemsize, options.momentum_dtype.itemsize
         cut = sum(stack.count * math.prod(stack.block_shape) for stack in self.stacks)
@@ -141,8 +141,8 @@ class Plan:
     def step_flops(self) -> int:
         """Floating-point operations of statistics and preconditioning in each step.
 
-        For each axis one product makes statistics and one preconditions; SOAP rotates gradients to its basis and back;
-        KL-Shampoo multiplies them by an axis's preconditioner for the statistics of each other axis.
+        For each axis, one product computes statistics and one preconditions. SOAP rotates gradients to its basis and
+        back. KL-Shampoo multiplies them by an axis's preconditioner for the statistics of each other axis.
         """
 
         def products(stack: BlockStack) -> int:
@@ -154,7 +154,7 @@ class Plan:
 
     @property
     def refresh_cubes(self) -> int:
-        """The sum of n^3 over all matrices: what a refresh of all costs, up to the method's constant."""
+        """The sum of n^3 over all matrices: the cost of refreshing all, up to the method's constant."""
         return sum(stack.count * n**3 for stack in self.stacks for n in stack.sizes)
 
     @property
@@ -164,16 +164,16 @@ class Plan:
 
     @property
     def is_staggered(self) -> bool:
-        """Whether blocks are recomputed in turns; not if all together cost less than half of that.
+        """Whether blocks are recomputed in turns; False if recomputing all together costs less than half as much.
 
-        It depends on shapes alone, not on the devices, so that a run takes the same steps on any number of them.
+        It depends on shapes alone, not on devices, so that a run takes the same steps on any number of devices.
         """
         most = _MOST_STAGGERED * self.refresh_cubes / self.options.precondition_frequency
         return self.options.stagger and self._staggered_cubes <= most
 
     @property
     def step_cubes(self) -> int:
-        """The sum of n^3 over the matrices that are recomputed in a step; the average if all are together."""
+        """The sum of n^3 over the matrices recomputed in a step; the average over steps if not staggered."""
         return self._staggered_cubes if self.is_staggered else self.refresh_cubes // self.options.precondition_frequency
 
     def __str__(self) -> str:
@@ -198,7 +198,7 @@ class Plan:
 
 
 def make_plan(params: Any, options: AnyOptions, stack_axes: StackAxes = None) -> Plan:
-    """Cut every parameter into blocks and give each block its slot.
+    """Cut every parameter into blocks and assign a slot to each block.
 
     Args:
       params: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
@@ -209,8 +209,8 @@ def make_plan(params: Any, options: AnyOptions, stack_axes: StackAxes = None) ->
       The plan.
 
     Raises:
-      ValueError: For a parameter that is not a real floating-point array, or a number of stack axes that it does not
-        have; the message names its path.
+      ValueError: For a parameter that is not a real floating-point array, or whose rank is less than its stack axes;
+        the message names its path.
     """
     axes = stack_axes(params) if callable(stack_axes) else stack_axes
     axes = jax.tree.leaves(jax.tree.broadcast(0 if axes is None else axes, params))
@@ -245,7 +245,7 @@ def merge_small_dims(shape: Sequence[int], max_dim: int) -> tuple[int, ...]:
 
     Args:
       shape: At least one dimension.
-      max_dim: The largest merged dimension. A dimension of 1 merges whatever the product is.
+      max_dim: The largest merged dimension. A dimension of 1 is always merged.
 
     Returns:
       The merged shape: (48, 3, 4, 4) with 8192 gives (2304,), with 512 gives (144, 16).
@@ -261,16 +261,18 @@ def merge_small_dims(shape: Sequence[int], max_dim: int) -> tuple[int, ...]:
 
 def _merged_shape(shape: tuple[int, ...], options: AnyOptions) -> tuple[int, ...]:
     """Merge the dimensions of one layer; () if it is not to be preconditioned."""
-    # The rank before merging counts: a small matrix that merges into a vector stays preconditioned.
+    # The rank before merging decides: a small matrix that merges into a vector is still preconditioned.
     if len(shape) < 2 and not (shape and options.precondition_1d):
         return ()
     return merge_small_dims(shape, options.max_preconditioner_dim) if options.merge_dims else shape
 
 
 def _preconditioned_axes(shape: tuple[int, ...], options: AnyOptions) -> tuple[int, ...]:
-    """Choose the axes of a parameter that have a preconditioner, by its own shape: its blocks have the same ones."""
+    """Choose the axes with a preconditioner by the shape of the parameter; all its blocks have the same axes."""
     axes = [axis for axis, dim in enumerate(shape) if dim <= options.ignored_dim]
-    axes = [axis for axis in axes if shape[axis] > 1] or axes  # one number is no direction, and would change the root
+    axes = [
+        axis for axis in axes if shape[axis] > 1
+    ] or axes  # an axis of size 1 has no directions, and would change the root
     return tuple([min(axes, key=lambda axis: shape[axis])] if options.one_sided and axes else axes)
 
 
@@ -279,7 +281,7 @@ def _cut(dim: int, options: AnyOptions) -> list[tuple[int, int, int]]:
     if not dim or dim > options.ignored_dim:
         return [(0, 1, dim)]
     size = min(dim, options.max_preconditioner_dim)
-    if options.even_blocks:  # the fewest blocks, as even as they can be
+    if options.even_blocks:  # the fewest blocks, as even as possible
         size = math.ceil(dim / math.ceil(dim / size))
     whole, rest = divmod(dim, size)
     return [(0, whole, size)] + ([(whole * size, 1, rest)] if rest else [])

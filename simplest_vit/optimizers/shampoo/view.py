@@ -1,4 +1,4 @@
-"""Lets a transformation see the parameters in another layout."""
+"""A wrapper that shows the parameters to a transformation in another layout."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,12 @@ import optax
 def view_as(view: Callable[[Any], Any], tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Run a transformation on another layout of the same parameters.
 
-    Which dimensions merge, and so what is preconditioned with what, depends on the layout: with a view onto PyTorch's,
-    `reference_shampoo` does what the PyTorch reference does.
+    The layout determines which dimensions are merged and preconditioned together. With a view of PyTorch's layout,
+    `reference_shampoo` takes the same steps as the PyTorch reference.
 
     Args:
-      view: From the tree of parameters to any other tree with the same numbers in another order: transposes, reshapes,
-        concatenations, indexing of stacked layers. Its inverse is its transpose as a linear map, which is derived.
+      view: Function from the tree of parameters to another tree of the same numbers, by transposes, reshapes,
+        concatenations and indexing of stacked layers. Its inverse is derived as its transpose as a linear map.
       tx: The transformation that sees the other layout.
 
     Returns:
@@ -23,7 +23,7 @@ def view_as(view: Callable[[Any], Any], tx: optax.GradientTransformation) -> opt
       passed on as they are.
 
     Raises:
-      ValueError: From `init` where the two trees do not have the same number of entries.
+      ValueError: From `init` if the two trees do not have the same number of entries.
 
     Examples:
       >>> import jax.numpy as jnp
