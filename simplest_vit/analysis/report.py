@@ -1,4 +1,4 @@
-"""A table of finished runs: what differs between them, and their accuracies over seeds."""
+"""A table of finished runs: the settings that differ, and the accuracy over seeds."""
 
 from typing import Any
 

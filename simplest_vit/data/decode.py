@@ -1,4 +1,4 @@
-"""Decode image files: one decoder, with one opinion, for preparing, training, evaluation and prediction."""
+"""Decode image files; preparation, training, evaluation and prediction all use this decoder."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from simplest_vit.errors import UserError, first_line
 
-# All that is ever opened. Pillow knows more formats, and starts another program for some (Ghostscript for EPS).
+# Only these formats are opened. Pillow supports more, but starts external programs for some (Ghostscript for EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 SUFFIXES = (*_JPEG_SUFFIXES, ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -53,7 +53,7 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
         with open_image(content) as image:
             image.load()  # which rotates a TIFF
             return _turn(_eight_bits(image, channels), _orientation(image))
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise UserError(f"not a complete image ({_reason(error)})") from error
 
 
@@ -144,10 +144,10 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation, 1 to 8; 1, which is upright, if it is missing or makes no sense."""
+    """Return EXIF's orientation, 1 to 8; 1, which is upright, if it is missing or invalid."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged metadata do not damage the picture
+    except Exception:  # an image with damaged metadata is still usable
         return 1
     return orientation if orientation in range(1, 9) else 1
 

@@ -29,7 +29,7 @@ class Progress:
         self._start = self._told = time.monotonic()
 
     def add(self, count: float, amount: float) -> None:
-        """Count some, and how much of the total they were; a point at which a signal can stop the program."""
+        """Count finished items and their share of the total. A signal can stop the program here."""
         preemption.check()
         self._count += count
         self._done += amount
