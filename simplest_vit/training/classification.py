@@ -61,7 +61,7 @@ def confusion_sums(logits: jax.Array, label: jax.Array, weight: jax.Array) -> di
     """
     target, predicted = label.argmax(axis=1), logits.argmax(axis=1)
     probability = jax.nn.softmax(logits).max(axis=1)
-    # Ties with the true class count against it, as in a sort that places it last.
+    # Classes tied with the true one do not push it out of the five.
     rank = jnp.sum(logits > jnp.take_along_axis(logits, target[:, None], axis=1), axis=1)
     bins = jnp.clip(jnp.ceil(probability * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
 
