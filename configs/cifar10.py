@@ -19,7 +19,7 @@ The data are downloaded (170 MB), or read from `cifar-10-batches-bin/` in the fo
 
 from ml_collections import ConfigDict
 
-from configs import common
+from simplest_vit.recipes import common
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

@@ -11,7 +11,7 @@ Top-1 validation accuracy of the reference, augmentation basic / strong:
 
 from ml_collections import ConfigDict
 
-from configs import common
+from simplest_vit.recipes import common
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

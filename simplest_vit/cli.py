@@ -2,23 +2,21 @@
 
 import atexit
 import errno
-import logging
 import os
 import re
 import signal
 import sys
 import threading
 import traceback
-import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from simplest_vit import preemption
-from simplest_vit.errors import Interrupted, TrainingError, UserError, not_installed, one_line, print_error
+from simplest_vit import preemption, recipes, streams
+from simplest_vit.errors import Interrupted, TrainingError, UserError, not_installed, print_error
 from simplest_vit.files import local_path
 
 _CONFIGS: list[flags.FlagHolder] = []
@@ -52,13 +50,26 @@ def _caller() -> str:
     return sys.argv[0] if name == "__main__" else name
 
 
+class _ConfigParser(ConfigFileFlagParser):
+    """Accepts the name of a recipe for its file."""
+
+    def parse(self, path: str) -> Any:
+        return super().parse(recipes.locate(path))
+
+
+def _define_config(name: str, description: str, values: flags.FlagValues, **options: Any) -> flags.FlagHolder:
+    holder = config_flags.DEFINE_config_file(name, None, description, values, **options)
+    values[name].parser = _ConfigParser(name)
+    return holder
+
+
 def define_config(name: str, description: str) -> flags.FlagHolder:
-    """Define a flag `--NAME=FILE`, with `--NAME.FIELD=VALUE`; `run` loads and checks its config if it is given."""
-    _CONFIGS.append(config_flags.DEFINE_config_file(name, None, description))
+    """Define a flag `--NAME=RECIPE`, with `--NAME.FIELD=VALUE`; `run` loads and checks its config if it is given."""
+    _CONFIGS.append(_define_config(name, description, flags.FLAGS))
     return _CONFIGS[-1]
 
 
-CONFIG = define_config("config", "Config file, with its arguments behind a colon: configs/cifar10.py:model=simple_vit")
+CONFIG = define_config("config", "Recipe or config file, with its arguments behind a colon: cifar10:model=simple_vit")
 WORKDIR = define_path("workdir", None, "Folder of the run: checkpoints, TensorBoard files, results.json.")
 
 
@@ -70,7 +81,7 @@ def load_config(arguments: list[str]) -> ConfigDict:
     """
     values = flags.FlagValues()
     argv = ["", *arguments]
-    config = config_flags.DEFINE_config_file(CONFIG.name, flag_values=values, sys_argv=argv)
+    config = _define_config(CONFIG.name, "", values, sys_argv=argv)
     try:
         values(argv)
         _require_config(config)
@@ -121,8 +132,7 @@ def run(
       positional: Whether arguments without a flag are allowed.
     """
     preemption.install()
-    sys.stdout, sys.stderr = _Stdout(sys.stdout), _Stderr(sys.stderr)
-    _configure_logging()
+    streams.install()
     try:
         # Overrides of a config, and the commands of a sweep, are read from sys.argv.
         sys.argv[1:] = flags.FLAGS.read_flags_from_files(sys.argv[1:])
@@ -139,18 +149,10 @@ def run(
         sys.exit(print_error(UserError(str(error))))
     except (TrainingError, Interrupted) as error:
         _exit(error)
-    except _StdoutError as error:
+    except streams.StdoutError as error:
         if error.errno == errno.EPIPE:  # such as in `| head`: the reader has exited
             sys.exit(128 + signal.SIGPIPE)
         sys.exit(print_error(TrainingError(f"standard output cannot be written ({error})")))
-
-
-def print_saved(text: str) -> None:
-    """Print text that is also saved on disk, so that a failure to print is only logged."""
-    try:
-        print(text, flush=True)
-    except _StdoutError as error:
-        logging.getLogger("simplest_vit").warning("standard output cannot be written (%s)", error)
 
 
 def _exit(error: TrainingError | Interrupted) -> NoReturn:
@@ -168,83 +170,6 @@ def _exit(error: TrainingError | Interrupted) -> NoReturn:
     ending.start()
     ending.join(_EXIT_S)
     os._exit(error.exit_code)
-
-
-class _StdoutError(Exception):
-    def __init__(self, error: OSError) -> None:
-        super().__init__(error.strerror)
-        self.errno = error.errno
-
-
-class _Stream:
-    """A standard stream that calls `_fail` on write errors and escapes names that are not UTF-8."""
-
-    def __init__(self, stream: Any) -> None:
-        stream.reconfigure(errors="backslashreplace")
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            self._stream.write(text)
-        except OSError as error:
-            self._fail(error)
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._fail(error)
-
-    def _fail(self, error: OSError) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # so that the flush at exit does not fail
-
-
-class _Stderr(_Stream):
-    """Drops text that cannot be written, because a log line must not end a run."""
-
-
-class _Stdout(_Stream):
-    def _fail(self, error: OSError) -> None:
-        super()._fail(error)
-        raise _StdoutError(error)
-
-
-class _OneLine(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(one_line, super().format(record).split("\n")))
-
-
-def _configure_logging() -> None:
-    # Libraries log only errors; this project also logs its progress.
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    # Orbax also logs every error that it raises, with a traceback for each of its threads (tests/faults/test_disk.py
-    # checks that these are hidden).
-    absl_logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    threading.excepthook = _report_thread
-    sys.excepthook = _report
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s  %(message)s", "%H:%M:%S"))
-    log = logging.getLogger("simplest_vit")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-
-
-def _report(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """Print a traceback, except for errors in TensorStore's callbacks after Orbax has failed."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
-
-
-def _report_thread(arguments: threading.ExceptHookArgs) -> None:
-    """Print the traceback of a thread, except for system errors, which Orbax raises again in the main thread."""
-    if not isinstance(arguments.exc_value, OSError):
-        threading.__excepthook__(arguments)
 
 
 def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> None:

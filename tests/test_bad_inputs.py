@@ -175,6 +175,10 @@ COMMANDS = [
     ("main.py --config configs/digits.py --workdir=", "--workdir is missing; usage: "),
     ("main.py --config configs/none.py --workdir {new}/run", "No such file or directory: 'configs/none.py'"),
     ("main.py --config {old} --workdir {new}/run", "Is a directory"),
+    (
+        "main.py --config cifar11:model=simple_vit --workdir {new}/run",
+        "--config=cifar11: there is no such recipe; expected cifar10, cifar100, digits, imagenet, tiny_imagenet, or",
+    ),
     ("main.py --config configs/digits.py:model=resnet --workdir {new}/run", "config argument model=resnet is unknown"),
     ("main.py --config configs/digits.py:optimiser=adam --workdir {new}/run", "'optimiser=adam' is unknown; expected"),
     ("main.py --config configs/digits.py:adam --workdir {new}/run", "config argument 'adam' is unknown"),

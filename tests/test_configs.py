@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 import simplest_vit
+from simplest_vit import cli, recipes
 from simplest_vit.config import FIELDS, check, default
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.errors import UserError
@@ -58,6 +59,19 @@ def test_hyperparameters_are_the_reference_s(name, arguments, expected):
         for part in field.split("."):
             section = section[part]
         assert section == value, field
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_recipe_is_found_by_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert set(recipes.NAMES) == set(IMAGES)
+    found = cli.load_config([f"--config={name}:model=isometric_vit,optimizer=soap", "--config.epochs=3"])
+    expected = get_config(name, "model=isometric_vit,optimizer=soap")
+    expected.epochs = 3.0
+    assert found.to_dict() == expected.to_dict()
+    (tmp_path / "mine").write_text("from simplest_vit.config import default as get_config")
+    assert cli.load_config(["--config=mine"]).to_dict() == default().to_dict()
 
 
 @pytest.mark.parametrize("arguments", ["optimiser=adam", "adam", "augmentation=vit", "model="])

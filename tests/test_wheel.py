@@ -18,18 +18,11 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).parents[1]
 SITE_PACKAGES = pathlib.Path(sysconfig.get_path("purelib"))
 
-CONFIG = """
-from simplest_vit.config import default
-
-def get_config():
-    config = default("adam")
-    config.batch_size, config.steps, config.warmup_steps, config.compute_dtype = 64, 4, 2, "float32"
-    config.eval_every = config.checkpoint_every = 2
-    config.model.depth, config.model.width, config.model.num_heads, config.model.mlp_dim = 2, 16, 2, 32
-    config.model.patch_size, config.model.c_val_0_target = 2, 0.3
-    config.data.dir, config.data.crop_padding = "data", 0
-    return config
-"""
+TINY = (
+    *("--config.steps=4", "--config.batch_size=64", "--config.eval_every=2", "--config.checkpoint_every=2"),
+    *("--config.model.depth=2", "--config.model.width=16", "--config.model.num_heads=2", "--config.model.mlp_dim=32"),
+    "--config.data.dir=data",
+)
 OPTIMIZE = """
 import importlib.util
 import jax
@@ -129,14 +122,15 @@ def test_the_models_need_their_extra_alone_quick(wheel, tmp_path):
 @pytest.mark.slow
 def test_it_trains_evaluates_predicts_and_reports_quick(wheel, tmp_path):
     bin = install(wheel, tmp_path / "venv", SITE_PACKAGES)
-    (tmp_path / "mine.py").write_text(CONFIG)
-    options = ("--config", "mine.py", "--workdir", "run")
+    options = ("--config", "digits:model=simple_vit,optimizer=adam", *TINY, "--workdir", "run")
     assert "1,437 examples" in output(bin / "simplest-vit", "prepare", "digits", "--data_dir=data", cwd=tmp_path)
     trained = json.loads(output(bin / "simplest-vit", "train", *options, cwd=tmp_path))
     evaluated = json.loads(output(bin / "simplest-vit", "evaluate", *options, cwd=tmp_path))
     assert evaluated["latest"]["validation_accuracy"] == trained["validation_accuracy"]
     Image.new("L", (8, 8), 128).save(tmp_path / "image.png")
     assert "image.png  " in output(bin / "simplest-vit", "predict", *options, "--images", "image.png", cwd=tmp_path)
-    assert "| simplest_vit, adam | - |" in output(bin / "simplest-vit", "report", "run", cwd=tmp_path)
+    assert "| simple_vit, adam | - |" in output(bin / "simplest-vit", "report", "run", cwd=tmp_path)
     place = output(bin / "python", "-c", "import simplest_vit; print(simplest_vit.__file__)", cwd=tmp_path)
     assert place.startswith(str(tmp_path))
+    recipe = "from simplest_vit.recipes import cifar10; print(cifar10.get_config('model=shift_mlp').model.name)"
+    assert output(bin / "python", "-c", recipe, cwd=tmp_path) == "shift_mlp\n"

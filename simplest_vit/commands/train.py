@@ -7,7 +7,7 @@ import json
 
 from absl import flags
 
-from simplest_vit import cli
+from simplest_vit import cli, streams
 from simplest_vit.commands import processes
 
 flags.adopt_module_key_flags(processes)
@@ -24,7 +24,7 @@ def train(arguments: list[str]) -> None:
         outcome = train.train(config, str(cli.WORKDIR.value))
     if distributed.is_primary():
         results = {name: value for name, value in outcome.items() if not isinstance(value, dict)}
-        cli.print_saved(json.dumps(results, indent=2))
+        streams.print_saved(json.dumps(results, indent=2))
 
 
 def main() -> None:
