@@ -31,8 +31,8 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.warmup_steps = 75
     config.weight_decay = 5e-5
     config.grad_clip = 1.0
-    config.eval_every = config.checkpoint_every = 240  # 10 epochs
-    config.log_every = 24
+    config.eval_every = config.checkpoint_every = "10 epochs"
+    config.log_every = "1 epoch"
     config.compute_dtype = "bfloat16"
 
     config.model.variant = "S"

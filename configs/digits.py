@@ -27,9 +27,8 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.epochs = 42
     config.batch_size = 128
     config.warmup_steps = 33
-    config.eval_every = 55
-    config.checkpoint_every = 330
-    config.log_every = 55
+    config.eval_every = config.log_every = "5 epochs"
+    config.checkpoint_every = "30 epochs"
     config.compute_dtype = "float32"  # bfloat16 is slower on most CPUs
 
     config.model.name = choice["model"]

@@ -22,7 +22,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config.warmup_steps = 10_000
     config.weight_decay = 1e-5
     config.grad_clip = 1.0
-    config.eval_every = config.checkpoint_every = 1251  # an epoch
+    config.eval_every = config.checkpoint_every = "1 epoch"
     config.log_every = 100
     config.compute_dtype = "bfloat16"
     if config.optimizer.name in ("adam", "shampoo", "reference_shampoo"):

@@ -63,6 +63,16 @@ def _define_config(name: str, description: str, values: flags.FlagValues, **opti
     return holder
 
 
+class _IntervalParser(flags.ArgumentParser):
+    """Reads steps as an integer; `config.check` checks other text, such as "1 epoch"."""
+
+    def parse(self, argument: str | int) -> str | int:
+        return int(argument) if re.fullmatch(r"-?[0-9]+", str(argument)) else argument
+
+
+config_flags.register_flag_parser_for_type(int | str, _IntervalParser())
+
+
 def define_config(name: str, description: str) -> flags.FlagHolder:
     """Define a flag `--NAME=RECIPE`, with `--NAME.FIELD=VALUE`; `run` loads and checks its config if it is given."""
     _CONFIGS.append(_define_config(name, description, flags.FLAGS))

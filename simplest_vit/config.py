@@ -13,11 +13,12 @@ A config file is Python: its `get_config(arguments)` starts from `default()` and
 
 import difflib
 import numbers
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 from simplest_vit.errors import UserError
 from simplest_vit.files import local_path
@@ -28,7 +29,7 @@ class Values(NamedTuple):
 
     allows: Callable[[Any], bool]
     expected: str
-    kind: type = str
+    kind: Any = str
 
 
 class Field(NamedTuple):
@@ -64,6 +65,19 @@ def _one_of(*choices: str) -> Values:
     return Values(lambda value: value in choices, f"one of {', '.join(choices)}")
 
 
+def _is_interval(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) epochs?", value)) and 0 < float(value.split()[0]) < 1e6
+    return _integer(1).allows(value)
+
+
+def interval_steps(interval: int | str, steps_per_epoch: int) -> int:
+    """Convert an interval to steps: with 30 steps per epoch 100 -> 100, "1 epoch" -> 30, "0.5 epochs" -> 15."""
+    if isinstance(interval, str):
+        return max(1, round(float(interval.split()[0]) * steps_per_epoch))
+    return interval
+
+
 def _folder(path: Any) -> bool:
     return isinstance(path, str) and bool(path) and bool(local_path(path))  # which raises
 
@@ -75,6 +89,8 @@ def _optional(values: Values) -> Values:
 _DECAY = Values(lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
 _FLAG = Values(lambda value: isinstance(value, bool), "True or False")
 _TEXT = Values(lambda value: isinstance(value, str), "a name")
+INTERVAL = int | str
+_INTERVAL = Values(_is_interval, "a number of steps, an integer from 1, or of epochs, such as '0.5 epochs'", INTERVAL)
 _FOLDER = _optional(Values(_folder, "the path of a folder"))
 
 # Names, and ranges that depend on other fields, are checked by the functions that use them: `model_arguments`,
@@ -110,14 +126,16 @@ FIELDS = {
         _one_of("float32", "bfloat16"),
         "compute dtype of the model; parameters, softmax, logits and loss stay float32",
     ),
-    "eval_every": Field(240, _integer(1), "steps between evaluations"),
+    "eval_every": Field(240, _INTERVAL, "interval between evaluations"),
     "checkpoint_every": Field(
-        240, _integer(1), "steps between checkpoints; each is evaluated, and every new best evaluation is saved as well"
+        240,
+        _INTERVAL,
+        "interval between checkpoints; each is evaluated, and every new best evaluation is saved as well",
     ),
     "checkpoint_minutes": Field(
         None, _optional(_positive(1e6)), "if no checkpoint was saved for this many minutes, save one at the next report"
     ),
-    "log_every": Field(24, _integer(1), "steps between reports of training loss, accuracy and speed"),
+    "log_every": Field(24, _INTERVAL, "interval between reports of training loss, accuracy and speed"),
     "sam.rho": Field(
         0.0, _number(0, 100), "radius of sharpness-aware minimization (SAM); 0: off; the reference uses 0.05"
     ),
@@ -231,6 +249,8 @@ FIELDS = {
     "optimizer.learning_rate": Field(1e-3, _positive(1000), "peak learning rate"),
 }
 
+INTERVALS = tuple(name for name, field in FIELDS.items() if field.values.kind == INTERVAL)
+
 # An optimizer's own fields come from its signature (`optimizers.factory.declared`). optax does not check these ranges:
 OPTIMIZER_RANGES = {
     **dict.fromkeys(("b1", "b2", "b3", "beta", "decay", "momentum", "adam_b1", "adam_b2"), _DECAY),
@@ -269,6 +289,8 @@ def default(optimizer: str = "adam") -> ConfigDict:
         section = nested
         for part in sections:
             section = section.setdefault(part, {})
+        if value is not None and values.kind == INTERVAL:
+            value = FieldReference(value, field_type=INTERVAL)
         section[last] = placeholder(values.kind) if value is None else value
     return ConfigDict(nested)
 

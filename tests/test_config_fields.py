@@ -163,11 +163,18 @@ def steps(trained, **_):
     assert outcome["steps"] == max(scalars["train_loss"]) == saved[-1] == 4
 
 
-def batch_size(trained, **_):
+def batch_size(trained, caplog, **_):
     outcome, scalars, _, batches = trained(batch_size=32, steps=4)
     assert {batch["size"] for batch in batches} == {32}
     assert scalars["epoch"][4] == pytest.approx(4 / (1437 // 32))
     assert outcome["images_per_second"] == pytest.approx(32 / outcome["step_time_median_s"])
+    caplog.set_level(logging.INFO, "simplest_vit")
+    outcome, scalars, _, batches = trained("large", batch_size=2048, accumulation_steps=2, steps=4)
+    assert {batch["size"] for batch in batches} == {outcome["config"]["batch_size"]} == {128}  # at least 8 steps
+    assert scalars["epoch"][4] == pytest.approx(4 / (1437 // 128))
+    assert outcome["images_per_second"] == pytest.approx(128 / outcome["step_time_median_s"])
+    assert caplog.text.count("config.batch_size=2048 is more than the 1437 training examples: 128 is used") == 1
+    assert trained("large", batch_size=2048, accumulation_steps=2, steps=4)[0] == outcome, "the config is the same"
 
 
 def warmup_steps(trained, **_):
@@ -258,6 +265,8 @@ def compute_dtype(**_):
 def eval_every(trained, **_):
     _, scalars, _, _ = trained(eval_every=2, checkpoint_every=5)
     assert [*scalars["validation_accuracy"]] == [2, 4, 5, 6]
+    _, scalars, _, _ = trained("epochs", eval_every="0.1 epochs", checkpoint_every=5)  # 22 steps per epoch
+    assert [*scalars["validation_accuracy"]] == [2, 4, 5, 6]
 
 
 def checkpoint_every(trained, monkeypatch, **_):
@@ -265,6 +274,7 @@ def checkpoint_every(trained, monkeypatch, **_):
     _, scalars, saved, _ = trained(checkpoint_every=4, eval_every=5)
     assert saved == [4, 6]
     assert [*scalars["validation_loss"]] == [4, 5, 6]
+    assert trained("epochs", checkpoint_every="0.18 epochs", eval_every="1 epoch")[2] == [4, 6]
 
 
 def checkpoint_minutes(trained, monkeypatch, **_):
@@ -276,6 +286,9 @@ def checkpoint_minutes(trained, monkeypatch, **_):
 def log_every(trained, **_):
     assert [*trained(log_every=1)[1]["train_loss"]] == [1, 2, 3, 4, 5, 6]
     assert [*trained("never", log_every=100)[1]["train_loss"]] == [3, 6], "before an evaluation"
+    assert [*trained("epochs", log_every="0.05 epochs")[1]["train_loss"]] == [1, 2, 3, 4, 5, 6]
+    run = build(config_of(log_every="2 epochs", checkpoint_every="100 epochs"), DIGITS)
+    assert (run.config.log_every, run.config.checkpoint_every) == (44, 2200)
 
 
 def _worst(weights, rho):

@@ -36,6 +36,22 @@ def steps_per_epoch(train_size: int, batch_size: int) -> int:
     return train_size // batch_size
 
 
+def fit_batch_size(batch_size: int, train_size: int, parts: int = 1) -> int:
+    """Return a batch size that the training split can fill.
+
+    Args:
+      batch_size: The wanted size; it is returned if there are that many examples.
+      train_size: Examples of the training split.
+      parts: A divisor of `batch_size` that must also divide the result.
+
+    Returns:
+      Otherwise the largest `parts` * 2^k that gives at least eight steps per epoch, or `parts`.
+    """
+    if batch_size <= train_size:
+        return batch_size
+    return parts * 2 ** max(0, (train_size // (8 * parts)).bit_length() - 1)
+
+
 def train_batches(
     dataset: Dataset, data: Any, *, batch_size: int, seed: int, start_step: int, sharding: NamedSharding | None
 ) -> Iterator[Batch]:

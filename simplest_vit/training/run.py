@@ -1,5 +1,6 @@
 """A run before its first step: model, optimizer, shapes and shardings, built from a config, data facts and devices."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -13,8 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from simplest_vit.config import INTERVALS, interval_steps
 from simplest_vit.data.dataset import DatasetInfo
-from simplest_vit.data.input_pipeline import steps_per_epoch
+from simplest_vit.data.input_pipeline import fit_batch_size, steps_per_epoch
 from simplest_vit.errors import UserError
 from simplest_vit.models import ViT, create_model, fused_attention, model_arguments
 from simplest_vit.models.layers import token_grid
@@ -32,7 +34,7 @@ class Run:
     """The basis of training, evaluation, prediction, interchange, analysis and benchmarks; nothing is computed yet.
 
     Attributes:
-      config: The config.
+      config: The config, whose batch size fits the data and whose intervals are in steps.
       data: Facts about the data set; the examples are not needed.
       mesh: The devices.
       steps_per_epoch: Steps in a pass over the training split.
@@ -140,7 +142,11 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
     if jax.config.values["jax_disable_jit"]:
         raise UserError("JAX_DISABLE_JIT is set, and a run needs jit; unset it")
     mesh = create_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+    config = copy.deepcopy(config)
+    config.batch_size = fit_batch_size(config.batch_size, data.train_size, config.accumulation_steps)
     per_epoch = steps_per_epoch(data.train_size, config.batch_size)
+    for name in INTERVALS:
+        config[name] = interval_steps(config[name], per_epoch)
     total_steps = config.steps or max(round(config.epochs * per_epoch), 1)
     if config.profile.first_step >= total_steps:
         raise UserError(

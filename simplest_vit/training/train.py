@@ -49,14 +49,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         validation loss is not finite, or if the disk is full; the last checkpoint is intact.
       Interrupted: If a signal was received; the step reached is saved.
     """
-    start_time = time.monotonic()
+    start_time, settings = time.monotonic(), config.to_dict()
     _enable_compilation_cache(config.compilation_cache)
 
     # 1. Devices and folder are checked first, so that mistakes in them are found before the data are prepared.
     mesh = create_mesh(config.fsdp)
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
     fused_attention.check_devices(config.model.attention_kernel, jax.devices())
-    path = check_workdir(workdir, config.to_dict())
+    path = check_workdir(workdir, settings)
     if distributed.broadcast_from_primary((path / RESULTS).exists):  # even if the data are gone
         log.info("%s has finished: its %s is repeated here", path, RESULTS)
         return distributed.broadcast_from_primary(lambda: read_json(path / RESULTS))
@@ -64,13 +64,19 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # 2. Data, model, optimizer and schedule; nothing is computed or written yet.
     dataset = input_pipeline.load(config.data)
     run = build(config, dataset.info, mesh)
+    if run.config.batch_size != config.batch_size:
+        log.info(
+            "config.batch_size=%d is more than the %d training examples: %d is used",
+            *(config.batch_size, dataset.train_size, run.config.batch_size),
+        )
+        check_batch_size(run.config.batch_size, config.accumulation_steps, mesh)
     initial_params = None
     if config.init_from and not distributed.broadcast_from_primary(lambda: has_checkpoint(path)):
         initial_params = load_initial_params(run, config.init_from)
 
     with contextlib.ExitStack() as stack:
         # 3. The state, from the newest checkpoint or at step 0.
-        lock = lock_workdir(path, config.to_dict(), run.data)
+        lock = lock_workdir(path, settings, run.data)
         distributed.broadcast_from_primary(lambda: stack.enter_context(lock))
         interrupted = stack.enter_context(interruption())
         checkpoints = stack.enter_context(Checkpoints(path, create=True))
@@ -86,9 +92,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         log.info(memory_line(run.abstract))
         log.info("parameters\n%s", parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False))
         for name in ("eval_every", "checkpoint_every"):
-            if config[name] > run.total_steps:
-                log.info("config.%s=%d is more than the %d steps of the run", name, config[name], run.total_steps)
-        meter = Meter(config.batch_size, config.max_skipped_steps, progress.pending_sums)
+            if run.config[name] > run.total_steps:
+                log.info(
+                    "config.%s=%s exceeds the run: due only at its end, step %d", name, config[name], run.total_steps
+                )
+        meter = Meter(run.config.batch_size, config.max_skipped_steps, progress.pending_sums)
         earlier_wall_time_s, saved_step, saved_time = progress.wall_time_s, first_step, time.monotonic()
 
         def evaluate(step: int) -> bool:
@@ -130,7 +138,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         batches = input_pipeline.train_batches(
             dataset,
             config.data,
-            batch_size=config.batch_size,
+            batch_size=run.config.batch_size,
             seed=config.seed,
             start_step=first_step,
             sharding=batch_sharding(mesh),
@@ -164,9 +172,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             **progress.results(),
             "steps": run.total_steps,
             "step_time_median_s": meter.step_time_median,
-            "images_per_second": config.batch_size / meter.step_time_median if meter.step_time_median else None,
+            "images_per_second": run.config.batch_size / meter.step_time_median if meter.step_time_median else None,
             "seed": config.seed,
-            "config": config.to_dict(),
+            "config": run.config.to_dict(),
             **environment(),
         }
         if distributed.is_primary():
