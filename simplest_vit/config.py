@@ -136,6 +136,9 @@ FIELDS = {
         None, _optional(_positive(1e6)), "if no checkpoint was saved for this many minutes, save one at the next report"
     ),
     "log_every": Field(24, _INTERVAL, "interval between reports of training loss, accuracy and speed"),
+    "patience": Field(
+        0, _integer(0), "stop after this many evaluations in a row without a better validation accuracy; 0: never"
+    ),
     "sam.rho": Field(
         0.0, _number(0, 100), "radius of sharpness-aware minimization (SAM); 0: off; the reference uses 0.05"
     ),

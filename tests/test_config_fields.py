@@ -283,6 +283,18 @@ def checkpoint_minutes(trained, monkeypatch, **_):
     assert trained("never", checkpoint_minutes=1e6, checkpoint_every=100, eval_every=100)[2] == [6]
 
 
+def patience(trained, monkeypatch, caplog, **_):
+    accuracies = {1: 0.3, 2: 0.6, 3: 0.6, 4: 0.5, 5: 0.9, 6: 0.7}
+    validate = lambda _, __, state, ___: {"validation_loss": 1.0, "validation_accuracy": accuracies[int(state.step)]}  # noqa: E731
+    monkeypatch.setattr(train_module, "validate", validate)
+    caplog.set_level(logging.INFO, "simplest_vit")
+    for patience, steps in ((1, 3), (2, 4), (3, 6), (0, 6)):  # as good is not better
+        outcome, _, saved, _ = trained(f"{patience}", patience=patience, eval_every=1, checkpoint_every=100)
+        assert (outcome["steps"], outcome["stopped_early"], saved[-1]) == (steps, steps < 6, steps)
+        said = f"stopped at step {steps} of 6: {patience} evaluations without a better validation accuracy"
+        assert caplog.text.count(said) == outcome["stopped_early"]
+
+
 def log_every(trained, **_):
     assert [*trained(log_every=1)[1]["train_loss"]] == [1, 2, 3, 4, 5, 6]
     assert [*trained("never", log_every=100)[1]["train_loss"]] == [3, 6], "before an evaluation"

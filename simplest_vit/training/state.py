@@ -67,6 +67,7 @@ class RunProgress:
     Attributes:
       last_evaluation: Step of the last completed evaluation; 0 for none.
       best_validation_accuracy: The highest over all evaluations; the weights are saved.
+      evaluations_without_gain: Evaluations since the one that found it.
       pending_sums: Sums over the steps since the last report, so that an interruption leaves no gap between reports.
       wall_time_s: Total time of the run, including earlier processes that were interrupted.
     """
@@ -75,16 +76,19 @@ class RunProgress:
     validation_loss: float | None = None
     validation_accuracy: float | None = None
     best_validation_accuracy: float = 0.0
+    evaluations_without_gain: int = 0
     train_loss: float | None = None
     train_accuracy: float | None = None
     pending_sums: dict[str, float] = dataclasses.field(default_factory=dict)
     wall_time_s: float = 0.0
 
     def record_evaluation(self, step: int, result: dict[str, float]) -> bool:
-        """Record an evaluation and return whether it is the best so far."""
+        """Record an evaluation and return whether it is the best so far, perhaps together with an earlier one."""
         self.last_evaluation = step
         self.validation_loss, self.validation_accuracy = result["validation_loss"], result["validation_accuracy"]
         is_best = self.validation_accuracy >= self.best_validation_accuracy
+        is_gain = self.validation_accuracy > self.best_validation_accuracy
+        self.evaluations_without_gain = 0 if is_gain else self.evaluations_without_gain + 1
         self.best_validation_accuracy = max(self.best_validation_accuracy, self.validation_accuracy)
         return is_best
 
@@ -95,7 +99,7 @@ class RunProgress:
 
     def results(self) -> dict[str, float | None]:
         """Return the values for `results.json`."""
-        own = ("last_evaluation", "pending_sums")
+        own = ("last_evaluation", "evaluations_without_gain", "pending_sums")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in own}
 
 

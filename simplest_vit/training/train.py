@@ -108,7 +108,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             is_best = progress.record_evaluation(step, result)
             log.info(validation_line(step, result, progress.best_validation_accuracy))
             writer.write_scalars(step, result)
-            return is_best or run.should_save(step)
+            return is_best or run.should_save(step) or out_of_patience()
+
+        def out_of_patience() -> bool:
+            return 0 < config.patience <= progress.evaluations_without_gain
 
         def save(step: int) -> None:
             nonlocal saved_step, saved_time
@@ -145,6 +148,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         )
         meter.start()
         for step, batch in zip(range(first_step + 1, run.total_steps + 1), batches, strict=False):
+            if out_of_patience():
+                log.info(
+                    "stopped at step %d of %d: %d evaluations without a better validation accuracy (config.patience)",
+                    *(progress.last_evaluation, run.total_steps, progress.evaluations_without_gain),
+                )
+                break
             if step == 1:
                 writer.write_images(0, {"train_images": image_grid(dataset, batch)})
             state, metrics = run.train_step(state, batch)
@@ -170,7 +179,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         # 5. The results.
         outcome = {
             **progress.results(),
-            "steps": run.total_steps,
+            "steps": progress.last_evaluation,
+            "stopped_early": progress.last_evaluation < run.total_steps,
             "step_time_median_s": meter.step_time_median,
             "images_per_second": run.config.batch_size / meter.step_time_median if meter.step_time_median else None,
             "seed": config.seed,

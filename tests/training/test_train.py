@@ -335,6 +335,31 @@ def test_the_weights_of_the_best_validation_are_kept(data_dir, tmp_path, monkeyp
     assert restore_best(str(tmp_path))[1].step == 2
 
 
+@pytest.mark.parametrize("killed_at", [1, 2, 3, 4, 5])
+def test_patience_ends_at_the_same_step_wherever_the_run_was_killed(data_dir, tmp_path, monkeypatch, killed_at):
+    """In the evaluation after that step, or after step 5, its last one, before the results were written."""
+    accuracies = {1: 0.2, 2: 0.9, 3: 0.6, 4: 0.8, 5: 0.7}
+    config = tiny_config(data__dir=data_dir, eval_every=1, checkpoint_every=4, patience=3)
+    killed = []
+
+    def validate(run, dataset, state, interruption=None):
+        if state.step == killed_at and not killed:
+            killed.append(True)
+            raise KeyboardInterrupt
+        return {"validation_loss": 1.0, "validation_accuracy": accuracies[int(state.step)]}
+
+    monkeypatch.setattr(train, "validate", validate)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, str(tmp_path))
+    for _ in range(2):
+        outcome = train.train(config, str(tmp_path))
+        assert (outcome["steps"], outcome["stopped_early"], outcome["best_validation_accuracy"]) == (5, True, 0.9)
+        with Checkpoints(tmp_path, create=False) as checkpoints:
+            assert checkpoints.newest() == 5
+        (tmp_path / "results.json").unlink()
+        monkeypatch.setattr(run_module, "make_train_step", lambda *_, **__: lambda *_: pytest.fail("trained on"))
+
+
 def test_a_finished_run_is_not_trained_again(finished, data_dir, monkeypatch):
     workdir, outcome = finished
     monkeypatch.setattr(run_module, "make_train_step", lambda *_: pytest.fail("trained again"))
