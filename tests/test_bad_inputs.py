@@ -173,7 +173,7 @@ PREVIEW = "simplest_vit preview --config configs/digits.py --config.data.dir={ol
 # (command, expected)
 COMMANDS = [
     ("main.py", "a command is missing; expected one of train, "),
-    ("main.py --workdir {new}/run", "--config is missing; usage: simplest-vit train"),
+    ("main.py --workdir {new}/run", "holds no checkpoint; train there first with --config, or"),
     ("main.py --config configs/digits.py", "--workdir is missing; usage: "),
     ("main.py --config configs/digits.py --workdir=", "--workdir is missing; usage: "),
     ("main.py --config configs/none.py --workdir {new}/run", "No such file or directory: 'configs/none.py'"),
@@ -246,7 +246,7 @@ COMMANDS = [
     (OLD + "/damaged_results", "results.json cannot be read"),
     (OLD + "/damaged_checkpoint --mode evaluate", "checkpoint"),
     (OLD + "/lost_checkpoint --mode evaluate", "checkpoint"),
-    (INIT_FROM + "={old}/empty", "/empty holds no checkpoint; train there first, or name another folder"),
+    (INIT_FROM + "={old}/empty", "/empty holds no checkpoint; train there first with --config, or"),
     (INIT_FROM + "={old}/torn", "the file is damaged"),
     (INIT_FROM + "={old}/lost_dataset", "dataset.json cannot be read"),
     (INIT_FROM + "={old}/run", "holds another model: its config.model.name is 'simplest_vit', here 'isometric_vit'"),
@@ -271,7 +271,7 @@ COMMANDS = [
     # The other programs.
     ("simplest_vit", "a command is missing; expected one of train, evaluate, "),
     ("simplest_vit trian", "command 'trian' is unknown; expected one of train, "),
-    ("simplest_vit train", "--config is missing; usage: simplest-vit train --config"),
+    ("simplest_vit train", "--workdir is missing; usage: simplest-vit train --config"),
     ("simplest_vit train --config configs/digits.py --workdir {new}/run --mode=train", "flag 'mode'"),
     ("simplest_vit train --config configs/digits.py --workdir {new}/run more", "unexpected argument 'more'"),
     ("simplest_vit evaluate --config configs/digits.py --workdir {new}/run --json", "Unknown command line flag 'json'"),

@@ -36,7 +36,13 @@ def test_train_then_evaluate(tmp_path):
     assert "ETA" in trained.stderr
     assert "blocks/attention/query/kernel" in trained.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    evaluated = main(*command, "--mode", "evaluate", "--output", str(tmp_path / "report"))
+    (tmp_path / "run" / "results.json").unlink()
+    resumed = main("--workdir", tmp_path / "run")  # by the run's own config
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step 4 of 4" in resumed.stderr
+    again = json.loads(resumed.stdout)
+    assert again["validation_accuracy"] == results["validation_accuracy"]
+    evaluated = main("--workdir", tmp_path / "run", "--mode", "evaluate", "--output", str(tmp_path / "report"))
     assert evaluated.returncode == 0, evaluated.stderr
     latest = json.loads(evaluated.stdout)["latest"]
     assert latest["validation_accuracy"] == results["validation_accuracy"]

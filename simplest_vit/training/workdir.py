@@ -94,7 +94,9 @@ def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[path
     """
     path, _ = _locate(workdir)
     if not (path / CONFIG).exists():
-        raise UserError(f"--workdir={workdir} holds no checkpoint; train there first, or name another folder")
+        raise UserError(
+            f"--workdir={workdir} holds no checkpoint; train there first with --config, or name another folder"
+        )
     if settings is None:
         own = _read_settings(path)
         try:
