@@ -18,7 +18,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
     Args:
       config: From a recipe, such as `simplest_vit.recipes.cifar10.get_config()`, or `simplest_vit.default_config`.
-      workdir: Folder for checkpoints, TensorBoard files and `results.json`.
+      workdir: Folder for checkpoints, metrics, TensorBoard files and `results.json`.
 
     Returns:
       The content of `results.json`.

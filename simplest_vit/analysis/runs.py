@@ -1,4 +1,4 @@
-"""Find runs on disk: their results, and their training curves from the TensorBoard files."""
+"""Find runs on disk: their results, and their training curves."""
 
 import dataclasses
 import json
@@ -8,12 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.util.tensor_util import make_ndarray
 
 from simplest_vit.config import flatten
 from simplest_vit.errors import UserError
-from simplest_vit.training.workdir import CONFIG, DATASET, RESULTS, is_resumable
+from simplest_vit.training.workdir import CONFIG, DATASET, METRICS, RESULTS, is_resumable, read_metrics
 
 # What a report needs of `results.json`; a run of another version is reported, not guessed at.
 _NEEDED = ("validation_accuracy", "best_validation_accuracy", "steps", "seed", "config")
@@ -129,24 +127,18 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
 
 
 def read_curves(path: pathlib.Path) -> dict[str, Curve]:
-    """Read the scalars of a run's TensorBoard files.
+    """Read the curves of a run: for each tag of its `metrics.jsonl` steps and values, without those not finite.
 
-    Args:
-      path: The run's folder.
-
-    Returns:
-      For each tag steps and values, in the order of the steps; of a step that was made twice, the later value.
+    Raises:
+      UserError: If it has none.
     """
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    points: dict[str, dict[int, float]] = {
-        tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]
-    }
-    for tag in events.Tags()["tensors"]:  # TensorFlow's writer, where it is installed
-        arrays = {event.step: make_ndarray(event.tensor_proto) for event in events.Tensors(tag)}
-        if all(np.issubdtype(array.dtype, np.number) and array.size == 1 for array in arrays.values()):
-            points[tag] = {step: float(array) for step, array in arrays.items()}
-    return {
-        tag: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
-        for tag, values in points.items()
-    }
+    points: dict[str, dict[int, float]] = {}
+    for line in read_metrics(path):
+        for tag, value in line.items():
+            if tag != "step" and isinstance(value, int | float):
+                points.setdefault(tag, {})[line["step"]] = value
+    if not points:
+        raise UserError(
+            f"{path} has no curves in {METRICS}; a run of an older version is read by the code that made it"
+        )
+    return {tag: (np.array([*values]), np.array([*values.values()])) for tag, values in points.items()}

@@ -30,7 +30,7 @@ from simplest_vit.training.run import build
 from simplest_vit.training.sharding import batch_sharding, check_batch_size, create_mesh, memory_line
 from simplest_vit.training.state import RunProgress
 from simplest_vit.training.workdir import RESULTS, check_workdir, environment, lock_workdir, write_results
-from simplest_vit.training.writers import log, metric_writers
+from simplest_vit.training.writers import create_writer, log
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     Args:
       config: The run's config, already checked.
-      workdir: Folder for checkpoints, TensorBoard files and `results.json`.
+      workdir: Folder for checkpoints, metrics, TensorBoard files and `results.json`.
 
     Returns:
       The content of `results.json`.
@@ -80,14 +80,15 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         distributed.broadcast_from_primary(lambda: stack.enter_context(lock))
         interrupted = stack.enter_context(interruption())
         checkpoints = stack.enter_context(Checkpoints(path, create=True))
-        writer = metric_writers.create_default_writer(path, just_logging=not distributed.is_primary())
-        stack.callback(writer.close)
         first_step = checkpoints.newest() or 0
         if first_step:
             state, progress = checkpoints.restore(run.abstract, first_step)
             log.info("resuming at step %d of %d in %s", first_step, run.total_steps, path)
         else:
             state, progress = run.create_state(initial_params), RunProgress()
+        writer = create_writer(path, first_step, primary=distributed.is_primary())
+        stack.callback(writer.close)
+        if not first_step:
             writer.write_hparams(flatten(config.to_dict()))
         log.info(memory_line(run.abstract))
         log.info("parameters\n%s", parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False))

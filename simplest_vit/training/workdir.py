@@ -1,8 +1,9 @@
-"""The folder of a run: its config, facts about its data, checkpoints (`checkpoint.py`), and its results."""
+"""The folder of a run: its config, facts about its data, checkpoints (`checkpoint.py`), metrics and results."""
 
 import contextlib
 import fcntl
 import importlib.metadata
+import json
 import logging
 import os
 import pathlib
@@ -22,6 +23,7 @@ log = logging.getLogger("simplest_vit")
 
 CONFIG = "config.json"
 DATASET = "dataset.json"
+METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 _LOCK = ".lock"
 
@@ -106,6 +108,18 @@ def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[path
     else:
         _check_same(path, settings)
     return path, settings, DatasetInfo.from_json(read_json(path / DATASET), path / DATASET)
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Read the lines of `metrics.jsonl`: `step`, and values by tag. A line that was cut off is skipped."""
+    lines = []
+    content = (path / METRICS).read_bytes() if (path / METRICS).exists() else b""
+    for text in content.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+    return lines
 
 
 @contextlib.contextmanager

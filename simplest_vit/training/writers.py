@@ -1,13 +1,14 @@
-"""clu's metric writers without TensorFlow.
+"""The metrics of a run on disk: `metrics.jsonl`, and TensorBoard files by clu's writers without TensorFlow.
 
-`clu.metric_writers` imports TensorFlow for one class, its `SummaryWriter` (CommonLoopUtils issue 358). If TensorFlow is
-not installed, a writer that needs only the `tensorboard` package replaces that class before the first import, and the
-rest of clu works as it is. Import `metric_writers` from here, never from clu.
+`clu.metric_writers` imports TensorFlow for one class, its `SummaryWriter` (CommonLoopUtils issue 358). A writer that
+needs only the `tensorboard` package replaces that class before the first import, and the rest of clu works as it is.
+Import `metric_writers` from here, never from clu.
 """
 
 import contextlib
-import importlib.util
+import json
 import logging
+import math
 import os
 import pathlib
 import socket
@@ -23,24 +24,21 @@ from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from simplest_vit.data.decode import encode_png
+from simplest_vit.files import write_file
+from simplest_vit.training.workdir import METRICS, read_metrics
 
 log = logging.getLogger("simplest_vit")
 
 
-class SummaryWriter:
-    """The part of clu's `MetricWriter` that training uses, for a TensorBoard event file; clu calls it from a thread.
+class _Writer:
+    """The part of clu's `MetricWriter` that training uses, for a file.
 
     A file that cannot be written is reported once, and the rest is dropped: that is no reason to end a run.
     """
 
-    def __init__(self, logdir: str):
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._path = pathlib.Path(logdir, name)
+    def __init__(self, path: pathlib.Path):
+        self._path = path
         self._file: BinaryIO | None = None
-        with self._reported():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("xb")
-            self._add(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
@@ -52,6 +50,68 @@ class SummaryWriter:
             if file:
                 with contextlib.suppress(OSError):
                     file.close()
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Write numbers, or arrays of one element."""
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Write images, uint8 [H, W, C], C = 1 or 3."""
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Write the hyperparameters of the run, a flat mapping."""
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+
+
+class MetricsWriter(_Writer):
+    """Writes `metrics.jsonl`: a line for each step, with all that is written for it; null if it is not finite."""
+
+    def __init__(self, folder: pathlib.Path, last_step: int):
+        """Keep the lines up to `last_step`, from which the run resumes; what came after will be made again."""
+        super().__init__(folder / METRICS)
+        self._last: dict[str, Any] = {}
+        self._start = 0  # of the last line
+        with self._reported():
+            lines = [line for line in read_metrics(folder) if line["step"] <= last_step]
+            write_file(self._path, b"".join(map(_encode, lines)))
+            self._file = self._path.open("r+b")
+            for self._last in lines[-1:]:
+                self._start = self._path.stat().st_size - len(_encode(self._last))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Write numbers: in the last line if that is of the same step, else in a new one."""
+        if self._file:
+            with self._reported():
+                if self._last.get("step") != step:
+                    self._last, self._start = {"step": step}, self._file.seek(0, os.SEEK_END)
+                values = {tag: float(value) for tag, value in scalars.items()}
+                self._last |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+                self._file.seek(self._start)
+                self._file.write(_encode(self._last))
+                self._file.truncate()
+                self._file.flush()
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    return (json.dumps(line) + "\n").encode()
+
+
+class SummaryWriter(_Writer):
+    """Writes a TensorBoard event file; clu calls it from a thread."""
+
+    def __init__(self, logdir: str):
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        super().__init__(pathlib.Path(logdir, name))
+        with self._reported():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("xb")
+            self._add(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def _add(self, event: event_pb2.Event) -> None:
         if self._file:
@@ -85,20 +145,15 @@ class SummaryWriter:
         }
         self._add(event_pb2.Event(wall_time=time.time(), summary=summary_v2.hparams_pb(simple)))
 
-    def flush(self) -> None:
-        """Nothing is buffered."""
 
-    def close(self) -> None:
-        """Close the event file."""
-        if self._file:
-            self._file.close()
-
-
-if importlib.util.find_spec("tensorflow") is None:
-    _substitute = types.ModuleType("clu.metric_writers.summary_writer")
-    _substitute.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
-    sys.modules.setdefault(_substitute.__name__, _substitute)
+_substitute = types.ModuleType("clu.metric_writers.summary_writer")
+_substitute.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+sys.modules.setdefault(_substitute.__name__, _substitute)
 
 from clu import metric_writers  # noqa: E402
 
-__all__ = ["SummaryWriter", "metric_writers"]
+
+def create_writer(folder: pathlib.Path, first_step: int, *, primary: bool) -> metric_writers.MetricWriter:
+    """Create the writers of a run that starts after `first_step`; only those of the primary process write files."""
+    writers = [metric_writers.create_default_writer(folder, just_logging=not primary)]
+    return metric_writers.MultiWriter([*writers, MetricsWriter(folder, first_step)] if primary else writers)

@@ -7,9 +7,9 @@ import pathlib
 import numpy as np
 import pytest
 import scipy.stats
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simplest_vit.analysis import contrasts, figures, signal_figure, signal_propagation
-from simplest_vit.analysis.runs import read_curves
 from simplest_vit.errors import UserError
 from simplest_vit.interop.import_reference import import_reference
 from tests.tiny import tiny_config
@@ -43,12 +43,14 @@ def test_the_table_and_the_scalars_hold_the_curves(analysed):
     with (folder / "signal_propagation.csv").open() as file:
         table = list(csv.DictReader(file))
     for result in results:
-        scalars = read_curves(folder / result.name)
+        events = EventAccumulator(str(folder / result.name))
+        events.Reload()
         for quantity, values in result.measured.items():
             rows = [row for row in table if (row["model"], row["quantity"]) == (result.name, quantity)]
             known = values[~np.isnan(values)]
             np.testing.assert_array_equal([float(row["measured"]) for row in rows], known)
-            np.testing.assert_allclose(scalars[f"{quantity}/measured"][1], known, rtol=1e-6)
+            scalars = [event.value for event in events.Scalars(f"{quantity}/measured")]
+            np.testing.assert_allclose(scalars, known, rtol=1e-6)
         for quantity, values in result.theory.items():
             rows = [row for row in table if (row["model"], row["quantity"]) == (result.name, quantity)]
             np.testing.assert_array_equal([float(row["theory"]) for row in rows], values)

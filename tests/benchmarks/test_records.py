@@ -9,7 +9,7 @@ import pytest
 from benchmarks import protocols, records
 from simplest_vit.analysis.runs import find_runs
 from simplest_vit.errors import UserError
-from simplest_vit.training.writers import SummaryWriter
+from simplest_vit.training.writers import MetricsWriter
 
 STEPS = (500, 1000, 1500)
 
@@ -28,7 +28,7 @@ def small_config(row="isometric", **fields):
     return config
 
 
-def finish(folder, config, accuracy=0.7, seed=11, **changes):
+def finish(folder, config, accuracy=0.7, seed=11, evaluations=STEPS, **changes):
     """A folder as a finished run leaves it."""
     config.seed, config.steps, config.optimizer.learning_rate = seed, 1500, 2e-3
     results = {
@@ -45,10 +45,11 @@ def finish(folder, config, accuracy=0.7, seed=11, **changes):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / "results.json").write_text(json.dumps(results))
-    writer = SummaryWriter(str(folder))
-    for step in (250, *STEPS):
-        scalars = {"train_loss": 1000 / step}
-        writer.write_scalars(step, scalars | ({"validation_accuracy": accuracy * step / 1500} if step > 250 else {}))
+    writer = MetricsWriter(folder, 0)
+    for step in (50, *evaluations):
+        writer.write_scalars(step, {"train_loss": 1000 / step})
+        if step in evaluations:
+            writer.write_scalars(step, {"validation_accuracy": accuracy * step / 1500})
     writer.close()
 
 
@@ -80,11 +81,7 @@ def test_a_row_of_a_table_finds_its_runs(tmp_path, row):
 
 
 def test_of_many_evaluations_six_are_kept_with_the_first_and_the_last(tmp_path):
-    finish(tmp_path / "run", small_config())
-    writer = SummaryWriter(str(tmp_path / "run"))
-    for step in range(100, 1500, 100):
-        writer.write_scalars(step, {"validation_accuracy": step / 10_000})
-    writer.close()
+    finish(tmp_path / "run", small_config(), evaluations=range(100, 1501, 100))
     (record,) = recorded(tmp_path)
     assert list(record.accuracy_at) == [100, 400, 700, 900, 1200, 1500]
 

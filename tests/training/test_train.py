@@ -29,7 +29,7 @@ from simplest_vit.training.interrupt import Interruption
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.state import apply_model
-from simplest_vit.training.workdir import read_run
+from simplest_vit.training.workdir import read_metrics, read_run
 from tests.tiny import tiny_config
 
 RESULT_KEYS = {
@@ -81,8 +81,16 @@ def test_a_run_leaves_results_checkpoints_and_events(finished):
     assert outcome["config"]["model"]["depth"] == 2
     assert outcome["best_validation_accuracy"] >= outcome["validation_accuracy"] > 0
     assert (workdir / "checkpoints" / "6").is_dir()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]
+    assert ["validation_accuracy" in line for line in lines] == [False, True, False, True]
+    assert {name: lines[-1][name] for name in ("train_loss", "validation_loss", "validation_accuracy")}.items() <= (
+        outcome.items()
+    )
+    assert lines[-1]["epoch"] == pytest.approx(6 / (1437 // 64))
     events = EventAccumulator(str(workdir))
     events.Reload()
+    assert events.Scalars("train_loss")[1].value == pytest.approx(lines[1]["train_loss"])
     assert [event.step for event in events.Scalars("train_loss")] == [2, 3, 4, 6]
     assert [event.step for event in events.Scalars("validation_accuracy")] == [3, 6]
     assert events.Images("train_images")[0].width > 8 * 8
@@ -207,12 +215,19 @@ def assert_same_end(workdir, finished):
     """Two runs end with the same state and, times aside, the same progress and results."""
     (expected, expected_progress), (actual, progress) = map(final_arrays, (finished[0], workdir))
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert timeless(read_metrics(workdir)) == timeless(read_metrics(finished[0]))
     assert dataclasses.replace(progress, wall_time_s=0) == dataclasses.replace(expected_progress, wall_time_s=0)
     results = json.loads((workdir / "results.json").read_text())
     times = {"wall_time_s", "step_time_median_s", "images_per_second"}
     assert {k: v for k, v in results.items() if k not in times} == {
         k: v for k, v in json.loads(json.dumps(finished[1])).items() if k not in times
     }
+
+
+def timeless(lines):
+    """Metrics without times."""
+    times = ("step_time", "steps_per_second", "images_per_second")
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]
 
 
 @pytest.mark.parametrize(
