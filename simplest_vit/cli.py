@@ -4,7 +4,6 @@ import atexit
 import errno
 import os
 import re
-import signal
 import sys
 import threading
 import traceback
@@ -161,7 +160,7 @@ def run(
         _exit(error)
     except streams.StdoutError as error:
         if error.errno == errno.EPIPE:  # such as in `| head`: the reader has exited
-            sys.exit(128 + signal.SIGPIPE)
+            sys.exit(141)  # 128 + SIGPIPE, which Windows lacks
         sys.exit(print_error(TrainingError(f"standard output cannot be written ({error})")))
 
 

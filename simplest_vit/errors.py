@@ -1,6 +1,5 @@
 """How a program ends when it cannot continue: one line on standard error, no traceback, and an exit code."""
 
-import os
 import sys
 
 
@@ -33,7 +32,7 @@ class CheckpointError(TrainingError):
 class Interrupted(KeyboardInterrupt):
     """A program that was asked to stop by a signal. It exits with code 75 (EX_TEMPFAIL); rerun it to resume."""
 
-    exit_code = os.EX_TEMPFAIL
+    exit_code = 75
 
 
 def not_installed(error: ModuleNotFoundError) -> UserError:

@@ -1,5 +1,6 @@
 """Local paths, and atomic writing of files."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -51,13 +52,12 @@ def write_file(path: pathlib.Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the new name durable
-    except OSError:
-        pass  # the file system does not support it
-    finally:
-        os.close(folder)
+    with contextlib.suppress(OSError):  # Windows and some file systems do not support it
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes the new name durable
+        finally:
+            os.close(folder)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -11,13 +11,15 @@ import multiprocessing
 import os
 import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from simplest_vit.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Windows lacks the last two.
+SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"))
 GRACE_S = 5.0  # time to reach a safe point
 
 
@@ -28,13 +30,13 @@ class _Watch:
         self.listeners: list[
             Callable[[signal.Signals], object]
         ] = []  # callers of `deferred`, which stop the program themselves
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
+        self._reader, self._writer = socket.socketpair()  # on Windows `select` takes no pipes
+        self._writer.setblocking(False)
         # `nohup` makes a program ignore SIGHUP; keep that.
-        numbers = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-        # Python writes the number of each signal that has a handler to the pipe, whatever the main thread is doing.
+        numbers = [n for n in SIGNALS if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
+        # Python writes the number of each signal that has a handler to the socket, whatever the main thread is doing.
         self._handlers = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
-        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
 
@@ -43,16 +45,16 @@ class _Watch:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        os.close(self._writer)
+        self._writer.close()
         self._thread.join()
-        os.close(self._reader)
+        self._reader.close()
 
     def _listen(self) -> None:
         interrupts, deadline = 0, None
         while True:
             timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
             if select.select([self._reader], [], [], timeout)[0]:
-                if not (byte := os.read(self._reader, 1)):
+                if not (byte := self._reader.recv(1)):
                     return
                 if byte[0] not in SIGNALS:
                     continue

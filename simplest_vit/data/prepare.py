@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from filelock import SoftFileLease, Timeout
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
@@ -222,6 +221,8 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
     Raises:
       UserError: If images are unreadable and `skip_corrupt` is False; they are listed on standard error.
     """
+    from array_record.python.array_record_module import ArrayRecordReader
+
     features = tfds.features.FeaturesDict(content.features)
     files: dict[str, dict[Path, Shard]] = {}
     for split, shards in content.splits.items():
@@ -281,6 +282,8 @@ def _write_shard(
     path: Path, shard: Shard, features: tfds.features.FeaturesDict, progress: Progress, skip_corrupt: bool
 ) -> int:
     """Write a shard, print its unreadable images, and return their number."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
     unreadable, partial = 0, path.with_name(f"partial-{secrets.token_hex(4)}")
     try:
         writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")  # JPEG and PNG compress no further

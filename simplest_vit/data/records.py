@@ -10,11 +10,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.proto import tf_example_pb2
 
 from simplest_vit.data.progress import Progress
@@ -134,7 +133,9 @@ class DiskSplit:
                 progress.add(len(part), len(part))
                 yield result
 
-    def _open(self, number: int) -> ArrayRecordReader:
+    def _open(self, number: int) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader  # not on Windows, where the rest works
+
         shard = self.shards[number]
         reader = ArrayRecordReader(str(shard.path), options="readahead_buffer_size:0", file_reader_buffer_size=32768)
         if reader.num_records() != shard.total:

@@ -41,9 +41,9 @@ _MAX_CHUNK = 32
 _IMAGES_PER_WORKER = 2000  # a worker with fewer takes longer to start than it works
 _BATCHES_AHEAD = 2  # on the device as uint8, beyond the one in use
 # Signals that end a worker process, with cause and remedy.
-_SIGNALS: dict[int, str] = {
-    signal.SIGKILL: "SIGKILL, as sent when memory runs out; lower config.data.num_workers or free memory",
-    signal.SIGBUS: "SIGBUS: /dev/shm is full; enlarge it (docker run --shm-size=1g) or set config.data.num_workers=0",
+_SIGNALS = {
+    "SIGKILL": "SIGKILL, as sent when memory runs out; lower config.data.num_workers or free memory",
+    "SIGBUS": "SIGBUS: /dev/shm is full; enlarge it (docker run --shm-size=1g) or set config.data.num_workers=0",
 }
 _Chunk = dict[str, np.ndarray]
 _Arrays = Any  # a tuple of arrays
@@ -197,6 +197,9 @@ def _start_workers(iterator: grain.DatasetIterator) -> None:
     the blocked signals of the thread that starts it, so they are blocked even while the process imports its modules.
     """
     iterator.get_state()  # creates the queues between processes, which makes multiprocessing unblock SIGINT and SIGTERM
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        iterator.start_prefetch()
+        return
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
     try:
         iterator.start_prefetch()
@@ -207,7 +210,8 @@ def _start_workers(iterator: grain.DatasetIterator) -> None:
 def _signal_that_ended(error: RuntimeError) -> str | None:
     """Return the signal that ended a worker process, with its likely cause; None for any other error."""
     number = re.search(r"exit code -(\d+)", str(error))
-    return _SIGNALS.get(int(number[1])) if number else None
+    ended = {getattr(signal, name, None): text for name, text in _SIGNALS.items()}
+    return ended.get(int(number[1])) if number else None
 
 
 def _close(iterator: grain.DatasetIterator) -> None:

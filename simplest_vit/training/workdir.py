@@ -1,7 +1,6 @@
 """The folder of a run: its config, facts about its data, checkpoints (`checkpoint.py`), metrics and results."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import logging
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from filelock import FileLock, Timeout
 
 from simplest_vit.config import default, flatten, from_settings
 from simplest_vit.data.dataset import DatasetInfo
@@ -132,11 +132,9 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
     with contextlib.ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            # NFS shares a lock between hosts only if the file is open for writing.
-            file = stack.enter_context((path / _LOCK).open("w"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                stack.enter_context(FileLock(path / _LOCK, blocking=False, fallback_to_soft=False))
+            except Timeout as error:
                 raise UserError(
                     f"--workdir={path} is in use: another process trains there; wait for its end, or choose another"
                 ) from error

@@ -177,7 +177,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch):
             super().close()
             raise RuntimeError("write() failed: No space left on device; writing x; at byte 303104")  # as it says
 
-    monkeypatch.setattr("simplest_vit.data.prepare.ArrayRecordWriter", Writer)
+    monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter", Writer)
     with pytest.raises(UserError, match=r"cannot prepare digits there \(No space left on device\); free some space"):
         prepare("digits", tmp_path)
     assert folders(tmp_path) == []

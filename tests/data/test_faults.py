@@ -12,7 +12,7 @@ import types
 
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python import array_record_module
 from conftest import jpeg, smooth_image, tar_of, train_batches
 
 import input_pipeline
@@ -51,7 +51,7 @@ def test_reading(digits, make_config, monkeypatch, name, call):
     number = getattr(errno, name)
     text = f"{'open' if call == 'open' else 'pread'}() failed: {os.strerror(number)}; reading x"
 
-    class Reader(records.ArrayRecordReader):
+    class Reader(array_record_module.ArrayRecordReader):
         def __init__(self, *args, **kwargs):
             if call == "open":
                 raise RuntimeError(text)
@@ -62,7 +62,7 @@ def test_reading(digits, make_config, monkeypatch, name, call):
 
     config = make_config("digits", dir=digits, device_budget_bytes=0, num_workers=0)
     dataset, before = input_pipeline.load(config.data), files(digits)
-    monkeypatch.setattr(records, "ArrayRecordReader", Reader)
+    monkeypatch.setattr(array_record_module, "ArrayRecordReader", Reader)
     with pytest.raises(TrainingError, match=r"array_record-000.*cannot be read .* then run the same command") as error:
         next(train_batches(dataset, config))
     assert is_one_honest_line(str(error.value), number)
@@ -118,7 +118,7 @@ def test_writing(tmp_path, monkeypatch, name, call):
     number = getattr(errno, name)
     error = RuntimeError(f"{call}() failed: {os.strerror(number)}; writing x; at byte 303104")
 
-    class Writer(ArrayRecordWriter):
+    class Writer(array_record_module.ArrayRecordWriter):
         def __init__(self, *args):
             if call == "open":
                 raise error
@@ -133,7 +133,7 @@ def test_writing(tmp_path, monkeypatch, name, call):
             super().close()
             raise error
 
-    monkeypatch.setattr(prepare_module, "ArrayRecordWriter", Writer)
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Writer)
     with pytest.raises(UserError, match=r"^data.dir=.*: cannot prepare digits there") as caught:
         prepare("digits", tmp_path)
     assert is_one_honest_line(str(caught.value), number)

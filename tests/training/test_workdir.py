@@ -94,7 +94,7 @@ def test_the_lock_is_one_that_nfs_keeps(tmp_path, monkeypatch):
     modes = []
     monkeypatch.setattr(fcntl, "flock", lambda file, _: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
     with lock_workdir(tmp_path, CONFIG, DIGITS):
-        assert modes == [os.O_WRONLY]
+        assert modes == [os.O_RDWR]
 
 
 @pytest.mark.parametrize(
