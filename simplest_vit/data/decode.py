@@ -9,11 +9,34 @@ from PIL import Image, UnidentifiedImageError
 
 from simplest_vit.errors import UserError, first_line
 
+try:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+except ModuleNotFoundError:  # the extra [heic]
+    pillow_heif = None  # type: ignore[assignment]
+
 # Only these formats are opened. Pillow supports more, but starts external programs for some (Ghostscript for EPS).
-_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF", *(("HEIF",) if pillow_heif else ()))
+HEIC_REMEDY = 'HEIC photos need pip install "simplest-vit[heic]"'
 _JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
-SUFFIXES = (*_JPEG_SUFFIXES, ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
-_JPEG = b"\xff\xd8"
+_HEIC_SUFFIXES = (".heic", ".heif") if pillow_heif else ()
+SUFFIXES = (
+    *_JPEG_SUFFIXES,
+    *_HEIC_SUFFIXES,
+    ".png",
+    ".webp",
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+)
+_JPEG, _HEIC = b"\xff\xd8", (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheim", b"ftyphevc")
 _ORIENTATION = 0x0112  # the EXIF tag
 _MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, against files that unpack to more than the memory
 Image.MAX_IMAGE_PIXELS = None  # `open_image` checks; Pillow's own check warns from half of that on
@@ -54,7 +77,7 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
             image.load()  # which rotates a TIFF
             return _turn(_eight_bits(image, channels), _orientation(image))
     except Exception as error:  # Pillow's decoders raise errors of many kinds
-        raise UserError(f"not a complete image ({_reason(error)})") from error
+        raise UserError(f"not a complete image ({_reason(error, content)})") from error
 
 
 def image_size(content: bytes) -> tuple[int, int]:
@@ -69,7 +92,7 @@ def image_size(content: bytes) -> tuple[int, int]:
             with open_image(content) as image:
                 height, width, orientation = image.height, image.width, _orientation(image)
     except Exception as error:
-        raise UserError(f"not an image ({_reason(error)})") from error
+        raise UserError(f"not an image ({_reason(error, content)})") from error
     return (width, height) if orientation > 4 else (height, width)
 
 
@@ -172,7 +195,7 @@ def _check_pixels(height: int, width: int) -> None:
         raise ValueError(f"{height:,} x {width:,} = {height * width:,} pixels, expected at most {_MAX_PIXELS:,}")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, content: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "of no format that is known"
+        return HEIC_REMEDY if content[4:12] in _HEIC and not pillow_heif else "of no format that is known"
     return first_line(error)

@@ -1,8 +1,10 @@
 """Folders of one's own images: what is found, what is split, what is another data set, and what is wrong."""
 
 import errno
+import io
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -12,8 +14,10 @@ from conftest import jpeg, smooth_image
 from PIL import Image
 
 import input_pipeline
+from simplest_vit.data import decode
+from simplest_vit.data.builders import image_folder
 from simplest_vit.data.builders.image_folder import image_files
-from simplest_vit.data.decode import decode_image
+from simplest_vit.data.decode import decode_image, eval_image, image_size
 from simplest_vit.data.prepare import prepare
 from simplest_vit.errors import UserError
 
@@ -37,7 +41,8 @@ def test_image_folder(photos, tmp_path, make_config):
     assert dataset.train.images.shape == (9, 32, 32, 3)
     with Image.open(photos / "train/cat/1.jpg") as image:
         expected = np.asarray(image.resize((42, 32), Image.Resampling.BILINEAR))[:, 5:37].astype(int)
-    assert np.abs(np.asarray(dataset.train.images)[1] - expected).max() <= 3
+    place = [*found].index("train/cat/1.jpg")
+    assert np.abs(np.asarray(dataset.train.images)[place] - expected).max() <= 3
 
 
 def test_a_grey_jpeg_stays_as_small_as_it_is(photos, tmp_path):
@@ -65,6 +70,7 @@ def test_a_flat_folder_is_split_80_to_20_in_each_class_and_says_so(tmp_path, mak
     np.testing.assert_array_equal(np.bincount(dataset.train.labels), [8, 6, 1])
     np.testing.assert_array_equal(np.bincount(dataset.validation.labels), [2, 1])
     assert "of each class 80 % train and 20 % validate" in dataset.info.to_json()["description"]
+    assert len(set(np.asarray(dataset.train.labels[:8]))) > 1, "the classes are mixed"
     said = capfd.readouterr().err
     assert said.count("80 % train and 20 % validate") == 1
     config.seed = 5  # has no part in it
@@ -85,13 +91,16 @@ def test_folders_within_a_class_are_searched_and_what_is_passed_over_is_counted(
     (deep / "back").symlink_to(photos / "train/cat")  # without end
     for suffix in ("jpg", "jfif", "jpe", "JPG", "pgm", "avif"):
         Image.fromarray(smooth_image(1)).convert("L" if suffix == "pgm" else "RGB").save(deep / f"deep.{suffix}")
-    for name in ("a.HEIC", "b.heic", "c.txt", "README", ".hidden.jpg", "Thumbs.db"):
+    for name in ("a.MOV", "b.mov", "c.txt", "README", ".hidden.jpg", "Thumbs.db"):
         (deep / name).write_bytes(b"x")
+    shutil.copytree(photos / "val", photos / "test")
+    (photos / "loose.jpg").write_bytes(jpeg(smooth_image(1)))
     found = originals(prepare("image_folder", tmp_path / "tfds", photos), "train")
     assert len([name for name in found if name.startswith("train/cat/more/and more/deep.")]) == 6
     said = capfd.readouterr().err
-    assert "skipped 5 other files: 2 .heic, 1" in said
-    assert len(image_files(photos)) == 6 + 9 + 2  # as predict lists a folder
+    kinds = "1 .db, 2 .mov, 1 .txt, 3 images in no class folder, 1 without a suffix"
+    assert f"skipped 8 files that are not used: {kinds}\n" in said
+    assert len(image_files(photos)) == 6 + 9 + 2 + 3  # as predict lists a folder
 
 
 def test_a_changed_folder_is_another_data_set_with_another_fingerprint(photos, tmp_path, capfd):
@@ -122,7 +131,7 @@ def test_a_changed_folder_is_another_data_set_with_another_fingerprint(photos, t
     (line,) = [line for line in said.splitlines() if "3 older prepared copies take" in line]
     named = line.split("rm -r ")[1].split()
     assert len(named) == 3
-    assert all((pathlib.Path(path) / "2.0.0").is_dir() for path in named)
+    assert all((pathlib.Path(path) / "3.0.0").is_dir() for path in named)
 
 
 def test_a_copy_in_another_place_has_the_same_fingerprint(photos, tmp_path):
@@ -130,6 +139,46 @@ def test_a_copy_in_another_place_has_the_same_fingerprint(photos, tmp_path):
     first, second = (prepare("image_folder", tmp_path / "tfds", folder) for folder in (photos, tmp_path / "copy"))
     assert first.info.full_name != second.info.full_name
     assert first.fingerprint == second.fingerprint
+
+
+def test_a_flat_folder_may_be_split_by_the_config(tmp_path, make_config):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            (tmp_path / "photos" / name / f"{i}.jpg").write_bytes(jpeg(smooth_image(i, 16, 16)))
+    folders = {"dir": tmp_path / "tfds", "manual_dir": str(tmp_path / "photos")}
+    splits = {"train_split": "train[:75%]", "validation_split": "train[75%:]+validation"}
+    dataset = input_pipeline.load(make_config("image_folder", **folders, **splits, image_size=16).data)
+    assert (dataset.train_size, dataset.validation_size) == (24, 16)
+    assert {*np.asarray(dataset.train.labels)} == {*np.asarray(dataset.validation.labels[:8])} == {0, 1}
+
+
+def heic(pixels):
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(pixels).save(buffer, "HEIF", quality=95, exif=exif.tobytes())
+    return buffer.getvalue()
+
+
+def test_heic_is_read_upright_and_without_its_extra_named_with_the_remedy(photos, tmp_path, monkeypatch, capfd):
+    (photos / "train/cat/IMG_1.HEIC").write_bytes(content := heic(smooth_image(3)))
+    assert originals(prepare("image_folder", tmp_path / "tfds", photos), "train")["train/cat/IMG_1.HEIC"] == content
+    expected = np.rot90(smooth_image(3), -1).astype(int)
+    for pixels in (decode_image(content, 3), eval_image(content, (48, 48, 3), 48)):
+        middle = expected[(64 - len(pixels)) // 2 :][: len(pixels)]
+        assert np.abs(pixels - middle).mean() < 4  # HEIC keeps colours at half the resolution
+    assert image_size(content) == (64, 48)
+    capfd.readouterr()
+    monkeypatch.setattr(decode, "pillow_heif", None)
+    monkeypatch.setattr(decode, "_FORMATS", tuple(f for f in decode._FORMATS if f != "HEIF"))
+    monkeypatch.setattr(image_folder, "SUFFIXES", (".jpg", ".jpeg", ".png", ".gif"))
+    assert len(originals(prepare("image_folder", tmp_path / "other", photos), "train")) == 9
+    remedy = 'HEIC photos need pip install "simplest-vit[heic]"'
+    assert f"skipped 1 files that are not used: 1 .heic; {remedy}\n" in capfd.readouterr().err
+    for read in (lambda: decode_image(content, 3), lambda: image_size(content)):
+        with pytest.raises(UserError, match=re.escape(f"({remedy})")):
+            read()
 
 
 def test_bad_image_folders_are_told(photos, tmp_path, capfd):
@@ -150,7 +199,7 @@ def test_bad_image_folders_are_told(photos, tmp_path, capfd):
     assert "unreadable image train/dog/a.jpg: not a complete image (of no format that is known)" in errors
     assert "unreadable image train/dog/b.jpg: not a complete image (the JPEG is truncated)" in errors
     shutil.rmtree(photos / "val")
-    fails(r"val: no class folders; expected val/CLASS/\*.jpg")
+    fails(r"no class folders in .*val; expected CLASS/\*.jpg in it")
 
 
 def test_odd_things_in_an_image_folder(photos, tmp_path, capfd):
@@ -169,7 +218,7 @@ def test_odd_things_in_an_image_folder(photos, tmp_path, capfd):
     assert "unreadable image train/cat/link.jpg: No such file or directory" in told
     assert "unreadable image train/cat/loop.jpg: " in told
     found = originals(prepare("image_folder", tmp_path / "tfds", photos, skip_corrupt=True), "train")
-    names = [name.removeprefix("train/cat/") for name in found if "cat" in name]
+    names = sorted(name.removeprefix("train/cat/") for name in found if "cat" in name)
     assert names == ["0.jpg", "1.jpg", "2.jpg", "caf\udce9.jpg", "palette.gif", "palette.png", "plain.ppm"]
 
 
