@@ -160,7 +160,7 @@ def epochs(trained, **_):
 
 def steps(trained, **_):
     outcome, scalars, saved, _ = trained(steps=4)
-    assert outcome["steps"] == max(scalars["train_loss"]) == saved[-1] == 4
+    assert outcome["steps"] == max(scalars["loss/train"]) == saved[-1] == 4
 
 
 def batch_size(trained, caplog, **_):
@@ -264,16 +264,16 @@ def compute_dtype(**_):
 
 def eval_every(trained, **_):
     _, scalars, _, _ = trained(eval_every=2, checkpoint_every=5)
-    assert [*scalars["validation_accuracy"]] == [2, 4, 5, 6]
+    assert [*scalars["accuracy/validation"]] == [2, 4, 5, 6]
     _, scalars, _, _ = trained("epochs", eval_every="0.1 epochs", checkpoint_every=5)  # 22 steps per epoch
-    assert [*scalars["validation_accuracy"]] == [2, 4, 5, 6]
+    assert [*scalars["accuracy/validation"]] == [2, 4, 5, 6]
 
 
 def checkpoint_every(trained, monkeypatch, **_):
     monkeypatch.setattr(train_module, "validate", lambda *_: {"validation_loss": 1.0, "validation_accuracy": -1.0})
     _, scalars, saved, _ = trained(checkpoint_every=4, eval_every=5)
     assert saved == [4, 6]
-    assert [*scalars["validation_loss"]] == [4, 5, 6]
+    assert [*scalars["loss/validation"]] == [4, 5, 6]
     assert trained("epochs", checkpoint_every="0.18 epochs", eval_every="1 epoch")[2] == [4, 6]
 
 
@@ -296,9 +296,9 @@ def patience(trained, monkeypatch, caplog, **_):
 
 
 def log_every(trained, **_):
-    assert [*trained(log_every=1)[1]["train_loss"]] == [1, 2, 3, 4, 5, 6]
-    assert [*trained("never", log_every=100)[1]["train_loss"]] == [3, 6], "before an evaluation"
-    assert [*trained("epochs", log_every="0.05 epochs")[1]["train_loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [*trained(log_every=1)[1]["loss/train"]] == [1, 2, 3, 4, 5, 6]
+    assert [*trained("never", log_every=100)[1]["loss/train"]] == [3, 6], "before an evaluation"
+    assert [*trained("epochs", log_every="0.05 epochs")[1]["loss/train"]] == [1, 2, 3, 4, 5, 6]
     run = build(config_of(log_every="2 epochs", checkpoint_every="100 epochs"), DIGITS)
     assert (run.config.log_every, run.config.checkpoint_every) == (44, 2200)
 
@@ -437,9 +437,10 @@ def test_dropout_draws_a_mask_for_each_step_that_is_not_augmentation_s(monkeypat
 
 def test_the_results_are_those_of_the_last_evaluation_and_report(trained):
     outcome, scalars, _, _ = trained()
-    for name in ("validation_accuracy", "validation_loss", "train_loss", "train_accuracy"):
-        assert outcome[name] == pytest.approx(scalars[name][6]), name
-    assert outcome["best_validation_accuracy"] == pytest.approx(max(scalars["validation_accuracy"].values()))
+    for tag in ("accuracy/validation", "loss/validation", "loss/train", "accuracy/train"):
+        kind, split = tag.split("/")
+        assert outcome[f"{split}_{kind}"] == pytest.approx(scalars[tag][6]), tag
+    assert outcome["best_validation_accuracy"] == pytest.approx(max(scalars["accuracy/validation"].values()))
     assert (outcome["seed"], outcome["wall_time_s"] > 0) == (3407, True)
 
 

@@ -24,6 +24,17 @@ _STEPS_IN_FLIGHT = 2
 _SUMS = ("loss", "correct", "count")
 _NOT_GAUGES = (*_SUMS, "skipped_steps", "skipped_in_a_row")
 
+# Names of `results.json` and of a report -> tags, which TensorBoard groups by what is before the slash.
+_TAGS = {
+    "train_loss": "loss/train",
+    "validation_loss": "loss/validation",
+    "train_accuracy": "accuracy/train",
+    "validation_accuracy": "accuracy/validation",
+    "best_validation_accuracy": "accuracy/best_validation",
+    **{name: f"speed/{name}" for name in ("step_time", "steps_per_second", "images_per_second")},
+    **{name: f"optimizer/{name}" for name in ("grad_norm", "skipped_steps", "rejected_roots", "worst_residual")},
+}
+
 
 def cross_entropy(logits: jax.Array, label: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """Compute the softmax cross-entropy to a distribution over classes.
@@ -69,6 +80,11 @@ def mean_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Compute the mean `loss` and `accuracy` over all examples of some sums."""
     total = add_sums(parts)
     return {"loss": total["loss"] / total["count"], "accuracy": total["correct"] / total["count"]}
+
+
+def tagged(scalars: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace names by the tags under which they are written; `epoch` and `learning_rate` are their own."""
+    return {_TAGS.get(name, name): value for name, value in scalars.items()}
 
 
 def check_finite(values: dict[str, Any], step: int) -> None:

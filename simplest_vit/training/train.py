@@ -25,7 +25,7 @@ from simplest_vit.training.checkpoint import Checkpoints, has_checkpoint
 from simplest_vit.training.evaluate import validate
 from simplest_vit.training.fine_tuning import load_initial_params
 from simplest_vit.training.interrupt import interruption
-from simplest_vit.training.metrics import Meter, check_finite, train_line, validation_line
+from simplest_vit.training.metrics import Meter, check_finite, tagged, train_line, validation_line
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import batch_sharding, check_batch_size, create_mesh, memory_line
 from simplest_vit.training.state import RunProgress
@@ -108,7 +108,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             check_finite(result, step)
             is_best = progress.record_evaluation(step, result)
             log.info(validation_line(step, result, progress.best_validation_accuracy))
-            writer.write_scalars(step, result)
+            best = {"best_validation_accuracy": progress.best_validation_accuracy}
+            writer.write_scalars(step, tagged(result | best))
             return is_best or run.should_save(step) or out_of_patience()
 
         def out_of_patience() -> bool:
@@ -167,7 +168,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 scalars["learning_rate"] = float(run.learning_rate(step - 1 - scalars["skipped_steps"]))
                 progress.record_training(scalars)
                 log.info(train_line(step, run.total_steps, scalars))
-                writer.write_scalars(step, scalars)
+                writer.write_scalars(step, tagged(scalars))
             if stopped:
                 stop(step)
             if run.should_log(step):

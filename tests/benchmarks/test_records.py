@@ -47,9 +47,9 @@ def finish(folder, config, accuracy=0.7, seed=11, evaluations=STEPS, **changes):
     (folder / "results.json").write_text(json.dumps(results))
     writer = MetricsWriter(folder, 0)
     for step in (50, *evaluations):
-        writer.write_scalars(step, {"train_loss": 1000 / step})
+        writer.write_scalars(step, {"loss/train": 1000 / step})
         if step in evaluations:
-            writer.write_scalars(step, {"validation_accuracy": accuracy * step / 1500})
+            writer.write_scalars(step, {"accuracy/validation": accuracy * step / 1500})
     writer.close()
 
 

@@ -108,7 +108,7 @@ def train(workdir, arguments, processes, devices, optimizer="adam"):
     return json.loads((workdir / "results.json").read_text())
 
 
-def curve(workdir, tag="train_loss"):
+def curve(workdir, tag="loss/train"):
     events = EventAccumulator(str(workdir))
     events.Reload()
     return {event.step: event.value for event in events.Scalars(tag)}
@@ -120,7 +120,7 @@ def assert_same_run(one, two, rtol=1e-5):
     assert curve(two).keys() == losses.keys()
     np.testing.assert_allclose(list(curve(two).values()), list(losses.values()), rtol=rtol)
     np.testing.assert_allclose(
-        list(curve(two, "validation_loss").values()), list(curve(one, "validation_loss").values()), rtol=rtol
+        list(curve(two, "loss/validation").values()), list(curve(one, "loss/validation").values()), rtol=rtol
     )
 
 

@@ -15,7 +15,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
 from simplest_vit import preemption
 from simplest_vit.config import from_settings
@@ -83,17 +88,43 @@ def test_a_run_leaves_results_checkpoints_and_events(finished):
     assert (workdir / "checkpoints" / "6").is_dir()
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4, 6]
-    assert ["validation_accuracy" in line for line in lines] == [False, True, False, True]
-    assert {name: lines[-1][name] for name in ("train_loss", "validation_loss", "validation_accuracy")}.items() <= (
-        outcome.items()
-    )
+    assert ["accuracy/validation" in line for line in lines] == [False, True, False, True]
+    for tag, name in (
+        ("loss/train", "train_loss"),
+        ("loss/validation", "validation_loss"),
+        ("accuracy/train", "train_accuracy"),
+        ("accuracy/validation", "validation_accuracy"),
+        ("accuracy/best_validation", "best_validation_accuracy"),
+    ):
+        assert lines[-1][tag] == outcome[name]
     assert lines[-1]["epoch"] == pytest.approx(6 / (1437 // 64))
     events = EventAccumulator(str(workdir))
     events.Reload()
-    assert events.Scalars("train_loss")[1].value == pytest.approx(lines[1]["train_loss"])
-    assert [event.step for event in events.Scalars("train_loss")] == [2, 3, 4, 6]
-    assert [event.step for event in events.Scalars("validation_accuracy")] == [3, 6]
+    assert events.Scalars("loss/train")[1].value == pytest.approx(lines[1]["loss/train"])
+    assert [event.step for event in events.Scalars("loss/train")] == [2, 3, 4, 6]
+    assert [event.step for event in events.Scalars("accuracy/validation")] == [3, 6]
     assert events.Images("train_images")[0].width > 8 * 8
+
+
+def test_tensorboard_shows_grouped_curves_and_final_metrics_beside_hyperparameters(finished):
+    workdir, outcome = finished
+    multiplexer = EventMultiplexer()
+    multiplexer.AddRun(str(workdir), "run").Reload()
+    tags = set(multiplexer.PluginRunToTagToContent("scalars")["run"])
+    assert tags == {
+        *("loss/train", "loss/validation", "accuracy/train", "accuracy/validation", "accuracy/best_validation"),
+        *("speed/step_time", "speed/steps_per_second", "speed/images_per_second"),
+        *("optimizer/grad_norm", "optimizer/skipped_steps", "learning_rate", "epoch"),
+    }
+    provider = MultiplexerDataProvider(multiplexer, str(workdir))
+    plugin = backend_context.Context(TBContext(data_provider=provider, multiplexer=multiplexer, logdir=str(workdir)))
+    request = api_pb2.ListSessionGroupsRequest(slice_size=10, allowed_statuses=api_pb2.Status.values())
+    (session,) = list_session_groups.Handler(RequestContext(), plugin, "", request).run().session_groups
+    assert session.hparams["optimizer.name"].string_value == "adam"
+    shown = {value.name.tag: value.value for value in session.metric_values}
+    assert shown.keys() == tags
+    assert shown["accuracy/best_validation"] == pytest.approx(outcome["best_validation_accuracy"])
+    assert shown["loss/validation"] == pytest.approx(outcome["validation_loss"])
 
 
 def test_evaluation_repeats_what_training_found(finished, data_dir, monkeypatch):
@@ -226,8 +257,7 @@ def assert_same_end(workdir, finished):
 
 def timeless(lines):
     """Metrics without times."""
-    times = ("step_time", "steps_per_second", "images_per_second")
-    return [{name: value for name, value in line.items() if name not in times} for line in lines]
+    return [{tag: value for tag, value in line.items() if not tag.startswith("speed/")} for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -399,8 +429,8 @@ def test_a_batch_that_is_not_finite_is_skipped_and_told(data_dir, tmp_path, monk
     assert all(np.isfinite(outcome[name]) for name in ("train_loss", "validation_loss"))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [event.value for event in events.Scalars("skipped_steps")] == [0, 1, 1, 1, 2, 2]
-    assert [event.step for event in events.Scalars("train_loss")] == [1, 3, 4, 6]
+    assert [event.value for event in events.Scalars("optimizer/skipped_steps")] == [0, 1, 1, 1, 2, 2]
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 3, 4, 6]
     schedule = [event.value for event in events.Scalars("learning_rate")]
     assert schedule[1] == schedule[0], "a skipped step must not advance the schedule"
     assert schedule[2] > schedule[1]
