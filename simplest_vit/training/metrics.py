@@ -188,16 +188,21 @@ def train_line(step: int, total_steps: int, scalars: dict[str, Any]) -> str:
       The line.
     """
     eta = datetime.timedelta(seconds=round((total_steps - step) * scalars["step_time"]))
+    return (
+        f"step {step}/{total_steps} ({step / total_steps:.1%})  {report_text(scalars)}  "
+        f"{scalars['steps_per_second']:.4g} steps/s  ETA {eta}"
+    )
+
+
+def report_text(scalars: dict[str, Any]) -> str:
+    """Format epoch, metrics and images per second of a report; arguments as in `train_line`."""
     skipped = f"skipped {scalars['skipped_steps']:.0f} steps  " if scalars["skipped_steps"] else ""
     metrics = (
         f"loss {scalars['train_loss']:.4f}  accuracy {scalars['train_accuracy']:.2%}  "
         if "train_loss" in scalars
         else ""
     )
-    return (
-        f"step {step}/{total_steps} ({step / total_steps:.1%})  epoch {scalars['epoch']:.1f}  {metrics}{skipped}"
-        f"{scalars['steps_per_second']:.4g} steps/s  {scalars['images_per_second']:.4g} images/s  ETA {eta}"
-    )
+    return f"epoch {scalars['epoch']:.1f}  {metrics}{skipped}{scalars['images_per_second']:.4g} images/s"
 
 
 def validation_line(step: int, result: Mapping[str, float], best: float) -> str:

@@ -25,7 +25,8 @@ from simplest_vit.training.checkpoint import Checkpoints, has_checkpoint
 from simplest_vit.training.evaluate import validate
 from simplest_vit.training.fine_tuning import load_initial_params
 from simplest_vit.training.interrupt import interruption
-from simplest_vit.training.metrics import Meter, check_finite, tagged, train_line, validation_line
+from simplest_vit.training.metrics import Meter, check_finite, tagged, validation_line
+from simplest_vit.training.progress_bar import progress_bar
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import batch_sharding, check_batch_size, create_mesh, memory_line
 from simplest_vit.training.state import RunProgress
@@ -148,6 +149,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             start_step=first_step,
             sharding=batch_sharding(mesh),
         )
+        bar = stack.enter_context(progress_bar(first_step, run.total_steps, primary=distributed.is_primary()))
         meter.start()
         for step, batch in zip(range(first_step + 1, run.total_steps + 1), batches, strict=False):
             if out_of_patience():
@@ -160,6 +162,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 writer.write_images(0, {"train_images": image_grid(dataset, batch)})
             state, metrics = run.train_step(state, batch)
             meter.add(metrics)
+            bar.add_step()
             profile(step)
             stopped = interrupted.reached()
             if run.should_log(step):
@@ -167,7 +170,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 # A skipped step does not advance the schedule.
                 scalars["learning_rate"] = float(run.learning_rate(step - 1 - scalars["skipped_steps"]))
                 progress.record_training(scalars)
-                log.info(train_line(step, run.total_steps, scalars))
+                bar.report(step, scalars)
                 writer.write_scalars(step, tagged(scalars))
             if stopped:
                 stop(step)
