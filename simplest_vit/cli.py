@@ -14,7 +14,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from simplest_vit import preemption, recipes, streams
+from simplest_vit import preemption, streams
 from simplest_vit.errors import Interrupted, TrainingError, UserError, not_installed, print_error
 from simplest_vit.files import local_path
 
@@ -53,6 +53,8 @@ class _ConfigParser(ConfigFileFlagParser):
     """Accepts the name of a recipe for its file."""
 
     def parse(self, path: str) -> Any:
+        from simplest_vit import recipes  # a clone without symbolic links does not have it
+
         return super().parse(recipes.locate(path))
 
 

@@ -154,6 +154,7 @@ FIELDS = {
         _FLAG,
         "cache compiled accelerator programs in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/simplest_vit",
     ),
+    "wandb": Field(None, _optional(_TEXT), "project of Weights & Biases that the run is logged to as well"),
     "profile.first_step": Field(0, _integer(0), "profile the steps after this one; 0: no profile"),
     "profile.num_steps": Field(5, _integer(1), "number of steps to profile"),
     "init_from": Field(None, _FOLDER, "fine-tune: start from the best weights of the run in this folder"),

@@ -345,12 +345,7 @@ ENVIRONMENT = [
     (DIGITS, {}, ("orbax",), "pip install -r requirements.txt"),
     (PREPARE + " digits", {}, ("ml_collections",), 'pip install "simplest-vit[train]"'),
     (DIGITS, {}, ("tensorflow_datasets",), "import of tensorflow_datasets halted"),
-    (
-        SWEEP + " --workdir {new}/run --wandb=project",
-        {"PATH": "{old}/empty"},
-        (),
-        "--wandb needs Weights & Biases; install it: pip install wandb",
-    ),
+    (DIGITS + " --config.wandb=mine", {}, ("wandb",), "config.wandb needs Weights & Biases; install it: pip install"),
 ]
 
 # Real processes, each with its own imports, which take seconds: started together.

@@ -6,6 +6,8 @@ here fails the test.
 
 import logging
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +143,24 @@ def trained(data_dir, tmp_path, monkeypatch):
 
     run.folder = tmp_path
     return run
+
+
+class FakeWandb(types.ModuleType):
+    """Weights & Biases as far as training uses it: keeps what it is given."""
+
+    Settings = Image = staticmethod(lambda *arguments, **settings: settings or arguments)
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.started, self.logged, self.config, self.exit_codes = [], [], {}, []
+
+    def init(self, **arguments):
+        self.started.append(arguments)
+        finish = lambda exit_code: self.exit_codes.append(exit_code)  # noqa: E731
+        config = types.SimpleNamespace(update=lambda values, allow_val_change: self.config.update(values))
+        return types.SimpleNamespace(
+            log=self.logged.append, config=config, finish=finish, define_metric=lambda name, step_metric: None
+        )
 
 
 # Field -> what shows that it acts.
@@ -352,6 +372,27 @@ def compilation_cache(monkeypatch, **_):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+def wandb(trained, monkeypatch, **_):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    trained("without")
+    assert not fake.started
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "train_step", property(lambda self: lambda state, batch: 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            trained(wandb="mine")
+    _, scalars, _, _ = trained(wandb="mine")
+    assert [(run["project"], run["resume"], run["name"]) for run in fake.started] == 2 * [
+        ("mine", "auto", f"{trained.folder.name}/run")
+    ]
+    assert {run["dir"] for run in fake.started} == {str(trained.folder / "run")}
+    assert fake.exit_codes == [1, 0], "only what has failed is resumed"
+    assert fake.config["optimizer.learning_rate"] == 0.1
+    assert "train_images" in fake.logged[0]
+    for tag, curve in scalars.items():
+        assert {line["step"]: line[tag] for line in fake.logged if tag in line} == pytest.approx(curve), tag
+
+
 def _profiled(trained, monkeypatch, name, **overrides):
     """The steps before the one at which a profile starts and stops."""
     calls, made = [], []
@@ -418,7 +459,7 @@ def test_only_what_does_not_change_the_results_may_differ_in_a_resume():
         *("checkpoint_every", "checkpoint_minutes", "eval_every", "log_every", "max_skipped_steps"),
         *("compilation_cache", "distributed", "fsdp", "model.attention_kernel"),
         *("data.device_budget_bytes", "data.dir", "data.manual_dir", "data.num_workers"),
-        *("profile.first_step", "profile.num_steps"),
+        *("profile.first_step", "profile.num_steps", "wandb"),
     }
 
 

@@ -16,7 +16,6 @@ import os
 import pathlib
 import queue
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -281,13 +280,6 @@ def summary(points: list[Point]) -> str:
     return table([*points[0].values, "accuracy", "best accuracy", "finished"], [line for _, line in body])
 
 
-def sync_to_wandb(points: list[Point], project: str) -> None:
-    """Upload the TensorBoard files of all runs to Weights & Biases."""
-    for folder in itertools.chain.from_iterable(point.workdirs for point in points):
-        if folder.exists():
-            subprocess.run(["wandb", "sync", "--sync-tensorboard", "--project", project, str(folder)], check=False)
-
-
 def main() -> None:
     """Run the command."""
     axes = flags.DEFINE_multi_string("grid", [], "config.FIELD=VALUE,VALUE,...; repeat the flag for each field.")
@@ -300,12 +292,9 @@ def main() -> None:
     printed = flags.DEFINE_bool(
         "print_commands", False, "Print the commands of unfinished runs instead of running them."
     )
-    project = flags.DEFINE_string("wandb", None, "Weights & Biases project to upload the TensorBoard files to.")
 
     def program(arguments: list[str]) -> None:
         del arguments
-        if project.value is not None and shutil.which("wandb") is None:
-            raise UserError("--wandb needs Weights & Biases; install it: pip install wandb")
         config = cli.CONFIG.value
         if (pathlib.Path(str(cli.WORKDIR.value)) / CONFIG).exists():
             raise UserError(f"--workdir={cli.WORKDIR.value} is the folder of a run; a sweep needs one of its own")
@@ -321,8 +310,6 @@ def main() -> None:
             return
         failed = execute(points, share_devices(*find_devices(), at_once.value))
         print(summary(points))
-        if project.value is not None:
-            sync_to_wandb(points, project.value)
         if failed:
             raise UserError(f"{failed} runs failed, see above; correct what they report and rerun the command")
 

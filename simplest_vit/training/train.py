@@ -31,7 +31,7 @@ from simplest_vit.training.run import build
 from simplest_vit.training.sharding import batch_sharding, check_batch_size, create_mesh, memory_line
 from simplest_vit.training.state import RunProgress
 from simplest_vit.training.workdir import RESULTS, check_workdir, environment, lock_workdir, write_results
-from simplest_vit.training.writers import create_writer, log
+from simplest_vit.training.writers import create_writer, import_wandb, log
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -57,6 +57,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     mesh = create_mesh(config.fsdp)
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
     fused_attention.check_devices(config.model.attention_kernel, jax.devices())
+    if config.wandb:
+        import_wandb()
     path = check_workdir(workdir, settings)
     if distributed.broadcast_from_primary((path / RESULTS).exists):  # even if the data are gone
         log.info("%s has finished: its %s is repeated here", path, RESULTS)
@@ -87,7 +89,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             log.info("resuming at step %d of %d in %s", first_step, run.total_steps, path)
         else:
             state, progress = run.create_state(initial_params), RunProgress()
-        writer = create_writer(path, first_step, primary=distributed.is_primary())
+        writer = create_writer(path, first_step, primary=distributed.is_primary(), wandb=config.wandb)
         stack.callback(writer.close)
         if not first_step:
             writer.write_hparams(flatten(config.to_dict()))

@@ -47,6 +47,7 @@ RESUMABLE_FIELDS = (
     "max_skipped_steps",
     "model.attention_kernel",
     "profile",
+    "wandb",
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

@@ -1,4 +1,6 @@
-"""The metrics of a run on disk: `metrics.jsonl`, and TensorBoard files by clu's writers without TensorFlow.
+"""Where the metrics of a run go: `metrics.jsonl`, TensorBoard files, and Weights & Biases if asked.
+
+TensorBoard files are written by clu's writers without TensorFlow.
 
 `clu.metric_writers` imports TensorFlow for one class, its `SummaryWriter` (CommonLoopUtils issue 358). A writer that
 needs only the `tensorboard` package replaces that class before the first import, and the rest of clu works as it is.
@@ -24,6 +26,7 @@ from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from simplest_vit.data.decode import encode_png
+from simplest_vit.errors import UserError, first_line
 from simplest_vit.files import write_file
 from simplest_vit.training.workdir import METRICS, read_metrics
 
@@ -146,6 +149,65 @@ class SummaryWriter(_Writer):
         self._add(event_pb2.Event(wall_time=time.time(), summary=summary_v2.hparams_pb(simple)))
 
 
+class WandbWriter:
+    """Logs to Weights & Biases. A resumed run goes on there, by the id in `wandb/` of the run's folder."""
+
+    def __init__(self, folder: pathlib.Path, project: str):
+        """Start or resume the run.
+
+        Raises:
+          UserError: If that fails.
+        """
+        self._wandb = import_wandb()
+        try:
+            self._run = self._wandb.init(
+                project=project,
+                name=f"{folder.parent.name}/{folder.name}",
+                dir=str(folder),
+                resume="auto",
+                settings=self._wandb.Settings(console="off"),  # the streams of a command are ours: see `streams`
+            )
+        except Exception as error:
+            raise UserError(
+                f"config.wandb={project}: Weights & Biases cannot be started ({first_line(error)}); run `wandb login`, "
+                "set WANDB_MODE=offline, or leave config.wandb out"
+            ) from error
+        # Its own count of steps cannot go back to a checkpoint.
+        self._run.define_metric("*", step_metric="step")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Log numbers."""
+        self._run.log({"step": step, **{tag: float(value) for tag, value in scalars.items()}})
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Log images, uint8 [H, W, C], C = 1 or 3."""
+        self._run.log({"step": step, **{tag: self._wandb.Image(pixels) for tag, pixels in images.items()}})
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Record the hyperparameters."""
+        self._run.config.update(dict(hparams), allow_val_change=True)
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    def close(self) -> None:
+        """Finish the run, as failed if an exception is on its way, so that it can be resumed."""
+        self._run.finish(exit_code=0 if sys.exception() is None else 1)
+
+
+def import_wandb() -> Any:
+    """Import Weights & Biases.
+
+    Raises:
+      UserError: If it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("config.wandb needs Weights & Biases; install it: pip install wandb") from error
+    return wandb
+
+
 _substitute = types.ModuleType("clu.metric_writers.summary_writer")
 _substitute.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
 sys.modules.setdefault(_substitute.__name__, _substitute)
@@ -153,7 +215,21 @@ sys.modules.setdefault(_substitute.__name__, _substitute)
 from clu import metric_writers  # noqa: E402
 
 
-def create_writer(folder: pathlib.Path, first_step: int, *, primary: bool) -> metric_writers.MetricWriter:
-    """Create the writers of a run that starts after `first_step`; only those of the primary process write files."""
-    writers = [metric_writers.create_default_writer(folder, just_logging=not primary)]
-    return metric_writers.MultiWriter([*writers, MetricsWriter(folder, first_step)] if primary else writers)
+def create_writer(
+    folder: pathlib.Path, first_step: int, *, primary: bool, wandb: str | None = None
+) -> metric_writers.MetricWriter:
+    """Create the writers of a run.
+
+    Args:
+      folder: The run's folder.
+      first_step: The step from which it starts.
+      primary: Whether this process writes; the others only log.
+      wandb: Project of Weights & Biases.
+    """
+    if not primary:
+        return metric_writers.create_default_writer(just_logging=True)
+    # Weights & Biases comes first, because it may fail, and the others have opened files.
+    others = [WandbWriter(folder, wandb)] if wandb else []
+    return metric_writers.MultiWriter(
+        [*others, metric_writers.create_default_writer(folder), MetricsWriter(folder, first_step)]
+    )

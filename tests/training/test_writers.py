@@ -1,12 +1,15 @@
 import io
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from simplest_vit.training.writers import MetricsWriter, metric_writers
+from simplest_vit.errors import UserError
+from simplest_vit.training.writers import MetricsWriter, create_writer, metric_writers
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,13 @@ def test_metrics_that_cannot_be_written_are_reported_once(tmp_path, caplog, monk
     writer.close()
     (record,) = caplog.records
     assert "metrics.jsonl cannot be written (Is a directory): the run continues without it" in record.message
+
+
+def test_weights_and_biases_that_do_not_start_are_one_line(tmp_path, monkeypatch):
+    def init(**_):
+        raise RuntimeError("api_key not configured (no-tty).\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=dict))
+    with pytest.raises(UserError, match=r"^config.wandb=mine: .* \(api_key not .*\); run `wandb login`, set [^\n]*$"):
+        create_writer(tmp_path, 0, primary=True, wandb="mine")
+    create_writer(tmp_path, 0, primary=False, wandb="mine").close()
