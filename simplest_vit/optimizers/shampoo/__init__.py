@@ -1,6 +1,6 @@
 """Shampoo and SOAP as optax transformations. Needs only jax, numpy and optax."""
 
-from .metrics import shampoo_metrics
+from .axes import shampoo_metrics
 from .options import static_args
 from .shampoo import reference_shampoo, scale_by_shampoo, shampoo, shampoo_plan
 from .soap import scale_by_soap, soap, soap_plan

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .moments import accumulate
-from .options import Number, Options
+from .options import AnyOptions
 from .plan import BlockStack, Plan
 
 
@@ -32,13 +32,13 @@ class AxisState(NamedTuple):
 Axes = tuple[AxisState, ...]  # by preconditioned axis
 
 
-def init_axes(stack: BlockStack, options: Options, statistics: Number = 0.0) -> Axes:
+def init_axes(stack: BlockStack, options: AnyOptions) -> Axes:
     """Make the state of a stack's axes before the first gradient: multiples of the identity."""
 
     def axis(n: int) -> AxisState:
         eyes = jnp.broadcast_to(jnp.eye(n, dtype=options.dtype), (stack.count, n, n))
         zeros = jnp.zeros(stack.count, jnp.float32), jnp.zeros(stack.count, jnp.int32)
-        return AxisState(statistics * eyes, eyes, *zeros)
+        return AxisState(options.first_statistics * eyes, eyes, *zeros)
 
     return tuple(axis(n) for n in stack.sizes)
 
@@ -48,16 +48,10 @@ def without_statistics(state: AxisState) -> AxisState:
     return state._replace(statistics=None)  # type: ignore[arg-type]
 
 
-def update_statistics(
-    stack: BlockStack,
-    axes: Axes,
-    blocks: jax.Array,
-    finite: jax.Array,
-    decay: Number,
-    precision: str | None,
-    whitened: bool = False,
-) -> Axes:
-    """Update the statistics of each axis with gradients: L <- b L + (1 - b) G G^T, and so on.
+def update_statistics(stack: BlockStack, axes: Axes, blocks: jax.Array, finite: jax.Array, options: AnyOptions) -> Axes:
+    """Update the statistics of each axis with gradients: L <- b L + (1 - b) G G^T, and so on; b = 1 sums.
+
+    With KL-Shampoo G is first multiplied by the preconditioners of the other axes.
 
     Args:
       stack: The stack.
@@ -65,24 +59,25 @@ def update_statistics(
       blocks: G (N, *block_shape), finite.
       finite: Bool (N,). Blocks where it is False, or whose average would overflow, leave their statistics unchanged,
         because a single bad value would never leave the average.
-      decay: b; 1 sums.
-      precision: Precision of the products.
-      whitened: Whether G is first multiplied by the preconditioners of the other axes (KL-Shampoo).
+      options: The arguments.
 
     Returns:
       The state with new statistics.
     """
+    precision = options.matmul_precision
     letters = string.ascii_lowercase[: blocks.ndim - 1]
     updated = []
     for axis, state in zip(stack.axes, axes, strict=True):
         g = blocks
-        if whitened:
+        if options.whitened:
             others = [(a, s.preconditioner) for a, s in zip(stack.axes, axes, strict=True) if a != axis]
             g = multiply_axes(g, others, precision)
             g = g / (g[0].size / g.shape[axis + 1]) ** 0.5
         letter = letters[axis]
         equation = f"N{letters},N{letters.replace(letter, 'Z')}->N{letter}Z"
-        average = accumulate(state.statistics, jnp.einsum(equation, g, g, precision=precision), decay)
+        average = accumulate(
+            state.statistics, jnp.einsum(equation, g, g, precision=precision), options.statistics_decay
+        )
         # The trace bounds every entry of a positive semi-definite matrix.
         kept = (finite & jnp.isfinite(jnp.trace(average, axis1=1, axis2=2)))[:, None, None]
         updated.append(state._replace(statistics=jnp.where(kept, average, state.statistics)))
@@ -92,15 +87,9 @@ def update_statistics(
 def multiply_axes(
     blocks: jax.Array, matrices: Sequence[tuple[int, jax.Array]], precision: str | None = None
 ) -> jax.Array:
-    """Multiply axes of each block by matrices.
+    """Multiply axes of blocks (N, *block_shape) by matrices (N, n, n), whose entry [i, j] takes j of the axis to i.
 
-    Args:
-      blocks: (N, *block_shape).
-      matrices: Axes of a block, each with its matrices (N, n, n); entry [i, j] takes j of the axis to i.
-      precision: Of the products.
-
-    Returns:
-      (N, *block_shape); for matrices, L G R^T.
+    For blocks G that are matrices, with L for axis 0 and R for axis 1: L G R^T.
     """
     letters = string.ascii_lowercase[: blocks.ndim - 1]
     for axis, matrix in matrices:
@@ -114,13 +103,8 @@ def map_by_size(
 ) -> list[list[tuple[jax.Array, jax.Array]]]:
     """Apply a function to all matrices of one size and root together.
 
-    Args:
-      plan: The plan.
-      function: From matrices (M, n, n), one for each of `stacks`, and p to two results with M slots.
-      *stacks: For each stack and axis an array (m, n, n).
-
-    Returns:
-      For each stack and axis its part of the two results.
+    It takes matrices (M, n, n), one for each of `stacks`, and p, and returns two results with M slots. `stacks` have an
+    array (m, n, n) for each stack and axis; returned is its part of the two results.
     """
     results: list[list[Any]] = [[None] * len(stack.axes) for stack in plan.stacks]
     for (_, p), places in plan.sizes.items():
@@ -135,17 +119,9 @@ def map_by_size(
 def update_if_valid(
     old: AxisState, new: jax.Array, error: jax.Array, most: float, counts: jax.typing.ArrayLike = True
 ) -> AxisState:
-    """Take a new preconditioner, or keep the old one if the new is not finite or its error above a limit.
+    """Take new preconditioners (m, n, n), or keep the old one if the new is not finite or its error (m,) above `most`.
 
-    Args:
-      old: The state of some slots.
-      new: (m, n, n).
-      error: (m,).
-      most: The largest error that is accepted.
-      counts: Whether this step's results are taken at all.
-
-    Returns:
-      The state with the error, and the rejection counted.
+    The state keeps the error and counts the rejection; if `counts` is False, this step's results are not taken at all.
     """
     good = jnp.isfinite(new).all((1, 2)) & jnp.isfinite(error) & (error <= most)
     return old._replace(
@@ -178,15 +154,12 @@ def refresh_staggered(
 
     Args:
       refresh: From (fixed, changing) of some slots to the new changing ones.
-      fixed: For each stack a tree of arrays with N slots each.
-      changing: Likewise.
+      fixed: For each stack a tree of arrays with N slots each; so is `changing`.
+      changing: What a refresh changes.
       phase: int32, from 0.
       phases: How many phases are due: 1, or a traced number up to k.
       k: The period in steps.
       device: Which part of the slots these are.
-
-    Returns:
-      The new `changing`.
     """
 
     def rows_of(tree: Any, phase: jax.Array) -> jax.Array:
@@ -209,6 +182,29 @@ def refresh_staggered(
     if isinstance(phases, int):
         return refresh_phase(0, changing)
     return jax.lax.fori_loop(0, phases, refresh_phase, _vary_as(fixed, changing))
+
+
+def shampoo_metrics(opt_state: Any) -> dict[str, jax.Array]:
+    """Find Shampoo or SOAP anywhere in an optimizer state and compute metrics of its preconditioners.
+
+    Call it within the jitted train step: it reduces arrays and never reads their values.
+
+    Args:
+      opt_state: Any optax state, however nested.
+
+    Returns:
+      `rejected_roots`: int32, number of preconditioners rejected so far; `worst_residual`: float32, the largest error
+      over the slots of the last preconditioner computed, rejected or not. Empty if the state holds neither Shampoo
+      nor SOAP.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AxisState))
+    axes = [leaf for leaf in leaves if isinstance(leaf, AxisState)]
+    if not axes:
+        return {}
+    return {
+        "rejected_roots": sum((jnp.sum(axis.rejections) for axis in axes), jnp.zeros((), jnp.int32)),
+        "worst_residual": jnp.max(jnp.stack([jnp.max(axis.error) for axis in axes])),
+    }
 
 
 def _vary_as(fixed: Any, changing: Any) -> Any:

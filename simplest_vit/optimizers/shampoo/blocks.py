@@ -18,15 +18,9 @@ Constrain = Callable[[jax.Array], jax.Array]
 
 
 def to_blocks(plan: Plan, leaves: Sequence[jax.Array], constrain: Constrain = lambda x: x) -> list[jax.Array]:
-    """Cut leaves into blocks.
+    """Cut leaves, one for each parameter, into an array (count, *block_shape) of the plan's dtype for each stack.
 
-    Args:
-      plan: The plan.
-      leaves: One array for each parameter of the plan, of its shape.
-      constrain: Applied to the blocks of each region, (layers, k1, b1, k2, b2, ...).
-
-    Returns:
-      For each stack an array (count, *block_shape) in the plan's dtype.
+    `constrain` is applied to the blocks of each region, (layers, k1, b1, k2, b2, ...).
     """
     found: list[list[jax.Array]] = [[] for _ in plan.stacks]  # in the order of the slots
     for param, value in zip(plan.params, leaves, strict=True):
@@ -36,30 +30,14 @@ def to_blocks(plan: Plan, leaves: Sequence[jax.Array], constrain: Constrain = la
 
 
 def from_blocks(plan: Plan, stacks: Sequence[jax.Array], constrain: Constrain = lambda x: x) -> list[Any]:
-    """Put blocks back into leaves: the inverse of `to_blocks`.
-
-    Args:
-      plan: The plan.
-      stacks: For each stack an array (count, *block_shape).
-      constrain: As in `to_blocks`.
-
-    Returns:
-      One array for each parameter, of its shape; None if it has no blocks.
-    """
+    """Put blocks back into leaves, the inverse of `to_blocks`; a parameter without blocks gets None."""
     return [_join(param, stacks, constrain) if param.regions else None for param in plan.params]
 
 
 def gradient_leaves(plan: Plan, updates: Any, params: Any) -> list[jax.Array]:
-    """List one gradient for each parameter of the plan, by its position in the tree.
+    """List one gradient for each parameter of the plan, by its position in the tree `params`.
 
-    Args:
-      plan: The plan.
-      updates: The parameters' tree, where gradients may be missing (None). A missing one is infinite here, which leaves
-        its statistics and moments as they are.
-      params: The tree of the plan.
-
-    Returns:
-      Arrays of the parameters' shapes.
+    A missing gradient (None) becomes infinite, which leaves its statistics and moments as they are.
 
     Raises:
       ValueError: For gradients whose tree or shapes are not the parameters'.

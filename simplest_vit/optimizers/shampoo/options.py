@@ -1,9 +1,9 @@
 """Checks of the arguments of Shampoo and SOAP, which `shampoo` and `soap` document with their defaults."""
 
-import dataclasses
 import inspect
 import math
 import numbers
+import types
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -54,14 +54,6 @@ def static_args(optimizer: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(optimizer).parameters if name not in scheduled)
 
 
-def with_defaults(optimizer: Callable[..., Any], arguments: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
-    """Complete arguments with the defaults of `shampoo` or `soap`; return `stack_axes` and `mesh` separately."""
-    outside = ("learning_rate", "weight_decay", "mask")
-    parameters = inspect.signature(optimizer).parameters.items()
-    given = {name: parameter.default for name, parameter in parameters if name not in outside} | arguments
-    return given, given.pop("stack_axes"), given.pop("mesh")
-
-
 class Diagonal(NamedTuple):
     """A diagonal method.
 
@@ -81,45 +73,37 @@ class Diagonal(NamedTuple):
         return self.method in ("adagrad", "rmsprop", "adam")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """The checked arguments that Shampoo and SOAP have in common."""
+class Options(types.SimpleNamespace):
+    """The arguments of `scale_by_shampoo` or `scale_by_soap` by name, checked, with the defaults of their alias."""
 
-    b1: Number
-    b2: Number
-    eps: Number
-    precondition_frequency: int
-    start_preconditioning_step: int
-    stagger: bool
-    max_preconditioner_dim: int
-    merge_dims: bool
-    precondition_1d: bool
-    one_sided: bool
-    ignored_dim: int
-    preconditioner_dtype: Any
-    mu_dtype: Any
-    precision: Precision
-
-    def __post_init__(self) -> None:
+    def __init__(self, alias: Callable[..., Any], arguments: dict[str, Any]):
         """Raise ValueError with the name, the value and the allowed range of a bad argument."""
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if name in _NUMBERS:
-                valid, allowed = _NUMBERS[name]
-                traced = isinstance(value, jax.Array)
-                self.require(name, traced or (_is(numbers.Real, value) and valid(float(value))), allowed)
-                if not traced:  # NumPy's numbers would bring a type of their own into the state
-                    object.__setattr__(self, name, float(value))
-            elif name in _LEAST:
-                valid_integer = _is(numbers.Integral, value) and int(value) >= _LEAST[name]
-                self.require(name, valid_integer, f"an integer >= {_LEAST[name]}")
-                object.__setattr__(self, name, int(value))
-            elif name in _CHOICES:
-                given = _dtype_name(value) if name.endswith("dtype") else value
-                self.require(name, isinstance(given, str) and given in _CHOICES[name], f"one of {_CHOICES[name]}")
-                object.__setattr__(self, name, given)
-            else:
-                self.require(name, isinstance(value, bool), "True or False")
+        outside = ("learning_rate", "weight_decay", "mask")
+        parameters = [p for name, p in inspect.signature(alias).parameters.items() if name not in outside]
+        bound = inspect.Signature(parameters).bind(**arguments)
+        bound.apply_defaults()
+        super().__init__(**bound.arguments)
+        for name, value in bound.arguments.items():
+            if name not in ("stack_axes", "mesh"):
+                setattr(self, name, self._checked(name, value))
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """Return the value in Python's own type, because NumPy's numbers would bring theirs into the state."""
+        if name in _NUMBERS:
+            valid, allowed = _NUMBERS[name]
+            traced = isinstance(value, jax.Array)
+            self.require(name, traced or (_is(numbers.Real, value) and valid(float(value))), allowed)
+            return value if traced else float(value)
+        if name in _LEAST:
+            valid_integer = _is(numbers.Integral, value) and int(value) >= _LEAST[name]
+            self.require(name, valid_integer, f"an integer >= {_LEAST[name]}")
+            return int(value)
+        if name in _CHOICES:
+            given = _dtype_name(value) if name.endswith("dtype") else value
+            self.require(name, isinstance(given, str) and given in _CHOICES[name], f"one of {_CHOICES[name]}")
+            return given
+        self.require(name, isinstance(value, bool), "True or False")
+        return value
 
     def require(self, name: str, valid: bool, allowed: str) -> None:
         """Raise ValueError unless an argument is valid."""
@@ -131,20 +115,12 @@ class Options:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The type of statistics and preconditioners.
-
-        Raises:
-          ValueError: For float64 while x64 is off, which would silently be float32.
-        """
+        """The type of statistics and preconditioners; ValueError for float64 while x64 is off."""
         return _enabled("preconditioner_dtype", self.preconditioner_dtype)
 
     @property
     def momentum_dtype(self) -> jnp.dtype:
-        """The type of the stored momentum.
-
-        Raises:
-          ValueError: As `dtype`.
-        """
+        """The type of the stored momentum; ValueError for float64 while x64 is off."""
         return _enabled("mu_dtype", self.mu_dtype)
 
     @property
@@ -153,28 +129,32 @@ class Options:
         return None if self.precision == "jax" else self.precision
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ShampooOptions(Options):
-    """The arguments of Shampoo, checked."""
+    """The arguments of Shampoo, and what they imply.
 
-    relative_eps: bool
-    root: Root
-    exponent_override: int
-    even_blocks: bool
-    statistics: Statistics
-    grafting: Grafting
-    grafting_b2: Number
-    grafting_eps: Number
+    Attributes:
+      number: Of the method, in the version of its state.
+      start: The last step of the grafting method's own: by then every block has its first root.
+      statistics_decay: The decay of the statistics.
+      first_statistics: Multiple of the identity with which they start.
+      whitened: Whether they are KL-Shampoo's.
+      refreshes_early: Whether all preconditioners are refreshed in each of the first k steps after `start` as well.
+      rotates_moments: Whether a refresh changes the moments.
+    """
 
-    def __post_init__(self) -> None:
+    number = 1
+    refreshes_early = rotates_moments = False
+
+    def __init__(self, alias: Callable[..., Any], arguments: dict[str, Any]):
         """Raise ValueError as `Options`."""
-        super().__post_init__()
+        super().__init__(alias, arguments)
         self.require(
             "root",
             self.relative_eps or self.root != "newton",
             "'eigh' or 'auto' where relative_eps is False (the length of 'newton' is fixed by a relative one)",
         )
-        self.require("exponent_override", self.statistics != "kl" or not self.exponent_override, "0 with KL (p is 2)")
+        self.whitened = self.statistics == "kl"
+        self.require("exponent_override", not (self.whitened and self.exponent_override), "0 with KL (p is 2)")
         if self.relative_eps and not isinstance(self.eps, jax.Array):
             least = LEAST_EPS[self.preconditioner_dtype]
             self.require(
@@ -182,16 +162,9 @@ class ShampooOptions(Options):
                 self.eps >= least,
                 f"at least {least:g} where relative_eps is True: rounding in {self.preconditioner_dtype} drowns less",
             )
-
-    @property
-    def start(self) -> int:
-        """The last step of the grafting method's own: by then every block has its first root."""
-        return max(self.start_preconditioning_step, self.precondition_frequency)
-
-    @property
-    def statistics_decay(self) -> Number:
-        """The decay of the statistics."""
-        return self.b2
+        self.start = max(self.start_preconditioning_step, self.precondition_frequency)
+        self.statistics_decay = self.b2
+        self.first_statistics = 0.0 if self.relative_eps else self.eps  # eps I as in the PyTorch reference
 
     def diagonal(self, preconditioned: bool) -> Diagonal:
         """Choose the grafting method; what is neither preconditioned nor grafted is Adam's."""
@@ -199,28 +172,23 @@ class ShampooOptions(Options):
         return Diagonal(method, 1.0 if method == "adagrad" else self.grafting_b2, self.grafting_eps)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class SoapOptions(Options):
-    """The arguments of SOAP, checked."""
+    """The arguments of SOAP, and what they imply; see `ShampooOptions`."""
 
-    shampoo_beta: Number
-    basis: Basis
+    number, first_statistics, whitened, even_blocks = 2, 0.0, False, True
+    refreshes_early = rotates_moments = True
 
-    even_blocks = True
-
-    @property
-    def start(self) -> int:
-        """The last step of Adam's own."""
-        return self.start_preconditioning_step
-
-    @property
-    def statistics_decay(self) -> Number:
-        """The decay of the statistics."""
-        return self.shampoo_beta
+    def __init__(self, alias: Callable[..., Any], arguments: dict[str, Any]):
+        """Raise ValueError as `Options`."""
+        super().__init__(alias, arguments)
+        self.start, self.statistics_decay = self.start_preconditioning_step, self.shampoo_beta
 
     def diagonal(self, preconditioned: bool) -> Diagonal:
         """Choose Adam, in the eigenbasis and elsewhere."""
         return Diagonal("adam", self.b2, self.eps)
+
+
+AnyOptions = ShampooOptions | SoapOptions
 
 
 def _is(kind: Any, value: Any) -> bool:

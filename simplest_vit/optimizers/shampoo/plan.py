@@ -21,12 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .options import ShampooOptions, SoapOptions
+from .options import AnyOptions, ShampooOptions, SoapOptions
 
 # The number of leading axes of each parameter that stack layers: a tree of integers or a prefix of one, a function from
 # the parameters to it, or None for no such axes.
 StackAxes = int | Any | Callable[[Any], Any]
-AnyOptions = ShampooOptions | SoapOptions
 
 # Staggering recomputes at least one block of each shape per step. It is disabled if that takes more than this many
 # times the work of recomputing all blocks together, as for few blocks of many shapes.

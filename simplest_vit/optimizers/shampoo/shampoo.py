@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 
 from .axes import map_by_size, multiply_axes, update_if_valid
 from .moments import bias_correction, diagonal_step, graft
-from .options import Grafting, Number, Precision, Root, ShampooOptions, Statistics, with_defaults
+from .options import Grafting, Number, Precision, Root, ShampooOptions, Statistics
 from .plan import BlockStack, Plan, StackAxes, make_plan
 from .roots import inverse_pth_root
-from .transform import Method, StackState, precondition, with_learning_rate
+from .transform import StackState, precondition, with_learning_rate
 
 # Roots with a larger backward error are rejected.
 MOST_ERROR = 0.01
@@ -52,18 +52,7 @@ def scale_by_shampoo(**arguments: Any) -> optax.GradientTransformation:
       Gupta et al., Shampoo, arXiv 1802.09568; Anil et al., Scalable Second Order Optimization, arXiv 2002.09018; Shi et
       al., A Distributed Data-Parallel PyTorch Implementation, arXiv 2309.06497; KL-Shampoo, arXiv 2509.03378.
     """
-    given, stack_axes, mesh = with_defaults(shampoo, arguments)
-    options = ShampooOptions(**given)
-    method = Method(
-        number=1,
-        first_statistics=0.0 if options.relative_eps else options.eps,  # eps I as in the PyTorch reference
-        whitened=options.statistics == "kl",
-        refresh_early=False,
-        rotates_moments=False,
-        refresh=_refresh,
-        direction=_direction,
-    )
-    return precondition(options, method, stack_axes, mesh)
+    return precondition(ShampooOptions(shampoo, arguments), _refresh, _direction)
 
 
 def _refresh(plan: Plan, count: jax.Array, statistics: Any, changing: Any) -> Any:
@@ -224,5 +213,5 @@ def shampoo_plan(params: Any, **arguments: Any) -> Plan:
       28 parameters; state 0.0 MiB, of which statistics and preconditioners 0.0
       8.48e-07 GFLOP a step; sum of n^3 for a refresh 219, in a step 8 (all together)
     """
-    given, stack_axes, _ = with_defaults(shampoo, arguments)
-    return make_plan(params, ShampooOptions(**given), stack_axes)
+    options = ShampooOptions(shampoo, arguments)
+    return make_plan(params, options, options.stack_axes)

@@ -23,15 +23,7 @@ except ImportError:  # JAX 0.11
 
 
 def slots_spec(shape: tuple[int, ...], mesh: Any) -> P:
-    """Lay out an array of slots (N, ...): along its slots if all devices divide them, else along another axis.
-
-    Args:
-      shape: The array's shape.
-      mesh: The devices.
-
-    Returns:
-      The first axis that the devices divide over all axes of the mesh; whole if there is none.
-    """
+    """Lay out an array of slots (N, ...) over all devices along its first axis that they divide; whole without one."""
     axes = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
     return _over(axes[0], mesh) if axes else P()
 
@@ -77,28 +69,19 @@ def match_sharding(leaves: Sequence[jax.Array], params: Any, mesh: Mesh | None, 
     return [jnp.where(count < 0, param.astype(x.dtype), x) for x, param in both]
 
 
-def constrain_blocks(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array]:
-    """Make the function that splits blocks (layers, k1, b1, k2, b2, ...) along one of their own axes.
+def split_blocks(blocks: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Split blocks (layers, k1, b1, k2, b2, ...) along one of their own axes.
 
     Between a parameter's layout and that of the slots: from here one all-to-all leads to either.
     """
-
-    def constrain(blocks: jax.Array) -> jax.Array:
-        return _split(blocks, range(2, blocks.ndim, 2), mesh)
-
-    return constrain
+    return _split(blocks, range(2, blocks.ndim, 2), mesh)
 
 
 def shard_over_devices(function: Callable[..., Any], plan: Plan, mesh: Mesh | None) -> Callable[..., Any]:
-    """Run a function of slots on each device's own.
+    """Run a function of slots on each device's own; without a mesh it is run as it is.
 
-    Args:
-      function: From a scalar, sequences of trees for each stack, and the number of the device to such sequences.
-      plan: The plan.
-      mesh: The devices; None runs the function as it is.
-
-    Returns:
-      A function of the scalar and the sequences.
+    It maps a scalar, sequences of trees for each stack, and the number of the device to such sequences. The returned
+    function takes the scalar and the sequences.
     """
     if mesh is None:
         return lambda scalar, *sequences: function(scalar, *sequences, 0)

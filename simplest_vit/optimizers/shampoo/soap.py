@@ -9,11 +9,11 @@ import optax
 from jax.sharding import Mesh
 
 from .axes import map_by_size, multiply_axes, update_if_valid
-from .bases import refresh_basis
 from .moments import diagonal_step
-from .options import Basis, Number, Precision, SoapOptions, with_defaults
+from .options import Basis, Number, Precision, SoapOptions
 from .plan import BlockStack, Plan, StackAxes, make_plan
-from .transform import Method, StackState, precondition, with_learning_rate
+from .roots import refresh_basis
+from .transform import StackState, precondition, with_learning_rate
 
 # Bases that are further from orthogonal are rejected.
 MOST_ERROR = 0.1
@@ -52,17 +52,7 @@ def scale_by_soap(**arguments: Any) -> optax.GradientTransformation:
       after it, and in each of the first k steps; the first basis is iterated from the identity, while the authors' code
       decomposes.
     """
-    given, stack_axes, mesh = with_defaults(soap, arguments)
-    method = Method(
-        number=2,
-        first_statistics=0.0,
-        whitened=False,
-        refresh_early=True,
-        rotates_moments=True,
-        refresh=_refresh,
-        direction=_direction,
-    )
-    return precondition(SoapOptions(**given), method, stack_axes, mesh)
+    return precondition(SoapOptions(soap, arguments), _refresh, _direction)
 
 
 def _refresh(plan: Plan, count: jax.Array, statistics: Any, changing: Any) -> Any:
@@ -92,15 +82,13 @@ def rotate_moments(
 
     The second moments are exact for uncorrelated coordinates: variances add up with the squares of the rotation's
     entries as weights. If the basis barely moves or its vectors are permuted, the second moments follow the vectors.
+    The sum of the second moments of each block is unchanged.
 
     Args:
       mu: (N, *block_shape), averages of the coordinates in the old bases, of any type.
       nu: (N, *block_shape), averages of their squares.
       rotations: Axes of a block, each with Q_new^T Q_old (N, n, n).
-      precision: Precision of the products.
-
-    Returns:
-      Both moments in the new bases; the sum of the second moments of each block is unchanged.
+      precision: Of the products.
     """
     squared = [(axis, jnp.square(rotation)) for axis, rotation in rotations]
     return multiply_axes(mu, rotations, precision), multiply_axes(nu, squared, precision)
@@ -182,5 +170,5 @@ def soap(
 
 def soap_plan(params: Any, **arguments: Any) -> Plan:
     """Return the plan of `soap` for these parameters; see `shampoo_plan`."""
-    given, stack_axes, _ = with_defaults(soap, arguments)
-    return make_plan(params, SoapOptions(**given), stack_axes)
+    options = SoapOptions(soap, arguments)
+    return make_plan(params, options, options.stack_axes)

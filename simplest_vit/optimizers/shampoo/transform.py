@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from . import sharding
 from .axes import Axes, init_axes, refresh_staggered, refresh_together, update_statistics, without_statistics
 from .blocks import as_updates, from_blocks, gradient_leaves, to_blocks
 from .moments import SecondMoment, diagonal_step, init_moments
-from .options import Number
-from .plan import AnyOptions, BlockStack, Plan, StackAxes, make_plan
+from .options import AnyOptions
+from .plan import BlockStack, Plan, make_plan
 
 VERSION = 3  # of the layout of the state
 
@@ -53,49 +52,22 @@ class PreconditionedState(NamedTuple):
     stacks: Any
 
 
-class Method(NamedTuple):
-    """The differences between Shampoo and SOAP.
-
-    Attributes:
-      number: Number of the method in the state's version.
-      first_statistics: Multiple of the identity with which statistics start.
-      whitened: Whether statistics are KL-Shampoo's.
-      refresh_early: Whether all preconditioners are refreshed in each of the first k steps after the start as well.
-      rotates_moments: Whether a refresh changes the moments.
-      refresh: (plan, count, statistics, changing) -> changing, for some slots of all stacks. `changing` has for each
-        stack its moments, or None if a refresh leaves them, and the states of its axes without the statistics.
-      direction: (count, stack, state, gradients, finite, options) -> the new state and the direction of a stack.
-    """
-
-    number: int
-    first_statistics: Number
-    whitened: bool
-    refresh_early: bool
-    rotates_moments: bool
-    refresh: Callable[[Plan, jax.Array, Any, Any], Any]
-    direction: Callable[..., tuple[StackState, jax.Array]]
+# (plan, count, statistics, changing) -> changing, for some slots of all stacks. `changing` has for each stack its
+# moments, or None if a refresh leaves them, and the states of its axes without the statistics.
+Refresh = Callable[[Plan, jax.Array, Any, Any], Any]
+# (count, stack, state, gradients, finite, options) -> the new state and the direction of a stack.
+Direction = Callable[..., tuple[StackState, jax.Array]]
 
 
-def precondition(
-    options: AnyOptions, method: Method, stack_axes: StackAxes, mesh: Mesh | None
-) -> optax.GradientTransformation:
-    """Make the transformation of a method.
-
-    Args:
-      options: The arguments.
-      method: The method.
-      stack_axes: As in `scale_by_shampoo`.
-      mesh: As in `scale_by_shampoo`.
-
-    Returns:
-      The transformation.
-    """
+def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) -> optax.GradientTransformation:
+    """Make the transformation of a method from its checked arguments and its two steps."""
+    mesh, stack_axes = options.mesh, options.stack_axes
     auto_mesh = sharding.as_auto(mesh)
-    version = (VERSION, method.number)
+    version = (VERSION, options.number)
 
     def init_stack(stack: BlockStack) -> StackState:
         moments = init_moments((stack.count, *stack.block_shape), options, options.diagonal(True))
-        return StackState(*moments, init_axes(stack, options, method.first_statistics))
+        return StackState(*moments, init_axes(stack, options))
 
     def init_state(plan: Plan, params: optax.Params) -> PreconditionedState:
         plans = iter(plan.params)
@@ -127,9 +99,10 @@ def precondition(
         tree = updates if params is None else params
         count = optax.safe_increment(state.count)
         gradients = sharding.match_sharding(gradient_leaves(plan, updates, tree), params, auto_mesh, count)
-        constrain = sharding.constrain_blocks(auto_mesh)
+        constrain = functools.partial(sharding.split_blocks, mesh=auto_mesh)
         blocks = to_blocks(plan, gradients, constrain)
-        run = sharding.shard_over_devices(functools.partial(_step_stacks, plan=plan, method=method), plan, auto_mesh)
+        on_device = functools.partial(_step_stacks, plan=plan, refresh=refresh, direction=direction)
+        run = sharding.shard_over_devices(on_device, plan, auto_mesh)
         stacks, directions = run(count, list(state.stacks) if plan.stacks else [], blocks)
         leaves = from_blocks(plan, directions, constrain)
         # Parameters without blocks take the diagonal method's step.
@@ -165,51 +138,43 @@ def _step_stacks(
     device: Any,
     *,
     plan: Plan,
-    method: Method,
+    refresh: Refresh,
+    direction: Direction,
 ) -> tuple[list[StackState], list[jax.Array]]:
-    """Take one step of the slots of one device.
+    """Take step `count`, from 1, of the slots of one device.
 
-    Args:
-      count: The number of this step, from 1.
-      states: By stack.
-      gradients: By stack (N, *block_shape).
-      device: The number of the device.
-      plan: The plan.
-      method: The method.
-
-    Returns:
-      The new states, and for each stack its directions (N, *block_shape).
+    States and gradients (N, *block_shape) are by stack, and so are the new states and the directions (N, *block_shape).
     """
     options = plan.options
-    k, start, precision = options.precondition_frequency, options.start, options.matmul_precision
+    k, start = options.precondition_frequency, options.start
     split = [_split_finite(g, range(1, g.ndim)) for g in gradients]
     axes = [
-        update_statistics(stack, s.axes, g, f.reshape(-1), options.statistics_decay, precision, method.whitened)
+        update_statistics(stack, s.axes, g, f.reshape(-1), options)
         for stack, s, (g, f) in zip(plan.stacks, states, split, strict=True)
     ]
     statistics = [tuple(axis.statistics for axis in stack) for stack in axes]
     changing: Any = [
-        ((s.mu, s.nu) if method.rotates_moments else None, tuple(map(without_statistics, stack)))
+        ((s.mu, s.nu) if options.rotates_moments else None, tuple(map(without_statistics, stack)))
         for s, stack in zip(states, axes, strict=True)
     ]
-    refresh = functools.partial(method.refresh, plan, count)
+    refresh_slots = functools.partial(refresh, plan, count)
     is_early = (count > start) & (count <= start + k)
     if plan.is_staggered:
-        phases = jnp.where(is_early, k, 1) if method.refresh_early and k > 1 else 1
-        changing = refresh_staggered(refresh, statistics, changing, count - 1, phases, k, device)
+        phases = jnp.where(is_early, k, 1) if options.refreshes_early and k > 1 else 1
+        changing = refresh_staggered(refresh_slots, statistics, changing, count - 1, phases, k, device)
     else:
         is_due = (count % k == 0) & (count >= start)
-        is_due = is_due | is_early if method.refresh_early else is_due
-        changing = refresh_together(refresh, statistics, changing, is_due)
+        is_due = is_due | is_early if options.refreshes_early else is_due
+        changing = refresh_together(refresh_slots, statistics, changing, is_due)
     new, directions = [], []
     for stack, state, kept, (moments, rest), (gradient, finite) in zip(
         plan.stacks, states, statistics, changing, split, strict=True
     ):
         mu, nu = moments or (state.mu, state.nu)
         whole = tuple(axis._replace(statistics=s) for axis, s in zip(rest, kept, strict=True))
-        state, direction = method.direction(count, stack, StackState(mu, nu, whole), gradient, finite, options)
+        state, step = direction(count, stack, StackState(mu, nu, whole), gradient, finite, options)
         new.append(state)
-        directions.append(direction)
+        directions.append(step)
     return new, directions
 
 

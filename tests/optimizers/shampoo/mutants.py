@@ -33,7 +33,7 @@ MUTANTS = [
     ("the basis never moves", "soap.py", "refresh_basis(s, q", "refresh_basis(0 * s, q", SOAP),
     ("second moments are not carried", "soap.py", "multiply_axes(nu, squared, precision)", "nu", SOAP),
     ("momentum is not carried", "soap.py", "multiply_axes(mu, rotations, precision), ", "mu, ", SOAP),
-    ("no early refreshes", "soap.py", "refresh_early=True", "refresh_early=False", SOAP),
+    ("no early refreshes", "transform.py", "if options.refreshes_early and k", "if False and k", SOAP),
     ("left and right swapped", "shampoo.py", "zip(stack.axes, state.axes", "zip(stack.axes, state.axes[::-1]", SQUARE),
     ("no bias correction of statistics", "shampoo.py", "s / correction", "s", REFERENCE),
     ("no bias correction of momentum", "moments.py", "new / bias_correction(b1, count, dtype)", "new", FAST),
@@ -49,7 +49,7 @@ MUTANTS = [
         "eigenvalues + (eps - jnp.minimum(eigenvalues[:, :1], 0))",
         SCALE,
     ),
-    ("statistics decay with b2", "options.py", "return self.shampoo_beta", "return self.b2", SETTINGS),
+    ("statistics decay with b2", "options.py", "step, self.shampoo_beta", "step, self.b2", SETTINGS),
     ("the weight decay is dropped", "transform.py", "if weight_decay is None", "if True", SETTINGS),
     ("the mask is dropped", "transform.py", "(weight_decay, mask)", "(weight_decay)", SETTINGS),
     (

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplest_vit.optimizers.shampoo.bases import gram_schmidt, refresh_basis
+from simplest_vit.optimizers.shampoo.roots import gram_schmidt, refresh_basis
 
 SPECTRA = {
     "flat": lambda n: 1 + np.arange(n)[::-1] / n,
@@ -66,7 +66,7 @@ PROGRAM = textwrap.dedent("""
     import os
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     import jax
-    from simplest_vit.optimizers.shampoo.bases import qr
+    from simplest_vit.optimizers.shampoo.roots import qr
 
     stacks = [jax.random.normal(jax.random.key(n), (8, n, n)) for n in (64, 66, 68, 130, 132, 134)]
     decompose = {"qr": qr, "vmap of qr": jax.vmap(qr)}["%s"]

@@ -162,14 +162,12 @@ def test_the_default_preset_follows_the_oracle(frequency, start):
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        ({"b2": 1.0}, {"b2": 1.0}),
-        ({"grafting": "rmsprop"}, {"grafting": "rmsprop"}),
         (NUMBERS, THEIR_NUMBERS),
         ({"statistics": "kl"}, {"whiten": True}),
         ({"one_sided": True}, {"one_sided": True}),
         ({"ignored_dim": 15}, {"ignored": 15}),
     ],
-    ids=["sums", "rmsprop", "numbers", "kl", "one-sided", "ignored"],
+    ids=["numbers", "kl", "one-sided", "ignored"],
 )
 def test_settings_of_the_default_preset_follow_the_oracle(ours, theirs):
     shapes = {k: v for k, v in MIXED.items() if len(v) > 1} | ONES  # vectors have no such settings
@@ -180,9 +178,14 @@ def test_settings_of_the_default_preset_follow_the_oracle(ours, theirs):
     assert distance < 1e-8
 
 
-@pytest.mark.parametrize("basis", ["qr", "gram_schmidt", "eigh", "auto"])
-@pytest.mark.parametrize(("frequency", "start"), [(1, 4), (4, 5), (11, 11)])
-def test_soap_follows_the_oracle(basis, frequency, start):
+@pytest.mark.parametrize(
+    ("frequency", "start", "basis"),
+    [
+        *((1, 4, "qr"), (4, 5, "qr"), (11, 11, "qr")),
+        *((4, 5, "gram_schmidt"), (11, 11, "gram_schmidt"), (1, 4, "eigh"), (4, 5, "eigh"), (4, 5, "auto")),
+    ],
+)
+def test_soap_follows_the_oracle(frequency, start, basis):
     distance = follow(
         soap,
         oracle.Soap,
