@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import protocols
-from simplest_vit.analysis.runs import Run, find_runs, read_curves
+from simplest_vit.analysis.report import Run, find_runs
 from simplest_vit.config import flatten
 from simplest_vit.errors import UserError, print_error
-from simplest_vit.training.workdir import is_resumable
+from simplest_vit.training.workdir import METRICS, is_resumable, read_metrics
 
 PATH = pathlib.Path(__file__).parent.parent / "results" / "runs.csv"
 FORMAT = 1
@@ -89,6 +89,24 @@ class Record:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Record))
+
+
+def read_curves(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Read the curves of a run: for each tag of its `metrics.jsonl` steps and values, without those not finite.
+
+    Raises:
+      UserError: If it has none.
+    """
+    points: dict[str, dict[int, float]] = {}
+    for line in read_metrics(path):
+        for tag, value in line.items():
+            if tag != "step" and isinstance(value, int | float):
+                points.setdefault(tag, {})[line["step"]] = value
+    if not points:
+        raise UserError(
+            f"{path} has no curves in {METRICS}; a run of an older version is read by the code that made it"
+        )
+    return {tag: (np.array([*values]), np.array([*values.values()])) for tag, values in points.items()}
 
 
 def from_run(run: Run, selected_on: str) -> Record:

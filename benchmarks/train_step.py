@@ -23,7 +23,7 @@ from absl import flags
 from benchmarks import fake_data
 from benchmarks.flops import step_flops
 from simplest_vit import cli
-from simplest_vit.analysis.contrasts import name_of
+from simplest_vit.commands.signal_propagation import name_of
 from simplest_vit.models import fused_attention, model_arguments
 from simplest_vit.training.run import Run, build
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from simplest_vit import preemption
 from simplest_vit.data.augment import normalize
@@ -41,17 +40,13 @@ class Predictor:
       model: The network, from normalized float32 images [B, H, W, C] to logits [B, num_classes].
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], config: ConfigDict | None = None):
-        """Load the weights; only the run's folder is needed.
-
-        Args:
-          workdir: The run's folder; nothing is written to it.
-          config: None for the run's own config; any other raises a UserError.
+    def __init__(self, workdir: str | os.PathLike[str]):
+        """Load the weights; only the run's folder is needed, and nothing is written to it.
 
         Raises:
-          UserError: If there is no checkpoint, or it belongs to another config.
+          UserError: If there is no checkpoint.
         """
-        run, state = restore_best(local_path(os.fspath(workdir)), config)
+        run, state = restore_best(local_path(os.fspath(workdir)))
         self._data = run.data
         self.class_names, self.image_shape, self.step = run.data.class_names, run.data.image_shape, int(state.step)
         self.model = run.model(state)
@@ -120,26 +115,22 @@ def load(workdir: str | os.PathLike[str]) -> Predictor:
     return Predictor(workdir)
 
 
-def predict(
-    workdir: str, images: list[str], rollout_dir: str | None = None, config: ConfigDict | None = None
-) -> Iterator[Prediction]:
+def predict(workdir: str, images: list[str], rollout_dir: str | None = None) -> Iterator[Prediction]:
     """Classify image files, one batch at a time.
 
     Args:
       workdir: The run's folder; nothing else is needed.
       images: Image files and folders of images.
       rollout_dir: Folder for a picture of the attention over each image, or None.
-      config: None for the run's own config; any other raises a UserError.
 
     Returns:
       An iterator over the predictions, in order. A file that is not an image is logged and skipped.
 
     Raises:
-      UserError: If there is no checkpoint, if it belongs to another config, or, after all predictions, if some files
-        were skipped.
+      UserError: If there is no checkpoint or, after all predictions, if some files were skipped.
     """
     files = find_images(images)
-    predictor = Predictor(workdir, config)
+    predictor = Predictor(workdir)
     unreadable: list[str] = []
     readable, predicted = _read(files, predictor, unreadable), 0
     while batch := list(itertools.islice(readable, _BATCH)):
@@ -148,8 +139,7 @@ def predict(
         predictions = [predictor.describe(str(file), p) for (file, _), p in zip(batch, probability, strict=True)]
         if rollout_dir is not None:
             # Imported here because pictures take a second to import.
-            from simplest_vit.analysis.attention_rollout import attention_rollout
-            from simplest_vit.analysis.rollout_figure import save_rollouts
+            from simplest_vit.analysis.rollout import attention_rollout, save_rollouts
 
             rollouts = attention_rollout(predictor.model, predictor.normalize(pixels))
             save_rollouts(rollout_dir, predictions, pixels, rollouts, predicted)

@@ -92,7 +92,8 @@ def _run(request):
 def _serve():
     import input_pipeline  # noqa: F401
     from simplest_vit import config, predict  # noqa: F401
-    from simplest_vit.analysis import report, signal_propagation  # noqa: F401
+    from simplest_vit.analysis import report  # noqa: F401
+    from simplest_vit.commands import signal_propagation  # noqa: F401
     from simplest_vit.training import evaluate, train  # noqa: F401
 
     warnings.filterwarnings("ignore", "os.fork|.*found in sys.modules")

@@ -160,14 +160,14 @@ CONFIGS = {
     "binary.py": ("\0\1\2", "--config cannot be loaded"),
 }
 
-IMPORT = "simplest_vit.interop.import_reference --config configs/digits.py --workdir {new}/run"
-EXPORT = "simplest_vit.interop.export_reference --config configs/digits.py --workdir {new}/run"
+IMPORT = "simplest_vit import_reference --config configs/digits.py --workdir {new}/run"
 SWEEP = "simplest_vit sweep --config configs/digits.py"
 DIGITS = "main.py --config configs/digits.py --workdir {new}/run"
 INIT_FROM = DIGITS + " --config.data.dir={old}/data --config.init_from"
 OLD = "main.py --config {old}/tiny.py --workdir {old}"
 CIFAR = "main.py --config configs/cifar10.py --workdir {new}/run --config.data.dir={new}/data"
 PREPARE = "simplest_vit prepare"
+PREDICT = "main.py --mode predict --workdir {new}/run"
 PREVIEW = "simplest_vit preview --config configs/digits.py --config.data.dir={old}/data"
 
 # (command, expected)
@@ -197,21 +197,24 @@ COMMANDS = [
     (DIGITS + " --config.model=simple_vit", "--config.model=simple_vit"),
     (DIGITS + " --config.batch_size", "Missing value for flag --config.batch_size"),
     (DIGITS + " --config.weight_decay=-1", "config.weight_decay=-1.0 must be"),
-    (DIGITS + " --mode predict", "--images is missing"),
-    (DIGITS + " --mode predict --images {new}/none.jpg", "none.jpg does not exist"),
-    ("main.py export --workdir {new}/run --output {new}/x --format=tf", "expected one of stablehlo, onnx, safetensors"),
+    (PREDICT, "--images is missing"),
+    (PREDICT + " --images {new}/none.jpg", "none.jpg does not exist"),
+    (
+        "main.py export --workdir {new}/run --output {new}/x --format=tf",
+        "one of stablehlo, onnx, safetensors, pth",
+    ),
     ("main.py export --workdir {new}/run --output {new}/x --format=stablehlo", "holds no checkpoint; train there"),
-    (DIGITS + " --mode predict --images {old}/empty", "has no images"),
-    (DIGITS + " --mode predict --images {old}/text.jpg", "holds no checkpoint; train there first"),
+    (PREDICT + " --images {old}/empty", "has no images"),
+    (PREDICT + " --images {old}/text.jpg", "holds no checkpoint; train there first"),
     ("main.py --workdir {old}/run --mode predict --images {old}/cut.jpg", "cut.jpg: not a complete image"),
     (OLD + "/old_version", "was made by version 0.1 of this project, this is 0."),
     ("main.py --workdir {old}/damaged_dataset --mode predict --images {old}/cut.jpg", "dataset.json"),
     ("main.py --workdir {old}/lost_dataset --mode predict --images {old}/cut.jpg", "dataset.json cannot be read"),
     (
-        DIGITS + " --mode predict --images {old}/text.jpg --config.data.image_size=-5",
+        DIGITS + " --config.data.image_size=-5",
         "config.data.image_size=-5 must be",
     ),
-    (DIGITS + " --mode predict --process_id=0", "Unknown command line flag 'process_id'"),
+    (PREDICT + " --process_id=0", "Unknown command line flag 'process_id'"),
     (DIGITS + " --mode evaluate --json", "Unknown command line flag 'json'"),
     (DIGITS + " --images a.jpg", "Unknown command line flag 'images'"),
     (DIGITS + " --coordinator_address=localhost:99999 --num_processes=2 --process_id=1", "must be HOST:PORT"),
@@ -251,8 +254,8 @@ COMMANDS = [
     (INIT_FROM + "={old}/lost_dataset", "dataset.json cannot be read"),
     (INIT_FROM + "={old}/run", "holds another model: its config.model.name is 'simplest_vit', here 'isometric_vit'"),
     (INIT_FROM + "=3", "config.init_from"),
-    (OLD + "/run --mode predict --images {old}/text.jpg", "text.jpg: not a complete image"),
-    (OLD + "/run --mode predict --images {old}/cut.jpg {old}/empty", "has no images"),
+    ("main.py --workdir {old}/run --mode predict --images {old}/text.jpg", "text.jpg: not a complete image"),
+    ("main.py --workdir {old}/run --mode predict --images {old}/cut.jpg {old}/empty", "has no images"),
     (DIGITS + " --config.data.dir={old}/text.jpg", "text.jpg: cannot prepare digits there"),
     (DIGITS + " --config.data.dir={old}/tfrecord", "prepared as tfrecord, expected array_record"),
     (DIGITS + " --config.data.dir={old}/torn_data", "torn_data"),
@@ -275,7 +278,7 @@ COMMANDS = [
     ("simplest_vit train --config configs/digits.py --workdir {new}/run --mode=train", "flag 'mode'"),
     ("simplest_vit train --config configs/digits.py --workdir {new}/run more", "unexpected argument 'more'"),
     ("simplest_vit evaluate --config configs/digits.py --workdir {new}/run --json", "Unknown command line flag 'json'"),
-    ("simplest_vit predict --config configs/digits.py --workdir {new}/run", "--images is missing"),
+    ("simplest_vit predict --config configs/digits.py --workdir {new}/run", "--config is no flag of this program"),
     (PREPARE, "0 data sets named, expected one of digits, "),
     (PREPARE + " digits cifar10", "2 data sets named, expected one of digits, "),
     (PREPARE + " mnist", "data.name=mnist: unknown; expected one of"),
@@ -311,18 +314,12 @@ COMMANDS = [
     ("simplest_vit report {new}/nowhere", "nowhere is no folder"),
     ("benchmarks.reproduce nothing --workdir {new}/run", "unknown table nothing; usage: "),
     ("benchmarks.reproduce headline", "--workdir is missing"),
-    ("simplest_vit.analysis.signal_propagation --config configs/digits.py --workdir {new}/run --seeds=0", "--seeds=0"),
-    (
-        "simplest_vit.analysis.signal_propagation --config configs/digits.py --workdir {new}/run --inputs=noise",
-        "--inputs=noise: value should be one of <images|gaussian>",
-    ),
+    ("simplest_vit signal_propagation --config configs/digits.py --workdir {new}/run --seeds=0", "--seeds=0"),
     (IMPORT, "--checkpoint is missing"),
     (IMPORT + " --checkpoint={new}/x.pth", "x.pth cannot be read"),
     (IMPORT + " --checkpoint={old}/text.jpg", "text.jpg"),
     (IMPORT + " --checkpoint={old}/text.jpg --config.data.image_size=-5", "config.data.image_size=-5 must be"),
-    (EXPORT, "--output is missing"),
-    (EXPORT + " --output={new}/x.pth --config.data.image_size=-5", "config.data.image_size=-5 must be"),
-    (EXPORT + " --output={new}/x.pth", "holds no checkpoint; train there first"),
+    ("simplest_vit export --workdir {new}/run --format=stablehlo", "--output is missing"),
     ("benchmarks.records {new}/nowhere", "nowhere is no folder"),
     ("benchmarks.checkpoint --config configs/digits.py --config.batch_size=0", "config.batch_size=0 must be"),
     ("benchmarks.train_step --config configs/digits.py --config.model.depth=0", "config.model.depth=0 must be"),
@@ -351,7 +348,7 @@ ENVIRONMENT = [
 # Real processes, each with its own imports, which take seconds: started together.
 PROCESSES = [
     (DIGITS + " --config.batch_size=none", "--config.batch_size=none"),
-    (DIGITS + " --mode predict --json", "--images is missing"),
+    (PREDICT + " --json", "--images is missing"),
     (
         "-m " + SWEEP + " --workdir {new}/run --grid x",
         "--grid=x: expected config.FIELD",
@@ -448,7 +445,7 @@ def old(tmp_path_factory, server):
     shutil.copytree(old / "data", old / "torn_data")
     (old / "torn_data" / data / "dataset_info.json").write_text("{")
 
-    program = ["simplest_vit.interop.import_reference", "--config", old / "tiny.py", "--workdir", old / "run"]
+    program = ["simplest_vit", "import_reference", "--config", old / "tiny.py", "--workdir", old / "run"]
     code, _, error = server.run([*program, "--checkpoint", ROOT / "tests/interop/fixtures/simplest_vit.pth"])
     assert code == 0, error
     for name in (

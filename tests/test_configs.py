@@ -111,10 +111,7 @@ def test_the_data_sets_of_the_table_are_those_that_can_be_prepared():
 
 # Everything below them takes plain arguments, or the one section that it is about.
 READERS = {
-    *("config.py", "cli.py", "api.py", "predict.py", "training/train.py", "training/run.py", "training/evaluate.py"),
-    # Programs with a command line of their own, and what they vary.
-    *("analysis/signal_propagation.py", "analysis/propagation.py", "analysis/contrasts.py"),
-    *("interop/import_reference.py", "interop/export_reference.py"),
+    *("config.py", "cli.py", "api.py", "training/train.py", "training/run.py", "training/evaluate.py"),
 }
 
 

@@ -190,7 +190,7 @@ def test_a_run_is_exported_from_its_folder(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("output", "format", "expected"),
     [
-        ("new", "tflite", "unknown; expected one of stablehlo, onnx, safetensors"),
+        ("new", "tflite", "unknown; expected one of stablehlo, onnx, safetensors, pth"),
         ("", "onnx", "is a folder"),
         ("taken.json", "onnx", "exists"),
         ("taken", "stablehlo", r"taken\.json exists"),

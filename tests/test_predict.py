@@ -16,10 +16,9 @@ from PIL import Image
 
 import input_pipeline
 from simplest_vit import predict as predict_module
-from simplest_vit.analysis import rollout_figure
-from simplest_vit.analysis.attention_rollout import attention_rollout
+from simplest_vit.analysis.rollout import attention_rollout, draw_rollout
+from simplest_vit.commands.import_reference import import_reference
 from simplest_vit.errors import UserError
-from simplest_vit.interop.import_reference import import_reference
 from simplest_vit.predict import as_text, find_images, predict
 from simplest_vit.training.evaluate import restore_best
 from tests.tiny import tiny_config
@@ -42,7 +41,6 @@ def run(tmp_path_factory):
     for i, pixels in enumerate(np.asarray(dataset.validation.images[:8])):
         Image.fromarray(pixels[..., 0]).save(folder / "images" / f"{i}.png")
     return types.SimpleNamespace(
-        config=config,
         workdir=str(folder / "run"),
         images=folder / "images",
         image=batch["image"],
@@ -80,7 +78,7 @@ def test_rollout_is_the_product_of_the_attention_matrices(run):
 def test_the_rollout_figure_shows_what_was_computed():
     shares = np.arange(4.0).reshape(2, 2) / 6
     prediction = {"top": [{"class": "seven", "probability": 0.5}]}
-    figure = rollout_figure.draw_rollout(prediction, np.zeros((8, 8, 3), np.uint8), shares)
+    figure = draw_rollout(prediction, np.zeros((8, 8, 3), np.uint8), shares)
     left, right = figure.axes[:2]
     assert left.get_title() == "seven 50.0%"
     np.testing.assert_allclose(right.images[1].get_array(), shares * 4)
@@ -88,7 +86,7 @@ def test_the_rollout_figure_shows_what_was_computed():
 
 def test_an_image_of_another_size_and_mode_is_converted(run, tmp_path):
     Image.new("RGBA", (31, 20), (200, 10, 10, 255)).save(tmp_path / "colour.png")
-    (prediction,) = predict(run.workdir, [str(tmp_path / "colour.png")], config=run.config)
+    (prediction,) = predict(run.workdir, [str(tmp_path / "colour.png")])
     assert sum(best["probability"] for best in prediction["top"]) <= 1 + 1e-6
 
 
@@ -198,9 +196,3 @@ def test_nothing_is_written_to_a_run_that_may_only_be_read(run, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in pathlib.Path(run.workdir).rglob("*")}
     assert len(list(predict(run.workdir, [str(run.images)]))) == 8
     assert before == {path: path.stat().st_mtime_ns for path in pathlib.Path(run.workdir).rglob("*")}
-
-
-def test_another_config_is_refused(run):
-    other = tiny_config(seed=1)
-    with pytest.raises(UserError, match=r"holds another run: its config.seed is 3407, now 1"):
-        next(predict(run.workdir, [str(run.images)], config=other))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from simplest_vit.data.input_pipeline import train_batches
-from simplest_vit.interop.convert import to_reference
+from simplest_vit.interop import to_reference
 from simplest_vit.models import model_arguments
 from simplest_vit.training.run import Run
 from simplest_vit.training.state import TrainState

@@ -51,9 +51,7 @@ def style() -> contextlib.AbstractContextManager[None]:
     return matplotlib.rc_context(_STYLE)
 
 
-def save(figure: Figure, path: pathlib.Path) -> list[pathlib.Path]:
-    """Save a figure as PNG and SVG; `path` has no suffix. Return the two files."""
-    files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for file in files:
-        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return files
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Save a figure as PNG and SVG; `path` has no suffix."""
+    figure.savefig(path.with_suffix(".png"))
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

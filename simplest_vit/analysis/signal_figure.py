@@ -1,7 +1,5 @@
 """The figure of signal propagation: one panel for each quantity, one colour for each model, theory dashed."""
 
-import math
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -40,32 +38,18 @@ def draw(results: list[Propagation], title: str) -> Figure:
     """Draw all quantities over the blocks.
 
     Args:
-      results: The models; the kernels drawn in the first row are those of the first.
+      results: The models; the first panel is of the first.
       title: What was measured on what.
 
     Returns:
-      A figure with the axes of the two kernels, of `PANELS` and of the Jacobian, in that order.
+      A figure with the axes of the tokens, of `PANELS` and of the Jacobian, in that order.
     """
-    figure = figures.create(height=16.0)
-    axes = figure.subplots(6, 2)
-    axes[5, 1].remove()
-    _draw_kernel(
-        axes[0, 0],
-        "Attention alone: token kernel against theory",
-        results[0].alone_rows,
-        results[0].alone_theory_rows,
-        first_block=1,
-    )
-    _draw_kernel(
-        axes[0, 1],
-        "Whole network: cosines against theory",
-        results[0].token_rows,
-        results[0].theory_rows,
-        first_block=0,
-    )
-    for axis, quantity in zip(axes.flat[2:10], PANELS, strict=True):
+    figure = figures.create(height=13.5)
+    tokens, *quantities, jacobian = figure.subplots(5, 2).flat
+    _draw_tokens(tokens, results[0])
+    for axis, quantity in zip(quantities, PANELS, strict=True):
         draw_quantity(axis, quantity, results)
-    draw_jacobian(axes[5, 0], results)
+    draw_jacobian(jacobian, results)
     _add_legend(figure, results, f"Signal propagation of {results[0].name}: {title}")
     return figure
 
@@ -131,18 +115,12 @@ def draw_jacobian(axis: Axes, results: list[Propagation]) -> None:
     axis.set_yscale("log")
 
 
-def _draw_kernel(
-    axis: Axes, title: str, measured: np.ndarray | None, theory: np.ndarray | None, first_block: int
-) -> None:
-    """Draw the middle token's row of a kernel at four depths."""
-    axis.set(title=title, xlabel="token", ylabel="with the middle token")
-    if measured is None:
-        axis.text(0.5, 0.5, "no theory for this attention", ha="center", transform=axis.transAxes)
-        return
-    tokens = np.arange(measured.shape[1])
-    indices = sorted({0, math.ceil(len(measured) / 4), len(measured) // 2, len(measured) - 1})
-    for index, color in zip(indices, figures.COLORS[1:], strict=False):
-        axis.plot(tokens, measured[index], ".", color=color, label=f"block {index + first_block}")
-        if theory is not None:
-            axis.plot(tokens, theory[index], "--", color=color, linewidth=1)
+def _draw_tokens(axis: Axes, result: Propagation) -> None:
+    """Draw the middle token's cosines at four depths: measured as dots, theory dashed."""
+    axis.set(title="Cosines of tokens against theory", xlabel="token", ylabel="with the middle token")
+    depth = len(result.token_rows) - 1
+    for block, color in zip(sorted({0, -(-depth // 4), depth // 2, depth}), figures.COLORS[1:], strict=False):
+        axis.plot(result.token_rows[block], ".", color=color, label=f"block {block}")
+        if result.theory_rows is not None:
+            axis.plot(result.theory_rows[block], "--", color=color, linewidth=1)
     axis.legend(fontsize=8, ncols=2, frameon=True, framealpha=0.8, edgecolor="none")

@@ -11,11 +11,13 @@ COMMANDS = {
     "train": "train a model, or resume the run in --workdir",
     "evaluate": "evaluate the checkpoints of a run",
     "predict": "classify images with the best checkpoint of a run",
-    "export": "write the best checkpoint as StableHLO, ONNX or safetensors",
+    "export": "write the best checkpoint as StableHLO, ONNX, safetensors or for the PyTorch reference",
     "prepare": "prepare a data set ahead of time",
     "preview": "draw augmented training images",
     "sweep": "train a grid of configs over seeds",
     "report": "print a table of finished runs, with accuracy over seeds",
+    "import_reference": "import a checkpoint of the PyTorch reference as a run",
+    "signal_propagation": "plot how each block transforms images, theory beside measurement",
 }
 USAGE = "simplest-vit COMMAND --flags"
 
@@ -30,7 +32,7 @@ def main() -> None:
         os.environ.setdefault(name, value)  # before NumPy and SciPy are imported
     arguments = sys.argv[1:]
     if arguments[:1] in (["help"], ["--help"], ["-h"]):
-        commands = "\n".join(f"  {name:<10} {meaning}" for name, meaning in COMMANDS.items())
+        commands = "\n".join(f"  {name:<18} {meaning}" for name, meaning in COMMANDS.items())
         print(f"{USAGE}\n\n{commands}\n\nsimplest-vit COMMAND --help lists the flags of a command.")
         return
     if arguments[:1] == ["--version"]:

@@ -4,7 +4,8 @@ simplest-vit export --workdir runs/mine --output model.onnx --format onnx
 
 stablehlo and onnx take uint8 images [batch, H, W, C] and normalize them inside the graph. safetensors holds
 only arrays; its metadata say how to normalize images. Class names are in the metadata: in FILE.json for stablehlo, in
-the file itself for the others. docs/export.md shows how to load each format.
+the file itself for onnx and safetensors. pth holds what the PyTorch reference loads, its parameters and E-SPA's
+constants. docs/export.md shows how to load each format.
 """
 
 from absl import flags
@@ -15,7 +16,7 @@ from simplest_vit import cli
 def main() -> None:
     """Run the command."""
     output = cli.define_path("output", None, "The file to write; it must not exist.")
-    format = flags.DEFINE_string("format", None, "stablehlo, onnx or safetensors.")
+    format = flags.DEFINE_string("format", None, "stablehlo, onnx, safetensors or pth.")
 
     def export(arguments: list[str]) -> None:
         del arguments
@@ -24,5 +25,5 @@ def main() -> None:
         export(str(cli.WORKDIR.value), str(output.value), str(format.value))
         print(output.value)
 
-    usage = "simplest-vit export --workdir FOLDER --output FILE --format stablehlo|onnx|safetensors"
+    usage = "simplest-vit export --workdir FOLDER --output FILE --format stablehlo|onnx|safetensors|pth"
     cli.run(export, usage, required=("workdir", "output", "format"))

@@ -21,8 +21,8 @@ def main() -> None:
         from simplest_vit import predict
 
         paths = [*images.value, *map(local_path, arguments)]
-        for prediction in predict.predict(str(cli.WORKDIR.value), paths, rollout.value, cli.CONFIG.value):
+        for prediction in predict.predict(str(cli.WORKDIR.value), paths, rollout.value):
             print(json.dumps(prediction) if as_json.value else predict.as_text(prediction), flush=True)
 
     usage = "simplest-vit predict --workdir FOLDER --images FILE..."
-    cli.run(predict, usage, required=("workdir",), optional=("config",), positional=True)
+    cli.run(predict, usage, required=("workdir",), positional=True)

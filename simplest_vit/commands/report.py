@@ -17,8 +17,7 @@ def main() -> None:
     def report(arguments: list[str]) -> None:
         if not arguments:
             raise UserError(f"no runs named; usage: {usage}")
-        from simplest_vit.analysis.report import markdown
-        from simplest_vit.analysis.runs import find_runs, group_runs
+        from simplest_vit.analysis.report import find_runs, group_runs, markdown
 
         runs, problems = find_runs([local_path(folder) for folder in arguments])
         groups, repeated = group_runs(runs)

@@ -26,7 +26,7 @@ from typing import IO, Any
 from absl import flags
 
 from simplest_vit import cli, preemption
-from simplest_vit.analysis.runs import Group, Run, find_runs
+from simplest_vit.analysis import report
 from simplest_vit.config import flatten
 from simplest_vit.errors import Interrupted, UserError
 from simplest_vit.training.workdir import CONFIG, RESULTS, check_workdir
@@ -258,26 +258,15 @@ class _Process(subprocess.Popen[str]):
 
 def summary(points: list[Point]) -> str:
     """Return a Markdown table of the points, by decreasing mean accuracy; points without a finished run come last."""
-    from simplest_vit.analysis.report import table  # imported here because figures take a second to import
-
-    body = []
+    rows = []
     for point in points:
-        finished = [folder for folder in point.workdirs if (folder / RESULTS).exists()]
-        runs: list[Run] = find_runs(map(str, finished))[0]
-        group = Group(runs)
-        body.append(
-            (
-                group.mean() if runs else -1.0,
-                [
-                    *point.values.values(),
-                    group.summary() if runs else "no run",
-                    group.summary("best_validation_accuracy") if runs else "no run",
-                    f"{len(runs)} of {len(point.workdirs)}",
-                ],
-            )
-        )
-    body.sort(key=lambda line: -line[0])
-    return table([*points[0].values, "accuracy", "best accuracy", "finished"], [line for _, line in body])
+        runs, _ = report.find_runs(str(folder) for folder in point.workdirs if (folder / RESULTS).exists())
+        results = ("validation_accuracy", "best_validation_accuracy")
+        cells = [report.summary(runs, name) if runs else "no run" for name in results]
+        cells = [*point.values.values(), *cells, f"{len(runs)} of {len(point.workdirs)}"]
+        rows.append((report.mean(runs) if runs else -1.0, cells))
+    rows.sort(key=lambda row: -row[0])
+    return report.table([*points[0].values, "accuracy", "best accuracy", "finished"], [cells for _, cells in rows])
 
 
 def main() -> None:

@@ -5,6 +5,7 @@
 | stablehlo | a JAX function, for CPU, CUDA, ROCm and TPU; metadata in FILE.json | `jax.export.deserialize` | uint8 |
 | onnx | an ONNX graph, metadata in `metadata_props` | onnxruntime and others | uint8 |
 | safetensors | arrays by path and metadata, without the computation | safetensors | normalized float32 |
+| pth | parameters and E-SPA's constants by the names of the PyTorch reference | the reference | normalized float32 |
 
 The first two take images [B, H, W, C] for any B, and normalize them by the mean and deviation of the training data.
 """
@@ -12,6 +13,7 @@ The first two take images [B, H, W, C] for any B, and normalize them by the mean
 import importlib.util
 import json
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +27,11 @@ from simplest_vit.data.augment import normalize
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.errors import TrainingError, UserError
 from simplest_vit.files import write_file
+from simplest_vit.interop import Checkpoint, from_reference, to_reference
 from simplest_vit.models import ViT, model_arguments
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import Run
+from simplest_vit.training.state import ModelState
 
 # Maps images, uint8 [B, H, W, C], to logits, float32 [B, num_classes].
 Classifier = Callable[[Any], Any]
@@ -49,16 +53,16 @@ def export(workdir: str, output: str, format: str) -> None:
       format: One of `FORMATS`.
 
     Raises:
-      UserError: If the format is unknown or misses a library, the run has no checkpoint, or the file exists or cannot
-        be written.
+      UserError: If the format is unknown, misses a library or has no such network, the run has no checkpoint, or the
+        file exists or cannot be written.
       TrainingError: If the logits differ. Then nothing is written.
     """
     if format not in FORMATS:
         raise UserError(f"--format={format} is unknown; expected one of {', '.join(FORMATS)}")
-    serialize, libraries = FORMATS[format]
+    serialize, extra, libraries = FORMATS[format]
     if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f'--format={format} needs {" and ".join(missing)}; install the extra: pip install "simplest-vit[export]"'
+            f'--format={format} needs {" and ".join(missing)}; install the extra: pip install "simplest-vit[{extra}]"'
         )
     path = pathlib.Path(output)
     paths = [path.with_name(path.name + ".json"), path] if format == "stablehlo" else [path]
@@ -73,9 +77,10 @@ def export(workdir: str, output: str, format: str) -> None:
     run, state = restore_best(workdir)
     # Computed on a CPU, because a GPU may round the factors of float32 products.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model = run.model(jax.tree.map(jnp.asarray, jax.device_get(state)))
+        state = jax.tree.map(jnp.asarray, jax.device_get(state))
+        model = run.model(state)
         metadata = _metadata(run, model, int(state.step), format)
-        content, artifact = serialize(model, run.data, metadata)
+        content, artifact = serialize(run, state, metadata)
         _check(format, artifact, jax.jit(_classifier(model, run.data)), run.data.image_shape)
     contents = [json.dumps(metadata, indent=2).encode() + b"\n", content][-len(paths) :]
     try:
@@ -147,45 +152,62 @@ def _as_text(metadata: Metadata) -> dict[str, str]:
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
 
 
-def _stablehlo(model: ViT, data: DatasetInfo, metadata: Metadata) -> tuple[bytes, Classifier]:
+def _stablehlo(run: Run, state: ModelState, metadata: Metadata) -> tuple[bytes, Classifier]:
     """Serialize as a JAX function; metadata are a file of their own."""
-    del metadata
+    model = run.model(state)
     _check_size(model, "stablehlo")
     (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *data.image_shape), jnp.uint8)
-    exported = jax.export.export(jax.jit(_classifier(model, data)), platforms=_PLATFORMS)(images)
+    images = jax.ShapeDtypeStruct((batch, *run.data.image_shape), jnp.uint8)
+    exported = jax.export.export(jax.jit(_classifier(model, run.data)), platforms=_PLATFORMS)(images)
     content = bytes(exported.serialize())
     return content, jax.export.deserialize(bytearray(content)).call
 
 
-def _onnx(model: ViT, data: DatasetInfo, metadata: Metadata) -> tuple[bytes, Classifier]:
+def _onnx(run: Run, state: ModelState, metadata: Metadata) -> tuple[bytes, Classifier]:
     """Serialize as an ONNX model."""
     import onnx
     import onnxruntime
 
     from simplest_vit.export.onnx_lowering import to_onnx
 
+    model = run.model(state)
     _check_size(model, "onnx")
-    proto = to_onnx(_classifier(model, data), data.image_shape)
+    proto = to_onnx(_classifier(model, run.data), run.data.image_shape)
     onnx.helper.set_model_props(proto, _as_text(metadata))
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda images: session.run(["logits"], {"images": images})[0]
 
 
-def _safetensors(model: ViT, data: DatasetInfo, metadata: Metadata) -> tuple[bytes, Classifier]:
+def _safetensors(run: Run, state: ModelState, metadata: Metadata) -> tuple[bytes, Classifier]:
     """Serialize arrays alone."""
     import safetensors.numpy
 
+    model = run.model(state)
     content = safetensors.numpy.save(_arrays(model), _as_text(metadata))
     arrays = traverse_util.unflatten_dict(safetensors.numpy.load(content), sep="/")
     loaded = nnx.merge(nnx.graphdef(model), jax.tree.map(jnp.asarray, arrays))
-    return content, jax.jit(_classifier(loaded, data))
+    return content, jax.jit(_classifier(loaded, run.data))
 
 
-# By name: what serializes, and the libraries it needs.
-FORMATS: dict[str, tuple[Callable[[ViT, DatasetInfo, Metadata], tuple[bytes, Classifier]], tuple[str, ...]]] = {
-    "stablehlo": (_stablehlo, ()),
-    "onnx": (_onnx, ("onnx", "onnxruntime")),
-    "safetensors": (_safetensors, ("safetensors",)),
+def _pth(run: Run, state: ModelState, metadata: Metadata) -> tuple[bytes, Classifier]:
+    """Serialize as the reference does, and read that as `import_reference` does."""
+    import torch
+
+    arrays = to_reference(run.config.model, state)
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        torch.save({"step": int(state.step), "model_state_dict": tensors}, file.name)
+        loaded = from_reference(run.config.model, run.abstract.model_state, Checkpoint(file.name), run.data.image_shape)
+        content = pathlib.Path(file.name).read_bytes()
+    return content, jax.jit(_classifier(nnx.merge(run.graphdef, *jax.tree.map(jnp.asarray, loaded)), run.data))
+
+
+_Serialize = Callable[[Run, ModelState, Metadata], tuple[bytes, Classifier]]
+# By name: what serializes, and the extra with the libraries it needs.
+FORMATS: dict[str, tuple[_Serialize, str, tuple[str, ...]]] = {
+    "stablehlo": (_stablehlo, "train", ()),
+    "onnx": (_onnx, "export", ("onnx", "onnxruntime")),
+    "safetensors": (_safetensors, "export", ("safetensors",)),
+    "pth": (_pth, "torch", ("torch",)),
 }

@@ -1,5 +1,6 @@
-"""The optimizer of a run: chosen by name, built as one optax chain."""
+"""The optimizer of a run, chosen by name and built as one optax chain, and its learning rate."""
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -8,14 +9,44 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 import optax.contrib
 from jax.sharding import Mesh
 
 from simplest_vit.errors import UserError
 from simplest_vit.optimizers import paths
-from simplest_vit.optimizers.schedules import WarmupCosine
 from simplest_vit.optimizers.shampoo import reference_shampoo, shampoo, soap, view_as
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupCosine:
+    """A schedule: linear warm-up from 0, then a cosine to 0.
+
+    During warm-up, step t (from 0) has the rate peak * (t + 1) / warmup_steps, so that the first step is not wasted on
+    a rate of 0. The last step of the run has the rate 0, or the peak if all steps are warm-up.
+
+    Attributes:
+      peak: The highest learning rate.
+      warmup_steps: Steps of warm-up; at most `total_steps` are used.
+      total_steps: Steps of the run.
+    """
+
+    peak: float
+    warmup_steps: int
+    total_steps: int
+
+    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
+        """Return the learning rate of a step, counted from 0."""
+        warmup_steps = min(self.warmup_steps, self.total_steps)
+        warmup = optax.linear_schedule(0.0, self.peak, warmup_steps)
+        cosine = optax.cosine_decay_schedule(self.peak, max(self.total_steps - warmup_steps, 1))
+        return optax.join_schedules([warmup, cosine], [warmup_steps])(step + 1)
+
+    def at_peak(self, peak: float) -> "WarmupCosine":
+        """Return the same schedule with another peak."""
+        return dataclasses.replace(self, peak=peak)
+
 
 # optax optimizers that a run cannot use: in each update they need the loss, its Hessian or a random key, or they
 # evaluate other parameters than they take gradients at; `optimistic_adam` is deprecated.

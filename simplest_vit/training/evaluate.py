@@ -32,14 +32,12 @@ class Evaluation:
     Attributes:
       step: Its step.
       loss: Mean loss.
-      accuracy: The share of images that are classified correctly.
       classification: Accuracy by class, confusion matrix and calibration.
       class_names: In the order of the labels.
     """
 
     step: int
     loss: float
-    accuracy: float
     classification: Classification
     class_names: tuple[str, ...]
 
@@ -47,7 +45,7 @@ class Evaluation:
         """Return plain numbers by name."""
         return {
             "step": self.step,
-            "validation_accuracy": self.accuracy,
+            "validation_accuracy": self.classification.accuracy,
             "validation_loss": self.loss,
             "top5_accuracy": self.classification.top5_accuracy,
             "calibration_error": self.classification.calibration_error,
@@ -138,26 +136,24 @@ def evaluate(
                 outcome[name] = outcome["latest"]
                 continue
             sums = _sum_batches(run, dataset, state, eval_step) or []
-            mean = mean_metrics(sums)
-            outcome[name] = Evaluation(step, mean["loss"], mean["accuracy"], classification(sums), data.class_names)
+            outcome[name] = Evaluation(step, mean_metrics(sums)["loss"], classification(sums), data.class_names)
     return outcome
 
 
-def restore_best(workdir: str, config: ConfigDict | None = None, mesh: Mesh | None = None) -> tuple[Run, ModelState]:
+def restore_best(workdir: str, mesh: Mesh | None = None) -> tuple[Run, ModelState]:
     """Load the checkpoint with the highest validation accuracy; only the run's folder is needed.
 
     Args:
       workdir: The folder; nothing is written to it.
-      config: None for the run's own; another is refused.
       mesh: The devices; None for one.
 
     Returns:
       The run, whose model computes in float32, and its best weights.
 
     Raises:
-      UserError: If the folder holds no checkpoint, or one of another config.
+      UserError: If the folder holds no checkpoint.
     """
-    path, settings, data = read_run(workdir, None if config is None else config.to_dict())
+    path, settings, data = read_run(workdir)
     settings["compute_dtype"] = "float32"
     settings["model"]["attention_kernel"] = "xla"  # on any device
     run = build(from_settings(settings), data, mesh)

@@ -21,8 +21,7 @@ from simplest_vit.errors import UserError
 from simplest_vit.models import ViT, create_model, fused_attention, model_arguments
 from simplest_vit.models.layers import token_grid
 from simplest_vit.models.reference_layout import pytorch_layout
-from simplest_vit.optimizers.factory import create_optimizer
-from simplest_vit.optimizers.schedules import WarmupCosine
+from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer
 from simplest_vit.training.metrics import Sums
 from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.state import ModelState, TrainState, abstract_state, create_state, state_initializer

@@ -10,11 +10,13 @@ import pytest
 from flax import nnx
 from scipy.special import softmax
 
-from simplest_vit.analysis import kernel_theory, measure, propagation
+from simplest_vit.analysis import propagation
+from simplest_vit.commands.signal_propagation import initial_models
 from simplest_vit.models import espa, tat
 from simplest_vit.models.attention_kinds import KINDS
 from simplest_vit.training.run import build
 from tests.models import tiny
+from tests.models.test_signal_propagation import attention_matrices, recursion
 from tests.tiny import DIGITS, tiny_config
 
 IMAGE = jax.random.normal(jax.random.key(1), (3, 8, 12, 3))
@@ -30,24 +32,21 @@ def create(name="simplest_vit", **overrides):
 
 @pytest.mark.parametrize("name", ["simplest_vit", "simple_vit"])
 def test_a_measurement_is_of_the_model_itself(name):
-    """Logits and norms of gradients against the model applied as a whole, off its initialization."""
+    """Norms of gradients against the model applied as a whole, off its initialization."""
     graphdef, params, rest = nnx.split(create(name), nnx.Param, ...)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + np.float32(0.1) * rng.normal(size=x.shape).astype(np.float32), params)
-    measured = measure.measure_propagation(nnx.merge(graphdef, params, rest), IMAGE, LABEL, TARGET)
+    measured = propagation.measure_propagation(nnx.merge(graphdef, params, rest), IMAGE, LABEL, TARGET)
 
     @jax.jit
     def whole(params):
         def loss(params):
-            logits = nnx.merge(graphdef, params, rest)(IMAGE)
-            return optax.softmax_cross_entropy(logits, LABEL).mean(), logits
+            return optax.softmax_cross_entropy(nnx.merge(graphdef, params, rest)(IMAGE), LABEL).mean()
 
-        gradient, logits = jax.grad(loss, has_aux=True)(params)
-        return logits, nnx.to_pure_dict(gradient), nnx.merge(graphdef, params, rest).embed(IMAGE)
+        return nnx.to_pure_dict(jax.grad(loss)(params)), nnx.merge(graphdef, params, rest).embed(IMAGE)
 
-    logits, gradient, x = whole(params)
-    np.testing.assert_allclose(measured["logits"], logits, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(measured["kernel"][0], kernel_theory.token_kernel(np.asarray(x)), rtol=1e-4, atol=1e-5)
+    gradient, x = whole(params)
+    np.testing.assert_allclose(measured["kernel"][0], propagation.token_kernel(np.asarray(x)), rtol=1e-4, atol=1e-5)
     squares = [np.sum(np.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradient["blocks"])]
     np.testing.assert_allclose(measured["parameter_gradient"], np.sqrt(sum(squares)), rtol=1e-4)
     # The embedding's bias is added to all 18 tokens: its gradient is the sum of theirs.
@@ -70,8 +69,9 @@ def test_a_measurement_is_of_the_model_itself(name):
             x = nnx.merge(blocks_def, *this)(x)
 
 
-@pytest.mark.parametrize("name", ["simplest_vit", "simple_vit"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "kind"), [("simplest_vit", "espa"), ("simplest_vit", "fixed_shift"), *(("simple_vit", k) for k in KINDS)]
+)
 def test_the_attention_matrix_gives_the_output_of_the_layer(name, kind):
     """Off the initialization, with normalization and output projection and without."""
     x = jax.random.normal(jax.random.key(0), (3, 6, 16))
@@ -107,14 +107,14 @@ def test_attention_entropy_and_distance_in_closed_form():
     """Queries of zero: softmax attention is uniform, E-SPA's is A_l."""
     model = create(attention="softmax")
     model.blocks.attention.query.kernel[...] = jnp.zeros_like(model.blocks.attention.query.kernel[...])
-    measured = measure.measure_propagation(model, IMAGE, LABEL, np.full((3, 1, 6, 6), 1 / 6))
+    measured = propagation.measure_propagation(model, IMAGE, LABEL, np.full((3, 1, 6, 6), 1 / 6))
     np.testing.assert_allclose(measured["attention_entropy"], np.log(6), rtol=1e-5)
     np.testing.assert_allclose(measured["attention_distance"], 0, atol=1e-6)
-    measured = measure.measure_propagation(model, IMAGE, LABEL, TARGET)
+    measured = propagation.measure_propagation(model, IMAGE, LABEL, TARGET)
     expected = np.linalg.norm(1 / 6 - TARGET[:, 0], axis=(1, 2)) / np.linalg.norm(TARGET[:, 0], axis=(1, 2))
     np.testing.assert_allclose(measured["attention_distance"], expected, rtol=1e-5)
 
-    measured = measure.measure_propagation(create(), IMAGE, LABEL, TARGET)
+    measured = propagation.measure_propagation(create(), IMAGE, LABEL, TARGET)
     probabilities = TARGET / TARGET.sum(axis=-1, keepdims=True)
     entropy = -(probabilities * np.log(probabilities)).sum(axis=-1).mean(axis=(-2, -1))
     np.testing.assert_allclose(measured["attention_entropy"], entropy, rtol=1e-5)
@@ -123,7 +123,7 @@ def test_attention_entropy_and_distance_in_closed_form():
 
 def test_entropy_is_that_of_rows():
     """Causal attention: the first token looks only at itself, but all look at it."""
-    measured = measure.measure_propagation(create(attention="espa_causal"), IMAGE, LABEL, None)
+    measured = propagation.measure_propagation(create(attention="espa_causal"), IMAGE, LABEL, None)
     matrices = espa.attention_matrices((2, 3), 3, form="espa_causal")
     rows = matrices / matrices.sum(axis=-1, keepdims=True)
     entropy = -np.sum(rows * np.log(np.where(rows > 0, rows, 1)), axis=-1)
@@ -135,78 +135,45 @@ def test_cosines_are_those_of_an_image_and_the_next():
     """Three images of different sizes: what is behind an image is not what is before it."""
     tokens = np.random.default_rng(0).normal(size=(3, 4, 8)) * np.array([1.0, 10.0, 0.1])[:, None, None]
     unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
-    cosine = kernel_theory.correlation(kernel_theory.token_kernel(tokens))
+    cosine = propagation.correlation(propagation.token_kernel(tokens))
     for image in range(3):
         np.testing.assert_allclose(cosine[0, image], unit[image] @ unit[image].T, atol=1e-12)
         np.testing.assert_allclose(cosine[1, image], unit[image] @ unit[(image + 1) % 3].T, atol=1e-12)
 
 
-def wide_config(**overrides):
-    """Four tokens a side of a 8 x 8 image, depth 4, width 1024."""
-    return tiny_config(
-        **{
-            "model__depth": 4,
-            "model__width": 1024,
-            "model__mlp_dim": 1024,
-            "model__num_heads": 4,
-            "model__c_val_0_target": 0.5,
-        }
-        | overrides
-    )
-
-
 def test_any_seed_of_a_run_gives_the_models_of_that_run():
     config = tiny_config(seed=2**32 - 1)
-    (model,) = propagation.initial_models(config, DIGITS, 1)
+    (model,) = initial_models(config, DIGITS, 1)
     expected = build(config, DIGITS).create_state().params["head"]["kernel"]
     np.testing.assert_array_equal(model.head.kernel[...], expected)
 
 
-def wide_models(config, seeds):
-    return list(propagation.initial_models(config, DIGITS, seeds))
+def test_the_theory_of_an_image_is_the_recursion_that_samples_of_the_network_follow():
+    """`tests/models/test_signal_propagation.py` compares that recursion with a network of width 1024."""
+    kernels = propagation.theoretical_kernels(create(), IMAGE)[:, 0]
+    for image in range(3):
+        expected = recursion(kernels[0, image], attention_matrices((2, 3), 3, "espa"), tat.solve_negative_slope(6, 0.5))
+        np.testing.assert_allclose(kernels[:, image], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["espa", "espa_2d", "espa_causal", "uspa"])
-def test_attention_alone_gives_sigma_at_width_1024(form):
-    """Mean of 4 seeds at width 1024: within 5 standard errors sqrt(l / (4 * 1024)) of Sigma_l."""
-    model = create(attention=form, width=1024, mlp_dim=8, depth=3, num_heads=4)
-    value = model.blocks.attention.value.kernel
-    kernels = []
-    for seed in range(4):
-        value[...] = jax.random.normal(jax.random.key(seed), value.shape) / 32
-        kernels.append(measure.attention_alone(model))
-    expected = espa.kernel_matrices((2, 3), 3, 0.8 if form == "uspa" else 0.005, form)[1:]
-    for layer, kernel in enumerate(np.mean(kernels, axis=0)):
-        np.testing.assert_allclose(kernel, expected[layer], atol=5 * np.sqrt((layer + 1) / 4096))
-
-
-def test_the_network_follows_the_recursion_at_width_1024():
-    """Mean of 2 seeds: cosines of tokens and of images to 0.05, mean squares to 15 %, at every block."""
-    config = wide_config()
-    image = jax.random.normal(jax.random.key(3), (4, 8, 8, 1))
-    label = jax.nn.one_hot(jnp.arange(4), 10)
-    result = propagation.analyse("wide", wide_models(config, 2), image, label)
-    np.testing.assert_allclose(result.measured["mean_square"], result.theory["mean_square"], rtol=0.15)
-    for quantity in ("token_cosine", "image_cosine"):
-        np.testing.assert_allclose(result.measured[quantity], result.theory[quantity], atol=0.05)
-    np.testing.assert_allclose(result.token_rows, result.theory_rows, atol=0.1)
-
-
-def test_the_isometric_network_follows_its_recursion():
+def test_the_isometric_network_follows_its_recursion(monkeypatch):
     """One seed at width 256; images of which neighbouring pixels are alike, so that shifts and the mean show.
 
     A config that names the GPU's kernel is analysed by XLA's form, on any device.
     """
-    config = wide_config(
+    monkeypatch.setattr(propagation, "jacobian_spectrum", lambda *_: (np.ones(1), np.ones(1)))
+    config = tiny_config(
+        model__depth=4,
         model__width=256,
         model__mlp_dim=512,
+        model__num_heads=4,
         model__name="isometric_vit",
         model__uniform_fraction=0.1,
         model__attention_kernel="fused",
     )
     image = jnp.cumsum(jax.random.normal(jax.random.key(3), (4, 8, 8, 1)), axis=2)
     label = jax.nn.one_hot(jnp.arange(4), 10)
-    result = propagation.analyse("isometric", wide_models(config, 1), image, label)
+    result = propagation.analyse("isometric", initial_models(config, DIGITS, 1), image, label)
     np.testing.assert_allclose(result.measured["attention_distance"][1:], 0, atol=1e-6)
     np.testing.assert_allclose(result.measured["mean_square"], result.theory["mean_square"], rtol=0.01)
     assert np.ptp(result.theory["image_cosine"]) > 0.1
@@ -223,7 +190,7 @@ def test_without_attention_and_with_equal_norms_the_recursion_is_the_composed_c_
     slope = tat.solve_negative_slope(24)
     kernel = np.ones((2, 9, 1, 1))  # one token an image; image b with b + 1 has cosine[b]
     kernel[1, :, 0, 0] = cosine
-    kernels = kernel_theory.kernel_recursion(kernel, np.ones((12, 1, 1, 1)), two_activations(slope))
+    kernels = propagation.kernel_recursion(kernel, np.ones((12, 1, 1, 1)), two_activations(slope))
     np.testing.assert_allclose(kernels[-1, 0], 1, rtol=1e-12)
     np.testing.assert_allclose(kernels[-1, 1, :, 0, 0], tat.composed_c_map(cosine, slope, 24), rtol=1e-12)
 
@@ -236,7 +203,7 @@ def test_the_recursion_tells_the_reference_bias_apart():
         row_scale, attention_bias = espa.shaped_attention((8, 8), 12, form=form)
         attention = row_scale[..., None] * softmax(attention_bias, axis=-1)
         kernel = np.eye(64)[None, None].repeat(2, axis=0)
-        last[form] = kernel_theory.kernel_recursion(kernel, attention[:, None], two_activations(slope))[-1, 0, 0]
+        last[form] = propagation.kernel_recursion(kernel, attention[:, None], two_activations(slope))[-1, 0, 0]
     assert last["espa"].diagonal().max() == pytest.approx(7.9, abs=0.01)
     assert 0.02 < np.abs(last["espa"] - last["espa_reference"]).max() < 0.1
 

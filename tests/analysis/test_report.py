@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import digits
-from simplest_vit.analysis import report, runs
+from simplest_vit.analysis import report
 from simplest_vit.errors import UserError
 
 
@@ -32,8 +32,8 @@ def finish(folder, accuracy=0.97, *, seed=0, rate=1e-2, fingerprint="abcdef0123"
 
 def reported(folder):
     """The cells of the rows of a report, and what is not in its table."""
-    found, problems = runs.find_runs([str(folder)])
-    groups, repeated = runs.group_runs(found)
+    found, problems = report.find_runs([str(folder)])
+    groups, repeated = report.group_runs(found)
     lines = report.markdown(groups, problems + repeated).splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     return rows[2:], [line.removeprefix("- ") for line in lines if line.startswith("- ")]
@@ -85,18 +85,8 @@ def test_runs_that_cannot_be_used_are_named(tmp_path):
 
 
 def test_an_empty_folder_gives_a_report_that_says_so(tmp_path):
-    _, problems = runs.find_runs([str(tmp_path)])
+    _, problems = report.find_runs([str(tmp_path)])
     assert problems == [f"{tmp_path}: no runs"]
     assert report.markdown([], problems).startswith("no finished run\n")
     with pytest.raises(UserError, match="is no folder"):
-        runs.find_runs([str(tmp_path / "none")])
-
-
-def test_curves_are_read_as_they_were_written(tmp_path):
-    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None, "accuracy": 0.5}, {"step": 3, "loss": 1}]
-    text = "\n".join([*map(json.dumps, lines), '{"step": 4, "lo'])  # a line that a full disk cut off
-    (tmp_path / "metrics.jsonl").write_text(text)
-    curves = {tag: [list(part) for part in curve] for tag, curve in runs.read_curves(tmp_path).items()}
-    assert curves == {"loss": [[1, 3], [2, 1]], "accuracy": [[2], [0.5]]}
-    with pytest.raises(UserError, match=r"has no curves in metrics.jsonl; a run of an older version is read by"):
-        runs.read_curves(tmp_path / "none")
+        report.find_runs([str(tmp_path / "none")])

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from simplest_vit.analysis.attention_rollout import attention_rollout
+from simplest_vit.analysis.rollout import attention_rollout
 from tests.models import tiny
 
 

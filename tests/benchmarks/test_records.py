@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import protocols, records
-from simplest_vit.analysis.runs import find_runs
+from simplest_vit.analysis.report import find_runs
 from simplest_vit.errors import UserError
 from simplest_vit.training.writers import MetricsWriter
 
@@ -213,3 +213,13 @@ def test_the_records_of_the_repository_are_whole():
     found = records.read()
     assert records.render(found) == records.PATH.read_text()
     assert len(records.merge([], found)) == len(found)
+
+
+def test_curves_are_read_as_they_were_written(tmp_path):
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None, "accuracy": 0.5}, {"step": 3, "loss": 1}]
+    text = "\n".join([*map(json.dumps, lines), '{"step": 4, "lo'])  # a line that a full disk cut off
+    (tmp_path / "metrics.jsonl").write_text(text)
+    curves = {tag: [list(part) for part in curve] for tag, curve in records.read_curves(tmp_path).items()}
+    assert curves == {"loss": [[1, 3], [2, 1]], "accuracy": [[2], [0.5]]}
+    with pytest.raises(UserError, match=r"has no curves in metrics.jsonl; a run of an older version is read by"):
+        records.read_curves(tmp_path / "none")

@@ -138,16 +138,6 @@ def test_the_scan_keeps_one_array_for_each_activation():
     assert sum(v.aval.size == depth * b * t * 16 for v in forward.outvars) == 6
 
 
-def test_value_skipinit_starts_as_the_identity_on_values():
-    blocks = tiny.vit(attention="value_skipinit", depth=1, c_val_0_target=0.1).blocks
-    graphdef, state = nnx.split(blocks.attention)
-    attention = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))
-    x = jax.random.normal(jax.random.key(0), (2, 6, 16))
-    np.testing.assert_array_equal(attention(x), attention.value(x))
-    attention.beta[...] = jnp.float32(1.0)
-    assert not np.allclose(attention(x), attention.value(x))
-
-
 def test_constants_are_not_parameters():
     _, params, constants = tiny.split(tiny.vit())
     assert set(constants["blocks"]["attention"]) == {"row_scale", "attention_bias"}

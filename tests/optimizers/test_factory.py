@@ -8,8 +8,7 @@ from jax.sharding import AxisType
 from simplest_vit.errors import UserError
 from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers import paths
-from simplest_vit.optimizers.factory import create_optimizer, declared, optimizers
-from simplest_vit.optimizers.schedules import WarmupCosine
+from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer, declared, optimizers
 from simplest_vit.optimizers.shampoo import reference_shampoo
 from simplest_vit.training.run import build, reference_layout
 from tests.tiny import DIGITS, tiny_config

@@ -70,7 +70,7 @@ def test_a_tie_with_the_true_class_is_among_the_five():
 
 def test_files_hold_what_was_computed(result, tmp_path):
     names = [f"class {k}" for k in range(7)] + ["$none$"]
-    write_classification(Evaluation(3, 0.5, result.accuracy, result, tuple(names)), str(tmp_path / "new"))
+    write_classification(Evaluation(3, 0.5, result, tuple(names)), str(tmp_path / "new"))
     with (tmp_path / "new" / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == names
@@ -86,4 +86,4 @@ def test_files_hold_what_was_computed(result, tmp_path):
 def test_a_folder_that_cannot_be_written_is_named(result, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output=.*file cannot be written \(File exists\)"):
-        write_classification(Evaluation(3, 0.5, 0.5, result, tuple("abcdefgh")), str(tmp_path / "file"))
+        write_classification(Evaluation(3, 0.5, result, tuple("abcdefgh")), str(tmp_path / "file"))

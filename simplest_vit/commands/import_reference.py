@@ -1,6 +1,6 @@
-r"""Imports a checkpoint of the PyTorch reference as a run, to evaluate, predict with and train on.
+r"""Import a checkpoint of the PyTorch reference as a run, to evaluate, predict with and train on.
 
-    python -m simplest_vit.interop.import_reference --config configs/cifar10.py --workdir runs/reference \
+    simplest-vit import_reference --config configs/cifar10.py --workdir runs/reference \
         --config.model.attention=espa_reference --config.model.init=reference --checkpoint model1000.pth
 
 Sizes, heads and eta come from the config and must be those of the checkpoint. PyTorch is not needed.
@@ -15,8 +15,7 @@ import numpy as np
 from simplest_vit import cli
 from simplest_vit.data import input_pipeline
 from simplest_vit.errors import UserError
-from simplest_vit.interop.convert import from_reference
-from simplest_vit.interop.torch_file import Checkpoint
+from simplest_vit.interop import Checkpoint, from_reference
 from simplest_vit.training.checkpoint import Checkpoints, has_checkpoint
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import build
@@ -64,17 +63,13 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
 
 
 def main() -> None:
-    """Run as a program."""
+    """Run the command."""
     source = cli.define_path("checkpoint", None, "The .pth file of the PyTorch reference.")
 
     def program(arguments: list[str]) -> None:
         del arguments
         import_reference(cli.CONFIG.value, str(cli.WORKDIR.value), str(source.value))
-        print(f"{cli.WORKDIR.value}: imported; `main.py evaluate` reports its accuracy")
+        print(f"{cli.WORKDIR.value}: imported; `simplest-vit evaluate` reports its accuracy")
 
-    usage = "python -m simplest_vit.interop.import_reference --config FILE --workdir FOLDER --checkpoint FILE.pth"
+    usage = "simplest-vit import_reference --config FILE --workdir FOLDER --checkpoint FILE.pth"
     cli.run(program, usage, required=("config", "workdir", "checkpoint"))
-
-
-if __name__ == "__main__":
-    main()
