@@ -33,14 +33,6 @@ from simplest_vit import cli
 from simplest_vit.commands.sweep import Point, check_points, execute, find_devices, share_devices
 from simplest_vit.errors import TrainingError, UserError
 
-# Huge pages, kept by the allocator: a step touches its arrays for the first time, and half of its time were page
-# faults. Other C libraries ignore these; results are the same.
-_ENVIRONMENT = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-}
 Key = tuple[str, str, str]  # data, optimizer, row
 
 
@@ -154,7 +146,7 @@ def main() -> None:
         found = choices(table, root, fields, check.value)
         points = [tried for tries in found.values() for tried in tries]
         check_points(points)
-        environments = [_ENVIRONMENT | share for share in share_devices(*find_devices(), at_once.value)]
+        environments = share_devices(*find_devices(), at_once.value)
         failed = execute(points, environments)
         chosen = best_rates(found)
         if table.seeds:

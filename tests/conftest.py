@@ -5,8 +5,10 @@ import os
 import signal
 import tempfile
 
+from simplest_vit.commands import ENVIRONMENT
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # small matrices: NumPy's threads would only wait for each other
+os.environ.update(ENVIRONMENT | os.environ)  # so that commands need not start again to set it
 # Most of the time goes into compiling programs that run once: LLVM need not optimize them, and the emitters of before
 # compile them in half of the time, where they still are.
 os.environ["XLA_FLAGS"] = (

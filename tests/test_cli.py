@@ -7,6 +7,7 @@ import pytest
 
 import simplest_vit
 from simplest_vit import cli
+from simplest_vit.commands import ENVIRONMENT
 from simplest_vit.errors import TrainingError, UserError
 
 
@@ -113,3 +114,14 @@ def test_the_version_is_the_package_s():
     command = [sys.executable, "-m", "simplest_vit", "--version"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (0, f"simplest-vit {simplest_vit.__version__}\n")
+
+
+def test_commands_set_the_environment_of_a_process_unless_the_user_has():
+    program = "import os; from simplest_vit.commands import *; print(*map(os.getenv, ENVIRONMENT), flush=True); main()"
+    own = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT} | {"MALLOC_ARENA_MAX": "3"}
+    command = [sys.executable, "-c", program, "--version"]
+    lines = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    assert lines[0].split() == ["None", "None", "3", "None", "None"]
+    assert lines[1].split() == [*(ENVIRONMENT | {"MALLOC_ARENA_MAX": "3"}).values()]
+    assert lines[2].startswith("simplest-vit")
+    assert len(lines) == 3

@@ -22,14 +22,21 @@ COMMANDS = {
 USAGE = "simplest-vit COMMAND --flags"
 
 # Defaults that make commands fast on few CPU cores; a user's own setting takes precedence. LAPACK's threads would
-# compete with XLA's for the cores.
-_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
+# compete with XLA's for the cores. A step touches its arrays for the first time, and page faults took a quarter of it:
+# the C library (glibc, which reads these when a process starts) keeps its memory, in huge pages.
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+}
 
 
 def main() -> None:
     """Run the command named by the first word of the command line or by --mode; the default is train."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)  # before NumPy and SciPy are imported
+    if sys.platform == "linux" and not ENVIRONMENT.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], ENVIRONMENT | os.environ)
     arguments = sys.argv[1:]
     if arguments[:1] in (["help"], ["--help"], ["-h"]):
         commands = "\n".join(f"  {name:<18} {meaning}" for name, meaning in COMMANDS.items())
