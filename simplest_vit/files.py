@@ -1,10 +1,13 @@
 """Local paths, and atomic writing of files."""
 
 import contextlib
+import csv
+import io
 import json
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from simplest_vit.errors import UserError
@@ -38,6 +41,13 @@ def local_path(path: str | os.PathLike[str]) -> str:
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     """Write a JSON file; see `write_file`."""
     write_file(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_csv(path: pathlib.Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file in UTF-8, with what is not UTF-8 in a file's name as an escape; see `write_file`."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_file(path, text.getvalue().encode(errors="backslashreplace"))
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:

@@ -17,7 +17,7 @@ from simplest_vit.data.augment import normalize
 from simplest_vit.data.builders.image_folder import image_files
 from simplest_vit.data.decode import eval_image
 from simplest_vit.errors import UserError, one_line
-from simplest_vit.files import local_path
+from simplest_vit.files import local_path, write_csv
 from simplest_vit.training.evaluate import restore_best
 
 log = logging.getLogger("simplest_vit")
@@ -148,6 +148,39 @@ def predict(workdir: str, images: list[str], rollout_dir: str | None = None) -> 
     if unreadable:
         count = f"{len(unreadable)} of {len(files)} cannot be read"
         raise UserError(f"--images: {count}, the first of them {unreadable[0]}; repair or remove them")
+
+
+def saved_as_csv(predictions: Iterator[Prediction], path: str) -> Iterator[Prediction]:
+    """Pass predictions on, then write the most probable class of each: file, class, probability.
+
+    Args:
+      predictions: From `predict`.
+      path: The file, which is written as a whole after the last prediction, even if some images cannot be read.
+
+    Raises:
+      UserError: If the file cannot be written, or any that `predictions` raises.
+    """
+    file = pathlib.Path(path)
+    if file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--csv={path} cannot be written; expected a file in a folder of yours, such as predictions.csv"
+        )
+    rows: list[tuple[str, ...]] = []
+    problem = None
+    try:
+        for prediction in predictions:
+            best = prediction["top"][0]
+            rows.append((prediction["image"], best["class"], f"{best['probability']:.6f}"))
+            yield prediction
+    except UserError as error:
+        problem = error
+    try:
+        if rows:
+            write_csv(file, [("file", "class", "probability"), *rows])
+    except OSError as error:
+        raise UserError(f"--csv={path} cannot be written ({error.strerror}); choose another") from error
+    if problem:
+        raise problem
 
 
 def find_images(paths: list[str]) -> list[pathlib.Path]:

@@ -1,5 +1,6 @@
 """Predictions from image files against the model on the validation split, and the rollout against its definition."""
 
+import csv
 import errno
 import itertools
 import json
@@ -19,7 +20,7 @@ from simplest_vit import predict as predict_module
 from simplest_vit.analysis.rollout import attention_rollout, draw_rollout
 from simplest_vit.commands.import_reference import import_reference
 from simplest_vit.errors import UserError
-from simplest_vit.predict import as_text, find_images, predict
+from simplest_vit.predict import as_text, find_images, predict, saved_as_csv
 from simplest_vit.training.evaluate import restore_best
 from tests.tiny import tiny_config
 
@@ -60,6 +61,38 @@ def test_predictions_are_those_of_the_validation_split(run, tmp_path):
     assert len(list((tmp_path / "rollout").glob("*.png"))) == 8
     assert f"{predictions[0]['top'][0]['probability']:.1%}" in as_text(predictions[0])
     assert json.loads(json.dumps(predictions[0])) == predictions[0]
+
+
+def test_predictions_are_saved_as_csv_whatever_the_files_are_named(run, tmp_path):
+    folder, table = tmp_path / 'a, "b"', tmp_path / "predictions.csv"
+    folder.mkdir()
+    for i, name in enumerate(("0,1.png", 'say "2".png', "a\nb.png", os.fsdecode(b"caf\xe9.png"), "ü.png")):
+        shutil.copy(run.images / f"{i}.png", folder / name)
+    (folder / "bad.jpg").write_bytes(b"no image")
+    passed_on = []
+    with pytest.raises(UserError, match="1 of 6 cannot be read"):
+        passed_on.extend(saved_as_csv(predict(run.workdir, [str(folder)]), str(table)))
+    with table.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["file", "class", "probability"]
+    assert len(rows) == 5
+    for row, prediction in zip(
+        rows, predict(run.workdir, [str(p) for p in find_images([str(folder)]) if p.suffix == ".png"]), strict=True
+    ):
+        best = prediction["top"][0]
+        assert row[0] == prediction["image"].replace("\udce9", "\\udce9")
+        assert (row[1], float(row[2])) == (best["class"], pytest.approx(best["probability"], abs=1e-6))
+    assert {file.name for file in tmp_path.iterdir()} == {folder.name, table.name}
+    before = table.read_bytes()
+    for images, path in (
+        (tmp_path / "nothing", table),
+        (folder / "bad.jpg", table),
+        (run.images, folder),
+        (run.images, tmp_path / "x/y.csv"),
+    ):
+        with pytest.raises(UserError):
+            list(saved_as_csv(predict(run.workdir, [str(images)]), str(path)))
+    assert table.read_bytes() == before, "nothing new, nothing written"
 
 
 def test_rollout_is_the_product_of_the_attention_matrices(run):

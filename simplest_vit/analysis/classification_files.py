@@ -1,14 +1,13 @@
 """Files of an evaluation: accuracy by class and the confusion matrix, as CSV and as a picture."""
 
-import csv
 import pathlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from simplest_vit.analysis import figures
 from simplest_vit.errors import UserError
+from simplest_vit.files import write_csv
 from simplest_vit.training.classification import Classification
 from simplest_vit.training.evaluate import Evaluation
 
@@ -29,17 +28,12 @@ def write_classification(evaluation: Evaluation, folder: str) -> None:
     matrix = result.confusion.astype(int).tolist()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _write_csv(path / "classes.csv", [["class", "images", "accuracy"], *zip(names, images, accuracy, strict=True)])
+        write_csv(path / "classes.csv", [["class", "images", "accuracy"], *zip(names, images, accuracy, strict=True)])
         rows = [[name, *row] for name, row in zip(names, matrix, strict=True)]
-        _write_csv(path / "confusion.csv", [["class \\ predicted", *names], *rows])
+        write_csv(path / "confusion.csv", [["class \\ predicted", *names], *rows])
         _draw_confusion(result, names, path / "confusion")
     except OSError as error:
         raise UserError(f"--output={folder} cannot be written ({error.strerror}); choose another folder") from error
-
-
-def _write_csv(path: pathlib.Path, rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
 
 
 def _draw_confusion(result: Classification, class_names: Sequence[str], path: pathlib.Path) -> None:

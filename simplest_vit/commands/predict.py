@@ -1,6 +1,6 @@
 """Classify images with the best checkpoint of a run.
 
-simplest-vit predict --workdir runs/mine --images photo.jpg folder/
+simplest-vit predict --workdir runs/mine --images photo.jpg folder/ --csv predictions.csv
 """
 
 import json
@@ -15,13 +15,17 @@ def main() -> None:
     """Run the command."""
     images = cli.define_paths("images", "Image files and folders; more may follow the first.")
     as_json = flags.DEFINE_bool("json", False, "Print JSON lines instead of text.")
+    table = cli.define_path(
+        "csv", None, "CSV file for the most probable class of each image: file, class, probability."
+    )
     rollout = cli.define_path("attention_rollout", None, "Folder for a picture of the attention over each image.")
 
     def predict(arguments: list[str]) -> None:
         from simplest_vit import predict
 
         paths = [*images.value, *map(local_path, arguments)]
-        for prediction in predict.predict(str(cli.WORKDIR.value), paths, rollout.value):
+        predictions = predict.predict(str(cli.WORKDIR.value), paths, rollout.value)
+        for prediction in predict.saved_as_csv(predictions, table.value) if table.value else predictions:
             print(json.dumps(prediction) if as_json.value else predict.as_text(prediction), flush=True)
 
     usage = "simplest-vit predict --workdir FOLDER --images FILE..."
