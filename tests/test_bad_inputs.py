@@ -255,6 +255,10 @@ COMMANDS = [
     (INIT_FROM + "={old}/run", "holds another model: its config.model.name is 'simplest_vit', here 'isometric_vit'"),
     (INIT_FROM + "=3", "config.init_from"),
     ("main.py --workdir {old}/run --mode predict --images {old}/text.jpg", "text.jpg: not a complete image"),
+    (
+        "main.py --workdir {old}/run --mode predict --images {old}/text.jpg --csv={new}/no/a.csv",
+        "no/a.csv cannot be written; expected a",
+    ),
     ("main.py --workdir {old}/run --mode predict --images {old}/cut.jpg {old}/empty", "has no images"),
     (DIGITS + " --config.data.dir={old}/text.jpg", "text.jpg: cannot prepare digits there"),
     (DIGITS + " --config.data.dir={old}/tfrecord", "prepared as tfrecord, expected array_record"),

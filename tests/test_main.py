@@ -1,9 +1,13 @@
 """The command line, through real processes: few, for importing alone takes seconds."""
 
+import csv
 import json
 import pathlib
 import subprocess
 import sys
+
+import numpy as np
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
@@ -47,3 +51,28 @@ def test_train_then_evaluate(tmp_path):
     latest = json.loads(evaluated.stdout)["latest"]
     assert latest["validation_accuracy"] == results["validation_accuracy"]
     assert {path.name for path in (tmp_path / "report").iterdir()} > {"classes.csv", "confusion.csv", "confusion.png"}
+
+
+def test_a_folder_of_photos_from_training_to_a_table(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder, count in (("photos", 20), ("new", 5)):
+        for name, light in (("dark", 60), ("light", 180)):
+            (tmp_path / folder / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(light - 60, light + 60, (16, 16, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / folder / name / f"{i}.png")
+    data = [f"--config.data.manual_dir={tmp_path / 'photos'}", f"--config.data.dir={tmp_path / 'tfds'}"]
+    trained = main("train", "--config", "photos", "--workdir", tmp_path / "run", *TINY, *data)
+    assert trained.returncode == 0, trained.stderr
+    assert "of each class 80 % train and 20 % validate" in trained.stderr
+    predicted = main(
+        "predict", "--workdir", tmp_path / "run", "--images", tmp_path / "new", "--csv", tmp_path / "t.csv"
+    )
+    assert predicted.returncode == 0, predicted.stderr
+    with (tmp_path / "t.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    correct = sum(pathlib.Path(row["file"]).parent.name == row["class"] for row in rows)
+    evaluated = main("evaluate", "--workdir", tmp_path / "run", "--image_folder", tmp_path / "new")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)["best"]["validation_accuracy"] == correct / 10, "of all images of the folder"

@@ -8,6 +8,7 @@ The run's own config is used; give --config only if the data have moved.
 """
 
 import json
+import pathlib
 
 from absl import flags
 
@@ -33,6 +34,8 @@ def main() -> None:
         other_data = {"validation_split": split.value} if split.value else {}
         if image_folder.value:
             other_data |= {"name": "image_folder", "manual_dir": image_folder.value}
+            if not split.value and not (pathlib.Path(image_folder.value) / "train").is_dir():
+                other_data["validation_split"] = "train+validation"  # all of CLASS/*.jpg
         # JAX would handle SIGTERM so that all processes stop after the same step, but an evaluation has no steps.
         jax.config.update("jax_enable_preemption_service", False)
         with processes.connected(config):

@@ -151,7 +151,7 @@ def image_shape(data: Any) -> tuple[int, int, int]:
     return (data.image_size or height, data.image_size or width, channels)
 
 
-def load(data: Any) -> Dataset:
+def load(data: Any, *, only_validation: bool = False) -> Dataset:
     """Load a data set, and prepare it first if necessary.
 
     A split is put on the device if its images, as uint8 of the size used in training, fit in the budget, unless they
@@ -159,6 +159,7 @@ def load(data: Any) -> Dataset:
 
     Args:
       data: `config.data`.
+      only_validation: Load the validation split as the training split, too, for an evaluation that does not train.
 
     Raises:
       UserError: If the data set cannot be prepared or is damaged, or if the splits do not match.
@@ -166,10 +167,11 @@ def load(data: Any) -> Dataset:
     prepared = _prepare_once(data)
     label = prepared.label_feature(data.label)
     held_out = "validation" if "validation" in prepared.info.splits else "test"
-    train = prepared.split("data.train_split", data.train_split, label)
     validation = prepared.split("data.validation_split", data.validation_split or held_out, label)
+    train = validation if only_validation else prepared.split("data.train_split", data.train_split, label)
     class_names = tuple(prepared.info.features[label].names)
-    _check_splits(train, validation, prepared.classes(label), class_names)
+    if not only_validation:
+        _check_splits(train, validation, prepared.classes(label), class_names)
     shape = image_shape(data)
     info = DatasetInfo(
         name=data.name,
@@ -188,10 +190,12 @@ def load(data: Any) -> Dataset:
         fingerprint=prepared.fingerprint,
     )
     _LOG.info("%s in %s: %s", info.name, prepared.folder, info.description)
+    loaded = load_split(validation, info, data.device_budget_bytes)
+    stream = data.random_resized_crop
     return Dataset(
         **vars(info),
-        train=load_split(train, info, data.device_budget_bytes, stream=data.random_resized_crop),
-        validation=load_split(validation, info, data.device_budget_bytes),
+        train=loaded if only_validation else load_split(train, info, data.device_budget_bytes, stream=stream),
+        validation=loaded,
         num_workers=data.num_workers,
     )
 

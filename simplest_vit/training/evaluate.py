@@ -109,7 +109,7 @@ def evaluate(
     if other_data:
         with resolved.ignore_type():
             resolved.data.update(other_data, image_size=data.image_shape[0])
-    dataset = input_pipeline.load(resolved.data)
+    dataset = input_pipeline.load(resolved.data, only_validation=bool(other_data))
     if other_data:
         if dataset.image_shape != data.image_shape:
             raise UserError(
