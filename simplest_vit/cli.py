@@ -271,6 +271,8 @@ def _explain(error: BaseException, flag: str, arguments: list[str]) -> str:
         from simplest_vit.config import suggest
 
         return f"a --config.FIELD flag names {name!r}, which is no field; {suggest(name)}"
+    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith(f"{CONFIG.name}."):
+        return f"--{error.flagname} sets a field of a config, and --{CONFIG.name} is missing; give it as well"
     if isinstance(innermost, UserError):
         named = re.match(r"flag --([\w.]+)=", str(error))  # error of `_PathParser`
         return f"--{named[1]}={innermost}" if named else str(innermost)

@@ -173,6 +173,10 @@ PREVIEW = "simplest_vit preview --config configs/digits.py --config.data.dir={ol
 # (command, expected)
 COMMANDS = [
     ("main.py", "a command is missing; expected one of train, "),
+    (
+        "main.py --workdir {new}/run --config.steps=3",
+        "--config.steps sets a field of a config, and --config is",
+    ),
     ("main.py --workdir {new}/run", "holds no checkpoint; train there first with --config, or"),
     ("main.py --config configs/digits.py", "--workdir is missing; usage: "),
     ("main.py --config configs/digits.py --workdir=", "--workdir is missing; usage: "),

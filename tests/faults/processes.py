@@ -14,7 +14,7 @@ import numpy as np
 from simplest_vit.config import from_settings
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.run import build
-from simplest_vit.training.workdir import read_run
+from simplest_vit.training.workdir import read_metrics, read_run
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -83,6 +83,11 @@ class Run:
     def being_written(self):
         """Whether the process that was stopped last left a checkpoint half written."""
         return any(path.stat().st_ctime > self.started for path in (self.workdir / "checkpoints").glob("*tmp*"))
+
+    def metrics(self):
+        """The lines of `metrics.jsonl` without times."""
+        lines = read_metrics(self.workdir)
+        return [{tag: value for tag, value in line.items() if not tag.startswith("speed/")} for line in lines]
 
     def end(self):
         """The last state and what is said of it, without times and commit: equal for runs that went the same way."""

@@ -92,6 +92,7 @@ def check(folder, rng, kills, **options):
     phases = kill_until_finished(killed, rng, kills)
     print(f"{options['arguments']}: {sum(phases.values())} kills, {dict(phases)}")
     assert_same_end(killed, uninterrupted.end())
+    assert killed.metrics() == uninterrupted.metrics()
     return phases
 
 
