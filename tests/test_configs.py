@@ -19,6 +19,7 @@ IMAGES = {
     "cifar100": (32, 32, 3),
     "tiny_imagenet": (64, 64, 3),
     "imagenet": (224, 224, 3),
+    "photos": (64, 64, 3),
 }
 
 
@@ -34,7 +35,7 @@ def test_every_choice_of_every_config_describes_a_run(name):
         arguments = f"model={model},optimizer={optimizer}" + (f",augmentation={setup}" if setup else "")
         config = get_config(name, arguments)
         check(config)
-        assert config.data.name == name
+        assert config.data.name == ("image_folder" if name == "photos" else name)
         assert model_arguments(**config.model, image_shape=IMAGES[name])["depth"] == 12
         assert config.model.name == model
 
