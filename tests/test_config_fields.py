@@ -476,6 +476,17 @@ def test_dropout_draws_a_mask_for_each_step_that_is_not_augmentation_s(monkeypat
     assert len(losses) == 2
 
 
+@pytest.mark.parametrize(("size", "is_said"), [(66, True), (64, False)])
+def test_a_recipe_for_small_images_says_that_large_ones_are_slow(trained, caplog, size, is_said):
+    """As an image folder's 224 pixels are in patches of 4."""
+    caplog.set_level(logging.INFO, "simplest_vit")
+    trained(data__image_size=size, steps=1, eval_every="2 epochs", checkpoint_every=1)
+    assert caplog.text.count("exceeds the run") == 1
+    assert "config.eval_every=2 epochs exceeds the run: due only at its end, step 1" in caplog.text
+    said = "1089 tokens per image are slow: lower config.data.image_size, here 66, or raise config.model.patch_size=2"
+    assert (said in caplog.text) == ("tokens per image" in caplog.text) == is_said
+
+
 def test_the_results_are_those_of_the_last_evaluation_and_report(trained):
     outcome, scalars, _, _ = trained()
     for tag in ("accuracy/validation", "loss/validation", "loss/train", "accuracy/train"):

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +26,8 @@ from simplest_vit.training.metrics import Sums
 from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.state import ModelState, TrainState, abstract_state, create_state, state_initializer
 from simplest_vit.training.step import Batch, make_eval_step, make_train_step
+
+_MANY_TOKENS = 1024  # four times as many as of an image of 256 pixels in patches of 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,21 @@ class Run:
     def eval_step(self) -> Callable[[Any, Any, Batch], Sums]:
         """The jitted evaluation step: see `make_eval_step`."""
         return make_eval_step(self.graphdef, self.mesh)
+
+    def remarks(self, config: ConfigDict) -> Iterator[str]:
+        """Say in a line each what of the given config was adapted to the data, and what was hardly meant."""
+        if self.config.batch_size != config.batch_size:
+            size, used = self.data.train_size, self.config.batch_size
+            yield f"config.batch_size={config.batch_size} is more than the {size} training examples: {used} is used"
+        tokens = math.prod(token_grid(self.data.image_shape, config.model.patch_size))
+        if tokens > _MANY_TOKENS:
+            yield (
+                f"{tokens} tokens per image are slow: lower config.data.image_size, here {self.data.image_shape[0]}, "
+                f"or raise config.model.patch_size={config.model.patch_size}"
+            )
+        for name in ("eval_every", "checkpoint_every"):
+            if self.config[name] > self.total_steps:
+                yield f"config.{name}={config[name]} exceeds the run: due only at its end, step {self.total_steps}"
 
     @property
     def abstract_model(self) -> dict[str, Any]:

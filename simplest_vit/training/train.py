@@ -67,12 +67,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # 2. Data, model, optimizer and schedule; nothing is computed or written yet.
     dataset = input_pipeline.load(config.data)
     run = build(config, dataset.info, mesh)
-    if run.config.batch_size != config.batch_size:
-        log.info(
-            "config.batch_size=%d is more than the %d training examples: %d is used",
-            *(config.batch_size, dataset.train_size, run.config.batch_size),
-        )
-        check_batch_size(run.config.batch_size, config.accumulation_steps, mesh)
+    check_batch_size(run.config.batch_size, config.accumulation_steps, mesh)
+    for remark in run.remarks(config):
+        log.info(remark)
     initial_params = None
     if config.init_from and not distributed.broadcast_from_primary(lambda: has_checkpoint(path)):
         initial_params = load_initial_params(run, config.init_from)
@@ -95,11 +92,6 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             writer.write_hparams(flatten(config.to_dict()))
         log.info(memory_line(run.abstract))
         log.info("parameters\n%s", parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False))
-        for name in ("eval_every", "checkpoint_every"):
-            if run.config[name] > run.total_steps:
-                log.info(
-                    "config.%s=%s exceeds the run: due only at its end, step %d", name, config[name], run.total_steps
-                )
         meter = Meter(run.config.batch_size, config.max_skipped_steps, progress.pending_sums)
         earlier_wall_time_s, saved_step, saved_time = progress.wall_time_s, first_step, time.monotonic()
 
