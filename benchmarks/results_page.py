@@ -86,7 +86,7 @@ def controls(results: Results, page: str) -> str:
 def replaced(results: Results, page: str) -> str:
     """Compare networks with one thing replaced, after 500 steps of SOAP."""
     rows = []
-    tables = (TABLES[name] for name in ("ablation", "uniform", "time", "baseline"))
+    tables = (TABLES[name] for name in ("controls", "ablation", "uniform", "time", "baseline"))
     for row in dict.fromkeys(row for table in tables for row in table.rows):
         for hold_out in (True, False):
             cell = results.find(NETWORKS[row], steps=500, hold_out=hold_out)

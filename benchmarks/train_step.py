@@ -4,9 +4,9 @@ python -m benchmarks.train_step --config configs/cifar10.py --config.batch_size=
 python -m benchmarks.train_step --config configs/cifar10.py --against configs/cifar10.py:model=isometric_vit --notorch
 
 The batch is fake data on the device: forward, backward and optimizer are timed. Ours is the train step of `main.py`
-with every setting of the config. The peer (`tests/torch_reference.py`) is there for E-SPA +
-TAT and for SimpleViT, with the config's sizes, gradient clipping and weight decay, and always PyTorch's fused Adam: a
-config with another optimizer is compared with that.
+with every setting of the config. The peer (`tests/torch_reference.py`) is there for E-SPA + TAT, for the isometric
+network and for SimpleViT, with the config's sizes, gradient clipping and weight decay, and always PyTorch's fused Adam:
+a config with another optimizer is compared with that.
 """
 
 import os
@@ -84,12 +84,15 @@ def pytorch(run: Run, compiled: bool) -> Program:
     torch.set_float32_matmul_precision("high")  # on a GPU TF32, as JAX's default is
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     arguments = model_arguments(**options.model, image_shape=image.shape[1:])
+    is_isometric = options.model.name == "isometric_vit"
+    bias = run.create_state().constants["blocks"]["attention"]["attention_bias"] if is_isometric else None
     known = ("patch_size", "depth", "width", "num_heads", "mlp_dim", "gamma_max_depth", "c_val_0_target")
     model = torch_reference.ViT(
         options.model.name,
         image_shape=image.shape[1:],
         num_classes=label.shape[1],
         **{name: arguments[name] for name in known if name in arguments},
+        attention_bias=None if bias is None else torch.from_numpy(np.array(bias)),
     ).to(device)
     optimizer = torch.optim.Adam(
         model.parameters(), options.optimizer.learning_rate, weight_decay=options.weight_decay, fused=True
@@ -133,7 +136,7 @@ def _main(_: list[str]) -> None:
     programs = [ours(*item) for item in runs.items()]
     own = len(programs)
     network = name_of(configs["this"].model)
-    has_peer = network in ("E-SPA + TAT", "SimpleViT")
+    has_peer = network in ("E-SPA + TAT", "isometric", "SimpleViT")
     if _TORCH.value and not has_peer:
         print(f"without PyTorch, which has no {network}")
     for compiled in (False, True) if _TORCH.value and has_peer else ():

@@ -99,28 +99,22 @@ def torch_model(about, tensors):
     """The plain PyTorch model, with tensors by the paths of the JAX model."""
     settings, network = about["model"], about["network"]
     sizes = {name: settings[name] for name in ("patch_size", "depth", "width", "num_heads", "mlp_dim")}
-    shaping = {name: settings[name] for name in ("c_val_0_target", "gamma_max_depth") if name in settings}
+    options = {name: settings[name] for name in ("c_val_0_target", "gamma_max_depth") if name in settings}
+    if network == "isometric_vit":
+        options = {"attention_bias": tensors["blocks/attention/attention_bias"]}
+    elif network == "shift_mlp":  # frozen: its queries and keys, which it lacks, are zero
+        share, tokens = settings["uniform_fraction"], 6
+        source = nn.functional.one_hot(tensors["blocks/attention/source"].long(), tokens)
+        options = {"attention_bias": ((1 - share) * source + share / tokens).log()}
     peer = torch_reference.ViT(
-        "simple_vit" if network == "simple_vit" else "simplest_vit",
+        "isometric_vit" if network == "shift_mlp" else network,
         image_shape=about["image_shape"],
         num_classes=len(about["class_names"]),
         **sizes,
-        **shaping,
+        **options,
     )
     if network == "simplest_vit":
         assert settings["negative_slope"] == pytest.approx(peer.blocks[0].mlp.slope)
-    if network in ("isometric_vit", "shift_mlp"):
-        width, tokens = settings["width"], 6
-        if network == "isometric_vit":
-            biases = tensors["blocks/attention/attention_bias"]
-        else:
-            share = settings["uniform_fraction"]
-            source = tensors["blocks/attention/source"].long()
-            biases = ((1 - share) * nn.functional.one_hot(source, tokens) + share / tokens).log()
-        for block, bias in zip(peer.blocks, biases, strict=True):
-            block.attention = torch_reference.ShapedAttention(width, settings["num_heads"], torch.ones(tokens), bias)
-            block.mlp = torch_reference.MLP(width, settings["mlp_dim"])
-            block.mlp.norm = nn.Identity()
 
     def find(module, kind, layer):
         """A tensor of a layer; queries and keys that the network lacks are zero, which leaves the constants."""

@@ -1,4 +1,4 @@
-"""Both models in plain PyTorch: the independent peer of the parity tests and of `benchmarks/train_step.py`.
+"""The models in plain PyTorch: the independent peer of the parity tests and of `benchmarks/train_step.py`.
 
 Written from the papers' formulas, not from the JAX code: patches by a strided convolution, one fused q-k-v product,
 PyTorch's own attention, activation and loss, matrix square roots by Schur decomposition, the slope by bisection.
@@ -76,7 +76,7 @@ def attend(qkv: torch.Tensor, num_heads: int, bias: torch.Tensor | None = None) 
 
 
 class ShapedAttention(nn.Module):
-    def __init__(self, width: int, num_heads: int, row_scale: torch.Tensor, attention_bias: torch.Tensor):
+    def __init__(self, width: int, num_heads: int, row_scale: torch.Tensor | None, attention_bias: torch.Tensor):
         super().__init__()
         self.qkv = nn.Linear(width, 3 * width)
         nn.init.zeros_(self.qkv.weight[:width].detach())
@@ -87,7 +87,8 @@ class ShapedAttention(nn.Module):
         self.register_buffer("attention_bias", attention_bias)
 
     def forward(self, x):
-        return self.row_scale[:, None] * attend(self.qkv(x), self.num_heads, self.attention_bias)
+        x = attend(self.qkv(x), self.num_heads, self.attention_bias)
+        return x if self.row_scale is None else self.row_scale[:, None] * x
 
 
 class TailoredMLP(nn.Module):
@@ -103,7 +104,7 @@ class TailoredMLP(nn.Module):
 
 
 class VanillaBlock(nn.Module):
-    def __init__(self, attention: ShapedAttention, mlp: TailoredMLP):
+    def __init__(self, attention: ShapedAttention, mlp: nn.Module):
         super().__init__()
         self.attention, self.mlp = attention, mlp
 
@@ -124,14 +125,26 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, mlp_dim: int):
+    def __init__(self, width: int, mlp_dim: int, norm: bool = True):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
         self.dense1 = nn.Linear(width, mlp_dim)
         self.dense2 = nn.Linear(mlp_dim, width)
 
     def forward(self, x):
         return self.dense2(F.gelu(self.dense1(self.norm(x))))
+
+
+def looks_linear_(mlp: MLP) -> MLP:
+    """The identity for any activation with phi(z) - phi(-z) = z; biases 0."""
+    fan_out, fan_in = mlp.dense1.weight.shape
+    half = nn.init.orthogonal_(torch.empty(fan_out // 2, fan_in))
+    with torch.no_grad():
+        mlp.dense1.weight.copy_(torch.cat([half, -half]))
+        mlp.dense2.weight.copy_(torch.cat([half, -half]).T)
+    nn.init.zeros_(mlp.dense1.bias)
+    nn.init.zeros_(mlp.dense2.bias)
+    return mlp
 
 
 class SkipBlock(nn.Module):
@@ -145,7 +158,10 @@ class SkipBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """`name` is simplest_vit or simple_vit; images [B, C, H, W] to logits."""
+    """`name` is simplest_vit, isometric_vit (by the `attention_bias` [L, H, T, T] given) or simple_vit.
+
+    Maps images [B, C, H, W] to logits.
+    """
 
     def __init__(
         self,
@@ -161,6 +177,7 @@ class ViT(nn.Module):
         gamma_max_depth: float = 0.005,
         c_val_0_target: float = 0.9,
         divide_columns: bool = False,
+        attention_bias: torch.Tensor | None = None,
     ):
         super().__init__()
         height, width_pixels, channels = image_shape
@@ -184,6 +201,18 @@ class ViT(nn.Module):
             )
             self.norm = nn.Identity()
             scaled_orthogonal_(self.head)
+        elif name == "isometric_vit":
+            self.blocks = nn.Sequential(
+                *(
+                    VanillaBlock(
+                        ShapedAttention(width, num_heads, None, bias), looks_linear_(MLP(width, mlp_dim, norm=False))
+                    )
+                    for bias in attention_bias
+                )
+            )
+            for block in self.blocks:
+                nn.init.orthogonal_(block.attention.qkv.weight[2 * width :].detach())
+            self.norm = nn.Identity()
         else:
             self.blocks = nn.Sequential(*(SkipBlock(width, num_heads, mlp_dim) for _ in range(depth)))
             self.norm = nn.LayerNorm(width)

@@ -62,7 +62,7 @@ def test_recorded(name):
     assert_close({"logits": logits, "loss": value} | actual, {k: recorded[k] for k in ("logits", "loss")} | gradients)
 
 
-@pytest.mark.parametrize("name", ["simplest_vit", "simple_vit"])
+@pytest.mark.parametrize("name", ["simplest_vit", "isometric_vit", "simple_vit"])
 @pytest.mark.parametrize("sizes", [{}, {"depth": 12, "width": 48, "num_heads": 3, "mlp_dim": 96, "patch_size": 2}])
 def test_live(name, sizes):
     if not os.environ.get("SIMPLEST_VIT_REQUIRE_TORCH"):
@@ -73,13 +73,16 @@ def test_live(name, sizes):
 
     torch.manual_seed(0)
     sizes = {field: value for field, value in {**tiny.SIZES, **sizes}.items() if field not in SHAPING}
-    peer = torch_reference.ViT(name, **sizes, **(SHAPING if name == "simplest_vit" else {}))
+    model = create(name, **sizes)
+    bias = torch.tensor(np.asarray(model.blocks.attention.attention_bias[...])) if name == "isometric_vit" else None
+    options = {"simplest_vit": SHAPING, "isometric_vit": {"attention_bias": bias}, "simple_vit": {}}[name]
+    peer = torch_reference.ViT(name, **sizes, **options)
     torch_reference.perturb_(peer)
     image = torch.randn(4, *sizes["image_shape"]).numpy()
     targets = torch.softmax(torch.randn(4, sizes["num_classes"]), dim=1).numpy()
     expected_logits, expected_loss, expected = torch_reference.loss_and_gradients(peer, image, targets, LABEL_SMOOTHING)
     params = torch_reference.to_flax(peer, dict(peer.named_parameters()))
-    logits, value, gradients = loss_and_gradients(create(name, **sizes), params, image, targets)
+    logits, value, gradients = loss_and_gradients(model, params, image, targets)
     assert all(np.abs(array).max() > 0 for array in gradients.values())
     assert_close(
         {"logits": logits, "loss": value} | gradients,
