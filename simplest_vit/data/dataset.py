@@ -101,23 +101,17 @@ class DatasetInfo:
 
         shape: Any = values.get("image_shape")
         channels = shape[2] if list_of(size, 3)(shape) and math.prod(shape) < 2**31 else 0
-        expected = {
-            "class_names": (list_of(text), "a list of texts"),
-            "image_shape": (lambda _: channels, "[H, W, C]"),
-            "mean": (list_of(number, channels), "a number a channel"),
-            "std": (list_of(lambda v: number(v) and v > 0, channels), "a positive number a channel"),
-            **dict.fromkeys(("train_size", "validation_size", "eval_resize"), (size, "a positive integer")),
+        allows = dict.fromkeys((field.name for field in dataclasses.fields(cls)), text) | {
+            "class_names": list_of(text),
+            "image_shape": lambda _: channels,
+            "mean": list_of(number, channels),
+            "std": list_of(lambda v: number(v) and v > 0, channels),
+            **dict.fromkeys(("train_size", "validation_size", "eval_resize"), size),
         }
-        for name in sorted({field.name for field in dataclasses.fields(cls)} ^ values.keys()):
-            problem = "unknown" if name in values else "missing"
-            raise UserError(f"{path}: {name}: {problem}; restore the file, or choose another --workdir")
-        for name, value in values.items():
-            allows, what = expected.get(name, (text, "a text"))
-            if not allows(value):
-                found = f"{value!r}"[:100]
-                raise UserError(
-                    f"{path}: {name}: {found}, expected {what}; restore the file, or choose another --workdir"
-                )
+        for name in sorted(allows.keys() | values.keys()):
+            found = f"{values[name]!r}"[:100] if name in values else "missing"
+            if found == "missing" or name not in allows or not allows[name](values[name]):
+                raise UserError(f"{path}: {name} is not valid ({found}); restore the file, or choose another --workdir")
         own: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**own)
 
