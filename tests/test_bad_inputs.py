@@ -184,7 +184,7 @@ COMMANDS = [
     ("main.py --config {old} --workdir {new}/run", "Is a directory"),
     (
         "main.py --config cifar11:model=simple_vit --workdir {new}/run",
-        "--config=cifar11: there is no such recipe; expected cifar10, cifar100, digits, imagenet, tiny_imagenet, or",
+        "--config=cifar11: there is no such recipe; expected cifar10, cifar100, digits, imagenet, ",
     ),
     ("main.py --config configs/digits.py:model=resnet --workdir {new}/run", "config argument model=resnet is unknown"),
     ("main.py --config configs/digits.py:optimiser=adam --workdir {new}/run", "'optimiser=adam' is unknown; expected"),

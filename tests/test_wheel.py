@@ -128,7 +128,9 @@ def test_it_trains_evaluates_predicts_and_reports_quick(wheel, tmp_path):
     evaluated = json.loads(output(bin / "simplest-vit", "evaluate", *options, cwd=tmp_path))
     assert evaluated["latest"]["validation_accuracy"] == trained["validation_accuracy"]
     Image.new("L", (8, 8), 128).save(tmp_path / "image.png")
-    assert "image.png  " in output(bin / "simplest-vit", "predict", *options, "--images", "image.png", cwd=tmp_path)
+    assert "image.png  " in output(
+        bin / "simplest-vit", "predict", "--workdir", "run", "--images", "image.png", cwd=tmp_path
+    )
     assert "| simple_vit, adam | - |" in output(bin / "simplest-vit", "report", "run", cwd=tmp_path)
     place = output(bin / "python", "-c", "import simplest_vit; print(simplest_vit.__file__)", cwd=tmp_path)
     assert place.startswith(str(tmp_path))
