@@ -14,7 +14,7 @@ from flax import nnx
 
 from simplest_vit import preemption
 from simplest_vit.data.augment import normalize
-from simplest_vit.data.builders.image_folder import image_files
+from simplest_vit.data.builders.image_folder import image_files, name_others
 from simplest_vit.data.decode import eval_image
 from simplest_vit.errors import UserError, one_line
 from simplest_vit.files import local_path, write_csv
@@ -186,6 +186,8 @@ def saved_as_csv(predictions: Iterator[Prediction], path: str) -> Iterator[Predi
 def find_images(paths: list[str]) -> list[pathlib.Path]:
     """List the files among `paths`, and the images in the folders among them in sorted order.
 
+    Prints how many other files are in the folders.
+
     Raises:
       UserError: If there are none, or a path does not exist.
     """
@@ -198,6 +200,8 @@ def find_images(paths: list[str]) -> list[pathlib.Path]:
             raise UserError(f"--images: {name} cannot be read ({error.strerror}); give another") from error
         if not exists:
             raise UserError(f"--images: {name} does not exist; give image files or folders with images")
+        if path.is_dir():
+            name_others(path, set(map(str, found)))
         if not found:
             raise UserError(f"--images: {name} has no images; expected files such as .jpg or .png")
         files += found

@@ -80,7 +80,7 @@ def _read(folder: Path) -> Content:
     description = "" if (folder / "train").is_dir() else _RULE
     if description:
         print(f"{folder}: {description}", file=sys.stderr, flush=True)
-    _name_others(folder, {file.path for found in files.values() for file in found})
+    name_others(folder, {file.path for found in files.values() for file in found})
     features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "image/filename": tfds.features.Text(),
@@ -94,8 +94,8 @@ def _read(folder: Path) -> Content:
     return Content(features, group({split: list(map(example, found)) for split, found in files.items()}), description)
 
 
-def _name_others(folder: Path, taken: set[str]) -> None:
-    """Print how many files are skipped, and why: by suffix, or because no split has their folder as a class."""
+def name_others(folder: Path, taken: set[str]) -> None:
+    """Print how many files of a folder are not among those `taken`, by suffix; images are in no class folder."""
     kinds = [
         "images in no class folder" if _suffix(path) in SUFFIXES else _suffix(path) or "without a suffix"
         for path in set(_walk(folder)) - taken
