@@ -8,11 +8,11 @@ state, become inert; functions of the standard library are refused.
 """
 
 import math
-import pathlib
+import os
 import pickle
 import sys
 import zipfile
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -147,15 +147,15 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
 class Checkpoint:
     """A `.pth` file opened for reading: names and shapes immediately, the numbers of a tensor on request."""
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | os.PathLike[str] | IO[bytes]):
         """Read the names.
 
         Raises:
           UserError: If the file is missing, no checkpoint, holds code, or has no `model_state_dict`.
         """
-        self.path = pathlib.Path(path)
+        self.path = path
         try:
-            self._archive = zipfile.ZipFile(self.path)
+            self._archive = zipfile.ZipFile(path)
             pickles = [name for name in self._archive.namelist() if name.endswith("/data.pkl")]
         except OSError as error:
             raise self._error(f"cannot be read ({error.strerror})") from error

@@ -46,14 +46,7 @@ class Point:
 
 
 def parse_grid(axes: list[str], config: Any) -> dict[str, list[str]]:
-    """Parse `config.FIELD=VALUE,VALUE,...` texts.
-
-    Args:
-      axes: The texts.
-      config: The config whose fields they name.
-
-    Returns:
-      Values by field, without `config.`.
+    """Parse texts `config.FIELD=VALUE,VALUE,...` that name fields of a config: values by field, without `config.`.
 
     Raises:
       UserError: If a text is not of this form, the config has no such field, or something is there twice.
@@ -76,17 +69,9 @@ def parse_grid(axes: list[str], config: Any) -> dict[str, list[str]]:
 
 
 def plan(grid: dict[str, list[str]], seeds: int, first_seed: int, workdir: str, arguments: list[str]) -> list[Point]:
-    """Lay out all runs.
+    """Lay out all runs below `workdir`, in the order of the grid.
 
-    Args:
-      grid: Values by field.
-      seeds: Runs of each point.
-      first_seed: Seed of the first run; the others count up from it.
-      workdir: Folder of the sweep.
-      arguments: `--config` and overrides.
-
-    Returns:
-      The points, in the order of the grid.
+    The seeds of a point's runs count up from `first_seed`; `arguments` are `--config` and overrides.
     """
     points = []
     for combination in itertools.product(*grid.values()):
@@ -164,16 +149,10 @@ def share_devices(platform: str, devices: list[int], at_once: int | None) -> lis
 
 
 def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
-    """Run all points, several at a time. On a signal, the active runs save their step.
+    """Run all points, one at a time in each of the environments; return the number of runs that failed.
 
-    A run that has already finished ends immediately, or fails if its folder holds the run of another config.
-
-    Args:
-      points: The runs.
-      environments: Environment variables of each simultaneous run.
-
-    Returns:
-      The number of runs that failed; the sweep continues after them.
+    The sweep continues after a failure. On a signal, the active runs save their step. A run that has already finished
+    ends immediately, or fails if its folder holds the run of another config.
 
     Raises:
       Interrupted: If a signal came.

@@ -11,9 +11,9 @@ The first two take images [B, H, W, C] for any B, and normalize them by the mean
 """
 
 import importlib.util
+import io
 import json
 import pathlib
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -196,11 +196,11 @@ def _pth(run: Run, state: ModelState, metadata: Metadata) -> tuple[bytes, Classi
 
     arrays = to_reference(run.config.model, state)
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-        torch.save({"step": int(state.step), "model_state_dict": tensors}, file.name)
-        loaded = from_reference(run.config.model, run.abstract.model_state, Checkpoint(file.name), run.data.image_shape)
-        content = pathlib.Path(file.name).read_bytes()
-    return content, jax.jit(_classifier(nnx.merge(run.graphdef, *jax.tree.map(jnp.asarray, loaded)), run.data))
+    file = io.BytesIO()
+    torch.save({"step": int(state.step), "model_state_dict": tensors}, file)
+    loaded = from_reference(run.config.model, run.abstract.model_state, Checkpoint(file), run.data.image_shape)
+    model = nnx.merge(run.graphdef, *jax.tree.map(jnp.asarray, loaded))
+    return file.getvalue(), jax.jit(_classifier(model, run.data))
 
 
 _Serialize = Callable[[Run, ModelState, Metadata], tuple[bytes, Classifier]]

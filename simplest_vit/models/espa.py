@@ -22,8 +22,6 @@ import functools
 
 import numpy as np
 
-FORMS = ("espa", "espa_causal", "espa_2d", "uspa", "espa_reference")
-
 # Entries of A_l are positive in exact arithmetic but fall below float64 rounding, which can make them negative. A floor
 # of 1e-12 moves a row of 256 tokens by less than 3e-10.
 FLOOR = 1e-12
@@ -61,7 +59,7 @@ def kernel_matrices(grid: tuple[int, int], depth: int, at_max_depth: float = 0.0
       grid: Rows and columns of tokens; T = rows * columns, in raster order.
       depth: Number of blocks L.
       at_max_depth: gamma_L, or rho_L for `uspa`.
-      form: One of `FORMS`.
+      form: As above.
 
     Returns:
       float64 [L + 1, T, T], Sigma_0 = I.
@@ -96,12 +94,7 @@ def attention_matrices(
 
     Returns:
       float64 [L, T, T].
-
-    Raises:
-      ValueError: If `form` is unknown.
     """
-    if form not in FORMS:
-        raise ValueError(f"attention form {form!r} is unknown; expected one of {', '.join(FORMS)}")
     if form == "espa_2d":  # (R^1/2 (x) C^1/2)(R'^-1/2 (x) C'^-1/2) = A_row (x) A_column
         row, column = (attention_matrices((1, n), depth, at_max_depth) for n in grid)
         return np.stack([np.kron(a, b) for a, b in zip(row, column, strict=True)])
@@ -119,7 +112,7 @@ def attention_matrices(
 def shaped_attention(
     grid: tuple[int, int], depth: int, at_max_depth: float = 0.005, form: str = "espa"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute d_l and B_l with d_l * softmax(B_l) = A_l; arguments and errors as in `attention_matrices`.
+    """Compute d_l and B_l with d_l * softmax(B_l) = A_l; arguments as in `attention_matrices`.
 
     Returns:
       `row_scale` d_l = row sums of A_l, float64 [L, T], and `attention_bias` B_l = log A_l, float64 [L, T, T]: entries

@@ -36,13 +36,8 @@ def head_offsets(num_heads: int, grid: tuple[int, int], depth: int, identity_hea
 
     Returns:
       int [L, H, 2], offsets in rows and columns; the moving heads of a block have different offsets.
-
-    Raises:
-      ValueError: If there are more heads than tokens.
     """
     num_tokens = grid[0] * grid[1]
-    if num_heads > num_tokens:
-        raise ValueError(f"num_heads={num_heads} must be at most the number of tokens, {grid[0]} x {grid[1]}")
     result = np.zeros((depth, num_heads, 2), int)
     per_block = min((1.0 - identity_head_fraction) * num_heads, num_tokens - 1)
     moving = np.diff(np.floor(per_block * np.arange(depth + 1) + 1e-6)).astype(int)
