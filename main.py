@@ -1,6 +1,6 @@
 """The command line of the project, which is also `simplest-vit` and `python -m simplest_vit`.
 
-python main.py --config configs/digits.py --workdir runs/digits [--mode evaluate|predict|...]
+python main.py --config configs/digits.py --workdir runs/digits
 python main.py COMMAND --flags
 """
 

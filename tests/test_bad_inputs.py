@@ -167,7 +167,8 @@ INIT_FROM = DIGITS + " --config.data.dir={old}/data --config.init_from"
 OLD = "main.py --config {old}/tiny.py --workdir {old}"
 CIFAR = "main.py --config configs/cifar10.py --workdir {new}/run --config.data.dir={new}/data"
 PREPARE = "simplest_vit prepare"
-PREDICT = "main.py --mode predict --workdir {new}/run"
+PREDICT = "main.py predict --workdir {new}/run"
+EVALUATE = "main.py evaluate"
 PREVIEW = "simplest_vit preview --config configs/digits.py --config.data.dir={old}/data"
 
 # (command, expected)
@@ -189,7 +190,7 @@ COMMANDS = [
     ("main.py --config configs/digits.py:model=resnet --workdir {new}/run", "config argument model=resnet is unknown"),
     ("main.py --config configs/digits.py:optimiser=adam --workdir {new}/run", "'optimiser=adam' is unknown; expected"),
     ("main.py --config configs/digits.py:adam --workdir {new}/run", "config argument 'adam' is unknown"),
-    (DIGITS + " --mode fly", "command 'fly' is unknown; expected one of train, "),
+    ("main.py fly", "command 'fly' is unknown; expected one of train, "),
     (DIGITS + " --mod fly --wrkdir", "Unknown command line flag"),
     (DIGITS + " more", "unexpected argument 'more'"),
     (DIGITS + " --config.epoch=3", "names 'epoch', which is no field"),
@@ -210,23 +211,26 @@ COMMANDS = [
     ("main.py export --workdir {new}/run --output {new}/x --format=stablehlo", "holds no checkpoint; train there"),
     (PREDICT + " --images {old}/empty", "has no images"),
     (PREDICT + " --images {old}/text.jpg", "holds no checkpoint; train there first"),
-    ("main.py --workdir {old}/run --mode predict --images {old}/cut.jpg", "cut.jpg: not a complete image"),
+    ("main.py predict --workdir {old}/run --images {old}/cut.jpg", "cut.jpg: not a complete image"),
     (OLD + "/old_version", "was made by version 0.1 of this project, this is 0."),
-    ("main.py --workdir {old}/damaged_dataset --mode predict --images {old}/cut.jpg", "dataset.json"),
-    ("main.py --workdir {old}/lost_dataset --mode predict --images {old}/cut.jpg", "dataset.json cannot be read"),
+    ("main.py predict --workdir {old}/damaged_dataset --images {old}/cut.jpg", "dataset.json"),
+    ("main.py predict --workdir {old}/lost_dataset --images {old}/cut.jpg", "dataset.json cannot be read"),
     (
         DIGITS + " --config.data.image_size=-5",
         "config.data.image_size=-5 must be",
     ),
     (PREDICT + " --process_id=0", "Unknown command line flag 'process_id'"),
-    (DIGITS + " --mode evaluate --json", "Unknown command line flag 'json'"),
+    (EVALUATE + " --config configs/digits.py --workdir {new}/run --json", "Unknown command line flag 'json'"),
     (DIGITS + " --images a.jpg", "Unknown command line flag 'images'"),
     (DIGITS + " --coordinator_address=localhost:99999 --num_processes=2 --process_id=1", "must be HOST:PORT"),
     (
         DIGITS + " --coordinator_address=localhost:1 --num_processes=2 --process_id=1 --config.log_every=0",
         "config.log_every=0 must be",
     ),
-    (DIGITS + " --mode evaluate --config.data.dir={old}/data", "holds no checkpoint; train there first"),
+    (
+        EVALUATE + " --config configs/digits.py --workdir {new}/run --config.data.dir={old}/data",
+        "holds no checkpoint; train there first",
+    ),
     (
         DIGITS + " --config.batch_size=2048 --config.accumulation_steps=2048 --config.data.dir={old}/data",
         "more than the 1437 training examples",
@@ -251,19 +255,19 @@ COMMANDS = [
     ("main.py --config configs/digits.py --workdir {old}/list", "config.json cannot be read"),
     (OLD + "/run --config.seed=4", "holds another run: its config.seed is 3407, now 4"),
     (OLD + "/damaged_results", "results.json cannot be read"),
-    (OLD + "/damaged_checkpoint --mode evaluate", "checkpoint"),
-    (OLD + "/lost_checkpoint --mode evaluate", "checkpoint"),
+    (EVALUATE + " --workdir {old}/damaged_checkpoint", "checkpoint"),
+    (EVALUATE + " --workdir {old}/lost_checkpoint", "checkpoint"),
     (INIT_FROM + "={old}/empty", "/empty holds no checkpoint; train there first with --config, or"),
     (INIT_FROM + "={old}/torn", "the file is damaged"),
     (INIT_FROM + "={old}/lost_dataset", "dataset.json cannot be read"),
     (INIT_FROM + "={old}/run", "holds another model: its config.model.name is 'simplest_vit', here 'isometric_vit'"),
     (INIT_FROM + "=3", "config.init_from"),
-    ("main.py --workdir {old}/run --mode predict --images {old}/text.jpg", "text.jpg: not a complete image"),
+    ("main.py predict --workdir {old}/run --images {old}/text.jpg", "text.jpg: not a complete image"),
     (
-        "main.py --workdir {old}/run --mode predict --images {old}/text.jpg --csv={new}/no/a.csv",
+        "main.py predict --workdir {old}/run --images {old}/text.jpg --csv={new}/no/a.csv",
         "no/a.csv cannot be written; expected a",
     ),
-    ("main.py --workdir {old}/run --mode predict --images {old}/cut.jpg {old}/empty", "has no images"),
+    ("main.py predict --workdir {old}/run --images {old}/cut.jpg {old}/empty", "has no images"),
     (DIGITS + " --config.data.dir={old}/text.jpg", "text.jpg: cannot prepare digits there"),
     (DIGITS + " --config.data.dir={old}/tfrecord", "prepared as tfrecord, expected array_record"),
     (DIGITS + " --config.data.dir={old}/torn_data", "torn_data"),

@@ -46,7 +46,7 @@ def test_train_then_evaluate(tmp_path):
     assert "resuming at step 4 of 4" in resumed.stderr
     again = json.loads(resumed.stdout)
     assert again["validation_accuracy"] == results["validation_accuracy"]
-    evaluated = main("--workdir", tmp_path / "run", "--mode", "evaluate", "--output", str(tmp_path / "report"))
+    evaluated = main("evaluate", "--workdir", tmp_path / "run", "--output", str(tmp_path / "report"))
     assert evaluated.returncode == 0, evaluated.stderr
     latest = json.loads(evaluated.stdout)["latest"]
     assert latest["validation_accuracy"] == results["validation_accuracy"]

@@ -34,7 +34,7 @@ ENVIRONMENT = {
 
 
 def main() -> None:
-    """Run the command named by the first word of the command line or by --mode; the default is train."""
+    """Run the command named by the first word of the command line; without one, train."""
     if sys.platform == "linux" and not ENVIRONMENT.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], ENVIRONMENT | os.environ)
     arguments = sys.argv[1:]
@@ -45,25 +45,15 @@ def main() -> None:
     if arguments[:1] == ["--version"]:
         print(f"simplest-vit {__version__}")
         return
-    name, arguments = _split(arguments)
+    if arguments and arguments[0].startswith("-"):
+        arguments = ["train", *arguments]
+    name = "".join(arguments[:1])
     if name not in COMMANDS:
         problem = f"command {name!r} is unknown" if name else "a command is missing"
         sys.exit(print_error(UserError(f"{problem}; expected one of {', '.join(COMMANDS)}; usage: {USAGE}")))
-    sys.argv[:] = [f"simplest-vit {name}", *arguments]
+    sys.argv[:] = [f"simplest-vit {name}", *arguments[1:]]
     try:
         command = importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
         sys.exit(print_error(not_installed(error)))
     command.main()
-
-
-def _split(arguments: list[str]) -> tuple[str, list[str]]:
-    """Split a command line into the name of the command and its arguments."""
-    if not arguments or not arguments[0].startswith("-"):
-        return "".join(arguments[:1]), arguments[1:]
-    for index, word in enumerate(arguments):
-        flag, equals, value = word.partition("=")
-        if flag in ("--mode", "-mode"):
-            after = index + 1 if equals else index + 2
-            return value or "".join(arguments[index + 1 : after]), arguments[:index] + arguments[after:]
-    return "train", arguments

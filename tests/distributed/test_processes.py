@@ -40,7 +40,16 @@ pytestmark = pytest.mark.slow
 
 
 def start(
-    workdir, arguments, processes, devices, optimizer="adam", slurm=False, launchers=((), ()), own=((), ()), only=None
+    workdir,
+    arguments,
+    processes,
+    devices,
+    optimizer="adam",
+    slurm=False,
+    launchers=((), ()),
+    own=((), ()),
+    only=None,
+    command="train",
 ):
     """Start all processes of a run, which write to `workdir`.N.err and .out; they find each other by flags or SLURM.
 
@@ -54,8 +63,8 @@ def start(
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    command = [sys.executable, "main.py", "--config", f"configs/digits.py:optimizer={optimizer}", "--workdir", workdir]
-    command += [f"--config.data.dir={workdir.parent / 'tfds'}", *arguments]
+    command = [sys.executable, "main.py", command, "--config", f"configs/digits.py:optimizer={optimizer}"]
+    command += ["--workdir", workdir, f"--config.data.dir={workdir.parent / 'tfds'}", *arguments]
     running = []
     for index in only or range(processes):
         several = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"]
@@ -144,12 +153,12 @@ def test_two_processes_under_slurm_train_as_one_quick(tmp_path):
 def test_two_processes_evaluate(tmp_path):
     two = tmp_path / "two"
     results = train(two, SHORT, 2, 2)
-    finish(two, start(two, [*SHORT, "--mode=evaluate"], 2, 2))
+    finish(two, start(two, SHORT, 2, 2, command="evaluate"))
     evaluated = text(two, 0, "out")
     assert json.loads(evaluated[evaluated.index("{") :])["latest"]["validation_loss"] == results["validation_loss"]
     assert "validation_loss" not in text(two, 1, "out")
 
-    running = start(two, [*SHORT, "--mode=evaluate"], 2, 2)
+    running = start(two, SHORT, 2, 2, command="evaluate")
     try:
         wait_for(two, "validation: 360 images")
         running[0].send_signal(signal.SIGTERM)  # which JAX would take, to stop both after a step that never comes
