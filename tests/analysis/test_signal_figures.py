@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from simplest_vit.analysis import figures, signal_figure
+from simplest_vit.analysis import figures, propagation, signal_figure
 from simplest_vit.commands import signal_propagation
 from simplest_vit.commands.import_reference import import_reference
 from simplest_vit.errors import UserError
@@ -22,7 +22,9 @@ def analysed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("signals")
     config = tiny_config(data__dir=str(folder / "tfds"))
     import_reference(config, str(folder / "run"), str(CHECKPOINT))
+    spectrum = np.geomspace(1e-5, 2.0, 8), np.full(8, 1 / 8)  # test_jacobian.py has the real ones
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(propagation, "jacobian_spectrum", lambda model, image: spectrum)
         patch.setattr(signal_propagation, "CONTRASTS", {"E-SPA + TAT": {"name": "simplest_vit"}})
         results = signal_propagation.signal_propagation(config, str(folder / "run"), trained=True)
     return folder / "run" / "signal_propagation", results
