@@ -23,7 +23,6 @@ from absl import flags
 from benchmarks import fake_data
 from benchmarks.flops import step_flops
 from simplest_vit import cli
-from simplest_vit.commands.signal_propagation import name_of
 from simplest_vit.models import fused_attention, model_arguments
 from simplest_vit.training.run import Run, build
 
@@ -135,10 +134,13 @@ def _main(_: list[str]) -> None:
     runs = {name: build(options, fake_data.info_of(options)) for name, options in configs.items()}
     programs = [ours(*item) for item in runs.items()]
     own = len(programs)
-    network = name_of(configs["this"].model)
-    has_peer = network in ("E-SPA + TAT", "isometric", "SimpleViT")
+    model = configs["this"].model
+    changed = [
+        field for field in ("attention", "mlp", "activation", "init", "norm", "skip") if model[field] is not None
+    ]
+    has_peer = model.name in ("simplest_vit", "isometric_vit", "simple_vit") and not changed
     if _TORCH.value and not has_peer:
-        print(f"without PyTorch, which has no {network}")
+        print(f"without PyTorch, which has no {', '.join([model.name, *(model[field] for field in changed)])}")
     for compiled in (False, True) if _TORCH.value and has_peer else ():
         try:
             programs.append(pytorch(runs["this"], compiled))

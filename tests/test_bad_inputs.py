@@ -278,7 +278,7 @@ COMMANDS = [
     (CIFAR + " --config.data.name=image_folder", "data.manual_dir: not set"),
     (
         CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/zips",
-        "no class folders; expected CLASS/*.jpg",
+        "expected CLASS/*.jpg in it",
     ),
     (CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/photos", "1 unreadable images"),
     (CIFAR + " --config.data.name=tiny_imagenet --config.data.manual_dir={old}/zips", "not a complete zip file"),
