@@ -3,9 +3,10 @@
     python -m benchmarks.reproduce headline --workdir runs/headline --data_dir ~/tensorflow_datasets
     python -m benchmarks.reproduce controls --workdir runs/check --check
 
-The rate of each row is chosen on a hold-out of 5,000 training images: seed 1, 500 steps (30 epochs of a recipe). Then
-fresh seeds train on all training images, and the test images are read once, at the end. Tables without seeds end with
-the choice. Rerun the command to resume; `python -m benchmarks.records WORKDIR --selected_on hold-out` keeps the runs.
+The rate of each row is chosen on a hold-out of 5,000 training images, by seed 1, in as many steps as the table has (30
+epochs of a recipe). Then fresh seeds train on all training images, and the test images are read once, at the end.
+Tables without seeds end with the choice. Rerun the command to resume; `python -m benchmarks.records WORKDIR
+--selected_on hold-out` keeps the runs.
 --check makes two steps of each row and reads a hundred images, with the first data set, rate and seed.
 """
 
@@ -20,7 +21,6 @@ from absl import flags
 from benchmarks.protocols import (
     CHOOSING_EPOCHS,
     CHOOSING_SEED,
-    CHOOSING_STEPS,
     HOLD_OUT,
     PROTOCOLS,
     TABLES,
@@ -79,7 +79,7 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
 
 def choices(table: Table, root: str, fields: dict[str, Any], check: bool) -> dict[Key, list[Point]]:
     """Lay out a run on the hold-out for each rate of each row."""
-    length = _length(2 if check else CHOOSING_STEPS if table.protocol == "small" else None)
+    length = _length(2 if check else table.steps)
     fields = HOLD_OUT | ({"epochs": CHOOSING_EPOCHS} if table.protocol == "recipe" else {}) | length | fields
     if check:
         fields |= {"data.validation_split": "train[45000:45100]"}

@@ -29,7 +29,7 @@ def test_rates_are_chosen_on_the_hold_out_and_each_row_may_have_its_own(tmp_path
     assert rates == [[1e-3, 2e-3], [1e-3, 2e-3], [5e-4, 1e-3, 2e-3]]
     run = config(found["cifar10", "soap", "isometric"][0])
     assert (run.data.train_split, run.data.validation_split) == tuple(HOLD_OUT.values())
-    assert (run.seed, run.steps, run.warmup_steps, run.batch_size, run.data.dir) == (1, 500, 75, 64, "/data")
+    assert (run.seed, run.steps, run.warmup_steps, run.batch_size, run.data.dir) == (1, 1500, 75, 64, "/data")
     assert (run.model.num_heads, run.model.width) == (8, 64)
 
 
