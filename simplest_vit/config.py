@@ -89,6 +89,7 @@ def _optional(values: Values) -> Values:
 _DECAY = Values(lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
 _FLAG = Values(lambda value: isinstance(value, bool), "True or False")
 _TEXT = Values(lambda value: isinstance(value, str), "a name")
+_NAME = _optional(_TEXT)
 INTERVAL = int | str
 _INTERVAL = Values(_is_interval, "a number of steps, an integer from 1, or of epochs, such as '0.5 epochs'", INTERVAL)
 _FOLDER = _optional(Values(_folder, "the path of a folder"))
@@ -106,55 +107,33 @@ FIELDS = {
     "decoupled_weight_decay": Field(False, _FLAG, "False: L2, added to the gradient; True: decoupled, as in AdamW"),
     "label_smoothing": Field(0.0, _DECAY, "share of each label's weight that is spread evenly over all classes"),
     "max_skipped_steps": Field(
-        10,
-        _integer(1),
-        "stop after this many skipped steps in a row; a step whose loss or gradient is not finite is skipped",
+        10, _integer(1), "stop after this many steps in a row whose loss or gradient is not finite"
     ),
-    "fsdp": Field(
-        1, _integer(1), "devices that shard one copy of the parameters and optimizer state; 1: each has a full copy"
-    ),
+    "fsdp": Field(1, _integer(1), "devices that share one copy of parameters and optimizer state; 1: no sharing"),
     "distributed": Field(
-        None,
-        _optional(_one_of("auto")),
-        "auto: connect the processes that the cluster describes (SLURM, MPI, Kubernetes, TPU)",
+        None, _optional(_one_of("auto")), "auto: connect the processes of the cluster (SLURM, MPI, Kubernetes, TPU)"
     ),
-    "accumulation_steps": Field(
-        1, _integer(1), "micro-batches per step, to save memory; the result is that of the whole batch"
-    ),
+    "accumulation_steps": Field(1, _integer(1), "micro-batches per step, to save memory; the result is the same"),
     "compute_dtype": Field(
-        "bfloat16",
-        _one_of("float32", "bfloat16"),
-        "compute dtype of the model; parameters, softmax, logits and loss stay float32",
+        "bfloat16", _one_of("float32", "bfloat16"), "of the model; parameters, softmax, logits and loss are float32"
     ),
     "eval_every": Field(240, _INTERVAL, "interval between evaluations"),
     "checkpoint_every": Field(
-        240,
-        _INTERVAL,
-        "interval between checkpoints; each is evaluated, and every new best evaluation is saved as well",
+        240, _INTERVAL, "interval between checkpoints, which are evaluated, too; new bests are also saved"
     ),
-    "checkpoint_minutes": Field(
-        None, _optional(_positive(1e6)), "if no checkpoint was saved for this many minutes, save one at the next report"
-    ),
+    "checkpoint_minutes": Field(None, _optional(_positive(1e6)), "save at the next report after so many minutes"),
     "log_every": Field(24, _INTERVAL, "interval between reports of training loss, accuracy and speed"),
-    "patience": Field(
-        0, _integer(0), "stop after this many evaluations in a row without a better validation accuracy; 0: never"
-    ),
-    "sam.rho": Field(
-        0.0, _number(0, 100), "radius of sharpness-aware minimization (SAM); 0: off; the reference uses 0.05"
-    ),
+    "patience": Field(0, _integer(0), "stop after this many evaluations in a row without a new best; 0: never"),
+    "sam.rho": Field(0.0, _number(0, 100), "radius of sharpness-aware minimization (SAM); 0: off; reference: 0.05"),
     "sam.every": Field(1, _integer(1), "use SAM in every n-th step"),
     "ema.decay": Field(
-        0.0,
-        _DECAY,
-        "decay of a moving average of the parameters, which is then evaluated; 0: off; the reference uses 0.99",
+        0.0, _DECAY, "decay of the average of the parameters, which is evaluated; 0: off; reference: 0.99"
     ),
     "ema.every": Field(5, _integer(1), "steps between updates of the moving average"),
     "compilation_cache": Field(
-        True,
-        _FLAG,
-        "cache compiled accelerator programs in JAX_COMPILATION_CACHE_DIR, by default ~/.cache/simplest_vit",
+        True, _FLAG, "cache accelerator programs in JAX_COMPILATION_CACHE_DIR (~/.cache/simplest_vit)"
     ),
-    "wandb": Field(None, _optional(_TEXT), "project of Weights & Biases that the run is logged to as well"),
+    "wandb": Field(None, _NAME, "project of Weights & Biases that the run is logged to as well"),
     "profile.first_step": Field(0, _integer(0), "profile the steps after this one; 0: no profile"),
     "profile.num_steps": Field(5, _integer(1), "number of steps to profile"),
     "init_from": Field(None, _FOLDER, "fine-tune: start from the best weights of the run in this folder"),
@@ -174,82 +153,54 @@ FIELDS = {
     ),
     # None leaves the choice to the network.
     "model.attention": Field(
-        None,
-        _optional(_TEXT),
-        "espa, espa_causal, espa_2d, espa_reference, uspa, shift, fixed_shift, value_skipinit or softmax",
+        None, _NAME, "espa, espa_causal, espa_2d, espa_reference, uspa, shift, fixed_shift, value_skipinit or softmax"
     ),
     # Beyond these, kernels of tokens are singular in float64 or the identity in float32.
     "model.gamma_max_depth": Field(0.005, _number(1e-9, 10), "E-SPA: decay at the last block"),
     "model.rho_max_depth": Field(0.8, _number(1e-9, 0.999999), "U-SPA: correlation at the last block"),
     # At 0 no query could ever reach another token.
     "model.uniform_fraction": Field(0.01, _inside(0, 1), "shift attention: weight of uniform attention"),
-    "model.identity_head_fraction": Field(
-        0.75, _positive(1), "shift attention: share of heads that start by attending to their own token"
-    ),
-    "model.mlp": Field(
-        None, _optional(_TEXT), "type of MLP: tat, looks_linear (orthogonal at initialization) or plain"
-    ),
-    "model.activation": Field(
-        None, _optional(_TEXT), "tailored_relu or relu for mlp='tat'; gelu, silu or relu for the others"
-    ),
+    "model.identity_head_fraction": Field(0.75, _positive(1), "shift attention: share of heads that start in place"),
+    "model.mlp": Field(None, _NAME, "MLP: tat, looks_linear (orthogonal at initialization) or plain"),
+    "model.activation": Field(None, _NAME, "tailored_relu or relu for mlp='tat'; else gelu, silu or relu"),
     "model.c_val_0_target": Field(0.9, _number(1e-6, 0.9999), "TAT: eta, the target of the C-map at 0"),
     "model.init": Field(
-        None,
-        _optional(_TEXT),
-        "initialization: espa_tat, reference (the reference's scale), orthogonal (all but queries, keys) or pytorch",
+        None, _NAME, "espa_tat, reference (the reference's scale), orthogonal (all but queries and keys) or pytorch"
     ),
-    "model.norm": Field(None, _optional(_TEXT), "normalization: none, or layer_norm before attention, MLP and head"),
-    "model.skip": Field(
-        None, _optional(_TEXT), "skip connections: none, residual (x + f(x)) or scaled ((x + f(x)) / sqrt 2)"
-    ),
+    "model.norm": Field(None, _NAME, "normalization: none, or layer_norm before attention, MLP and head"),
+    "model.skip": Field(None, _NAME, "skips: none, residual (x + f(x)) or scaled ((x + f(x)) / sqrt 2)"),
     "data.name": Field(
-        "digits", _TEXT, "or cifar10, cifar100, tiny_imagenet, imagenet, image_folder; or a set that TFDS prepared"
+        "digits", _TEXT, "cifar10, cifar100, tiny_imagenet, imagenet, image_folder, digits or a set that TFDS prepared"
     ),
     "data.dir": Field(None, _FOLDER, "folder of prepared data sets; None: ~/tensorflow_datasets"),
     "data.manual_dir": Field(None, _FOLDER, "folder of the original files, if they are not downloaded"),
-    "data.label": Field(
-        None,
-        _optional(_TEXT),
-        "class label to learn, such as coarse_label of cifar100; None: label, or the only one",
-    ),
+    "data.label": Field(None, _NAME, "label to learn, such as coarse_label; None: label, or the only one"),
     "data.train_split": Field("train", _TEXT, "training split in TFDS's syntax, such as train[:45000]"),
-    "data.validation_split": Field(
-        None, _optional(_TEXT), "validation split, such as train[45000:]; None: validation if it exists, else test"
-    ),
-    "data.image_size": Field(
-        None,
-        _optional(_integer(1, 2**14)),
-        "side of an image in pixels; None: the original size, or 224 if sizes differ",
-    ),
-    "data.random_resized_crop": Field(
-        False, _FLAG, "crop and resize at random, as for ImageNet; on the host, before the crop of crop_padding"
-    ),
+    "data.validation_split": Field(None, _NAME, "such as train[45000:]; None: validation if it exists, else test"),
+    "data.image_size": Field(None, _optional(_integer(1, 2**14)), "side in pixels; None: the original size, or 224"),
+    "data.random_resized_crop": Field(False, _FLAG, "crop and resize at random, as for ImageNet, on the host"),
     "data.crop_padding": Field(4, _integer(0, 2**14), "pad the image by this many pixels and crop at random; 0: off"),
     "data.flip": Field(True, _FLAG, "mirror a random half of the images"),
     "data.rand_augment.num_ops": Field(0, _integer(0, 100), "RandAugment: operations per image; 0: off"),
     "data.rand_augment.magnitude": Field(10, _integer(0, 30), "RandAugment: strength of the operations"),
     "data.mixup_alpha": Field(
-        0.0, _number(0, 1000), "mixup: weight of the partner min(z, 1 - z), z ~ Beta(alpha, alpha); 0: off"
+        0.0, _number(0, 1000), "mixup: partner's weight min(z, 1 - z), z ~ Beta(alpha, alpha); 0: off"
     ),
     "data.cutmix_alpha": Field(
         0.0,
         _number(0, 1000),
         "CutMix: share 1 - z of the area is pasted, z ~ Beta(alpha, alpha); 0: off; with mixup, each batch draws one",
     ),
-    "data.mixup_mode": Field(
-        "batch", _one_of("batch", "example"), "one mixing weight or box per batch, or per example"
-    ),
+    "data.mixup_mode": Field("batch", _one_of("batch", "example"), "one weight or box per batch, or per example"),
     "data.device_budget_bytes": Field(
-        2_000_000_000, _integer(0, 2**60), "keep a split on the device if its uint8 images take at most this many bytes"
+        2 * 10**9, _integer(0, 2**60), "keep a split on the device if it takes at most so many bytes"
     ),
     "data.num_workers": Field(
         None,
         _optional(_integer(0, 1024)),
         "processes that decode streamed images; 0: threads instead; None: chosen by the number of cores",
     ),
-    "optimizer.name": Field(
-        "adam", _TEXT, "optimizer: adam, muon, shampoo, soap, or the name of any other optax optimizer"
-    ),
+    "optimizer.name": Field("adam", _TEXT, "adam, muon, shampoo, soap, or the name of any other optax optimizer"),
     "optimizer.learning_rate": Field(1e-3, _positive(1000), "peak learning rate"),
 }
 
