@@ -161,8 +161,9 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
     config = copy.deepcopy(config)
     config.batch_size = fit_batch_size(config.batch_size, data.train_size, config.accumulation_steps)
     per_epoch = steps_per_epoch(data.train_size, config.batch_size)
-    for name in INTERVALS:
-        config[name] = interval_steps(config[name], per_epoch)
+    with config.ignore_type():  # with its references resolved, a config would keep the type of "1 epoch"
+        for name in INTERVALS:
+            config[name] = interval_steps(config[name], per_epoch)
     total_steps = config.steps or max(round(config.epochs * per_epoch), 1)
     if config.profile.first_step >= total_steps:
         raise UserError(

@@ -20,7 +20,7 @@ CHECKPOINT = pathlib.Path(__file__).parents[1] / "interop" / "fixtures" / "simpl
 def analysed(tmp_path_factory):
     """A trained run, analysed beside its initialization."""
     folder = tmp_path_factory.mktemp("signals")
-    config = tiny_config(data__dir=str(folder / "tfds"))
+    config = tiny_config(data__dir=str(folder / "tfds"), eval_every="1 epoch", log_every="0.5 epochs")  # as in recipes
     import_reference(config, str(folder / "run"), str(CHECKPOINT))
     spectrum = np.geomspace(1e-5, 2.0, 8), np.full(8, 1 / 8)  # test_jacobian.py has the real ones
     with pytest.MonkeyPatch.context() as patch:
