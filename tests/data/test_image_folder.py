@@ -246,6 +246,18 @@ def test_a_class_folder_that_cannot_be_read_is_not_called_empty(photos, tmp_path
         prepare("image_folder", tmp_path / "tfds", photos)
 
 
+def test_a_folder_that_holds_no_class_need_not_be_readable(photos, tmp_path, monkeypatch):
+    def scandir(path):
+        if os.fspath(path).endswith("lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return original(path)
+
+    (photos / "lost+found").mkdir()
+    original = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert prepare("image_folder", tmp_path / "tfds", photos).info.splits["validation"].num_examples == 2
+
+
 def test_class_names_may_hold_joiners_and_hard_spaces(photos, tmp_path):
     name = "a\u200db\u200cc\u00a0d"
     for split in ("train", "val"):

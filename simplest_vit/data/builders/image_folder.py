@@ -1,6 +1,7 @@
 """A user's own images: a folder for each class, in a folder for each split or in one folder."""
 
 import collections
+import contextlib
 import hashlib
 import os
 import re
@@ -96,9 +97,12 @@ def _read(folder: Path) -> Content:
 
 def name_others(folder: Path, taken: set[str]) -> None:
     """Print how many files of a folder are not among those `taken`, by suffix; images are in no class folder."""
+    others: set[str] = set()
+    with contextlib.suppress(OSError):  # of a folder that nobody asked for, such as lost+found
+        others = set(_walk(folder)) - taken
     kinds = [
         "images in no class folder" if _suffix(path) in SUFFIXES else _suffix(path) or "without a suffix"
-        for path in set(_walk(folder)) - taken
+        for path in others
     ]
     if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(collections.Counter(kinds).items()))
