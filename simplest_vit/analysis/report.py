@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from simplest_vit.config import flatten
+from simplest_vit.config import FIELDS, flatten
 from simplest_vit.errors import UserError
 from simplest_vit.training.workdir import CONFIG, DATASET, RESULTS, is_resumable
 
@@ -29,8 +29,9 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The part of the config that decides the result, without the seed."""
-        return {name: value for name, value in self.config.items() if name != "seed" and not is_resumable(name)}
+        """The part of the config that decides the result, without the seed; fields newer than the run are defaults."""
+        config = {name: field.default for name, field in FIELDS.items()} | self.config
+        return {name: value for name, value in config.items() if name != "seed" and not is_resumable(name)}
 
     @property
     def data(self) -> str:
@@ -75,7 +76,7 @@ def find_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
             problems.append(f"{folder}: no runs")
         for path in found:
             if not (path / RESULTS).exists():
-                problems.append(f"{path}: unfinished, it has no {RESULTS}; start its command again to go on")
+                problems.append(f"{path}: unfinished, it has no {RESULTS}; rerun its command to resume")
                 continue
             try:
                 results = json.loads((path / RESULTS).read_text())

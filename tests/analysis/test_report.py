@@ -69,6 +69,16 @@ def test_runs_on_other_images_are_another_row_and_a_copy_does_not_count(tmp_path
     assert problems == [f"{tmp_path / 'copy'}: repeats seed 0 of {tmp_path / 'a'}, which counts"]
 
 
+def test_a_run_from_before_a_field_was_added_has_its_default(tmp_path):
+    finish(tmp_path / "old", 0.5)
+    results = json.loads((tmp_path / "old" / "results.json").read_text())
+    del results["config"]["patience"]
+    (tmp_path / "old" / "results.json").write_text(json.dumps(results))
+    finish(tmp_path / "new", 0.7, seed=1)
+    ((_, own, accuracy, *_),), _ = reported(tmp_path)
+    assert (own, accuracy) == ("-", "0.6000 ± 0.1414 (n = 2)")
+
+
 def test_runs_that_cannot_be_used_are_named(tmp_path):
     finish(tmp_path / "good")
     finish(tmp_path / "broken")
