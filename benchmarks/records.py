@@ -128,7 +128,8 @@ def from_run(run: Run, selected_on: str) -> Record:
         raise UserError(f"{run.path}: made by uncommitted code (commit {commit or 'unknown'}); commit it and rerun")
     flat = modernize(run.config)
     protocol, changes = describe(flat)
-    accuracy = curves.get("accuracy/validation", (np.array([]), np.array([])))
+    none = np.array([]), np.array([])
+    accuracy = curves.get("accuracy/validation", none)
     marks = [int(step) for step in accuracy[0]]
     if len(marks) > _MARKS:
         marks = [marks[round(i)] for i in np.linspace(0, len(marks) - 1, _MARKS)]
@@ -148,7 +149,7 @@ def from_run(run: Run, selected_on: str) -> Record:
         validation_accuracy=results["validation_accuracy"],
         train_loss=results.get("train_loss"),
         accuracy_at=_at(accuracy, marks),
-        train_loss_at=_at(curves.get("loss/train", accuracy), marks),
+        train_loss_at=_at(curves.get("loss/train", none), marks),
         step_time_s=results.get("step_time_median_s"),
         device=str(results.get("device", "")),
         commit=commit[:7],

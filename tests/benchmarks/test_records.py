@@ -86,6 +86,13 @@ def test_of_many_evaluations_six_are_kept_with_the_first_and_the_last(tmp_path):
     assert list(record.accuracy_at) == [100, 400, 700, 900, 1200, 1500]
 
 
+def test_a_run_without_a_training_loss_has_none_in_its_record(tmp_path):
+    finish(tmp_path / "run", small_config())
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1500, "loss/train": null, "accuracy/validation": 0.7}\n')
+    (record,) = recorded(tmp_path)
+    assert (record.accuracy_at, record.train_loss_at) == ({1500: 0.7}, {})
+
+
 def test_a_run_on_the_hold_out_says_so(tmp_path):
     hold_out = {name.replace(".", "__"): value for name, value in protocols.HOLD_OUT.items()}
     finish(tmp_path / "run", small_config(**hold_out))
