@@ -17,7 +17,7 @@ from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simplest_vit.config import FIELDS, check, default
-from simplest_vit.errors import TrainingError
+from simplest_vit.errors import TrainingError, UserError
 from simplest_vit.training import run as run_module
 from simplest_vit.training import train as train_module
 from simplest_vit.training.checkpoint import Checkpoints
@@ -485,6 +485,13 @@ def test_a_recipe_for_small_images_says_that_large_ones_are_slow(trained, caplog
     assert "config.eval_every=2 epochs exceeds the run: due only at its end, step 1" in caplog.text
     said = "1089 tokens per image are slow: lower config.data.image_size, here 66, or raise config.model.patch_size=2"
     assert (said in caplog.text) == ("tokens per image" in caplog.text) == is_said
+
+
+def test_a_batch_made_so_small_that_it_does_not_fit_the_devices_is_explained(trained, caplog):
+    caplog.set_level(logging.INFO, "simplest_vit")
+    with pytest.raises(UserError, match=r"^config\.batch_size=4 cannot be split over 8 devices"):
+        trained(data__train_split="train[:40]")
+    assert "config.batch_size=64 is more than the 40 training examples: 4 is used" in caplog.text
 
 
 def test_the_results_are_those_of_the_last_evaluation_and_report(trained):

@@ -67,9 +67,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # 2. Data, model, optimizer and schedule; nothing is computed or written yet.
     dataset = input_pipeline.load(config.data)
     run = build(config, dataset.info, mesh)
-    check_batch_size(run.config.batch_size, config.accumulation_steps, mesh)
     for remark in run.remarks(config):
         log.info(remark)
+    check_batch_size(run.config.batch_size, config.accumulation_steps, mesh)
     initial_params = None
     if config.init_from and not distributed.broadcast_from_primary(lambda: has_checkpoint(path)):
         initial_params = load_initial_params(run, config.init_from)
