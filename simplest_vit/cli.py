@@ -80,7 +80,7 @@ def define_config(name: str, description: str) -> flags.FlagHolder:
     return _CONFIGS[-1]
 
 
-CONFIG = define_config("config", "Recipe or config file, with its arguments behind a colon: cifar10:model=simple_vit")
+CONFIG = define_config("config", "Recipe or config file, with its arguments after a colon: cifar10:model=simple_vit")
 WORKDIR = define_path("workdir", None, "Folder of the run: checkpoints, metrics, TensorBoard files, results.")
 
 

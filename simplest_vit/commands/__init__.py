@@ -22,8 +22,8 @@ COMMANDS = {
 USAGE = "simplest-vit COMMAND --flags"
 
 # Defaults that make commands fast on few CPU cores; a user's own setting takes precedence. LAPACK's threads would
-# compete with XLA's for the cores. A step touches its arrays for the first time, and page faults took a quarter of it:
-# the C library (glibc, which reads these when a process starts) keeps its memory, in huge pages.
+# compete with XLA's for the cores. Each step touches new memory, and page faults took a quarter of its time. The other
+# settings, which glibc reads when a process starts, make it keep its memory, in huge pages.
 ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

@@ -53,8 +53,8 @@ def export(workdir: str, output: str, format: str) -> None:
       format: One of `FORMATS`.
 
     Raises:
-      UserError: If the format is unknown, misses a library or has no such network, the run has no checkpoint, or the
-        file exists or cannot be written.
+      UserError: If the format is unknown, needs a library that is missing, or has no such network; if the run has no
+        checkpoint; or if the file exists or cannot be written.
       TrainingError: If the logits differ. Then nothing is written.
     """
     if format not in FORMATS:

@@ -85,7 +85,7 @@ class Run:
         return make_eval_step(self.graphdef, self.mesh)
 
     def remarks(self, config: ConfigDict) -> Iterator[str]:
-        """Say in a line each what of the given config was adapted to the data, and what was hardly meant."""
+        """Yield a line for each field that was adapted to the data, and for each that is probably a mistake."""
         if self.config.batch_size != config.batch_size:
             size, used = self.data.train_size, self.config.batch_size
             yield f"config.batch_size={config.batch_size} is more than the {size} training examples: {used} is used"

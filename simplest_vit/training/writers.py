@@ -1,4 +1,4 @@
-"""Where the metrics of a run go: `metrics.jsonl`, TensorBoard files, and Weights & Biases if asked.
+"""Write the metrics of a run to `metrics.jsonl`, TensorBoard files, and Weights & Biases if asked.
 
 TensorBoard files are written by clu's writers without TensorFlow.
 
@@ -150,7 +150,7 @@ class SummaryWriter(_Writer):
 
 
 class WandbWriter:
-    """Logs to Weights & Biases. A resumed run goes on there, by the id in `wandb/` of the run's folder."""
+    """Logs to Weights & Biases. A resumed run continues there, by the id in `wandb/` of the run's folder."""
 
     def __init__(self, folder: pathlib.Path, project: str):
         """Start or resume the run.
