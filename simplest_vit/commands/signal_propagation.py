@@ -91,7 +91,8 @@ def signal_propagation(config: Any, workdir: str, *, trained: bool = False, seed
     """
     path = check_workdir(workdir, config.to_dict())
     dataset = input_pipeline.load(config.data)
-    batch = next(input_pipeline.eval_batches(dataset, batch_size=NUM_IMAGES, sharding=None))
+    count = min(NUM_IMAGES, dataset.validation_size)  # a larger batch would be filled up with copies
+    batch = next(input_pipeline.eval_batches(dataset, batch_size=count, sharding=None))
     own = name_of(config.model)
     variants = {own: config} | {name: with_contrast(config, name) for name in CONTRASTS if name != own}
     for name, variant in variants.items():
@@ -107,7 +108,7 @@ def signal_propagation(config: Any, workdir: str, *, trained: bool = False, seed
         log.info("signal propagation: %s", name)
         models = initial_models(variant, dataset.info, seeds)
         results.append(analyse(name, models, batch["image"], batch["label"]))
-    images = f"{NUM_IMAGES} images of {dataset.name}"
+    images = f"{count} images of {dataset.name}"
     write(
         results,
         path / "signal_propagation",

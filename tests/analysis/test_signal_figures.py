@@ -100,6 +100,17 @@ def test_contrasts_that_do_not_fit_are_told_before_anything_is_done(tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
+def test_a_validation_split_of_few_images_is_not_filled_up(tmp_path, monkeypatch):
+    shapes, titles = [], []
+    monkeypatch.setattr(signal_propagation, "CONTRASTS", {"E-SPA + TAT": {"name": "simplest_vit"}})
+    monkeypatch.setattr(signal_propagation, "analyse", lambda name, models, image, label: shapes.append(image.shape))
+    monkeypatch.setattr(signal_propagation, "write", lambda results, folder, title: titles.append(title))
+    config = tiny_config(data__dir=str(tmp_path / "tfds"), data__validation_split="validation[:5]")
+    signal_propagation.signal_propagation(config, str(tmp_path / "run"))
+    assert shapes == [(5, 8, 8, 1)]
+    assert "5 images of digits" in titles[0]
+
+
 def test_what_is_shown_of_a_cosine_is_its_distance_from_one():
     shown = signal_figure.plotted_values("token_cosine", np.array([0.75, 1.0, math.nan]))
     np.testing.assert_array_equal(shown[:2], [0.25, 1e-7])
