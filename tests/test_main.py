@@ -62,6 +62,8 @@ def test_a_folder_of_photos_from_training_to_a_table(tmp_path):
                 pixels = rng.integers(light - 60, light + 60, (16, 16, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / folder / name / f"{i}.png")
     data = [f"--config.data.manual_dir={tmp_path / 'photos'}", f"--config.data.dir={tmp_path / 'tfds'}"]
+    data += ["--config.batch_size=16", "--config.data.train_split=train[:90%]"]
+    data += ["--config.data.validation_split=train[90%:]+validation"]
     trained = main("train", "--config", "photos", "--workdir", tmp_path / "run", *TINY, *data)
     assert trained.returncode == 0, trained.stderr
     assert "of each class 80 % train and 20 % validate" in trained.stderr
@@ -76,3 +78,20 @@ def test_a_folder_of_photos_from_training_to_a_table(tmp_path):
     evaluated = main("evaluate", "--workdir", tmp_path / "run", "--image_folder", tmp_path / "new")
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout)["best"]["validation_accuracy"] == correct / 10, "of all images of the folder"
+    (tmp_path / "parted").mkdir()
+    (tmp_path / "photos").rename(tmp_path / "parted" / "train")
+    (tmp_path / "new").rename(tmp_path / "parted" / "val")
+    evaluated = main(
+        *(
+            "evaluate",
+            "--workdir",
+            tmp_path / "run",
+            "--image_folder",
+            tmp_path / "parted",
+            "--output",
+            tmp_path / "all",
+        )
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    with (tmp_path / "all" / "classes.csv").open(newline="") as file:
+        assert [row["images"] for row in csv.DictReader(file)] == ["5", "5"], "those of val/, whatever the run's split"

@@ -31,11 +31,14 @@ def main() -> None:
         from simplest_vit.training import distributed, evaluate
 
         config = cli.CONFIG.value
-        other_data = {"validation_split": split.value} if split.value else {}
+        other_data: dict[str, str | None] = {}
         if image_folder.value:
-            other_data |= {"name": "image_folder", "manual_dir": image_folder.value}
-            if not split.value and not (pathlib.Path(image_folder.value) / "train").is_dir():
-                other_data["validation_split"] = "train+validation"  # all of CLASS/*.jpg
+            has_splits = (pathlib.Path(image_folder.value) / "train").is_dir()
+            other_data = {"name": "image_folder", "manual_dir": image_folder.value}
+            # Not the run's own split: of CLASS/*.jpg all images, else val/.
+            other_data["validation_split"] = None if has_splits else "train+validation"
+        if split.value:
+            other_data["validation_split"] = split.value
         # JAX would handle SIGTERM so that all processes stop after the same step, but an evaluation has no steps.
         jax.config.update("jax_enable_preemption_service", False)
         with processes.connected(config):

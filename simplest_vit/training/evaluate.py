@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -85,7 +86,7 @@ def _sum_batches(
 
 
 def evaluate(
-    workdir: str, config: ConfigDict | None = None, other_data: dict[str, str] | None = None
+    workdir: str, config: ConfigDict | None = None, other_data: Mapping[str, str | None] | None = None
 ) -> dict[str, Evaluation]:
     """Evaluate the checkpoints of the run in `workdir` on the validation split.
 
