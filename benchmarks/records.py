@@ -22,7 +22,6 @@ import argparse
 import csv
 import dataclasses
 import io
-import os
 import pathlib
 import sys
 from collections.abc import Iterable
@@ -34,6 +33,7 @@ from benchmarks import protocols
 from simplest_vit.analysis.report import Run, find_runs
 from simplest_vit.config import flatten
 from simplest_vit.errors import UserError, print_error
+from simplest_vit.files import write_file
 from simplest_vit.training.workdir import METRICS, is_resumable, read_metrics
 
 PATH = pathlib.Path(__file__).parent.parent / "results" / "runs.csv"
@@ -309,11 +309,9 @@ def merge(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
 
 def write(records: Iterable[Record], path: pathlib.Path = PATH) -> None:
     """Write the file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(render(records))
-        os.replace(temporary, path)
+        write_file(path, render(records).encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
 

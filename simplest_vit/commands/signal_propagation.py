@@ -7,7 +7,6 @@ signal_propagation.csv and jacobian.csv with all numbers.
 """
 
 import copy
-import csv
 import logging
 import math
 import pathlib
@@ -25,6 +24,7 @@ from simplest_vit.analysis.signal_figure import draw, draw_overview
 from simplest_vit.data import input_pipeline
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.errors import UserError
+from simplest_vit.files import write_csv
 from simplest_vit.models import ViT, model_arguments
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import build
@@ -128,14 +128,10 @@ def write(results: list[Propagation], folder: pathlib.Path, title: str) -> None:
         with figures.style():
             figures.save(draw(results, title), folder / "signal_propagation")
             figures.save(draw_overview([r for r in results if r.name in _OVERVIEW], title), folder / "overview")
-        with (folder / "signal_propagation.csv").open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["model", "block", "quantity", "measured", "theory"])
-            table.writerows(_rows(results))
-        with (folder / "jacobian.csv").open("w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["model", "singular_value", "share"])
-            table.writerows((r.name, *pair) for r in results for pair in zip(*r.jacobian, strict=True))
+        header = ("model", "block", "quantity", "measured", "theory")
+        write_csv(folder / "signal_propagation.csv", [header, *_rows(results)])
+        spectra = ((result.name, *pair) for result in results for pair in zip(*result.jacobian, strict=True))
+        write_csv(folder / "jacobian.csv", [("model", "singular_value", "share"), *spectra])
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir") from error
 
