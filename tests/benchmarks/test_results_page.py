@@ -105,6 +105,20 @@ def test_the_verdict_follows_the_criteria(found, expected):
     assert judged(*found).startswith(f"**Verdict: {expected}.**")
 
 
+def test_short_runs_on_the_hold_out_are_shown_but_decide_nothing():
+    def short(name, *accuracies):
+        return [
+            dataclasses.replace(record, steps=500, validation_split="train[45000:]")
+            for record in rows(name, *accuracies)
+        ]
+
+    found = [*short("isometric", 0.6, 0.6, 0.6), *short("isometric + skip", 0.62, 0.62, 0.62)]
+    criterion = verdict.criteria(Results(found))[0]
+    assert (criterion.found, criterion.holds) == ("+2.0 (CIFAR-10, 3 seeds, 500 steps on the hold-out)", None)
+    found += [*OURS, *rows("isometric + skip", 0.72, 0.72, 0.72)]
+    assert verdict.criteria(Results(found))[0].found.endswith("(CIFAR-10, 3 seeds)")
+
+
 def both(*found):
     """The same on both data sets."""
     everything = [record for part in found for record in part]
