@@ -189,12 +189,13 @@ def batch_size(trained, caplog, **_):
     assert scalars["epoch"][4] == pytest.approx(4 / (1437 // 32))
     assert outcome["images_per_second"] == pytest.approx(32 / outcome["step_time_median_s"])
     caplog.set_level(logging.INFO, "simplest_vit")
-    outcome, scalars, _, batches = trained("large", batch_size=2048, accumulation_steps=2, steps=4)
-    assert {batch["size"] for batch in batches} == {outcome["config"]["batch_size"]} == {128}  # at least 8 steps
-    assert scalars["epoch"][4] == pytest.approx(4 / (1437 // 128))
-    assert outcome["images_per_second"] == pytest.approx(128 / outcome["step_time_median_s"])
-    assert caplog.text.count("config.batch_size=2048 is more than the 1437 training examples: 128 is used") == 1
-    assert trained("large", batch_size=2048, accumulation_steps=2, steps=4)[0] == outcome, "the config is the same"
+    outcome, scalars, _, batches = trained("large", batch_size=2400, accumulation_steps=3, steps=4)
+    assert {batch["size"] for batch in batches} == {outcome["config"]["batch_size"]} == {96}  # 3 * 2^5
+    assert scalars["epoch"][4] == pytest.approx(4 / (1437 // 96))
+    assert outcome["images_per_second"] == pytest.approx(96 / outcome["step_time_median_s"])
+    assert scalars["speed/images_per_second"][4] == pytest.approx(96 * scalars["speed/steps_per_second"][4])
+    assert caplog.text.count("config.batch_size=2400 is more than the 1437 training examples: 96 is used") == 1
+    assert trained("large", batch_size=2400, accumulation_steps=3, steps=4)[0] == outcome, "the config is the same"
 
 
 def warmup_steps(trained, **_):
@@ -319,8 +320,9 @@ def log_every(trained, **_):
     assert [*trained(log_every=1)[1]["loss/train"]] == [1, 2, 3, 4, 5, 6]
     assert [*trained("never", log_every=100)[1]["loss/train"]] == [3, 6], "before an evaluation"
     assert [*trained("epochs", log_every="0.05 epochs")[1]["loss/train"]] == [1, 2, 3, 4, 5, 6]
-    run = build(config_of(log_every="2 epochs", checkpoint_every="100 epochs"), DIGITS)
-    assert (run.config.log_every, run.config.checkpoint_every) == (44, 2200)
+    intervals = {"log_every": "2 epochs", "checkpoint_every": "100 epochs", "eval_every": "0.01 epochs"}
+    config = build(config_of(**intervals), DIGITS).config
+    assert (config.log_every, config.checkpoint_every, config.eval_every) == (44, 2200, 1), "at least a step"
 
 
 def _worst(weights, rho):
@@ -501,20 +503,6 @@ def test_the_results_are_those_of_the_last_evaluation_and_report(trained):
         assert outcome[f"{split}_{kind}"] == pytest.approx(scalars[tag][6]), tag
     assert outcome["best_validation_accuracy"] == pytest.approx(max(scalars["accuracy/validation"].values()))
     assert (outcome["seed"], outcome["wall_time_s"] > 0) == (3407, True)
-
-
-def test_the_best_accuracy_outlives_an_interruption(trained, monkeypatch):
-    def validate(run, dataset, state, interrupted, killed=[]):  # noqa: B006
-        if state.step == 6 and not killed:
-            killed.append(True)
-            raise KeyboardInterrupt
-        return {"validation_loss": 1.0, "validation_accuracy": {3: 0.9, 6: 0.5}[int(state.step)]}
-
-    monkeypatch.setattr(train_module, "validate", validate)
-    with pytest.raises(KeyboardInterrupt):
-        trained()
-    assert trained()[0]["best_validation_accuracy"] == 0.9
-    assert restore_best(str(trained.folder / "run"))[1].step == 3
 
 
 def test_a_validation_that_is_not_finite_stops_the_run(trained, monkeypatch):

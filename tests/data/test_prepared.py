@@ -52,7 +52,7 @@ def shapes(data_dir):
     features = {
         "picture": tfds.features.Image(shape=(12, 10, 3)),
         "label": tfds.features.ClassLabel(names=NAMES),
-        "colour": tfds.features.ClassLabel(names=["red", "blue"]),
+        "shade": tfds.features.ClassLabel(names=["red", "blue"]),
         "box": tfds.features.BBoxFeature(),
         "words": tfds.features.Sequence(tfds.features.Text()),
     }
@@ -60,7 +60,7 @@ def shapes(data_dir):
         {
             "picture": PNGS[i],
             "label": i % 3,
-            "colour": i // 30,
+            "shade": i // 30,
             "box": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
             "words": ["a"] * (i % 3),
         }
@@ -80,7 +80,7 @@ def test_any_set_that_tfds_has_prepared_is_found_by_its_name(tmp_path, make_conf
     np.testing.assert_allclose([dataset.mean, dataset.std], [pixels.mean(0), pixels.std(0)], atol=6e-5)
     np.testing.assert_array_equal(dataset.train.images, PIXELS[:45, 1:11])
     np.testing.assert_array_equal(dataset.validation.labels, np.arange(45, 60) % 3)
-    config.data.label, config.data.train_split = "colour", "train[20:40]"
+    config.data.label, config.data.train_split = "shade", "train[20:40]"
     other = input_pipeline.load(config.data)
     assert other.class_names == ("red", "blue")
     np.testing.assert_array_equal(other.train.labels, np.arange(20, 40) // 30)
@@ -103,10 +103,10 @@ def test_images_of_many_sizes_are_measured_and_cropped_to_224(tmp_path, make_con
     }
     contents = [jpeg(smooth_image(i, 80 + i, 90)) for i in range(6)]
     examples = [{"image": content, "mask": contents[0], "kind": i % 2} for i, content in enumerate(contents)]
-    write_set(tmp_path, "photos", features, {"train": examples[:4], "validation": examples[4:]})
+    write_set(tmp_path, "photos", features, {"train": examples[:4], "test": examples[:1], "validation": examples[4:]})
     config = make_config("photos", dir=tmp_path, image_size=None, batch_size=2)
     dataset = input_pipeline.load(config.data)
-    assert dataset.image_shape == (224, 224, 3)
+    assert (dataset.image_shape, dataset.validation_split) == ((224, 224, 3), "validation")
     means = np.mean([smooth_image(i, 80 + i, 90).mean((0, 1)) / 255 for i in range(4)], 0)
     np.testing.assert_allclose(dataset.mean, means, atol=0.01)
     again = prepared_module.Prepared(tfds.builder_from_directory(tmp_path / "photos/1.0.0"))

@@ -101,6 +101,7 @@ def test_the_usual_sizes():
 
 NETWORKS = {
     "simplest_vit": {},
+    "simplest_vit + all": {"norm": "layer_norm", "skip": "residual"},
     "isometric_vit": {"activation": "silu"},
     "shift_mlp": {"activation": "relu"},
     "simple_vit": {},

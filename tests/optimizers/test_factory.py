@@ -80,7 +80,7 @@ def test_muon_orthogonalizes_each_block_and_leaves_biases_to_adam():
 
 def test_muon_has_the_settings_of_the_run():
     """Without momentum a step depends on its own gradient alone; what is Adam's has a learning rate of its own."""
-    schedule = WarmupCosine(0.5, 1, 100)
+    schedule = WarmupCosine(0.5, 2, 100)
     same = create_optimizer("muon", schedule, beta=0.0)
     tx = create_optimizer("muon", schedule, beta=0.0, adam_learning_rate=0.125)
     first, second = random_like(PARAMS, 0), random_like(PARAMS, 1)

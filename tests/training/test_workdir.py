@@ -205,15 +205,16 @@ def test_a_folder_of_an_older_version_is_refused_and_named(tmp_path):
 
 
 def test_a_field_that_is_new_since_has_its_default(tmp_path):
-    with lock_workdir(tmp_path, CONFIG, DIGITS):
+    settings, other = (tiny_config("optimizer=muon", model__remat=remat).to_dict() for remat in (False, True))
+    with lock_workdir(tmp_path, settings, DIGITS):
         pass
     content = json.loads((tmp_path / "config.json").read_text())
     del content["config"]["model"]["remat"]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    check_workdir(str(tmp_path), CONFIG)
-    assert read_run(str(tmp_path))[1]["model"]["remat"] is False
+    check_workdir(str(tmp_path), settings)
+    assert read_run(str(tmp_path))[1] == settings
     with pytest.raises(UserError, match=r"config.model.remat is False, now True"):
-        check_workdir(str(tmp_path), changed(model__remat=True))
+        check_workdir(str(tmp_path), other)
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
