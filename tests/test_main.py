@@ -46,7 +46,7 @@ def test_train_then_evaluate(tmp_path):
     assert "resuming at step 4 of 4" in resumed.stderr
     again = json.loads(resumed.stdout)
     assert again["validation_accuracy"] == results["validation_accuracy"]
-    evaluated = main("--workdir", tmp_path / "run", "--mode", "evaluate", "--output", str(tmp_path / "report"))
+    evaluated = main("evaluate", "--workdir", tmp_path / "run", "--output", str(tmp_path / "report"))
     assert evaluated.returncode == 0, evaluated.stderr
     latest = json.loads(evaluated.stdout)["latest"]
     assert latest["validation_accuracy"] == results["validation_accuracy"]
@@ -62,6 +62,8 @@ def test_a_folder_of_photos_from_training_to_a_table(tmp_path):
                 pixels = rng.integers(light - 60, light + 60, (16, 16, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / folder / name / f"{i}.png")
     data = [f"--config.data.manual_dir={tmp_path / 'photos'}", f"--config.data.dir={tmp_path / 'tfds'}"]
+    data += ["--config.batch_size=16", "--config.data.train_split=train[:90%]"]
+    data += ["--config.data.validation_split=train[90%:]+validation"]
     trained = main("train", "--config", "photos", "--workdir", tmp_path / "run", *TINY, *data)
     assert trained.returncode == 0, trained.stderr
     assert "of each class 80 % train and 20 % validate" in trained.stderr
@@ -79,3 +81,20 @@ def test_a_folder_of_photos_from_training_to_a_table(tmp_path):
     assert json.loads(evaluated.stdout)["best"]["validation_accuracy"] == correct / 10
     with (tmp_path / "report" / "classes.csv").open(newline="") as file:
         assert [row["images"] for row in csv.DictReader(file)] == ["5", "5"], "all images of the folder"
+    (tmp_path / "parted").mkdir()
+    (tmp_path / "photos").rename(tmp_path / "parted" / "train")
+    (tmp_path / "new").rename(tmp_path / "parted" / "val")
+    evaluated = main(
+        *(
+            "evaluate",
+            "--workdir",
+            tmp_path / "run",
+            "--image_folder",
+            tmp_path / "parted",
+            "--output",
+            tmp_path / "all",
+        )
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    with (tmp_path / "all" / "classes.csv").open(newline="") as file:
+        assert [row["images"] for row in csv.DictReader(file)] == ["5", "5"], "those of val/, whatever the run's split"
