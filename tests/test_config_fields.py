@@ -489,6 +489,13 @@ def test_a_recipe_for_small_images_says_that_large_ones_are_slow(trained, caplog
     assert (said in caplog.text) == ("tokens per image" in caplog.text) == is_said
 
 
+@pytest.mark.parametrize(("warmup_steps", "is_said"), [(2, True), (1, False)])
+def test_a_warm_up_that_takes_the_whole_run_is_said(trained, caplog, warmup_steps, is_said):
+    caplog.set_level(logging.INFO, "simplest_vit")
+    trained(steps=2, warmup_steps=warmup_steps)
+    assert (f"config.warmup_steps={warmup_steps} takes all 2 steps of the run" in caplog.text) == is_said
+
+
 def test_a_batch_made_so_small_that_it_does_not_fit_the_devices_is_explained(trained, caplog):
     caplog.set_level(logging.INFO, "simplest_vit")
     with pytest.raises(UserError, match=r"^config\.batch_size=4 cannot be split over 8 devices"):

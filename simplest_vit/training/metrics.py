@@ -119,7 +119,10 @@ class Meter:
         self._start = time.monotonic()
 
     def add(self, metrics: Sums) -> None:
-        """Add the metrics of a step that may still be running."""
+        """Add the metrics of a step that may still be running; the first one was compiled, which is not timed."""
+        if not self._compiled:
+            self._compiled = True
+            self.start()
         self._steps.append(metrics)
         if len(self._steps) > _STEPS_IN_FLIGHT:
             jax.block_until_ready(self._steps[-1 - _STEPS_IN_FLIGHT])
@@ -147,9 +150,7 @@ class Meter:
         total = self.pending_sums()
         steps = [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(self._steps)]
         step_time = (time.monotonic() - self._start) / len(steps)
-        if self._compiled:
-            self._step_times.append(step_time)
-        self._compiled = True
+        self._step_times.append(step_time)
         self._earlier, self._steps = [], []
         self.start()
         if total["skipped_in_a_row"] >= self._max_skipped_steps:
@@ -172,7 +173,7 @@ class Meter:
 
     @property
     def step_time_median(self) -> float | None:
-        """Median seconds per step over the reports but the first, which compiles; None if there is no other."""
+        """Median seconds per step over the reports; None if there is none."""
         return statistics.median(self._step_times) if self._step_times else None
 
 

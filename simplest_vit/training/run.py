@@ -95,6 +95,11 @@ class Run:
                 f"{tokens} tokens per image are slow: lower config.data.image_size, here {self.data.image_shape[0]}, "
                 f"or raise config.model.patch_size={config.model.patch_size}"
             )
+        if config.warmup_steps >= self.total_steps:
+            yield (
+                f"config.warmup_steps={config.warmup_steps} takes all {self.total_steps} steps of the run, whose "
+                "learning rate never decays: lower it, or raise config.epochs"
+            )
         for name in ("eval_every", "checkpoint_every"):
             if self.config[name] > self.total_steps:
                 yield f"config.{name}={config[name]} exceeds the run: due only at its end, step {self.total_steps}"

@@ -144,6 +144,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             sharding=batch_sharding(mesh),
         )
         bar = stack.enter_context(progress_bar(first_step, run.total_steps, primary=distributed.is_primary()))
+        log.info("compiling the training step, which may take minutes")
         meter.start()
         for step, batch in zip(range(first_step + 1, run.total_steps + 1), batches, strict=False):
             if out_of_patience():
