@@ -85,15 +85,17 @@ def controls(results: Results, page: str) -> str:
 
 def replaced(results: Results, page: str) -> str:
     """Compare networks with one thing replaced, after 500 steps of SOAP."""
-    rows = []
+    rows, bases = [], {}
     tables = (TABLES[name] for name in ("controls", "ablation", "uniform", "time", "baseline"))
-    for row in dict.fromkeys(row for table in tables for row in table.rows):
+    for row in dict.fromkeys(row for table in tables for row in table.rows if row != "isometric"):
         for hold_out in (True, False):
             cell = results.find(NETWORKS[row], steps=500, hold_out=hold_out)
             if cell:
                 ours = results.find(ISOMETRIC, steps=500, like=cell)
-                rows.append([row, cell.text(page), "" if row == "isometric" else difference_text(cell, ours)])
+                bases[cell.basis] = ["isometric", _text(ours, page), ""]
+                rows.append([row, cell.text(page), difference_text(cell, ours)])
                 break
+    rows = [*(bases[basis] for basis in sorted(bases)), *rows]  # what each difference is to
     return table(["500 steps of SOAP", "CIFAR-10", "to isometric"], rows)
 
 
