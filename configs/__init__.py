@@ -21,6 +21,7 @@ def locate(text: str) -> str:
     name, colon, arguments = text.partition(":")
     if name in NAMES:
         return f"{_FOLDER / name}.py{colon}{arguments}"
-    if name.endswith(".py") or os.path.exists(name):
+    if os.path.exists(name):
         return text
-    raise UserError(f"{name}: there is no such recipe; expected {', '.join(NAMES)}, or the path of a config file")
+    kind = "file" if name.endswith(".py") else "recipe"
+    raise UserError(f"{name}: there is no such {kind}; expected {', '.join(NAMES)}, or the path of a config file")

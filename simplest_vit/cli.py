@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from simplest_vit import preemption, streams
+from simplest_vit.config import FIELDS, suggest
 from simplest_vit.errors import Interrupted, TrainingError, UserError, not_installed, print_error
 from simplest_vit.files import local_path
 
@@ -268,14 +269,16 @@ def _explain(error: BaseException, flag: str, arguments: list[str]) -> str:
     innermost = chain[-1]
     name = str(innermost.args[0] if innermost.args else "").strip("\"'")
     if isinstance(innermost, KeyError) and any(f".{name}" in word.partition("=")[0] for word in arguments):
-        from simplest_vit.config import suggest
-
         return f"a --config.FIELD flag names {name!r}, which is no field; {suggest(name)}"
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith(f"{CONFIG.name}."):
         return f"--{error.flagname} sets a field of a config, and --{CONFIG.name} is missing; give it as well"
     if isinstance(innermost, UserError):
-        named = re.match(r"flag --([\w.]+)=", str(error))  # error of `_PathParser`
-        return f"--{named[1]}={innermost}" if named else str(innermost)
+        named = re.match(r"flag --([\w.]+)=", str(error))  # error of `_PathParser` or `_ConfigParser`
+        return f"--{named[1]}={innermost}" if named and not str(innermost).startswith("config.") else str(innermost)
+    field = re.match(r"flag --config\.([\w.]+)=(.*): (?:invalid|could not)", str(error))
+    if field and field[1] in FIELDS and isinstance(innermost, ValueError):
+        _, values, meaning = FIELDS[field[1]]
+        return f"config.{field[1]}={field[2]} must be {values.expected} ({meaning})"
     message = (str(innermost).splitlines() or [""])[-1].strip()
     if not isinstance(error, flags.Error) or isinstance(innermost, SyntaxError | ImportError | OSError):
         return f"--{flag} cannot be loaded: {type(innermost).__name__}: {message}"
