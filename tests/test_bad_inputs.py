@@ -197,9 +197,9 @@ COMMANDS = [
     (DIGITS + " more", "unexpected argument 'more'"),
     (DIGITS + " --config.epoch=3", "names 'epoch', which is no field"),
     (DIGITS + " --config.model.deep=3", "names 'deep', which is no field"),
-    (DIGITS + " --config.epochs=many", "--config.epochs=many"),
-    (DIGITS + " --config.steps=1.5", "--config.steps=1.5"),
-    (DIGITS + " --config.model.depth=1e3", "--config.model.depth=1e3"),
+    (DIGITS + " --config.epochs=many", "config.epochs=many must be a number"),
+    (DIGITS + " --config.steps=1.5", "config.steps=1.5 must be an integer"),
+    (DIGITS + " --config.model.depth=1e3", "config.model.depth=1e3 must be an integer"),
     (DIGITS + " --config.data.flip=maybe", "--config.data.flip=maybe"),
     (DIGITS + " --config.model=simple_vit", "--config.model=simple_vit"),
     (DIGITS + " --config.batch_size", "Missing value for flag --config.batch_size"),
@@ -319,7 +319,10 @@ COMMANDS = [
         SWEEP + " --workdir {new}/run --grid config.model.depth=12,-3",
         "at config.model.depth=-3: config.model.depth=-3 m",
     ),
-    (SWEEP + " --workdir {new}/run --grid config.epochs=3,x", "--grid: at config.epochs=x: flag --config.epochs=x"),
+    (
+        SWEEP + " --workdir {new}/run --grid config.epochs=3,x",
+        "--grid: at config.epochs=x: config.epochs=x must be a number",
+    ),
     (SWEEP + " --workdir {new}/run --grid config.optimizer.name=muon,adam", "config.optimizer.name=adam: config.optim"),
     (SWEEP + " --workdir {new}/run --config.epochs=0", "config.epochs=0.0 must be"),
     (SWEEP + " --workdir {old}/text.jpg", "text.jpg is a file"),
@@ -343,7 +346,7 @@ COMMANDS = [
     ),
     (
         "benchmarks.train_step --config configs/digits.py --against {new}/x.py",
-        "--against={new}/x.py: there is no such file",
+        "x.py: there is no such file; expected",
     ),
     ("benchmarks.train_step --config configs/digits.py --against configs/digits.py --against.seed=-1", "seed=-1 must"),
     ("benchmarks.optimizers --config configs/digits.py --measured_batch_size=0", "--measured_batch_size=0"),
@@ -364,7 +367,7 @@ ENVIRONMENT = [
 
 # Real processes, each with its own imports, which take seconds: started together.
 PROCESSES = [
-    (DIGITS + " --config.batch_size=none", "--config.batch_size=none"),
+    (DIGITS + " --config.batch_size=none", "config.batch_size=none must be an integer"),
     (PREDICT + " --json", "--images is missing"),
     (
         "-m " + SWEEP + " --workdir {new}/run --grid x",
