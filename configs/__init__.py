@@ -12,8 +12,12 @@ _FOLDER = pathlib.Path(__file__).parent
 NAMES = sorted({path.stem for path in _FOLDER.glob("*.py")} - {"__init__", "common"})
 
 
-def locate(text: str) -> str:
+def locate(text: str, flag: str) -> str:
     """Replace the name of a recipe by its file: "cifar10:model=simple_vit" -> "/.../cifar10.py:model=simple_vit".
+
+    Args:
+      text: The name of a recipe, or the path of a file, with its arguments after a colon.
+      flag: The flag that it was given for, which an error names.
 
     Raises:
       UserError: If the text is neither a name nor the path of a file.
@@ -24,4 +28,5 @@ def locate(text: str) -> str:
     if os.path.exists(name):
         return text
     kind = "file" if name.endswith(".py") else "recipe"
-    raise UserError(f"{name}: there is no such {kind}; expected {', '.join(NAMES)}, or the path of a config file")
+    choices = ", ".join(NAMES)
+    raise UserError(f"--{flag}={name}: there is no such {kind}; expected {choices}, or the path of a config file")

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from simplest_vit import preemption, streams
-from simplest_vit.config import FIELDS, suggest
+from simplest_vit.config import FIELDS, check, suggest
 from simplest_vit.errors import Interrupted, TrainingError, UserError, not_installed, print_error
 from simplest_vit.files import local_path
 
@@ -56,7 +56,7 @@ class _ConfigParser(ConfigFileFlagParser):
     def parse(self, path: str) -> Any:
         from simplest_vit import recipes  # a clone without symbolic links does not have it
 
-        return super().parse(recipes.locate(path))
+        return super().parse(recipes.locate(path, self.name))
 
 
 def _define_config(name: str, description: str, values: flags.FlagValues, **options: Any) -> flags.FlagHolder:
@@ -99,8 +99,6 @@ def load_config(arguments: list[str]) -> ConfigDict:
         _require_config(config)
     except Exception as error:
         raise UserError(_explain(error, config.name, arguments)) from error
-    from simplest_vit.config import check
-
     check(config.value)
     return config.value
 
@@ -187,11 +185,8 @@ def _exit(error: TrainingError | Interrupted) -> NoReturn:
 def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Check the config and run; missing libraries, memory or devices become one-line errors, too."""
     try:
-        if configs := _given():
-            from simplest_vit.config import check  # imported here so that a mistyped flag is reported immediately
-
-            for config in configs:
-                check(config.value)
+        for config in _given():
+            check(config.value)
         preemption.check()
         program(arguments)
         sys.stdout.flush()
@@ -273,8 +268,9 @@ def _explain(error: BaseException, flag: str, arguments: list[str]) -> str:
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith(f"{CONFIG.name}."):
         return f"--{error.flagname} sets a field of a config, and --{CONFIG.name} is missing; give it as well"
     if isinstance(innermost, UserError):
-        named = re.match(r"flag --([\w.]+)=", str(error))  # error of `_PathParser` or `_ConfigParser`
-        return f"--{named[1]}={innermost}" if named and not str(innermost).startswith("config.") else str(innermost)
+        named = re.match(r"flag --([\w.]+)=", str(error))
+        is_path = named and named[1] not in [config.name for config in _CONFIGS]  # an error of `_PathParser`
+        return f"--{named[1]}={innermost}" if named and is_path else str(innermost)
     field = re.match(r"flag --config\.([\w.]+)=(.*): (?:invalid|could not)", str(error))
     if field and field[1] in FIELDS and isinstance(innermost, ValueError):
         _, values, meaning = FIELDS[field[1]]

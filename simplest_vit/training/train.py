@@ -145,7 +145,6 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         )
         bar = stack.enter_context(progress_bar(first_step, run.total_steps, primary=distributed.is_primary()))
         log.info("compiling the training step, which may take minutes")
-        meter.start()
         for step, batch in zip(range(first_step + 1, run.total_steps + 1), batches, strict=False):
             if out_of_patience():
                 log.info(
