@@ -393,6 +393,10 @@ def wandb(trained, monkeypatch, **_):
     assert "train_images" in fake.logged[0]
     for tag, curve in scalars.items():
         assert {line["step"]: line[tag] for line in fake.logged if tag in line} == pytest.approx(curve), tag
+    fake.config.clear()
+    (trained.folder / "without" / "results.json").unlink()
+    trained("without", wandb="mine")
+    assert fake.config["optimizer.learning_rate"] == 0.1, "it is turned on when the run is resumed"
 
 
 def _profiled(trained, monkeypatch, name, **overrides):

@@ -88,8 +88,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             state, progress = run.create_state(initial_params), RunProgress()
         writer = create_writer(path, first_step, primary=distributed.is_primary(), wandb=config.wandb)
         stack.callback(writer.close)
-        if not first_step:
-            writer.write_hparams(flatten(config.to_dict()))
+        writer.write_hparams(flatten(config.to_dict()))  # of a resumed run too: W&B may be new to it
         log.info(memory_line(run.abstract))
         log.info("parameters\n%s", parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False))
         meter = Meter(run.config.batch_size, config.max_skipped_steps, progress.pending_sums)
@@ -144,7 +143,6 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             sharding=batch_sharding(mesh),
         )
         bar = stack.enter_context(progress_bar(first_step, run.total_steps, primary=distributed.is_primary()))
-        log.info("compiling the training step, which may take minutes")
         for step, batch in zip(range(first_step + 1, run.total_steps + 1), batches, strict=False):
             if out_of_patience():
                 log.info(
@@ -152,6 +150,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     *(progress.last_evaluation, run.total_steps, progress.evaluations_without_gain),
                 )
                 break
+            if step == first_step + 1:
+                log.info("compiling the training step, which may take minutes")
             if step == 1:
                 writer.write_images(0, {"train_images": image_grid(dataset, batch)})
             state, metrics = run.train_step(state, batch)
