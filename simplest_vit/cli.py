@@ -228,7 +228,7 @@ def _parse(
         remaining = flags.FLAGS(argv)
         for needed in required:
             if flags.FLAGS[needed].value in (None, "") and not (needed == CONFIG.name and CONFIG.present):
-                raise UserError(f"--{needed} is missing; usage: {usage}")
+                raise missing(needed, usage)
         for shared in (CONFIG, WORKDIR):
             if shared.present and shared.name not in (*required, *optional):
                 raise UserError(f"--{shared.name} is no flag of this program; usage: {usage}")
@@ -240,6 +240,11 @@ def _parse(
     if len(remaining) > 1 and not positional:
         raise UserError(f"unexpected argument {remaining[1]!r}; every option is a --flag")
     return remaining
+
+
+def missing(name: str, usage: str) -> UserError:
+    """Return what to raise if a flag is needed and not given."""
+    return UserError(f"--{name} is missing; usage: {usage}")
 
 
 def _help(program: Callable[[list[str]], None], shared: tuple[str, ...]) -> str:

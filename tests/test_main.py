@@ -30,20 +30,26 @@ def main(*arguments, stdout=subprocess.PIPE):
 
 def test_train_then_evaluate(tmp_path):
     command = ["--config", "configs/digits.py", "--workdir", tmp_path / "run", *TINY, f"--config.data.dir={tmp_path}"]
+    printed = main(*command, "--print_config")
+    assert printed.returncode == 0, printed.stderr
+    assert list(tmp_path.iterdir()) == []
     with open("/dev/full", "w") as full:  # what is printed is on the disk as well
         trained = main(*command, stdout=full)
     assert trained.returncode == 0, trained.stderr
     assert "standard output cannot be written (No space left on device)" in trained.stderr
     assert "Traceback" not in trained.stderr
+    assert "compiling the training step" in trained.stderr
     assert "step 4/4 (100.0%)" in trained.stderr
     assert "steps/s" in trained.stderr
     assert "ETA" in trained.stderr
     assert "blocks/attention/query/kernel" in trained.stderr
+    assert json.loads(printed.stdout) == json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     (tmp_path / "run" / "results.json").unlink()
     resumed = main("--workdir", tmp_path / "run")  # by the run's own config
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at step 4 of 4" in resumed.stderr
+    assert "compiling" not in resumed.stderr, "no step is left"
     again = json.loads(resumed.stdout)
     assert again["validation_accuracy"] == results["validation_accuracy"]
     evaluated = main("evaluate", "--workdir", tmp_path / "run", "--output", str(tmp_path / "report"))
