@@ -285,13 +285,13 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def from_settings(settings: dict[str, Any]) -> ConfigDict:
-    """Create a config from nested dicts, as stored in a run's folder, and `check` it."""
+def from_settings(settings: dict[str, Any], image_shape: tuple[int, int, int]) -> ConfigDict:
+    """Create a config from nested dicts, as stored in a run's folder, and `check` it for images of this shape."""
     flat = flatten(settings)
     config = default(str(flat.get("optimizer.name", "adam")))
     with config.ignore_type():
         config.update_from_flattened_dict(flat)
-    check(config)
+    check(config, image_shape)
     return config
 
 
@@ -304,16 +304,17 @@ def suggest(name: str, table: Iterable[str] | None = None) -> str:
     return f"did you mean config.{near[0]}?" if near else "the fields are in simplest_vit/config.py"
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, image_shape: tuple[int, int, int] | None = None) -> None:
     """Check everything that can be checked without the data; `cli.run` does so once, before anything else.
 
     Args:
       config: The run's config.
+      image_shape: (H, W, C) of a preprocessed image; None for that of the data set, which must exist then.
 
     Raises:
       UserError: Names the field, its value and the values allowed.
     """
-    from simplest_vit.data.dataset import image_shape
+    from simplest_vit.data import dataset
     from simplest_vit.models import model_arguments
     from simplest_vit.optimizers.factory import create_optimizer
 
@@ -345,5 +346,5 @@ def check(config: ConfigDict) -> None:
             f"config.accumulation_steps={config.accumulation_steps} must be a divisor of "
             f"config.batch_size={config.batch_size}"
         )
-    model_arguments(**config.model, image_shape=image_shape(config.data))
+    model_arguments(**config.model, image_shape=image_shape or dataset.image_shape(config.data))
     create_optimizer(**config.optimizer)

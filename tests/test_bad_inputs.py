@@ -295,7 +295,7 @@ COMMANDS = [
     ("simplest_vit predict --config configs/digits.py --workdir {new}/run", "--config is no flag of this program"),
     (PREPARE, "0 data sets named, expected one of digits, "),
     (PREPARE + " digits cifar10", "2 data sets named, expected one of digits, "),
-    (PREPARE + " mnist", "data.name=mnist: unknown; expected one of"),
+    (PREPARE + " mnist", "data.name=mnist: there is no such set in"),
     (PREPARE + " digits --force", "Unknown command line flag 'force'"),
     (PREPARE + " digits --data_dir={old}/text.jpg", "cannot prepare digits there"),
     (PREPARE + " digits --data_dir=~nobody-of-this-name/x", "there is no such user; give another path"),
@@ -350,7 +350,7 @@ COMMANDS = [
     ),
     ("benchmarks.train_step --config configs/digits.py --against configs/digits.py --against.seed=-1", "seed=-1 must"),
     ("benchmarks.optimizers --config configs/digits.py --measured_batch_size=0", "--measured_batch_size=0"),
-    ("benchmarks.input_pipeline mnist", "data.name=mnist: unknown"),
+    ("benchmarks.input_pipeline mnist", "data.name=mnist: there is no such set"),
 ]
 
 # (command, variables, modules that are not installed, expected)

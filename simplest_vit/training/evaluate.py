@@ -1,5 +1,6 @@
 """Evaluate the checkpoints of a finished or running training run, and restore its best model."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simplest_vit import preemption
-from simplest_vit.config import from_settings
 from simplest_vit.data import input_pipeline
 from simplest_vit.data.dataset import Dataset
 from simplest_vit.errors import UserError
@@ -102,15 +102,15 @@ def evaluate(
     Raises:
       UserError: If the folder holds no checkpoint, or one of another config or other data.
     """
-    path, settings, data = read_run(workdir, None if config is None else config.to_dict())
+    path, own, data = read_run(workdir, config)
     if config is None:
-        settings["fsdp"], settings["model"]["attention_kernel"] = 1, "auto"
-    fused_attention.check_devices(settings["model"]["attention_kernel"], jax.devices())
-    resolved = from_settings(settings)
+        own.fsdp, own.model.attention_kernel = 1, "auto"
+    fused_attention.check_devices(own.model.attention_kernel, jax.devices())
+    where = copy.deepcopy(own.data)
     if other_data:
-        with resolved.ignore_type():
-            resolved.data.update(other_data, image_size=data.image_shape[0])
-    dataset = input_pipeline.load(resolved.data, only_validation=bool(other_data))
+        with where.ignore_type():
+            where.update(other_data, image_size=data.image_shape[0])
+    dataset = input_pipeline.load(where, only_validation=bool(other_data))
     if other_data:
         if dataset.image_shape != data.image_shape:
             raise UserError(
@@ -126,7 +126,7 @@ def evaluate(
         dataset = dataclasses.replace(dataset, mean=data.mean, std=data.std)
     else:
         check_data(path, dataset.info)
-    run = build(resolved, data, create_mesh(resolved.fsdp))
+    run = build(own, data, create_mesh(own.fsdp))
     eval_step = make_eval_step(run.graphdef, run.mesh, detailed=True)
     outcome: dict[str, Evaluation] = {}
     with Checkpoints(path, create=False) as checkpoints:
@@ -154,9 +154,8 @@ def restore_best(workdir: str, mesh: Mesh | None = None) -> tuple[Run, ModelStat
     Raises:
       UserError: If the folder holds no checkpoint.
     """
-    path, settings, data = read_run(workdir)
-    settings["compute_dtype"] = "float32"
-    settings["model"]["attention_kernel"] = "xla"  # on any device
-    run = build(from_settings(settings), data, mesh)
+    path, config, data = read_run(workdir)
+    config.compute_dtype, config.model.attention_kernel = "float32", "xla"  # on any device
+    run = build(config, data, mesh)
     with Checkpoints(path, create=False) as checkpoints:
         return run, run.model_state(checkpoints.load(checkpoints.best, run.abstract_model))

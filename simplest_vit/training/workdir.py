@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from filelock import FileLock, Timeout
+from ml_collections import ConfigDict
 
 from simplest_vit.config import default, flatten, from_settings
 from simplest_vit.data.dataset import DatasetInfo
@@ -82,12 +83,12 @@ def check_workdir(workdir: str, settings: dict[str, Any]) -> pathlib.Path:
     return path
 
 
-def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[pathlib.Path, dict[str, Any], DatasetInfo]:
-    """Read the config and the data facts of the run in a folder. Writes nothing.
+def read_run(workdir: str, config: ConfigDict | None = None) -> tuple[pathlib.Path, ConfigDict, DatasetInfo]:
+    """Read the config and the data facts of the run in a folder, which is all that is needed. Writes nothing.
 
     Args:
       workdir: The folder.
-      settings: A config, as nested dicts, that must match the run's; None takes the run's own.
+      config: A checked config that must match the run's; None takes the run's own.
 
     Returns:
       The folder, the config, and the facts about the data that the run was trained on.
@@ -100,15 +101,14 @@ def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[path
         raise UserError(
             f"--workdir={workdir} holds no checkpoint; train there first with --config, or name another folder"
         )
-    if settings is None:
-        own = _read_settings(path)
-        try:
-            settings = from_settings(own).to_dict()
-        except UserError as error:
-            raise UserError(f"{path / CONFIG} is damaged ({error}); choose another --workdir") from error
-    else:
-        _check_same(path, settings)
-    return path, settings, DatasetInfo.from_json(read_json(path / DATASET), path / DATASET)
+    if config is not None:
+        _check_same(path, config.to_dict())
+    own = _read_settings(path)
+    data = DatasetInfo.from_json(read_json(path / DATASET), path / DATASET)
+    try:
+        return path, from_settings(own, data.image_shape) if config is None else config, data
+    except UserError as error:
+        raise UserError(f"{path / CONFIG} is damaged ({error}); choose another --workdir") from error
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -146,7 +146,9 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
                 check_data(path, data)
             else:
                 write_json(path / DATASET, data.to_json())
-            write_json(path / CONFIG, {"version": VERSION, "config": settings})
+            write_json(
+                path / CONFIG, {"version": VERSION, "config": settings | {"data": _from_anywhere(settings["data"])}}
+            )
         except OSError as error:
             raise UserError(f"--workdir={path} cannot be written ({error.strerror}); choose another folder") from error
         yield
@@ -240,6 +242,12 @@ def _read_settings(path: pathlib.Path) -> dict[str, Any]:
         return flatten(default(str(flat["optimizer.name"])).to_dict()) | flat
     except (AttributeError, LookupError) as error:
         raise UserError(f"{path / CONFIG} cannot be read ({error}); choose another --workdir") from error
+
+
+def _from_anywhere(data: dict[str, Any]) -> dict[str, Any]:
+    """Return `config.data` with absolute folders, because a run may be resumed from another current folder."""
+    folders = {name: local_path(data[name]) for name in ("dir", "manual_dir") if data[name]}
+    return data | {name: os.path.abspath(path) for name, path in folders.items()}
 
 
 def _check_same(path: pathlib.Path, settings: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Sets that TFDS has prepared, by their name; splits in its syntax; what is measured once and kept."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from simplest_vit.data.dataset import image_shape
 from simplest_vit.data.decode import encode_png
 from simplest_vit.data.prepare import prepare
 from simplest_vit.errors import UserError
+from simplest_vit.training.evaluate import evaluate
+from simplest_vit.training.workdir import lock_workdir, read_run
 
 
 def write_set(data_dir, name, features, splits):
@@ -132,8 +135,22 @@ def test_what_is_no_image_classification_set_is_refused(tmp_path, make_config, f
 @pytest.mark.parametrize("name", ["mnist", "../x", "a b", "", "shapes:9.9.9"])
 def test_an_unknown_set_says_how_tfds_prepares_it(tmp_path, make_config, name):
     shapes(tmp_path)
-    with pytest.raises(UserError, match=rf"^data.name={name}: unknown; .*tfds build .* --file_format=array_record$"):
+    with pytest.raises(
+        UserError,
+        match=rf"^data.name={name}: there is no such set in {tmp_path}; .*tfds build .* --file_format=array_record$",
+    ):
         input_pipeline.load(make_config(name, dir=tmp_path).data)
+
+
+def test_a_run_is_read_without_its_set_and_a_set_that_is_gone_is_named(tmp_path, make_config):
+    folder = shapes(tmp_path)
+    config = make_config("shapes", dir=tmp_path)
+    config.model.patch_size = 5
+    with lock_workdir(tmp_path / "run", config.to_dict(), input_pipeline.load(config.data).info):
+        shutil.rmtree(folder)
+    assert read_run(str(tmp_path / "run"))[1].to_dict() == config.to_dict()
+    with pytest.raises(UserError, match=rf"^data.name=shapes: there is no such set in {tmp_path}; expected"):
+        evaluate(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -168,9 +168,9 @@ def test_process_0_prepares_while_the_others_wait(tmp_path, make_config, monkeyp
     dataset._prepare_once(data)
     assert list(store.values.values()) == [""]
     data.name = "mnist"
-    with pytest.raises(UserError, match="unknown"):
+    with pytest.raises(UserError, match="there is no such set"):
         dataset._prepare_once(data)
-    assert list(store.values.values())[1].startswith("data.name=mnist: unknown")
+    assert list(store.values.values())[1].startswith("data.name=mnist: there is no such set")
     assert len(store.values) == 2
 
 

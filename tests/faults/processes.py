@@ -11,7 +11,6 @@ import time
 import jax
 import numpy as np
 
-from simplest_vit.config import from_settings
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.run import build
 from simplest_vit.training.workdir import read_metrics, read_run
@@ -92,8 +91,8 @@ class Run:
     def end(self):
         """The last state and what is said of it, without times and commit: equal for runs that went the same way."""
         with Checkpoints(self.workdir, create=False) as checkpoints:
-            _, settings, data = read_run(str(self.workdir))
-            abstract = build(from_settings(settings), data).abstract
+            _, config, data = read_run(str(self.workdir))
+            abstract = build(config, data).abstract
             state, progress = checkpoints.restore(abstract, checkpoints.newest())
             best = checkpoints.best()
         results = json.loads((self.workdir / "results.json").read_text())

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from simplest_vit.config import from_settings
 from simplest_vit.errors import UserError
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.evaluate import restore_best
@@ -33,9 +32,9 @@ def pretrained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def best(pretrained):
     """The whole state of its best checkpoint."""
-    _, settings, data = read_run(str(pretrained))
+    _, config, data = read_run(str(pretrained))
     with Checkpoints(pretrained, create=False) as checkpoints:
-        return jax.device_get(checkpoints.restore(build(from_settings(settings), data).abstract, checkpoints.best())[0])
+        return jax.device_get(checkpoints.restore(build(config, data).abstract, checkpoints.best())[0])
 
 
 def first_state(data, **overrides):

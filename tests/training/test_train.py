@@ -23,7 +23,6 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
 from simplest_vit import preemption
-from simplest_vit.config import from_settings
 from simplest_vit.data import input_pipeline
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError
 from simplest_vit.training import evaluate, train
@@ -68,8 +67,8 @@ def finished(tmp_path_factory, data_dir):
 
 
 def build_from(workdir):
-    _, settings, data = read_run(str(workdir))
-    return build(from_settings(settings), data)
+    _, config, data = read_run(str(workdir))
+    return build(config, data)
 
 
 def final_arrays(workdir):

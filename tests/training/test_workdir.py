@@ -36,7 +36,15 @@ def test_a_new_folder_is_checked_without_being_made(tmp_path):
         assert json.loads((path / "config.json").read_text()) == {"version": VERSION, "config": CONFIG}
         assert json.loads((path / "dataset.json").read_text()) == DIGITS.to_json()
     _, config, data = read_run(str(path))
-    assert (config, data) == (CONFIG, DIGITS)
+    assert (config.to_dict(), data) == (CONFIG, DIGITS)
+
+
+def test_a_run_finds_its_data_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with lock_workdir(tmp_path / "run", changed(data__dir="tfds", data__manual_dir="../photos"), DIGITS):
+        monkeypatch.chdir("/")
+    data = read_run(str(tmp_path / "run"))[1].data
+    assert (data.dir, data.manual_dir) == (str(tmp_path / "tfds"), str(tmp_path.parent / "photos"))
 
 
 def test_the_same_run_may_change_how_it_is_watched(tmp_path):
@@ -212,7 +220,7 @@ def test_a_field_that_is_new_since_has_its_default(tmp_path):
     del content["config"]["model"]["remat"]
     (tmp_path / "config.json").write_text(json.dumps(content))
     check_workdir(str(tmp_path), settings)
-    assert read_run(str(tmp_path))[1] == settings
+    assert read_run(str(tmp_path))[1].to_dict() == settings
     with pytest.raises(UserError, match=r"config.model.remat is False, now True"):
         check_workdir(str(tmp_path), other)
 
