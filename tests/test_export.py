@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +59,7 @@ def model(request):
 
 def test_other_runtimes_compute_the_logits(model, tmp_path, monkeypatch):
     run, state, expected = model
-    monkeypatch.setattr(export_module, "restore_best", lambda workdir: (run, state))
+    monkeypatch.setattr(export_module, "restore_best", lambda workdir: (run, state, None))
     files = {format: tmp_path / format for format in FORMATS}
     for format, file in files.items():
         export("run", str(file), format)
@@ -140,7 +142,7 @@ def torch_model(about, tensors):
 
 
 @pytest.mark.parametrize("model", NETWORKS[-1:], indirect=True)
-def test_a_run_is_exported_from_its_folder(model, tmp_path, monkeypatch):
+def test_a_run_is_exported_from_its_folder(model, tmp_path, monkeypatch, caplog):
     run, state, expected = model
     folder = tmp_path / "run"
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), run.abstract)
@@ -149,9 +151,12 @@ def test_a_run_is_exported_from_its_folder(model, tmp_path, monkeypatch):
     with lock_workdir(folder, run.config.to_dict(), DATA), Checkpoints(folder, create=True) as checkpoints:
         checkpoints.save(whole, RunProgress(last_evaluation=3), 3)
     before = sorted(folder.rglob("*"))
-    export(str(folder), str(tmp_path / "model.onnx"), "onnx")
+    caplog.set_level(logging.INFO, "simplest_vit")
+    export(str(folder), str(tmp_path / "model.onnx"))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     np.testing.assert_allclose(session.run(None, {"images": IMAGES})[0], expected, rtol=1e-5, atol=1e-5)
+    difference = re.search(r"model.onnx: its logits differ from the model's by at most (\S+) of", caplog.text)
+    assert 0 <= float(difference[1]) < 1e-5
     assert session.get_modelmeta().custom_metadata_map["step"] == "3"
     assert sorted(folder.rglob("*")) == before
 
@@ -184,7 +189,8 @@ def test_a_run_is_exported_from_its_folder(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("output", "format", "expected"),
     [
-        ("new", "tflite", "unknown; expected one of stablehlo, onnx, safetensors, pth"),
+        ("new", "tflite", "^--format=tflite: the format 'tflite' is unknown; give --format, one of stablehlo, onnx,"),
+        ("new.bin", None, "^--output=.*new.bin: the format 'bin' is unknown; give --format, one of stablehlo, onnx,"),
         ("", "onnx", "is a folder"),
         ("taken.json", "onnx", "exists"),
         ("taken", "stablehlo", r"taken\.json exists"),
@@ -248,6 +254,11 @@ def test_the_lowering_agrees_with_jax(function):
 def test_the_lowering_names_what_it_does_not_know(function, expected):
     with pytest.raises(UserError, match=f"{expected}.*--format=stablehlo"):
         onnx_lowering.to_onnx(function, DATA.image_shape)
+
+
+def test_the_difference_of_logits_is_measured():
+    near, far = (lambda images, x=x: np.full((len(images), 3), x) for x in (100.0, 100.0 + 4e-4))
+    assert export_module._check("onnx", far, near, DATA.image_shape) == pytest.approx(4e-6, rel=1e-3)
 
 
 @pytest.mark.parametrize("value", [0.1, np.nan])

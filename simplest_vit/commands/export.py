@@ -1,6 +1,6 @@
 """Write the best checkpoint of a run as one file that other runtimes can load.
 
-simplest-vit export --workdir runs/mine --output model.onnx --format onnx
+simplest-vit export --workdir runs/mine --output model.onnx
 
 stablehlo and onnx take uint8 images [batch, H, W, C] and normalize them inside the graph. safetensors holds
 only arrays; its metadata say how to normalize images. Class names are in the metadata: in FILE.json for stablehlo, in
@@ -16,14 +16,14 @@ from simplest_vit import cli
 def main() -> None:
     """Run the command."""
     output = cli.define_path("output", None, "The file to write; it must not exist.")
-    format = flags.DEFINE_string("format", None, "stablehlo, onnx, safetensors or pth.")
+    format = flags.DEFINE_string("format", None, "stablehlo, onnx, safetensors or pth; by default the output's suffix.")
 
     def export(arguments: list[str]) -> None:
         del arguments
         from simplest_vit.export import export
 
-        export(str(cli.WORKDIR.value), str(output.value), str(format.value))
+        export(str(cli.WORKDIR.value), str(output.value), format.value)
         print(output.value)
 
-    usage = "simplest-vit export --workdir FOLDER --output FILE --format stablehlo|onnx|safetensors|pth"
-    cli.run(export, usage, required=("workdir", "output", "format"))
+    usage = "simplest-vit export --workdir FOLDER --output FILE.(stablehlo|onnx|safetensors|pth)"
+    cli.run(export, usage, required=("workdir", "output"))

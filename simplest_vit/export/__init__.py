@@ -13,6 +13,7 @@ The first two take images [B, H, W, C] for any B, and normalize them by the mean
 import importlib.util
 import io
 import json
+import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,8 @@ from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import Run
 from simplest_vit.training.state import ModelState
 
+log = logging.getLogger("simplest_vit")
+
 # Maps images, uint8 [B, H, W, C], to logits, float32 [B, num_classes].
 Classifier = Callable[[Any], Any]
 Metadata = dict[str, Any]
@@ -44,27 +47,28 @@ _TOLERANCE = 1e-5
 _MAX_BYTES = 2**31
 
 
-def export(workdir: str, output: str, format: str) -> None:
+def export(workdir: str, output: str, format: str | None = None) -> None:
     """Write the best checkpoint of a run to `output`, after comparing the artifact with the model on random images.
 
     Args:
       workdir: The run's folder, which is all that is needed.
       output: The file, which must not exist. For stablehlo, metadata go to a file of this name with `.json` appended.
-      format: One of `FORMATS`.
+      format: One of `FORMATS`; None for the suffix of `output`.
 
     Raises:
       UserError: If the format is unknown, needs a library that is missing, or has no such network; if the run has no
         checkpoint; or if the file exists or cannot be written.
       TrainingError: If the logits differ. Then nothing is written.
     """
+    path = pathlib.Path(output)
+    named, format = (f"--format={format}", format) if format else (f"--output={output}", path.suffix[1:])
     if format not in FORMATS:
-        raise UserError(f"--format={format} is unknown; expected one of {', '.join(FORMATS)}")
+        raise UserError(f"{named}: the format {format!r} is unknown; give --format, one of {', '.join(FORMATS)}")
     serialize, extra, libraries = FORMATS[format]
     if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
         raise UserError(
             f'--format={format} needs {" and ".join(missing)}; install the extra: pip install "simplest-vit[{extra}]"'
         )
-    path = pathlib.Path(output)
     paths = [path.with_name(path.name + ".json"), path] if format == "stablehlo" else [path]
     for new in paths:
         if new.is_dir():
@@ -74,14 +78,14 @@ def export(workdir: str, output: str, format: str) -> None:
     if not path.parent.is_dir():
         raise UserError(f"--output={output}: the folder {path.parent} does not exist; create it or name another")
 
-    run, state = restore_best(workdir)
+    run, state, _ = restore_best(workdir)
     # Computed on a CPU, because a GPU may round the factors of float32 products.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         state = jax.tree.map(jnp.asarray, jax.device_get(state))
         model = run.model(state)
         metadata = _metadata(run, model, int(state.step), format)
         content, artifact = serialize(run, state, metadata)
-        _check(format, artifact, jax.jit(_classifier(model, run.data)), run.data.image_shape)
+        difference = _check(format, artifact, jax.jit(_classifier(model, run.data)), run.data.image_shape)
     contents = [json.dumps(metadata, indent=2).encode() + b"\n", content][-len(paths) :]
     try:
         for new, part in zip(paths, contents, strict=True):
@@ -90,6 +94,7 @@ def export(workdir: str, output: str, format: str) -> None:
         for new in paths:
             new.unlink(missing_ok=True)
         raise UserError(f"--output={output} cannot be written ({error.strerror}); choose another place") from error
+    log.info("%s: its logits differ from the model's by at most %.1e of the largest", output, difference)
 
 
 def _metadata(run: Run, model: ViT, step: int, format: str) -> Metadata:
@@ -118,13 +123,16 @@ def _classifier(model: ViT, data: DatasetInfo) -> Classifier:
     return lambda images: model(normalize(jnp.asarray(images), data.mean, data.std))
 
 
-def _check(format: str, artifact: Classifier, model: Classifier, image_shape: tuple[int, ...]) -> None:
+def _check(format: str, artifact: Classifier, model: Classifier, image_shape: tuple[int, ...]) -> float:
     """Compare logits on random images in batches of one and of three.
+
+    Returns:
+      The largest difference, relative to the largest logit, or to 1.
 
     Raises:
       TrainingError: If they differ or are not finite.
     """
-    random = np.random.default_rng(0)
+    random, errors = np.random.default_rng(0), []
     for batch in (1, 3):
         images = random.integers(0, 256, (batch, *image_shape), np.uint8)
         actual, expected = (np.asarray(classify(images)) for classify in (artifact, model))
@@ -134,6 +142,8 @@ def _check(format: str, artifact: Classifier, model: Classifier, image_shape: tu
                 f"--format={format}: the logits of the exported model differ by {error:.1e} from the model's, expected "
                 f"at most {_TOLERANCE:g}; nothing was written; choose another format"
             )
+        errors.append(float(error))
+    return max(errors)
 
 
 def _check_size(model: ViT, format: str) -> None:
