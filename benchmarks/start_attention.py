@@ -39,7 +39,7 @@ def _main(folders: list[str]) -> None:
     if not folders:
         raise UserError("no runs named; usage: python -m benchmarks.start_attention FOLDER...")
     for folder in folders:
-        run, state = restore_best(folder, mesh=create_mesh())
+        run, state, _ = restore_best(folder, mesh=create_mesh())
         dataset = input_pipeline.load(run.config.data)
         trained, put_back = (validate(run, dataset, each) or {} for each in (state, start_state(run, state)))
         print(

@@ -37,6 +37,7 @@ class Predictor:
       class_names: Names of the classes in the order of the logits.
       image_shape: (H, W, C) of a preprocessed image.
       step: The step of the checkpoint.
+      accuracy: Its validation accuracy, from 0 to 1; None if it was not evaluated.
       model: The network, from normalized float32 images [B, H, W, C] to logits [B, num_classes].
     """
 
@@ -46,8 +47,8 @@ class Predictor:
         Raises:
           UserError: If there is no checkpoint.
         """
-        run, state = restore_best(local_path(os.fspath(workdir)))
-        self._data = run.data
+        run, state, self.accuracy = restore_best(local_path(os.fspath(workdir)))
+        self._network, self._data = run.config.model.name, run.data
         self.class_names, self.image_shape, self.step = run.data.class_names, run.data.image_shape, int(state.step)
         self.model = run.model(state)
         graphdef, arrays = nnx.split(self.model)
@@ -55,6 +56,13 @@ class Predictor:
         self._size = 1
         self._classify = jax.jit(lambda arrays, image: jax.nn.softmax(nnx.merge(graphdef, arrays)(image)))
         self._embed = jax.jit(lambda arrays, image: nnx.merge(graphdef, arrays).features(image))
+
+    def __repr__(self) -> str:
+        """Describe the network, its data and its accuracy."""
+        size = "x".join(map(str, self.image_shape))
+        accuracy = "not evaluated" if self.accuracy is None else f"validation accuracy {self.accuracy:.2%}"
+        about = f"{self._network}, {len(self.class_names)} classes, images {size}, step {self.step}, {accuracy}"
+        return f"Predictor({about})"
 
     def read(self, path: str | os.PathLike[str]) -> np.ndarray:
         """Read an image file as uint8 [H, W, C].

@@ -39,6 +39,8 @@ def test_a_loaded_model_reproduces_the_accuracy_that_training_reported(run):
     assert accuracy == pytest.approx(results["best_validation_accuracy"], abs=1e-6)
     assert predictor.class_names == tuple("0123456789")
     assert predictor.step in (3, 6)
+    about = f"10 classes, images 8x8x1, step {predictor.step}, validation accuracy {100 * accuracy:.2f}%"
+    assert repr(predictor) == f"Predictor(simplest_vit, {about})"
 
 
 def test_predictions_of_files_and_of_their_pixels_are_equal(run, tmp_path):

@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     import_reference(config, str(folder / "run"), str(CHECKPOINT))
     dataset = input_pipeline.load(config.data)
     batch = next(input_pipeline.eval_batches(dataset, batch_size=8, sharding=None))
-    best, state = restore_best(str(folder / "run"))
+    best, state, _ = restore_best(str(folder / "run"))
     model = best.model(state)
     shutil.rmtree(folder / "tfds")  # the run remembers what it needs
     (folder / "images").mkdir()
@@ -61,6 +61,13 @@ def test_predictions_are_those_of_the_validation_split(run, tmp_path):
     assert len(list((tmp_path / "rollout").glob("*.png"))) == 8
     assert f"{predictions[0]['top'][0]['probability']:.1%}" in as_text(predictions[0])
     assert json.loads(json.dumps(predictions[0])) == predictions[0]
+
+
+def test_a_run_that_was_never_evaluated_says_which_step_is_used(run, caplog, monkeypatch):
+    monkeypatch.setattr("simplest_vit.training.evaluate.log.propagate", True)
+    assert repr(predict_module.load(run.workdir)).endswith("images 8x8x1, step 1, not evaluated)")
+    (record,) = caplog.records
+    assert record.message == f"{run.workdir}: no checkpoint was evaluated yet; the latest is used, of step 1"
 
 
 def test_predictions_are_saved_as_csv_whatever_the_files_are_named(run, tmp_path):

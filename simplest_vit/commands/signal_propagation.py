@@ -102,7 +102,7 @@ def signal_propagation(config: Any, workdir: str, *, trained: bool = False, seed
             raise UserError(f"{name}, which it is compared with: {error}" if name != own else str(error)) from error
     results = []
     if trained:
-        run, state = restore_best(workdir)
+        run, state, _ = restore_best(workdir)
         results.append(analyse(f"{own}, trained", [run.model(state)], batch["image"], batch["label"]))
     for name, variant in variants.items():
         log.info("signal propagation: %s", name)

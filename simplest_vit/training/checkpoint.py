@@ -194,8 +194,8 @@ class Checkpoints:
         record = distributed.broadcast_from_primary(lambda: read_record(self.directory / str(step)))
         return restored["state"], RunProgress(**record["progress"])
 
-    def load(self, choose: Callable[[], int | None], abstract: dict[str, Any]) -> dict[str, Any]:
-        """Load the fields in `abstract` of the checkpoint that `choose` finds; retry if it is removed meanwhile.
+    def load(self, choose: Callable[[], int | None], abstract: dict[str, Any]) -> tuple[dict[str, Any], RunProgress]:
+        """Restore the checkpoint that `choose` finds; retry if it is removed meanwhile.
 
         Raises:
           UserError: If there is no intact checkpoint, or it holds another state.
@@ -203,7 +203,7 @@ class Checkpoints:
         for tries_left in reversed(range(_TRIES)):
             step = choose() or 0
             try:
-                return self.restore(abstract, step)[0]
+                return self.restore(abstract, step)
             except (UserError, CheckpointError):
                 if tries_left == 0 or not self._is_removed(step):
                     raise
@@ -231,10 +231,10 @@ class Checkpoints:
         """Return the sort key of the best checkpoint: validation accuracy (-1 if not evaluated), then the step."""
         try:
             progress = self._saving[1] if step == self._saving[0] else self.progress(step)
-            evaluated = progress.last_evaluation == step and progress.validation_accuracy is not None
-            return (progress.validation_accuracy if evaluated else -1.0), step  # type: ignore[return-value]
+            accuracy = progress.accuracy_at(step)
         except UNREADABLE:  # damaged
-            return -1.0, step
+            accuracy = None
+        return -1.0 if accuracy is None else accuracy, step
 
     def _first_whole(self, steps: Iterable[int]) -> int | None:
         """Find the first of these steps whose checkpoint is intact."""

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,8 @@ from simplest_vit.training.sharding import batch_sharding, create_mesh
 from simplest_vit.training.state import ModelState
 from simplest_vit.training.step import make_eval_step
 from simplest_vit.training.workdir import check_data, read_run
+
+log = logging.getLogger("simplest_vit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +134,7 @@ def evaluate(
     outcome: dict[str, Evaluation] = {}
     with Checkpoints(path, create=False) as checkpoints:
         for name, choose in (("latest", checkpoints.newest), ("best", checkpoints.best)):
-            state = run.model_state(checkpoints.load(choose, run.abstract_model))
+            state = run.model_state(checkpoints.load(choose, run.abstract_model)[0])
             step = int(state.step)
             if any(done.step == step for done in outcome.values()):
                 outcome[name] = outcome["latest"]
@@ -141,15 +144,17 @@ def evaluate(
     return outcome
 
 
-def restore_best(workdir: str, mesh: Mesh | None = None) -> tuple[Run, ModelState]:
-    """Load the checkpoint with the highest validation accuracy; only the run's folder is needed.
+def restore_best(workdir: str, mesh: Mesh | None = None) -> tuple[Run, ModelState, float | None]:
+    """Load the checkpoint with the highest validation accuracy, or the latest if none was evaluated, which is logged.
+
+    Only the run's folder is needed.
 
     Args:
       workdir: The folder; nothing is written to it.
       mesh: The devices; None for one.
 
     Returns:
-      The run, whose model computes in float32, and its best weights.
+      The run, whose model computes in float32, its best weights, and their validation accuracy if it is known.
 
     Raises:
       UserError: If the folder holds no checkpoint.
@@ -158,4 +163,9 @@ def restore_best(workdir: str, mesh: Mesh | None = None) -> tuple[Run, ModelStat
     config.compute_dtype, config.model.attention_kernel = "float32", "xla"  # on any device
     run = build(config, data, mesh)
     with Checkpoints(path, create=False) as checkpoints:
-        return run, run.model_state(checkpoints.load(checkpoints.best, run.abstract_model))
+        found, progress = checkpoints.load(checkpoints.best, run.abstract_model)
+    state = run.model_state(found)
+    accuracy = progress.accuracy_at(int(state.step))
+    if accuracy is None:
+        log.warning("%s: no checkpoint was evaluated yet; the latest is used, of step %d", path, state.step)
+    return run, state, accuracy

@@ -32,7 +32,7 @@ def load_initial_params(run: Run, folder: str) -> dict[str, Any]:
       UserError: If there is no checkpoint, or it holds another model.
     """
     try:
-        source, state = restore_best(folder, mesh=run.mesh)
+        source, state, _ = restore_best(folder, mesh=run.mesh)
     except UserError as error:
         reason = str(error).replace("--workdir=", "").replace("another --workdir", "another run")
         raise UserError(f"config.init_from={folder}: {reason}") from error

@@ -92,6 +92,10 @@ class RunProgress:
         self.best_validation_accuracy = max(self.best_validation_accuracy, self.validation_accuracy)
         return is_best
 
+    def accuracy_at(self, step: int) -> float | None:
+        """Return the validation accuracy of the checkpoint of this step; None if it was not evaluated."""
+        return self.validation_accuracy if self.last_evaluation == step else None
+
     def record_training(self, scalars: dict[str, float]) -> None:
         """Record a report; it has no loss if every step was skipped."""
         self.train_loss = scalars.get("train_loss", self.train_loss)

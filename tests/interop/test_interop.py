@@ -41,7 +41,7 @@ def config_of(name, data_dir, **overrides):
 def test_an_imported_checkpoint_gives_the_logits_of_pytorch(tmp_path, data_dir, name):
     config = config_of(name, data_dir, ema__decay=0.9)
     import_reference(config, str(tmp_path), str(FIXTURES / f"{name}.pth"))
-    run, state = restore_best(str(tmp_path))
+    run, state, _ = restore_best(str(tmp_path))
     model = run.model(state)
     expected = np.load(FIXTURES / "expected.npz")
     np.testing.assert_allclose(model(jnp.asarray(expected["image"])), expected[name], rtol=1e-5, atol=1e-5)

@@ -182,7 +182,7 @@ def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
 
     assert accuracy(state.ema_params) == pytest.approx(outcome["validation_accuracy"])
     assert accuracy(state.params) != pytest.approx(outcome["validation_accuracy"])
-    run, restored = restore_best(str(workdir))
+    run, restored, _ = restore_best(str(workdir))
     jax.tree.map(
         np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(run.model(restored), nnx.Param)), state.ema_params
     )
