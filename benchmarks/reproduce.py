@@ -1,6 +1,7 @@
 """Rerun a table of the evidence, from the choice of the learning rates to the accuracy on the test images.
 
     python -m benchmarks.reproduce headline --workdir runs/headline --data_dir ~/tensorflow_datasets
+    python -m benchmarks.reproduce headline --workdir runs/headline --optimizer soap --row isometric --row SimpleViT
     python -m benchmarks.reproduce controls --workdir runs/check --check
 
 The rate of each row is chosen on a hold-out of 5,000 training images, by seed 1, in as many steps as the table has (30
@@ -10,6 +11,7 @@ Tables without seeds end with the choice. Rerun the command to resume; `python -
 --check makes two steps of each row and reads a hundred images, with the first data set, rate and seed.
 """
 
+import difflib
 import json
 import pathlib
 import sys
@@ -34,6 +36,29 @@ from simplest_vit.commands.sweep import Point, check_points, execute, find_devic
 from simplest_vit.errors import TrainingError, UserError
 
 Key = tuple[str, str, str]  # data, optimizer, row
+
+
+def part(table: Table, **named: list[str]) -> Table:
+    """Keep the rows of a table that are named.
+
+    Args:
+      table: The table.
+      **named: Names of each kind, `data`, `optimizer` and `row`; all of a kind are kept if none is named.
+
+    Raises:
+      UserError: If the table has no such name.
+    """
+    known = {"data": table.data, "optimizer": tuple(table.learning_rates), "row": table.rows}
+    for kind, names in known.items():
+        for name in (name for name in named[kind] if name not in names):
+            near = difflib.get_close_matches(name, names, 3)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {', '.join(names)}"
+            raise UserError(f"--{kind}={name} is not in this table; {hint}")
+    data, optimizers, rows = (
+        tuple(name for name in names if name in (named[kind] or names)) for kind, names in known.items()
+    )
+    rates = {optimizer: table.learning_rates[optimizer] for optimizer in optimizers}
+    return table._replace(data=data, learning_rates=rates, rows=rows)
 
 
 def smallest(table: Table) -> Table:
@@ -134,12 +159,17 @@ def main() -> None:
     data_dir = flags.DEFINE_string("data_dir", "~/tensorflow_datasets", "Folder of the prepared data sets.")
     check = flags.DEFINE_bool("check", False, "Make two steps of each row.")
     at_once = flags.DEFINE_integer("at_once", 1, "Runs at the same time.", lower_bound=1)
+    named = {
+        "data": flags.DEFINE_multi_string("data", [], "Data set to rerun, such as cifar10; repeat for several."),
+        "optimizer": flags.DEFINE_multi_string("optimizer", [], "Optimizer to rerun, such as soap; likewise."),
+        "row": flags.DEFINE_multi_string("row", [], "Row to rerun, such as isometric; likewise."),
+    }
     usage = f"python -m benchmarks.reproduce {'|'.join(TABLES)} --workdir FOLDER"
 
     def program(arguments: list[str]) -> None:
         if len(arguments) != 1 or arguments[0] not in TABLES:
             raise UserError(f"unknown table {' '.join(arguments) or '(none)'}; usage: {usage}")
-        table = TABLES[arguments[0]]
+        table = part(TABLES[arguments[0]], **{kind: flag.value for kind, flag in named.items()})
         if check.value:
             table = smallest(table)
         root, fields = str(cli.WORKDIR.value), {"data.dir": data_dir.value}

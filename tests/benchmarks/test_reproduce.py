@@ -8,7 +8,7 @@ from benchmarks import reproduce
 from benchmarks.protocols import HOLD_OUT, NETWORKS, RECIPE_NETWORKS, TABLES
 from simplest_vit import cli
 from simplest_vit.commands.sweep import check_points
-from simplest_vit.errors import TrainingError
+from simplest_vit.errors import TrainingError, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
 
@@ -84,6 +84,18 @@ def test_the_smallest_version_of_a_table_is_two_steps_of_each_row(name, tmp_path
     chosen = {key: 1e-3 for key, _ in reproduce.cells(table)}
     last = reproduce.reported(table, chosen, str(tmp_path), {}, check=True)
     assert config(last[0], 0).data.validation_split == "test[:100]" if table.seeds else not last[0].commands
+
+
+def test_a_part_of_a_table_is_chosen_and_a_mistyped_name_is_told_the_near_ones():
+    table = TABLES["headline"]
+    few = reproduce.part(table, data=["cifar100"], optimizer=["soap"], row=["SimpleViT", "isometric"])
+    assert [key for key, _ in reproduce.cells(few)] == [("cifar100", "soap", row) for row in ("isometric", "SimpleViT")]
+    assert few.learning_rates == {"soap": table.learning_rates["soap"]}
+    assert reproduce.part(table, data=[], optimizer=[], row=[]) == table
+    with pytest.raises(UserError, match=r"^--row=isometrc is not in this table; did you mean 'isometric'\?$"):
+        reproduce.part(table, data=[], optimizer=[], row=["isometric", "isometrc"])
+    with pytest.raises(UserError, match=r"^--optimizer=sgd is .*; expected one of soap, muon, adam$"):
+        reproduce.part(table, data=[], optimizer=["sgd"], row=[])
 
 
 def test_every_row_of_every_table_is_a_network_of_its_own():
