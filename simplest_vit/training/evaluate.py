@@ -1,6 +1,5 @@
 """Evaluate the checkpoints of a finished or running training run, and restore its best model."""
 
-import copy
 import dataclasses
 import logging
 import math
@@ -105,15 +104,14 @@ def evaluate(
     Raises:
       UserError: If the folder holds no checkpoint, or one of another config or other data.
     """
-    path, own, data = read_run(workdir, config)
+    path, own, data = read_run(workdir, None if config is None else config.to_dict())
     if config is None:
         own.fsdp, own.model.attention_kernel = 1, "auto"
     fused_attention.check_devices(own.model.attention_kernel, jax.devices())
-    where = copy.deepcopy(own.data)
     if other_data:
-        with where.ignore_type():
-            where.update(other_data, image_size=data.image_shape[0])
-    dataset = input_pipeline.load(where, only_validation=bool(other_data))
+        with own.ignore_type():
+            own.data.update(other_data, image_size=data.image_shape[0])
+    dataset = input_pipeline.load(own.data, only_validation=bool(other_data))
     if other_data:
         if dataset.image_shape != data.image_shape:
             raise UserError(

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 from filelock import FileLock, Timeout
-from ml_collections import ConfigDict
 
 from simplest_vit.config import default, flatten, from_settings
 from simplest_vit.data.dataset import DatasetInfo
@@ -83,15 +82,15 @@ def check_workdir(workdir: str, settings: dict[str, Any]) -> pathlib.Path:
     return path
 
 
-def read_run(workdir: str, config: ConfigDict | None = None) -> tuple[pathlib.Path, ConfigDict, DatasetInfo]:
+def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[pathlib.Path, Any, DatasetInfo]:
     """Read the config and the data facts of the run in a folder, which is all that is needed. Writes nothing.
 
     Args:
       workdir: The folder.
-      config: A checked config that must match the run's; None takes the run's own.
+      settings: A config, as nested dicts, that must match the run's; None takes the run's own.
 
     Returns:
-      The folder, the config, and the facts about the data that the run was trained on.
+      The folder, the checked config, and the facts about the data that the run was trained on.
 
     Raises:
       UserError: If the folder holds no run, a damaged run, or a run of another config or version.
@@ -101,12 +100,12 @@ def read_run(workdir: str, config: ConfigDict | None = None) -> tuple[pathlib.Pa
         raise UserError(
             f"--workdir={workdir} holds no checkpoint; train there first with --config, or name another folder"
         )
-    if config is not None:
-        _check_same(path, config.to_dict())
     own = _read_settings(path)
+    if settings is not None:
+        _check_same(path, settings)
     data = DatasetInfo.from_json(read_json(path / DATASET), path / DATASET)
     try:
-        return path, from_settings(own, data.image_shape) if config is None else config, data
+        return path, from_settings(settings or own, data.image_shape), data
     except UserError as error:
         raise UserError(f"{path / CONFIG} is damaged ({error}); choose another --workdir") from error
 
