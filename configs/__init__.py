@@ -3,30 +3,35 @@
 `simplest_vit/recipes` is a link to `configs/`, so that the wheel holds them.
 """
 
+import importlib
 import os
 import pathlib
 
+from ml_collections import ConfigDict
+
 from simplest_vit.errors import UserError
 
-_FOLDER = pathlib.Path(__file__).parent
-NAMES = sorted({path.stem for path in _FOLDER.glob("*.py")} - {"__init__", "common"})
+NAMES = sorted({path.stem for path in pathlib.Path(__file__).parent.glob("*.py")} - {"__init__", "common"})
 
 
-def locate(text: str, flag: str) -> str:
-    """Replace the name of a recipe by its file: "cifar10:model=simple_vit" -> "/.../cifar10.py:model=simple_vit".
+def find(text: str, flag: str) -> ConfigDict | None:
+    """Return the config of a recipe by its name, such as "cifar10:model=simple_vit".
 
     Args:
       text: The name of a recipe, or the path of a file, with its arguments after a colon.
       flag: The flag that it was given for, which an error names.
 
+    Returns:
+      The config, or None for the path of a file.
+
     Raises:
       UserError: If the text is neither a name nor the path of a file.
     """
-    name, colon, arguments = text.partition(":")
+    name, _, arguments = text.partition(":")
     if name in NAMES:
-        return f"{_FOLDER / name}.py{colon}{arguments}"
+        return importlib.import_module(f"{__name__}.{name}").get_config(arguments)
     if os.path.exists(name):
-        return text
+        return None
     kind = "file" if name.endswith(".py") else "recipe"
     choices = ", ".join(NAMES)
     raise UserError(f"--{flag}={name}: there is no such {kind}; expected {choices}, or the path of a config file")

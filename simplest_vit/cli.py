@@ -51,12 +51,13 @@ def _caller() -> str:
 
 
 class _ConfigParser(ConfigFileFlagParser):
-    """Accepts the name of a recipe for its file."""
+    """Accepts the name of a recipe for its file, whose path may have a colon."""
 
     def parse(self, path: str) -> Any:
         from simplest_vit import recipes  # a clone without symbolic links does not have it
 
-        return super().parse(recipes.locate(path, self.name))
+        recipe = recipes.find(path, self.name)
+        return super().parse(path) if recipe is None else recipe.lock()
 
 
 def _define_config(name: str, description: str, values: flags.FlagValues, **options: Any) -> flags.FlagHolder:

@@ -2,6 +2,8 @@ import ast
 import importlib
 import itertools
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -73,6 +75,15 @@ def test_a_recipe_is_found_by_its_name(name, tmp_path, monkeypatch):
     assert found.to_dict() == expected.to_dict()
     (tmp_path / "mine").write_text("from simplest_vit.config import default as get_config")
     assert cli.load_config(["--config=mine"]).to_dict() == default().to_dict()
+
+
+def test_a_recipe_is_found_in_a_place_with_a_colon(tmp_path):
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b" / "simplest_vit").symlink_to(pathlib.Path(simplest_vit.__file__).parent)
+    program = f"import sys; sys.path.insert(0, '{tmp_path}/a:b'); from simplest_vit import cli, recipes; "
+    program += "print(recipes.__file__, cli.load_config(['--config=digits:model=simple_vit']).model.name)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert found.stdout.split() == [f"{tmp_path}/a:b/simplest_vit/recipes/__init__.py", "simple_vit"], found.stderr
 
 
 @pytest.mark.parametrize("arguments", ["optimiser=adam", "adam", "augmentation=vit", "model="])
