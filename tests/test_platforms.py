@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+from simplest_vit.errors import not_installed
+
 HIDE = """
 import importlib.abc, os, platform, signal, sys, warnings
 
@@ -60,3 +64,11 @@ main()
     code, _, err = run(program)
     assert (code, err.splitlines()[1:]) == (2, [err.splitlines()[-1]])
     assert "error: No module named 'array_record'; install what the commands need" in err
+
+
+@pytest.mark.parametrize(("platform", "remedy"), [("win32", "train in WSL"), ("linux", "pip install")])
+def test_what_windows_lacks_is_not_to_be_installed_there(monkeypatch, platform, remedy):
+    monkeypatch.setattr(sys, "platform", platform)
+    error = not_installed(ModuleNotFoundError("No module named 'array_record'", name="array_record"))
+    assert remedy in str(error)
+    assert "pip install" in str(not_installed(ModuleNotFoundError("No module named 'optax'", name="optax")))
