@@ -28,15 +28,16 @@ def main() -> None:
         del arguments
         import jax
 
+        from simplest_vit.data.builders.image_folder import has_splits
         from simplest_vit.training import distributed, evaluate
 
         config = cli.CONFIG.value
         other_data: dict[str, str | None] = {}
         if image_folder.value:
-            has_splits = (pathlib.Path(image_folder.value) / "train").is_dir()
+            all_images = not has_splits(pathlib.Path(image_folder.value))
             other_data = {"name": "image_folder", "manual_dir": image_folder.value}
             # Not the run's own split: of CLASS/*.jpg all images, else val/.
-            other_data["validation_split"] = None if has_splits else "train+validation"
+            other_data["validation_split"] = "train+validation" if all_images else None
         if split.value:
             other_data["validation_split"] = split.value
         # JAX would handle SIGTERM so that all processes stop after the same step, but an evaluation has no steps.

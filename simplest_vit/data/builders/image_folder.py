@@ -75,10 +75,15 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
+def has_splits(folder: Path) -> bool:
+    """Return whether a folder holds splits, train/CLASS/ and val/CLASS/, rather than CLASS/."""
+    return (folder / "train").is_dir()
+
+
 def _read(folder: Path) -> Content:
     """Read a folder, whose files are kept as they are."""
     files = _list_files(folder)
-    description = "" if (folder / "train").is_dir() else _RULE
+    description = "" if has_splits(folder) else _RULE
     if description:
         print(f"{folder}: {description}", file=sys.stderr, flush=True)
     name_others(folder, {file.path for found in files.values() for file in found})
@@ -123,7 +128,7 @@ def _config(folder: Path) -> str:
 
 def _list_files(folder: Path) -> dict[str, list[_File]]:
     """List the images of the splits train and validation, mixed: `train[:90%]` has images of every class."""
-    if (folder / "train").is_dir():
+    if has_splits(folder):
         validation = folder / next((name for name in _VALIDATION_FOLDERS if (folder / name).is_dir()), "val")
         splits = {"train": _images(folder, folder / "train"), "validation": _images(folder, validation)}
         for label in {file.label for file in splits["validation"]} - {file.label for file in splits["train"]}:
@@ -136,7 +141,10 @@ def _list_files(folder: Path) -> dict[str, list[_File]]:
         splits["validation" if held_out[file.label] > 0 else "train"].append(file)
         held_out[file.label] -= 1
     if not splits["validation"]:
-        raise UserError(f"data.manual_dir={folder}: one image a class, none is left to validate; add some")
+        raise UserError(
+            f"data.manual_dir={folder}: no class has a second image, which validation needs; add images, or sort them "
+            "into train/CLASS/ and val/CLASS/"
+        )
     return splits
 
 
