@@ -136,6 +136,16 @@ NETWORKS |= {
         ("SimpleViT", "simple_vit", 4),
     )
 }
+_ADD_BACK = tuple(row for row in NETWORKS if row.startswith("isometric + "))
+NETWORKS |= {  # the recipes start SOAP with ten steps of Adam, but not for SimpleViT
+    f"{row}, SOAP from step {start + 1}": NETWORKS[row]._replace(
+        fields=NETWORKS[row].fields | {"optimizer.start_preconditioning_step": start}
+    )
+    for row, start in (
+        *((row, 0) for row in ("isometric", "isometric, attention frozen", *_ADD_BACK)),
+        ("SimpleViT", 10),
+    )
+}
 # At the sizes of the recipe (S: six heads) nothing differs from the preset.
 RECIPE_NETWORKS = {
     "isometric": Network("isometric_vit"),
@@ -145,7 +155,6 @@ RECIPE_NETWORKS = {
 }
 
 _SOAP: dict[str, tuple[float, ...]] = {"soap": (1e-3, 2e-3, 4e-3, 8e-3)}
-_ADD_BACK = tuple(row for row in NETWORKS if row.startswith("isometric + "))
 _REPLACED = tuple(row for row in NETWORKS if "looks-linear" in row or " in place" in row or "TAT (eta" in row)
 TABLES: dict[str, Table] = {
     "headline": Table(
@@ -184,6 +193,16 @@ TABLES: dict[str, Table] = {
         ("isometric, attention frozen", "isometric", *(row for row in NETWORKS if "isometric, uniform" in row)),
         _SOAP,
         steps=500,
+        seeds=(),
+    ),
+    "start": Table(
+        "the first steps of SOAP",
+        tuple(
+            f"{row}{start}"
+            for row, step in (("isometric", 1), ("isometric, attention frozen", 1), ("SimpleViT", 11))
+            for start in ("", f", SOAP from step {step}")
+        ),
+        _SOAP,
         seeds=(),
     ),
     "depth": Table("24 and 64 blocks", tuple(row for row in NETWORKS if "blocks" in row), _SOAP, steps=500),

@@ -28,6 +28,7 @@ OPTIMIZERS = {"soap": "SOAP", "muon": "Muon", "adam": "Adam", "shampoo": "Shampo
 _BLOCK = re.compile(r"(<!-- results: (?!end)([\w-]+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?\s?(?:%|points)")
 NOT_RUN = "not run"
+AT_ONCE = ", SOAP from step 1"  # the end of the names of these rows
 RECIPE_STEPS = {"cifar10": 2160, "cifar100": 2160, "tiny_imagenet": 4320}  # 90 epochs of batches of 2,048
 
 
@@ -85,18 +86,29 @@ def controls(results: Results, page: str) -> str:
 
 def replaced(results: Results, page: str) -> str:
     """Compare networks with one thing replaced, after 500 steps of SOAP."""
-    rows, bases = [], {}
     tables = (TABLES[name] for name in ("controls", "ablation", "uniform", "time", "baseline"))
-    for row in dict.fromkeys(row for table in tables for row in table.rows if row != "isometric"):
+    names = [*(row for table in tables for row in table.rows), *(row for row in NETWORKS if row.endswith(AT_ONCE))]
+    rows, bases = [], {}
+    for row in dict.fromkeys(names):
+        base = "isometric" + AT_ONCE * row.endswith(AT_ONCE)
         for hold_out in (True, False):
-            cell = results.find(NETWORKS[row], steps=500, hold_out=hold_out)
+            cell = None if row == base else results.find(NETWORKS[row], steps=500, hold_out=hold_out)
             if cell:
-                ours = results.find(ISOMETRIC, steps=500, like=cell)
-                bases[cell.basis] = ["isometric", _text(ours, page), ""]
+                ours = results.find(NETWORKS[base], steps=500, like=cell)
+                bases[base, cell.basis] = [base, _text(ours, page), ""]
                 rows.append([row, cell.text(page), difference_text(cell, ours)])
                 break
     rows = [*(bases[basis] for basis in sorted(bases)), *rows]  # what each difference is to
     return table(["500 steps of SOAP", "CIFAR-10", "to isometric"], rows)
+
+
+def start(results: Results, page: str) -> str:
+    """Compare SOAP from its first step with SOAP after ten steps of Adam, each at its best rate."""
+    rows = [
+        [row, *(_text(results.find(NETWORKS[row], hold_out=hold_out), page) for hold_out in (True, False))]
+        for row in TABLES["start"].rows
+    ]
+    return table(["1,500 steps of SOAP", "CIFAR-10, hold-out", "CIFAR-10, test images"], rows)
 
 
 def depth(results: Results, page: str) -> str:
@@ -180,6 +192,7 @@ BLOCKS: dict[str, Callable[[Results, str], str]] = {
     "verdict": judged,
     "headline": headline,
     "controls": controls,
+    "start": start,
     "replaced": replaced,
     "depth": depth,
     "width": width,

@@ -8,6 +8,8 @@ from simplest_vit.config import default, parse_arguments
 # results/runs.csv, and Muon's was not tuned.
 LEARNING_RATES = {"adam": 5e-4, "muon": 1e-2, "shampoo": 7e-4, "reference_shampoo": 7e-4, "soap": 1e-3}
 SIMPLE_VIT_ADAM = 1e-3
+# Without normalization, SOAP's first steps are Adam's: RESULTS.md, "The first steps of SOAP".
+SOAP_START = 10
 
 
 def start(arguments: str | None) -> ConfigDict:
@@ -32,6 +34,8 @@ def start(arguments: str | None) -> ConfigDict:
     config.optimizer.learning_rate = LEARNING_RATES.get(choice["optimizer"], config.optimizer.learning_rate)
     if (choice["model"], choice["optimizer"]) == ("simple_vit", "adam"):
         config.optimizer.learning_rate = SIMPLE_VIT_ADAM
+    if choice["optimizer"] == "soap" and choice["model"] != "simple_vit":
+        config.optimizer.start_preconditioning_step = SOAP_START
     if choice["augmentation"] == "basic":
         config.label_smoothing = 0.1
     else:
