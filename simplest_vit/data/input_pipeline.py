@@ -39,6 +39,8 @@ def steps_per_epoch(train_size: int, batch_size: int) -> int:
 def fit_batch_size(batch_size: int, train_size: int, parts: int = 1) -> int:
     """Return a batch size that the training split can fill.
 
+    It does not depend on the number of devices, which may be another one when a run is resumed.
+
     Args:
       batch_size: The wanted size; it is returned if there are that many examples.
       train_size: Examples of the training split.
