@@ -4,6 +4,7 @@ Seen through real runs of a linear classifier on digits, whose steps NumPy repea
 here fails the test.
 """
 
+import itertools
 import logging
 import math
 import sys
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from simplest_vit.config import FIELDS, check, default
 from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.training import metrics
 from simplest_vit.training import run as run_module
 from simplest_vit.training import train as train_module
 from simplest_vit.training.checkpoint import Checkpoints
@@ -264,8 +266,13 @@ def distributed(monkeypatch, **_):
     assert asked == [True, False]
 
 
-def accumulation_steps(**_):
-    """One micro-batch at a time is in memory, and the result is that of the whole batch."""
+def accumulation_steps(trained, monkeypatch, **_):
+    """One micro-batch at a time is in memory, also of an evaluation, and the result is that of the whole batch."""
+    sizes, eval_batches = [], train_module.input_pipeline.eval_batches
+    spy = lambda *a, **named: [sizes.append(named["batch_size"]), eval_batches(*a, **named)][1]  # noqa: E731
+    monkeypatch.setattr(train_module.input_pipeline, "eval_batches", spy)
+    trained(accumulation_steps=4, steps=1)
+    assert sizes == [16]
     before, after, _, _ = stepped(accumulation_steps=4)
     assert_close(after, descend(before, gradient_of(before, 0)[1]))
     run = build(config_of(accumulation_steps=4), DIGITS)
@@ -302,6 +309,9 @@ def checkpoint_minutes(trained, monkeypatch, **_):
     monkeypatch.setattr(train_module, "validate", lambda *_: {"validation_loss": 1.0, "validation_accuracy": -1.0})
     assert trained("often", checkpoint_minutes=1e-9, checkpoint_every=100, eval_every=100)[2] == [2, 4, 6]
     assert trained("never", checkpoint_minutes=1e6, checkpoint_every=100, eval_every=100)[2] == [6]
+    clock = types.SimpleNamespace(monotonic=itertools.count(step=30).__next__)  # asked once a report, and after a save
+    monkeypatch.setattr(train_module, "time", clock)
+    assert trained("again", checkpoint_minutes=1.75, checkpoint_every=100, eval_every=100, log_every=1)[2] == [4, 6]
 
 
 def patience(trained, monkeypatch, caplog, **_):
@@ -482,6 +492,15 @@ def test_dropout_draws_a_mask_for_each_step_that_is_not_augmentation_s(monkeypat
     assert len(losses) == 2
 
 
+def test_each_micro_batch_has_a_mask_of_its_own(monkeypatch):
+    """One image in all places: the gradient of the kernel has one rank for each mask."""
+    monkeypatch.setattr(Linear, "drops", True)
+    batch = {name: np.repeat(x[:1], 64, axis=0) for name, x in batch_of(0).items()}
+    monkeypatch.setitem(globals(), "batch_of", lambda _: batch)
+    before, after, _, _ = stepped(accumulation_steps=4)
+    assert np.linalg.matrix_rank(after[0] - before[0], tol=1e-4) == 4
+
+
 @pytest.mark.parametrize(("size", "is_said"), [(66, True), (64, False)])
 def test_a_recipe_for_small_images_says_that_large_ones_are_slow(trained, caplog, size, is_said):
     """As an image folder's 224 pixels are in patches of 4."""
@@ -514,6 +533,22 @@ def test_the_results_are_those_of_the_last_evaluation_and_report(trained):
         assert outcome[f"{split}_{kind}"] == pytest.approx(scalars[tag][6]), tag
     assert outcome["best_validation_accuracy"] == pytest.approx(max(scalars["accuracy/validation"].values()))
     assert (outcome["seed"], outcome["wall_time_s"] > 0) == (3407, True)
+
+
+def test_the_time_of_an_evaluation_is_not_that_of_steps(trained, monkeypatch):
+    clock = [0.0]
+
+    def validate(*_):
+        clock[0] += 1000
+        return {"validation_loss": 1.0, "validation_accuracy": 0.5}
+
+    def monotonic():
+        clock[0] += 1
+        return clock[0]
+
+    monkeypatch.setattr(train_module, "validate", validate)
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=monotonic))
+    assert max(trained(eval_every=2, log_every=1)[1]["speed/step_time"].values()) < 100
 
 
 def test_a_validation_that_is_not_finite_stops_the_run(trained, monkeypatch):

@@ -37,7 +37,12 @@ from tests import torch_reference
 NETWORKS = ("simplest_vit", "simple_vit", "isometric_vit", "shift_mlp")
 # Two by three patches of three channels: nothing is square, so that swapped axes show.
 DATA = dataclasses.replace(
-    DIGITS, image_shape=(8, 12, 3), class_names=("cat", "dög", "eel"), mean=(0.2, 0.4, 0.6), std=(0.1, 0.3, 0.5)
+    DIGITS,
+    image_shape=(8, 12, 3),
+    eval_resize=9,
+    class_names=("eel", "cat", "dög"),
+    mean=(0.2, 0.4, 0.6),
+    std=(0.1, 0.3, 0.5),
 )
 FORMATS = ("stablehlo", "onnx", "safetensors")
 IMAGES = np.random.default_rng(1).integers(0, 256, (5, *DATA.image_shape), np.uint8)
@@ -89,6 +94,7 @@ def test_other_runtimes_compute_the_logits(model, tmp_path, monkeypatch):
         assert about["class_names"] == list(DATA.class_names)
         assert (about["network"], about["image_shape"]) == (run.config.model.name, list(DATA.image_shape))
         assert ("inside" in about["preprocessing"]) == (format != "safetensors")
+        assert "shorter side resized to 9, 8 x 12 cropped" in about["preprocessing"]
         assert (about["mean"], about["std"], about["model"]["depth"]) == (list(DATA.mean), list(DATA.std), 2)
 
 

@@ -130,6 +130,22 @@ def test_an_image_of_another_size_and_mode_is_converted(run, tmp_path):
     assert sum(best["probability"] for best in prediction["top"]) <= 1 + 1e-6
 
 
+def test_photos_are_resized_as_for_validation_and_computed_in_float32(run, tmp_path):
+    """Whatever the run was trained with: here in bfloat16, with images cropped from nine pixels."""
+    workdir = shutil.copytree(run.workdir, tmp_path / "run")
+    for name, old, new in (("config", '"float32"', '"bfloat16"'), ("dataset", '"eval_resize": 8', '"eval_resize": 9')):
+        content = (workdir / f"{name}.json").read_text()
+        assert old in content
+        (workdir / f"{name}.json").write_text(content.replace(old, new))
+    predictor = predict_module.load(workdir)
+    pixels = np.stack([np.asarray(Image.open(run.images / f"{i}.png"))[..., None] for i in range(8)])
+    probability = np.exp(run.logits) / np.exp(run.logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(predictor.probabilities(pixels), probability, rtol=1e-4)
+    Image.fromarray(np.arange(81, dtype=np.uint8).reshape(9, 9)).save(tmp_path / "nine.png")
+    read = predictor.read(tmp_path / "nine.png")[..., 0]
+    assert np.all(np.diff(read.astype(int)) == 1), "cropped, not resized"
+
+
 def test_a_photo_is_turned_as_in_training(run, tmp_path):
     upright = Image.open(run.images / "3.png")
     exif = Image.Exif()

@@ -28,7 +28,7 @@ def main() -> None:
                 f"--output={output} cannot be written; expected a picture in a folder of yours, such as a.png"
             )
         dataset = input_pipeline.load(config.data)
-        batch_size = input_pipeline.fit_batch_size(config.batch_size, dataset.train_size)
+        batch_size = input_pipeline.fit_batch_size(config.batch_size, dataset.train_size, config.accumulation_steps)
         options = {"batch_size": batch_size, "seed": config.seed, "start_step": 0, "sharding": None}
         batch = next(input_pipeline.train_batches(dataset, config.data, **options))
         try:

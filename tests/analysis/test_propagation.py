@@ -173,7 +173,13 @@ def test_the_isometric_network_follows_its_recursion(monkeypatch):
     )
     image = jnp.cumsum(jax.random.normal(jax.random.key(3), (4, 8, 8, 1)), axis=2)
     label = jax.nn.one_hot(jnp.arange(4), 10)
-    result = propagation.analyse("isometric", initial_models(config, DIGITS, 1), image, label)
+    (model,) = initial_models(config, DIGITS, 1)
+    result = propagation.analyse("isometric", [model], image, label)
+    tokens = np.asarray(model.embed(image), np.float64)
+    unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+    theory = propagation.correlation(propagation.theoretical_kernels(model, image))[0, 0]
+    error = np.abs(unit @ unit.swapaxes(1, 2) - theory).max()
+    np.testing.assert_allclose(result.measured["kernel_error"][0], error, rtol=1e-3)
     np.testing.assert_allclose(result.measured["attention_distance"][1:], 0, atol=1e-6)
     np.testing.assert_allclose(result.measured["mean_square"], result.theory["mean_square"], rtol=0.01)
     assert np.ptp(result.theory["image_cosine"]) > 0.1

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks import records, results_page, verdict
+from benchmarks import records, results_figure, results_page, verdict
 from benchmarks.cells import Results, compare, difference_text
 from benchmarks.protocols import NETWORKS
 from simplest_vit.errors import UserError
@@ -136,6 +136,14 @@ def test_a_lead_off_zero_with_everything_measured_is_a_proof_and_one_within_nois
     level = [dataclasses.replace(record, data="cifar100") for record in rows("SimpleViT", 0.6, 0.9, 0.6, 0.7, 0.75)]
     one_of_two = [record for record in both(OURS, THEIRS, *measured) if record not in both(THEIRS)[5:]]
     assert judged(one_of_two, level).startswith("**Verdict: not shown")
+
+
+def test_the_figure_has_the_seeds_of_each_optimizer():
+    adam = [dataclasses.replace(record, optimizer="adam") for record in rows("isometric", 0.6, 0.61)]
+    figure = results_figure.draw(Results([*OURS, *adam, *THEIRS]))
+    seeds = [(line.get_label(), line.get_ydata()) for line in figure.axes[0].lines]
+    assert [len(values) for _, values in seeds] == [5, 2, 5]
+    assert list(seeds[1][1]) == pytest.approx([60, 61])
 
 
 def test_a_page_keeps_its_text_and_gets_its_blocks():

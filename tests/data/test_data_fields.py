@@ -217,6 +217,7 @@ def test_rand_augment_draws_an_operation_and_a_sign_for_each_image(monkeypatch, 
         np.add.at(table, (operation, negative.astype(int)), 1)
         assert np.all(abs(table - 4000 / 28) < 5 * np.sqrt(4000 / 28))  # all pairs, evenly
     assert np.mean(drawn[0][0] == drawn[1][0]) < 0.12  # another draw in the second round
+    assert abs(np.mean(drawn[0][1] == drawn[1][1]) - 0.5) < 0.05
 
 
 def test_grey_images_are_augmented_too():
@@ -263,3 +264,10 @@ def test_the_workers_of_a_config_are_those_that_decode(folder, make_config, monk
     train_batches(dataset, config)
     input_pipeline.eval_batches(dataset, batch_size=4, sharding=None)
     assert asked == [3, 3]
+    monkeypatch.setattr(streaming, "_IMAGES_PER_WORKER", 2)
+    monkeypatch.setattr(streaming, "cpu_count", lambda: 16)
+    config.data.num_workers = None
+    dataset = input_pipeline.load(config.data)
+    train_batches(dataset, config)
+    input_pipeline.eval_batches(dataset, batch_size=4, sharding=None)
+    assert asked[2:] == [8, 3], "of 16 and 6 images"

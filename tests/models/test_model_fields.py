@@ -175,6 +175,8 @@ def test_the_isometric_network_starts_orthogonal():
     attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]
     for kernel, scale in ((params["patch_embedding"]["kernel"], 2**0.5), (attention["value"]["kernel"], 1.0)):
         np.testing.assert_allclose(np.linalg.svd(kernel, compute_uv=False), scale, rtol=1e-5)
+    keys = np.linalg.svd(attention["key"]["kernel"], compute_uv=False)
+    assert keys.min() < 0.2 < 1.5 < keys.max(), "Gaussian"
     first, second = mlp["dense1"]["kernel"][0], mlp["dense2"]["kernel"][0]
     np.testing.assert_array_equal(first[:, 96:], -first[:, :96])
     np.testing.assert_array_equal(second[96:], -second[:96])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
+from simplest_vit.analysis import figures
 from simplest_vit.analysis.classification_files import write_classification
 from simplest_vit.errors import UserError
 from simplest_vit.training.classification import BINS, classification, confusion_sums
@@ -68,7 +69,9 @@ def test_a_tie_with_the_true_class_is_among_the_five():
     assert classification([sums]).top5_accuracy == 0.5
 
 
-def test_files_hold_what_was_computed(result, tmp_path):
+def test_files_hold_what_was_computed(result, tmp_path, monkeypatch):
+    drawn, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: [drawn.append(figure), save(figure, path)])
     names = [f"class {k}" for k in range(7)] + ["$none$"]
     write_classification(Evaluation(3, 0.5, result, tuple(names)), str(tmp_path / "new"))
     with (tmp_path / "new" / "classes.csv").open() as file:
@@ -81,6 +84,8 @@ def test_files_hold_what_was_computed(result, tmp_path):
         matrix = [[int(value) for value in row[1:]] for row in list(csv.reader(file))[1:]]
     np.testing.assert_array_equal(matrix, result.confusion)
     assert (tmp_path / "new" / "confusion.png").stat().st_size > 10_000
+    shares = drawn[0].axes[0].images[0].get_array()
+    np.testing.assert_allclose(shares.diagonal(), np.nan_to_num(result.class_accuracy))
 
 
 def test_a_folder_that_cannot_be_written_is_named(result, tmp_path):

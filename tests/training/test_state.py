@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from simplest_vit.models import fused_attention
 from simplest_vit.training.run import build
-from simplest_vit.training.sharding import create_mesh
+from simplest_vit.training.sharding import create_mesh, state_spec
 from tests.tiny import DIGITS, tiny_config
 
 
@@ -51,3 +52,14 @@ def test_a_run_takes_the_attention_kernel_that_suits_its_devices(monkeypatch, ke
     assert asked == [("auto", jax.devices()[:2], {"tokens": 16, "head_width": 32})]
     assert nnx.merge(run.graphdef, run.abstract.params, run.abstract.constants).attention_kernel == kernel
     assert run.config.model.attention_kernel == config.model.attention_kernel == "auto"  # the same on other devices
+
+
+def test_fsdp_splits_the_longest_axis_of_kernels_but_never_layers():
+    mesh = create_mesh(2, jax.devices()[:4])
+
+    def spec(shape, *names):
+        return state_spec(tuple(map(jax.tree_util.DictKey, ("params", *names))), shape, mesh)
+
+    assert spec((64, 16, 32), "blocks", "kernel") == P(None, None, "fsdp")
+    assert spec((64, 16), "blocks", "bias") == P()
+    assert spec((64, 16), "head", "kernel") == P("fsdp")

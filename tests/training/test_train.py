@@ -29,6 +29,7 @@ from simplest_vit.training import evaluate, train
 from simplest_vit.training import run as run_module
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.evaluate import restore_best
+from simplest_vit.training.integrity import read_record, rewrite_progress
 from simplest_vit.training.interrupt import Interruption
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
@@ -149,10 +150,14 @@ def test_evaluation_repeats_what_training_found(finished, data_dir, monkeypatch)
 
 
 def test_evaluation_takes_another_split_or_folder_of_the_same_classes(finished, tmp_path, monkeypatch):
-    """Normalized as its training data were, whatever its own statistics are."""
+    """Of the size of its training images, and normalized as these were, whatever its own statistics are."""
     workdir, outcome = finished
-    load = input_pipeline.load
-    odd = lambda *a, **named: dataclasses.replace(load(*a, **named), mean=(0.9,), std=(0.1,))  # noqa: E731
+    load, sizes = input_pipeline.load, []
+
+    def odd(data, **named):
+        sizes.append(data.image_size)
+        return dataclasses.replace(load(data, **named), mean=(0.9,), std=(0.1,))
+
     monkeypatch.setattr(input_pipeline, "load", odd)
     same, other = (
         evaluate.evaluate(str(workdir), other_data={"validation_split": split})["latest"].classification.accuracy
@@ -165,6 +170,7 @@ def test_evaluation_takes_another_split_or_folder_of_the_same_classes(finished, 
         Image.new("L", (8, 8), 20).save(tmp_path / split / label / "a.png")
     with pytest.raises(UserError, match=r"image_folder has images of 3 channels, the run in .* expects 1; give others"):
         evaluate.evaluate(str(workdir), other_data={"name": "image_folder", "manual_dir": str(tmp_path)})
+    assert sizes == [8, 8, 8]
 
 
 def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
@@ -227,8 +233,8 @@ def test_evaluation_takes_devices_that_do_not_divide_the_batch(finished, data_di
 
 def test_an_interrupted_run_ends_bit_equal(finished, data_dir, tmp_path, monkeypatch):
     config = tiny_config(data__dir=data_dir, ema__decay=0.9)
-    validate = train.validate
-    calls = []
+    validate, progress_bar = train.validate, train.progress_bar
+    calls, bars = [], []
 
     def interrupted(run, dataset, state, interruption):
         calls.append(int(state.step))
@@ -237,11 +243,15 @@ def test_an_interrupted_run_ends_bit_equal(finished, data_dir, tmp_path, monkeyp
         return validate(run, dataset, state, interruption)
 
     monkeypatch.setattr(train, "validate", interrupted)
+    monkeypatch.setattr(train, "progress_bar", lambda *a, **b: [bars.append(a), progress_bar(*a, **b)][1])
     with pytest.raises(KeyboardInterrupt):
         train.train(config, str(tmp_path))
     assert not (tmp_path / "results.json").exists()
-    train.train(config, str(tmp_path))
+    folder = tmp_path / "checkpoints" / "3"
+    rewrite_progress(folder, read_record(folder)["progress"] | {"wall_time_s": 1000.0})
+    assert train.train(config, str(tmp_path))["wall_time_s"] > 1000, "with the time before"
     assert calls == [3, 6, 6], "the second call must go on from step 3"
+    assert bars == [(0, 6), (3, 6)]
     assert_same_end(tmp_path, finished)
 
 

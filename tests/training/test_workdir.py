@@ -136,7 +136,11 @@ def test_the_commit_is_that_of_this_project_not_of_one_around_it(tmp_path, monke
     monkeypatch.setattr(workdir, "__file__", str(package / "workdir.py"))
     assert workdir.environment()["commit"] is None
     monkeypatch.setattr(workdir, "__file__", str(tmp_path / "simplest_vit" / "training" / "workdir.py"))
-    assert re.fullmatch(r"[0-9a-f]{40}\+?", workdir.environment()["commit"])
+    commit = workdir.environment()["commit"]
+    assert re.fullmatch(r"[0-9a-f]{40}", commit)
+    (tmp_path / "changed").touch()
+    subprocess.run(["git", "-C", tmp_path, "add", "changed"], check=True)
+    assert workdir.environment()["commit"] == commit + "+"
 
 
 def test_bad_folders(tmp_path):

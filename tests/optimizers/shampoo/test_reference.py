@@ -233,7 +233,7 @@ def test_soap_all_at_once_follows_the_oracle(frequency):
     assert distance < 1e-7
 
 
-def test_soap_without_a_refresh_is_adam():
+def test_soap_without_a_refresh_is_adam_and_so_are_vectors_without_grafting():
     params = {"kernel": jnp.ones((8, 5)), "bias": jnp.ones(5)}
     keys = jax.random.split(jax.random.key(0), 5)
     gradients = [{k: jax.random.normal(key, v.shape) for k, v in params.items()} for key in keys]
@@ -249,6 +249,8 @@ def test_soap_without_a_refresh_is_adam():
     adam = run(optax.adam(0.01, 0.9, 0.99))
     for k in params:
         np.testing.assert_allclose(ours[k], adam[k], rtol=2e-6)
+    ours = run(shampoo(0.01, b1=0.9, grafting="none", grafting_b2=0.99))
+    np.testing.assert_allclose(ours["bias"], adam["bias"], rtol=2e-6)
 
 
 @pytest.mark.parametrize("case", make_trajectory.CASES)

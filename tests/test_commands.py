@@ -1,0 +1,115 @@
+"""Every flag of every command reaches what it is for; what that does is tested elsewhere."""
+
+import contextlib
+import importlib
+import json
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from simplest_vit import cli, export, predict
+from simplest_vit.analysis import classification_files
+from simplest_vit.commands import processes, signal_propagation, sweep
+from simplest_vit.data import input_pipeline, prepare
+from simplest_vit.data.preview import image_grid
+from simplest_vit.training import evaluate
+from tests.tiny import tiny_config
+
+KINDS = ("string", "bool", "integer", "multi_string")
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A function that runs a command in this process, with flags by name."""
+
+    def run(name, *arguments, config=None, workdir="runs/mine", **given):
+        def define(name, default=None, *_, **__):
+            return types.SimpleNamespace(value=given.pop(name, default))
+
+        for owner, function in [(flags, f"DEFINE_{kind}") for kind in KINDS] + [(cli, "define_path")]:
+            monkeypatch.setattr(owner, function, define)
+        monkeypatch.setattr(cli, "define_paths", lambda name, _: define(name))
+        monkeypatch.setattr(cli, "CONFIG", types.SimpleNamespace(value=config, name="config"))
+        monkeypatch.setattr(cli, "WORKDIR", types.SimpleNamespace(value=workdir))
+        monkeypatch.setattr(cli, "run", lambda program, *_, **__: program(list(arguments)))
+        importlib.import_module(f"simplest_vit.commands.{name}").main()
+        assert not given, "no such flag"
+
+    return run
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """A function that replaces another by one that records its arguments and returns a value."""
+
+    def record(module, name, value=None):
+        calls = []
+        monkeypatch.setattr(module, name, lambda *a, **named: [calls.append((*a, *named.values())), value][1])
+        return calls
+
+    return record
+
+
+def test_predict(run, record, capsys):
+    calls = record(predict, "predict", iter([found := {"image": "a.jpg", "top": []}]))
+    run("predict", "b.jpg", images=["a.jpg"], json=True, attention_rollout="rollouts")
+    assert calls == [("runs/mine", ["a.jpg", "b.jpg"], "rollouts")]
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def test_evaluate(run, record, monkeypatch):
+    latest, best = (types.SimpleNamespace(name=name, summary=dict) for name in ("latest", "best"))
+    calls, written = record(evaluate, "evaluate", {"latest": latest, "best": best}), []
+    monkeypatch.setattr(classification_files, "write_classification", lambda *a: written.append(a))
+    monkeypatch.setattr(processes, "connected", lambda config: contextlib.nullcontext())
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    run("evaluate", config="config", split="test[:9]", output="report")
+    assert calls == [("runs/mine", "config", {"validation_split": "test[:9]"})]
+    assert written == [(best, "report")]
+
+
+def test_export(run, record):
+    calls = record(export, "export")
+    run("export", output="a.onnx", format="onnx")
+    assert calls == [("runs/mine", "a.onnx", "onnx")]
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_prepare(run, record, skips):
+    calls, described = record(prepare, "prepare", "prepared"), record(prepare, "describe")
+    run("prepare", "digits", data_dir="data", manual_dir="tars", skip_corrupt=skips)
+    assert (calls, described) == ([("digits", "data", "tars", skips)], [("prepared",)])
+
+
+def test_preview(run, tmp_path):
+    """The first batch of the run, which is fitted to the data as in training."""
+    config = tiny_config(data__dir=str(tmp_path), seed=5, batch_size=2400, accumulation_steps=3)
+    run("preview", config=config, output=str(tmp_path / "a.png"))
+    dataset = input_pipeline.load(config.data)
+    options = {"batch_size": 96, "seed": 5, "start_step": 0, "sharding": None}
+    expected = image_grid(dataset, next(input_pipeline.train_batches(dataset, config.data, **options)))
+    np.testing.assert_array_equal(Image.open(tmp_path / "a.png"), expected)
+
+
+def test_signal_propagation(run, record):
+    calls = record(signal_propagation, "signal_propagation")
+    run("signal_propagation", config="config", trained=True, seeds=4)
+    assert calls == [("config", "runs/mine", True, 4)]
+
+
+def test_sweep(run, record, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep", "--config=digits", "--seeds=2"])
+    record(sweep, "find_devices", ("gpu", [0, 1]))
+    checked, calls = record(sweep, "check_points"), record(sweep, "execute", 0)
+    axes = {"grid": ["config.weight_decay=0,1"], "seeds": 2, "at_once": 3}
+    run("sweep", config=tiny_config(seed=7), workdir=str(tmp_path / "sweep"), **axes)
+    ((points, shares),) = calls
+    assert checked == [(points,)]
+    assert "--config=digits" in points[0].commands[0]
+    assert [[path.name for path in point.workdirs] for point in points] == [["seed=7", "seed=8"]] * 2
+    assert [share["JAX_CUDA_VISIBLE_DEVICES"] for share in shares] == ["0", "1", "0"]
