@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import pathlib
 import signal
 import tempfile
 
@@ -21,6 +22,8 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+from tests.fork_server import ForkServer
+
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -39,3 +42,10 @@ def pytest_configure(config):
     os.makedirs(os.environ["TMPDIR"], exist_ok=True)
     tempfile.tempdir = None  # it is asked for anew
     jax.config.update("jax_compilation_cache_dir", os.environ["SIMPLEST_VIT_TEST_CACHE"])
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Runs command lines as processes of their own."""
+    with ForkServer(pathlib.Path(__file__).parents[1]) as server:
+        yield server

@@ -60,7 +60,7 @@ class ForkServer:
 
 def _run(request):
     """In the forked process: run the command line and return its exit code."""
-    signal.alarm(60)
+    signal.alarm(300)
     for name, value in request["environment"].items():
         os.environ.pop(name, None)
         if value is not None:

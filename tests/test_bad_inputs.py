@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from simplest_vit.data.prepare import prepare
-from tests.fork_server import ForkServer
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -306,6 +305,7 @@ COMMANDS = [
     (PREVIEW + " --output={new}/no/x.png", "x.png cannot be written; expected"),
     (PREVIEW + " --output={new}.psd", ".psd cannot be written; expected"),
     (PREVIEW + " --output={old}/folder.png", "(Is a directory)"),
+    (PREVIEW + " --config.data.label=x", "data.label=x: "),
     (PREVIEW + " --workdir {new}/run", "--workdir is no flag of this program"),
     (PREPARE + " digits --config configs/digits.py", "--config is no flag of this program"),
     (
@@ -368,16 +368,7 @@ ENVIRONMENT = [
 # Real processes, each with its own imports, which take seconds: started together.
 PROCESSES = [
     (DIGITS + " --config.batch_size=none", "config.batch_size=none must be an integer"),
-    (PREDICT + " --json", "--images is missing"),
-    (
-        "-m " + SWEEP + " --workdir {new}/run --grid x",
-        "--grid=x: expected config.FIELD",
-    ),
-    ("-m simplest_vit prepare digits --data_dir {old}/text.jpg", "cannot prepare digits there"),
-    (
-        "-m simplest_vit preview --config configs/digits.py --config.data.label=x --config.data.dir={old}/data",
-        "data.label=x: ",
-    ),
+    ("-m " + SWEEP + " --workdir {new}/run --grid x", "--grid=x: expected config.FIELD"),
     ("-m benchmarks.train_step --config configs/digits.py --config.seed=-1", "config.seed=-1 must be"),
 ]
 
@@ -406,12 +397,6 @@ from tests.tiny import tiny_config
 def get_config():
     return tiny_config(steps=1, eval_every=1, checkpoint_every=1, log_every=1, data__dir={data!r})
 """
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer(ROOT) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -502,12 +487,16 @@ def check(code, error, expected):
     assert expected in line
 
 
+@pytest.fixture(scope="module")
+def before(old):
+    return content(old)
+
+
 @pytest.fixture
-def mistake(server, old, tmp_path):
+def mistake(server, old, before, tmp_path):
     """Run a command line and check how it ends, and that it leaves nothing behind."""
 
     def run(command, expected, environment=None, missing=()):
-        before = content(tmp_path, old)
         environment = {"HOME": "{new}/home", "MPLCONFIGDIR": "{old}/.."} | (environment or {})
         environment = {name: place(value, tmp_path, old) for name, value in environment.items()}
         words = [place(word, tmp_path, old) for word in command.split(" ")] if isinstance(command, str) else command
@@ -540,8 +529,7 @@ def test_environment(mistake, command, variables, missing, expected):
     mistake(command, expected, variables, missing)
 
 
-def test_processes(old, tmp_path):
-    before = content(tmp_path, old)
+def test_processes(old, before, tmp_path):
     environment = os.environ | {"HOME": str(tmp_path / "home"), "MPLCONFIGDIR": str(old.parent), "JAX_PLATFORMS": "cpu"}
     started = [
         subprocess.Popen(

@@ -1,12 +1,14 @@
-"""The command line, through real processes: few, for importing alone takes seconds."""
+"""The command line, through processes: one from its start, and forks, for importing alone takes seconds."""
 
 import csv
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -23,18 +25,25 @@ TINY = [
 ]
 
 
-def main(*arguments, stdout=subprocess.PIPE):
-    command = [sys.executable, "main.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=300)
+@pytest.fixture
+def main(server):
+    """Run a command line, in a fork."""
+
+    def run(*arguments):
+        ended = server.run(["main.py", *arguments], {"XLA_FLAGS": os.environ["XLA_FLAGS"]})
+        return subprocess.CompletedProcess(arguments, *ended)
+
+    return run
 
 
-def test_train_then_evaluate(tmp_path):
+def test_train_then_evaluate(main, tmp_path):
     command = ["--config", "configs/digits.py", "--workdir", tmp_path / "run", *TINY, f"--config.data.dir={tmp_path}"]
     printed = main(*command, "--print_config")
     assert printed.returncode == 0, printed.stderr
     assert list(tmp_path.iterdir()) == []
     with open("/dev/full", "w") as full:  # what is printed is on the disk as well
-        trained = main(*command, stdout=full)
+        whole = [sys.executable, "main.py", *map(str, command)]
+        trained = subprocess.run(whole, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert trained.returncode == 0, trained.stderr
     assert "standard output cannot be written (No space left on device)" in trained.stderr
     assert "Traceback" not in trained.stderr
@@ -59,7 +68,7 @@ def test_train_then_evaluate(tmp_path):
     assert {path.name for path in (tmp_path / "report").iterdir()} > {"classes.csv", "confusion.csv", "confusion.png"}
 
 
-def test_a_folder_of_photos_from_training_to_a_table(tmp_path):
+def test_a_folder_of_photos_from_training_to_a_table(main, tmp_path):
     rng = np.random.default_rng(0)
     for folder, count in (("photos", 20), ("new", 5)):
         for name, light in (("dark", 60), ("light", 180)):

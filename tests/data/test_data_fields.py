@@ -110,10 +110,13 @@ def test_a_field_changes_what_it_should_and_nothing_else(observe, make_config, f
     assert {what for what in one if not equal(one[what], other[what])} == changes
 
 
-@pytest.mark.parametrize("budget", [10**9, 0])
 @pytest.mark.parametrize(
-    "augmentation",
-    [{"crop_padding": 2}, {"rand_augment.num_ops": 1}, {"mixup_alpha": 0.5}, {"cutmix_alpha": 0.5}],
+    ("budget", "augmentation"),
+    [
+        (0, {"crop_padding": 2}),
+        *((10**9, {name: value}) for name, value in [("crop_padding", 2), ("rand_augment.num_ops", 1)]),
+        *((10**9, {name: 0.5}) for name in ("mixup_alpha", "cutmix_alpha")),
+    ],
     ids=str,
 )
 def test_the_seed_and_the_step_draw_the_augmentation_not_only_the_order(tmp_path, make_config, budget, augmentation):

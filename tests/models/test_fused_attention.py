@@ -67,7 +67,7 @@ def draw(case):
     return case["num_heads"], *oracle.inputs(b=2, **case)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(case=CASES)
 def test_float32_is_exact(case):
     num_heads, arrays, bias, scale = draw(case)
@@ -77,7 +77,7 @@ def test_float32_is_exact(case):
         assert oracle.relative_error(ours, exact) < 1e-6
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(case=CASES)
 def test_bfloat16_is_as_near_as_the_plain_form(case):
     num_heads, arrays, bias, scale = draw(case)
@@ -115,7 +115,6 @@ def test_with_queries_of_zero_it_is_the_matrix_of_e_spa(form):
     ("name", "overrides"),
     [
         ("simple_vit", {}),
-        ("simplest_vit", {}),
         ("simplest_vit", {"attention": "value_skipinit"}),
         ("simplest_vit", {"attention": "shift", "identity_head_fraction": 0.5}),
         ("simplest_vit", {"remat": True}),
@@ -140,12 +139,11 @@ def tiny_gradient(model, image):
     return jax.jit(jax.grad(lambda p: (nnx.merge(graphdef, p, constants)(image) ** 2).mean()))(params)
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
-def test_each_device_computes_its_own_images(shape):
+def test_each_device_computes_its_own_images():
     arrays, bias, scale = oracle.inputs(0, 8, 16, 2, 16, bias=2, scaled=True)
     projection_bias = np.random.default_rng(1).normal(size=96)
     expected = fused(arrays, 2, bias, scale, jnp.float32, projection_bias)
-    mesh = create_mesh(shape[1])
+    mesh = create_mesh(4)
     images = batch_sharding(mesh)
 
     @jax.jit

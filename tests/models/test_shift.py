@@ -109,12 +109,7 @@ def jacobian(depth, eps, activation, name="isometric_vit"):
 
 @pytest.mark.parametrize(
     ("name", "depth", "activation"),
-    [
-        ("isometric_vit", 64, "gelu"),
-        ("isometric_vit", 2, "silu"),
-        ("isometric_vit", 2, "relu"),
-        ("shift_mlp", 12, "gelu"),
-    ],
+    [("isometric_vit", 64, "gelu"), ("shift_mlp", 12, "gelu")],
 )
 def test_without_uniform_attention_the_network_is_an_isometry(name, depth, activation):
     values = np.linalg.svd(jacobian(depth, 0.0, activation, name), compute_uv=False)

@@ -63,8 +63,7 @@ def test_recorded(name):
 
 
 @pytest.mark.parametrize("name", ["simplest_vit", "isometric_vit", "simple_vit"])
-@pytest.mark.parametrize("sizes", [{}, {"depth": 12, "width": 48, "num_heads": 3, "mlp_dim": 96, "patch_size": 2}])
-def test_live(name, sizes):
+def test_live(name):
     if not os.environ.get("SIMPLEST_VIT_REQUIRE_TORCH"):
         pytest.importorskip("torch", reason="torch is an optional extra; the recorded fixture is checked instead")
     import torch
@@ -72,7 +71,8 @@ def test_live(name, sizes):
     from tests import torch_reference
 
     torch.manual_seed(0)
-    sizes = {field: value for field, value in {**tiny.SIZES, **sizes}.items() if field not in SHAPING}
+    sizes = tiny.SIZES | {"depth": 12, "width": 48, "num_heads": 3, "mlp_dim": 96, "patch_size": 2}
+    sizes = {field: value for field, value in sizes.items() if field not in SHAPING}
     model = create(name, **sizes)
     bias = torch.tensor(np.asarray(model.blocks.attention.attention_bias[...])) if name == "isometric_vit" else None
     options = {"simplest_vit": SHAPING, "isometric_vit": {"attention_bias": bias}, "simple_vit": {}}[name]

@@ -36,6 +36,18 @@ def parameters(dtype=jnp.float32):
     )
 
 
+def placed(tree):
+    """On a named device, as what is restored: so both run the same compiled program."""
+    return jax.device_put(tree, jax.devices()[0])
+
+
+@functools.cache
+def made(create):
+    """An optimizer and its compiled update."""
+    tx = create(RATE)
+    return tx, jax.jit(tx.update)
+
+
 def loss(params):
     """An ill-conditioned quadratic with its minimum at 1."""
     scales = {6: jnp.logspace(0, -2, 6)[:, None], 4: jnp.logspace(0, -1, 4)[:, None]}
@@ -82,10 +94,9 @@ def test_types_and_structure_are_preserved(create):
 
 @every_optimizer
 def test_a_checkpoint_restores_exactly(create, tmp_path):
-    tx = create(RATE)
-    params = parameters()
-    update = jax.jit(tx.update)
-    state = tx.init(params)
+    tx, update = made(create)
+    params = placed(parameters())
+    state = placed(tx.init(params))
     for _ in range(6):
         _, state = update(params, state, params)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -98,10 +109,10 @@ def test_a_checkpoint_restores_exactly(create, tmp_path):
 
 @every_optimizer
 def test_zero_gradients_give_zero_updates(create):
-    tx = create(RATE)
-    params = parameters()
+    tx, update = made(create)
+    params = placed(parameters())
     zero = jax.tree.map(jnp.zeros_like, params)
-    state, update = tx.init(params), jax.jit(tx.update)
+    state = placed(tx.init(params))
     for _ in range(7):
         updates, state = update(zero, state, params)
         assert_same(updates, zero)
@@ -109,9 +120,8 @@ def test_zero_gradients_give_zero_updates(create):
 
 @every_optimizer
 def test_none_stays_none(create):
-    tx = create(RATE)
-    params = parameters()
-    params["frozen"] = None
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    tx, update = made(create)
+    params = placed(parameters() | {"frozen": None})
+    updates, _ = update(params, placed(tx.init(params)), params)
     assert updates["frozen"] is None
     assert np.all(np.isfinite(updates["blocks"]["kernel"]))

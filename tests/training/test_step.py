@@ -87,15 +87,14 @@ def test_eight_devices_equal_one():
     assert_close(eight.params, one.params)
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_sam_descends_from_the_worst_point_near_by(every):
-    config = tiny_config(sam__rho=0.05, sam__every=every)
+def test_sam_descends_from_the_worst_point_near_by_every_second_step():
+    config = tiny_config(sam__rho=0.05, sam__every=2)
     made, state = start(config, optax.sgd(0.1))
     params = jax.device_get(state.params)
     gradient_of = jax.jit(jax.grad(mean_loss(made, config, state, batch_of())))
     for step in range(2):
         gradient = jax.device_get(gradient_of(params))
-        if step % every == 0:
+        if step % 2 == 0:
             norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradient)))
             worst = jax.tree.map(lambda p, g: p + 0.05 * g / norm, params, gradient)  # noqa: B023
             gradient = jax.device_get(gradient_of(worst))
@@ -105,16 +104,14 @@ def test_sam_descends_from_the_worst_point_near_by(every):
 
 
 def test_the_average_moves_every_second_step():
-    config = tiny_config(ema__decay=0.9, ema__every=2)
-    _, state = start(config, optax.sgd(0.1))
-    average = state.params
-    for steps in (2, 4):
-        _, after, _, _ = run(config, optax.sgd(0.1), steps=steps)
-        average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, after.params)
-    assert_close(after.ema_params, average)
-    assert_close(after.model_state.params, after.ema_params)
-    _, odd, _, _ = run(config, optax.sgd(0.1), steps=5)
-    assert_close(odd.ema_params, average)
+    made, state = start(tiny_config(ema__decay=0.9, ema__every=2), optax.sgd(0.1))
+    average = jax.device_get(state.params)
+    for step in range(1, 6):
+        state, _ = made.train_step(state, batch_of(seed=step))
+        if step % 2 == 0:
+            average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, jax.device_get(state.params))
+        assert_close(state.ema_params, average)
+    assert_close(state.model_state.params, state.ema_params)
 
 
 def test_dropout_changes_training_but_not_evaluation():
@@ -132,8 +129,7 @@ def test_dropout_changes_training_but_not_evaluation():
     assert_close(*sums)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("optimizer", ["adam", "shampoo"])
+@pytest.mark.parametrize(("optimizer", "devices"), [("adam", 8), ("shampoo", 1)])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step(optimizer, devices):
     config = tiny_config(f"optimizer={optimizer}", ema__decay=0.9, ema__every=1, sam__rho=0.05)
     tx = create_optimizer(optimizer, 1e-3)

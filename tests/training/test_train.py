@@ -278,7 +278,6 @@ def timeless(lines):
     [
         ("start", signal.SIGTERM),
         ("step 1", signal.SIGINT),
-        ("step 2", signal.SIGHUP),
         ("step 5", signal.SIGUSR1),
         ("evaluation 3", signal.SIGTERM),
         ("evaluation 6", signal.SIGTERM),
@@ -393,7 +392,7 @@ def test_the_weights_of_the_best_validation_are_kept(data_dir, tmp_path, monkeyp
     assert restore_best(str(tmp_path))[1].step == 2
 
 
-@pytest.mark.parametrize("killed_at", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("killed_at", [3, 4, 5])
 def test_patience_ends_at_the_same_step_wherever_the_run_was_killed(data_dir, tmp_path, monkeypatch, killed_at):
     """In the evaluation after that step, or after step 5, its last one, before the results were written."""
     accuracies = {1: 0.2, 2: 0.9, 3: 0.6, 4: 0.8, 5: 0.7}

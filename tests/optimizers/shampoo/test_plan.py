@@ -4,7 +4,6 @@ import doctest
 import importlib
 import pkgutil
 import re
-import time
 
 import jax
 import jax.numpy as jnp
@@ -145,14 +144,10 @@ def test_even_cuts():
 
 
 @pytest.mark.parametrize("alias", [shampoo, soap])
-def test_compiled_size_is_small_and_does_not_grow_with_depth(alias):
+def test_the_program_is_small_and_does_not_grow_with_depth(alias):
     tx = alias(1.0, stack_axes=stack_axes)
-    lowered = lower(tx, vit_parameters())
-    instructions = count_instructions(lowered)
+    instructions = count_instructions(lower(tx, vit_parameters()))
     assert instructions < 2200
-    start = time.process_time()
-    lowered.compile()
-    assert time.process_time() - start < 10
     assert count_instructions(lower(tx, vit_parameters(depth=36))) == instructions
 
 

@@ -59,6 +59,12 @@ def run(tx, steps, mesh=None, specs=WHOLE, state=None):
     return updates, state
 
 
+@functools.cache
+def alone(name):
+    """What comes of seven steps on one device."""
+    return run(transformation(name, None), range(7))
+
+
 def assert_close(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
@@ -69,16 +75,14 @@ def assert_close(a, b):
     [
         ("shampoo", AxisType.Auto, FSDP),
         ("shampoo", AxisType.Explicit, WHOLE),
-        ("soap", AxisType.Auto, WHOLE),
         ("soap", AxisType.Explicit, FSDP),
     ],
-    ids=["shampoo-auto-fsdp", "shampoo-explicit", "soap-auto", "soap-explicit-fsdp"],
+    ids=["shampoo-auto-fsdp", "shampoo-explicit", "soap-explicit-fsdp"],
 )
 def test_any_devices_take_the_same_steps(name, kind, specs):
-    expected = run(transformation(name, None), range(7))
     mesh = mesh_of(8, kind)
     updates, state = run(transformation(name, mesh), range(7), mesh, specs)
-    assert_close((updates, state), expected)
+    assert_close((updates, state), alone(name))
     # Updates are laid out as the parameters are; of every matrix each device has an eighth.
     for leaf, spec in specs.items():
         if kind is AxisType.Auto and spec == P() and sharding.shard_alike is None:
@@ -90,9 +94,8 @@ def test_any_devices_take_the_same_steps(name, kind, specs):
 
 
 def test_devices_that_divide_nothing_share_the_work():
-    expected = run(transformation("shampoo", None), range(7))
     mesh = mesh_of(3)
-    assert_close(run(transformation("shampoo", mesh), range(7), mesh), expected)
+    assert_close(run(transformation("shampoo", mesh), range(7), mesh), alone("shampoo"))
 
 
 def compiled(name, mesh, specs):
@@ -144,9 +147,8 @@ def test_preconditioners_are_computed_without_communication(name):
         assert not [line for line in body if re.search(COLLECTIVES, line)]
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_a_checkpoint_resumes_on_another_number_of_devices(tmp_path, size):
-    mesh, other = mesh_of(8), mesh_of(size)
+def test_a_checkpoint_resumes_on_another_number_of_devices(tmp_path):
+    mesh, other = mesh_of(8), mesh_of(4)
     tx = transformation("shampoo", mesh)
     _, state = run(tx, range(4), mesh)
     expected, _ = run(tx, range(4, 7), mesh, state=state)
