@@ -15,8 +15,8 @@ by uncommitted code, is refused. The columns:
   accuracy_at, train_loss_at
                            `STEP:VALUE ...`, at the evaluations of the run, at most six
   step_time_s              Median seconds of a step, whatever else ran on the device
-  device, commit, source   `source` is the run's folder where it was made, or PAGE@COMMIT: SECTION that gave the number;
-                           evidence.md are notes that are not published, of runs whose commit is not known
+  device, commit, source   `source` is the run's folder on the machine that made it, or for numbers of an earlier page
+                           PAGE@COMMIT: SECTION; evidence.md are unpublished notes, whose runs have no known commit
 """
 
 import argparse

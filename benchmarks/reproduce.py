@@ -39,11 +39,11 @@ Key = tuple[str, str, str]  # data, optimizer, row
 
 
 def part(table: Table, **named: list[str]) -> Table:
-    """Keep the rows of a table that are named.
+    """Keep the named part of a table.
 
     Args:
       table: The table.
-      **named: Names of each kind, `data`, `optimizer` and `row`; all of a kind are kept if none is named.
+      **named: What to keep of `data`, `optimizer` and `row`; an empty list keeps all.
 
     Raises:
       UserError: If the table has no such name.
@@ -160,9 +160,9 @@ def main() -> None:
     check = flags.DEFINE_bool("check", False, "Make two steps of each row.")
     at_once = flags.DEFINE_integer("at_once", 1, "Runs at the same time.", lower_bound=1)
     named = {
-        "data": flags.DEFINE_multi_string("data", [], "Data set to rerun, such as cifar10; repeat for several."),
-        "optimizer": flags.DEFINE_multi_string("optimizer", [], "Optimizer to rerun, such as soap; likewise."),
-        "row": flags.DEFINE_multi_string("row", [], "Row to rerun, such as isometric; likewise."),
+        "data": flags.DEFINE_multi_string("data", [], "Data set to rerun, such as cifar10; repeatable."),
+        "optimizer": flags.DEFINE_multi_string("optimizer", [], "Optimizer to rerun, such as soap; repeatable."),
+        "row": flags.DEFINE_multi_string("row", [], "Row to rerun, such as isometric; repeatable."),
     }
     usage = f"python -m benchmarks.reproduce {'|'.join(TABLES)} --workdir FOLDER"
 

@@ -51,7 +51,7 @@ def _caller() -> str:
 
 
 class _ConfigParser(ConfigFileFlagParser):
-    """Accepts the name of a recipe for its file, whose path may have a colon."""
+    """Accepts the name of a recipe. It is imported, because a path to load is cut at its first colon."""
 
     def parse(self, path: str) -> Any:
         from simplest_vit import recipes  # a clone without symbolic links does not have it

@@ -38,7 +38,7 @@ class Interrupted(KeyboardInterrupt):
 def not_installed(error: ModuleNotFoundError) -> UserError:
     """Describe a missing library and how to install it."""
     if sys.platform == "win32" and error.name == "array_record":
-        return UserError(f"{error}; it does not exist for Windows: prepare data and train in WSL")
+        return UserError(f"{error}; it is not available for Windows; prepare data and train in WSL")
     remedy = 'pip install "simplest-vit[train]", or in a clone: pip install -r requirements.txt'
     return UserError(f"{error}; install what the commands need: {remedy}")
 

@@ -10,8 +10,8 @@ from simplest_vit.commands import ENVIRONMENT
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.update(ENVIRONMENT | os.environ)  # so that commands need not start again to set it
-# Most of the time goes into compiling programs that run once: LLVM need not optimize them nor get them in parts for
-# threads, and the emitters of before compile them in half of the time, where they still are.
+# Most of the time goes into compiling programs that run once. LLVM need not optimize them or split them over threads.
+# jaxlib 0.10 still has the older emitters, which compile them in half the time.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

@@ -69,7 +69,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     run = build(config, dataset.info, mesh)
     for remark in run.remarks(config):
         log.info(remark)
-    check_batch_size(run.config.batch_size, config.accumulation_steps, mesh)  # which few examples have made smaller
+    check_batch_size(run.config.batch_size, config.accumulation_steps, mesh)  # now fitted to the training split
     initial_params = None
     if config.init_from and not distributed.broadcast_from_primary(lambda: has_checkpoint(path)):
         initial_params = load_initial_params(run, config.init_from)

@@ -100,12 +100,13 @@ def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[path
         raise UserError(
             f"--workdir={workdir} holds no checkpoint; train there first with --config, or name another folder"
         )
-    own = _read_settings(path)
-    if settings is not None:
+    if settings is None:
+        settings = _read_settings(path)
+    else:
         _check_same(path, settings)
     data = DatasetInfo.from_json(read_json(path / DATASET), path / DATASET)
     try:
-        return path, from_settings(settings or own, data.image_shape), data
+        return path, from_settings(settings, data.image_shape), data
     except UserError as error:
         raise UserError(f"{path / CONFIG} is damaged ({error}); choose another --workdir") from error
 
