@@ -107,9 +107,9 @@ def compare(first: Cell | None, second: Cell | None) -> tuple[float, list[interv
 
     Returns:
       The difference in points with its intervals (paired by seed, Welch) as far as there are seeds for them; None if
-      one cell was not run.
+      one cell was not run, or they may not be compared: see `Cell.basis`.
     """
-    if first is None or second is None:
+    if first is None or second is None or first.basis != second.basis:
         return None
     a, b = first.values, second.values
     common = sorted(a.keys() & b.keys())

@@ -79,6 +79,8 @@ def test_differences_are_over_common_seeds_with_the_wider_interval():
     assert difference_text(ours, None) == ""
     other_seed = Results([row("SimpleViT", 0.7, seed=1)]).find(NETWORKS["SimpleViT"])
     assert compare(ours, other_seed) == (pytest.approx(2), [])
+    page = Results(rows("SimpleViT", 0.69, 0.70, 0.71, source="RESULTS.md@884f800: x")).find(NETWORKS["SimpleViT"])
+    assert compare(ours, page) is None
 
 
 def judged(*found):
