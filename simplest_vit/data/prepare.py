@@ -323,8 +323,8 @@ def _read_images(examples: Iterator[Example]) -> Iterator[tuple[Example, bytes |
 
 
 def describe(prepared: Prepared) -> str:
-    """Describe the splits, classes and checksums of a prepared data set, one per line."""
-    lines = [f"{prepared.info.full_name} in {prepared.folder}"]
+    """Describe a prepared data set, its splits, classes and checksums, one per line."""
+    lines = [f"{prepared.info.full_name} in {prepared.folder}: {prepared.info.description}"]
     for name, split in prepared.info.splits.items():
         lines.append(f"  {name}: {split.num_examples:,} examples, {split.num_bytes / 1e6:,.1f} MB")
     for name in prepared.labels:

@@ -18,7 +18,7 @@ from simplest_vit.data import decode
 from simplest_vit.data.builders import image_folder
 from simplest_vit.data.builders.image_folder import image_files
 from simplest_vit.data.decode import decode_image, eval_image, image_size
-from simplest_vit.data.prepare import prepare
+from simplest_vit.data.prepare import describe, prepare
 from simplest_vit.errors import UserError
 
 
@@ -56,21 +56,22 @@ def test_the_preferred_validation_folder_is_val(photos, tmp_path):
     assert "valid/cat/other.jpg" in originals(prepare("image_folder", tmp_path / "tfds", photos), "validation")
 
 
-def test_a_flat_folder_is_split_80_to_20_in_each_class_and_says_so(tmp_path, make_config, capfd):
+def test_a_flat_folder_is_split_80_to_20_in_each_class_and_says_so(tmp_path, make_config, caplog):
     for name, count in (("bee", 2), ("cat", 10), ("dog", 7), ("eel", 1)):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(count):
             (tmp_path / "photos" / name / f"{i}.jpg").write_bytes(jpeg(smooth_image(i, 16, 16)))
     config = make_config("image_folder", dir=tmp_path / "tfds", manual_dir=str(tmp_path / "photos"), image_size=16)
-    dataset = input_pipeline.load(config.data)
+    with caplog.at_level("INFO"):
+        dataset = input_pipeline.load(config.data)
     np.testing.assert_array_equal(np.bincount(dataset.train.labels), [1, 8, 6, 1])
     np.testing.assert_array_equal(np.bincount(dataset.validation.labels), [1, 2, 1])
     assert "of each class 80 % train and 20 % validate" in dataset.info.to_json()["description"]
     assert len(set(np.asarray(dataset.train.labels[:8]))) > 1, "the classes are mixed"
-    said = capfd.readouterr().err
-    assert said.count("80 % train and 20 % validate") == 1
+    assert caplog.text.count("80 % train and 20 % validate") == 1
     config.seed = 5  # has no part in it
     prepared = prepare("image_folder", tmp_path / "tfds", tmp_path / "photos")
+    assert "80 % train and 20 % validate" in describe(prepared)
     before = set(originals(prepared, "validation"))
     (tmp_path / "photos/cat/new.jpg").write_bytes(jpeg(smooth_image(50, 16, 16)))
     after = set(originals(prepare("image_folder", tmp_path / "tfds", tmp_path / "photos"), "validation"))

@@ -83,9 +83,6 @@ def has_splits(folder: Path) -> bool:
 def _read(folder: Path) -> Content:
     """Read a folder, whose files are kept as they are."""
     files = _list_files(folder)
-    description = "" if has_splits(folder) else _RULE
-    if description:
-        print(f"{folder}: {description}", file=sys.stderr, flush=True)
     name_others(folder, {file.path for found in files.values() for file in found})
     features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
@@ -97,7 +94,8 @@ def _read(folder: Path) -> Content:
         features = {"image/filename": os.fsencode(file.name), "label": file.label}
         return Example(file.name, file.size, checked(Path(file.path).read_bytes), features)
 
-    return Content(features, group({split: list(map(example, found)) for split, found in files.items()}), description)
+    splits = group({split: list(map(example, found)) for split, found in files.items()})
+    return Content(features, splits, "" if has_splits(folder) else _RULE)
 
 
 def name_others(folder: Path, taken: set[str]) -> None:
