@@ -126,4 +126,5 @@ def difference_text(first: Cell | None, second: Cell | None) -> str:
         return ""
     mean, differences = found
     widest = max((difference.half_width for difference in differences), default=math.inf)
+    mean = round(mean, 1) + 0.0  # never -0.0
     return f"{mean:+.1f}" + (f"±{widest:.1f}" if math.isfinite(widest) else "")
