@@ -100,14 +100,17 @@ def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[path
         raise UserError(
             f"--workdir={workdir} holds no checkpoint; train there first with --config, or name another folder"
         )
-    data = DatasetInfo.from_json(read_json(path / DATASET), path / DATASET)
-    if settings is not None:
+    is_own = settings is None
+    if settings is None:
+        settings = _read_settings(path)
+    else:
         _check_same(path, settings)
-        return path, from_settings(settings, data.image_shape), data
-    settings = _read_settings(path)
+    data = DatasetInfo.from_json(read_json(path / DATASET), path / DATASET)
     try:
         return path, from_settings(settings, data.image_shape), data
     except UserError as error:
+        if not is_own:
+            raise
         raise UserError(f"{path / CONFIG} is damaged ({error}); choose another --workdir") from error
 
 
