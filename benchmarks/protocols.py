@@ -138,14 +138,14 @@ NETWORKS |= {
 }
 _ADD_BACK = tuple(row for row in NETWORKS if row.startswith("isometric + "))
 # The recipes start SOAP with ten steps of Adam, except for SimpleViT; these rows do the opposite.
+AT_ONCE, AFTER_ADAM = ", SOAP from step 1", ", SOAP from step 11"
 NETWORKS |= {
-    f"{row}, SOAP from step {start + 1}": NETWORKS[row]._replace(
-        fields=NETWORKS[row].fields | {"optimizer.start_preconditioning_step": start}
+    row + suffix: NETWORKS[row]._replace(fields=NETWORKS[row].fields | {"optimizer.start_preconditioning_step": start})
+    for rows, suffix, start in (
+        (("isometric", "isometric, attention frozen", *_ADD_BACK), AT_ONCE, 0),
+        (("SimpleViT",), AFTER_ADAM, 10),
     )
-    for row, start in (
-        *((row, 0) for row in ("isometric", "isometric, attention frozen", *_ADD_BACK)),
-        ("SimpleViT", 10),
-    )
+    for row in rows
 }
 # At the sizes of the recipe (S: six heads) nothing differs from the preset.
 RECIPE_NETWORKS = {
@@ -198,10 +198,14 @@ TABLES: dict[str, Table] = {
     ),
     "start": Table(
         "the first steps of SOAP",
-        tuple(
-            f"{row}{start}"
-            for row, step in (("isometric", 1), ("isometric, attention frozen", 1), ("SimpleViT", 11))
-            for start in ("", f", SOAP from step {step}")
+        (
+            *(
+                "isometric",
+                f"isometric{AT_ONCE}",
+                "isometric, attention frozen",
+                f"isometric, attention frozen{AT_ONCE}",
+            ),
+            *("SimpleViT", f"SimpleViT{AFTER_ADAM}"),
         ),
         _SOAP,
         seeds=(),

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from benchmarks import intervals, records, verdict
 from benchmarks.cells import Cell, Results, compare, difference_text
-from benchmarks.protocols import NETWORKS, RECIPE_NETWORKS, TABLES
+from benchmarks.protocols import AT_ONCE, NETWORKS, RECIPE_NETWORKS, TABLES
 from benchmarks.verdict import DATA
 from simplest_vit.errors import UserError, print_error
 
@@ -28,7 +28,6 @@ OPTIMIZERS = {"soap": "SOAP", "muon": "Muon", "adam": "Adam", "shampoo": "Shampo
 _BLOCK = re.compile(r"(<!-- results: (?!end)([\w-]+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?\s?(?:%|points)")
 NOT_RUN = "not run"
-AT_ONCE = ", SOAP from step 1"  # the suffix of rows without the recipes' ten steps of Adam
 RECIPE_STEPS = {"cifar10": 2160, "cifar100": 2160, "tiny_imagenet": 4320}  # 90 epochs of batches of 2,048
 
 
