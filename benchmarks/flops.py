@@ -26,6 +26,8 @@ def forward_flops(params: Any, tokens: int) -> float:
         for path, x in leaves
         if paths.is_kernel(path)
     )
+    if "query" not in params["blocks"]["attention"]:  # fixed shifts only move tokens
+        return products
     depth, width, _ = params["blocks"]["attention"]["query"]["kernel"].shape
     return products + depth * 4 * tokens**2 * width
 

@@ -64,7 +64,7 @@ def part(table: Table, **named: list[str]) -> Table:
 def smallest(table: Table) -> Table:
     """Return the version of a table that only shows that it runs: one data set, rate and seed, two steps."""
     rates = {optimizer: rates[:1] for optimizer, rates in table.learning_rates.items()}
-    return table._replace(data=table.data[:1], learning_rates=rates, seeds=table.seeds[:1], steps=2)
+    return table._replace(data=table.data[:1], learning_rates=rates, seeds=table.seeds[:1], steps=2, steps_of={})
 
 
 def cells(table: Table) -> Iterator[tuple[Key, Network]]:
@@ -90,7 +90,8 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
       The runs.
     """
     data, optimizer, row = key
-    fields = PROTOCOLS[table.protocol] | network.fields | {"optimizer.learning_rate": rate} | run["fields"]
+    length = _length(table.steps_of.get(row, table.steps))
+    fields = PROTOCOLS[table.protocol] | network.fields | {"optimizer.learning_rate": rate} | length | run["fields"]
     result = Point({"data": data, "optimizer": optimizer, "row": row, "learning rate": f"{rate:g}"}, [], [])
     for seed in seeds:
         folder = pathlib.Path(run["root"], run["stage"], data, optimizer, row, f"{rate:g}", f"seed={seed}")
@@ -104,8 +105,7 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
 
 def choices(table: Table, root: str, fields: dict[str, Any], check: bool) -> dict[Key, list[Point]]:
     """Lay out a run on the hold-out for each rate of each row."""
-    length = _length(2 if check else table.steps)
-    fields = HOLD_OUT | ({"epochs": CHOOSING_EPOCHS} if table.protocol == "recipe" else {}) | length | fields
+    fields = HOLD_OUT | ({"epochs": CHOOSING_EPOCHS} if table.protocol == "recipe" else {}) | fields
     if check:
         fields |= {"data.validation_split": "train[45000:45100]"}
     found: dict[Key, list[Point]] = {}
@@ -121,7 +121,7 @@ def reported(
 ) -> list[Point]:
     """Lay out the runs of fresh seeds at the chosen rates, which read the test images once, at the end."""
     few = {"data.validation_split": "test[:100]"} if check else {}
-    run = {"stage": "test", "root": root, "fields": _length(table.steps) | few | fields}
+    run = {"stage": "test", "root": root, "fields": few | fields}
     return [point(table, key, network, chosen[key], table.seeds, **run) for key, network in cells(table)]
 
 

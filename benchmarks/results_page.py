@@ -83,9 +83,21 @@ def controls(results: Results, page: str) -> str:
     return table(["SOAP", *(text for name in DATA.values() for text in (name, "to isometric"))], rows)
 
 
+def equal_time(results: Results, page: str) -> str:
+    """Compare networks with SimpleViT in as many steps as take the same time."""
+    plan = TABLES["equal_time"]
+    base = results.find(SIMPLE_VIT)
+    rows = []
+    for row in plan.rows:
+        steps = plan.steps_of.get(row, 1500)
+        cell = results.find(NETWORKS[row], steps=steps)
+        rows.append([row, f"{steps:,}", _text(cell, page), "" if row == "SimpleViT" else difference_text(cell, base)])
+    return table(["SOAP", "steps", "CIFAR-10", "over SimpleViT"], rows)
+
+
 def replaced(results: Results, page: str) -> str:
     """Compare networks with one thing replaced, after 500 steps of SOAP."""
-    tables = (TABLES[name] for name in ("controls", "ablation", "uniform", "time", "baseline"))
+    tables = (TABLES[name] for name in ("controls", "ablation", "uniform", "heads", "baseline"))
     names = [*(row for table in tables for row in table.rows), *(row for row in NETWORKS if row.endswith(AT_ONCE))]
     rows, bases = [], {}
     for row in dict.fromkeys(names):
@@ -191,6 +203,7 @@ BLOCKS: dict[str, Callable[[Results, str], str]] = {
     "verdict": judged,
     "headline": headline,
     "controls": controls,
+    "equal_time": equal_time,
     "start": start,
     "replaced": replaced,
     "depth": depth,

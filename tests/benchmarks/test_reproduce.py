@@ -50,6 +50,16 @@ def test_fresh_seeds_train_on_everything_and_read_the_test_images_once(tmp_path)
     assert len(set(folders)) == len(folders) == 2 * len(ROWS) + 7
 
 
+def test_in_equal_time_a_cheaper_network_is_chosen_and_reported_in_more_steps(tmp_path):
+    table = TABLES["equal_time"]._replace(learning_rates={"soap": (1e-3,)})
+    chosen = [points[0] for points in reproduce.choices(table, str(tmp_path), {}, check=False).values()]
+    reported = reproduce.reported(table, {key: 1e-3 for key, _ in reproduce.cells(table)}, str(tmp_path), {})
+    for points in (chosen, reported):
+        steps = {point.values["row"]: config(point).steps for point in points}
+        assert steps == {row: table.steps_of.get(row, 1500) for row in table.rows}
+    assert config(reported[1]).eval_every == 2700
+
+
 def test_a_recipe_is_chosen_by_a_third_of_its_epochs(tmp_path):
     key = ("cifar10", "soap", "isometric")
     run = config(reproduce.choices(TABLES["s4"], str(tmp_path), {}, check=False)[key][0])

@@ -159,6 +159,15 @@ def test_a_page_keeps_its_text_and_gets_its_blocks():
     assert results_page.fill(filled, results, "RESULTS.md") == filled
 
 
+def test_equal_time_takes_each_network_at_its_own_steps():
+    frozen = "isometric, attention frozen"
+    found = Results([*rows("SimpleViT", 0.69, 0.69), *rows(frozen, 0.9), *rows(frozen, 0.76, 0.76, steps=2700)])
+    lines = results_page.equal_time(found, "RESULTS.md").splitlines()
+    assert lines[2].startswith("|SimpleViT|1,500|[69.0±0.0 (2)]")
+    assert lines[3].startswith(f"|{frozen}|2,700|[76.0±0.0 (2)]")
+    assert lines[3].endswith("|+7.0±0.0|")
+
+
 def test_the_headline_has_the_larger_p_value_by_holm_over_all_tests():
     theirs = rows("SimpleViT", 0.70, 0.73, 0.68, 0.74, 0.66)
 
