@@ -55,7 +55,8 @@ _UNUSABLE |= {"schedule_free_adamw", "schedule_free_sgd"}
 # Arguments that come from the run, not from the user. The mask selects the parameters that decay.
 _MASKS = ("mask", "weight_decay_mask")
 _FROM_THE_RUN = {"learning_rate", "weight_decay", "stack_axes", "mesh", "muon_weight_dimension_numbers", *_MASKS}
-# The chain applies their weight decay, so that it can also be L2; other optimizers with a weight decay apply their own.
+# The chain applies their weight decay, so that it can also be L2, and that of optimizers which would decay everything;
+# other optimizers with a weight decay apply their own.
 _SHAMPOOS: dict[str, Any] = {"reference_shampoo": reference_shampoo, "shampoo": shampoo, "soap": soap}
 _DECAYED_OUTSIDE = {"muon", *_SHAMPOOS}
 _FUNCTIONS = (types.FunctionType, functools.partial)
@@ -137,7 +138,8 @@ def create_optimizer(
       name: An optax optimizer, 'shampoo', 'reference_shampoo' or 'soap'.
       learning_rate: A number or a schedule.
       grad_clip: The largest global norm of a gradient; 0 disables clipping.
-      weight_decay: Weight decay of kernels only. It is passed to optax optimizers with a weight decay, such as AdamW.
+      weight_decay: Weight decay of kernels only. It is passed to optax optimizers with a weight decay and a mask, such
+        as AdamW.
       decoupled_weight_decay: For all other optimizers: False adds the decay to the gradient (L2); True adds it to the
         update, times the learning rate.
       mesh: Devices that share the work of Shampoo and SOAP; None for one.
@@ -152,14 +154,15 @@ def create_optimizer(
     """
     function = _named(name)
     parameters = inspect.signature(function).parameters
-    decays_itself = "weight_decay" in parameters and name not in _DECAYED_OUTSIDE
+    masks = [key for key in _MASKS if key in parameters]
+    decays_itself = "weight_decay" in parameters and bool(masks) and name not in _DECAYED_OUTSIDE
     given = dict(arguments)
     if name in _SHAMPOOS:
         given["mesh"] = mesh
         # In the reference's layout layers are already separate; without it, they are preconditioned as one.
         given["stack_axes"] = None if name == "reference_shampoo" else paths.stack_axes
     else:
-        given |= {key: paths.decay_mask for key in _MASKS if key in parameters}
+        given |= dict.fromkeys(masks, paths.decay_mask)
     if name == "muon":
         given |= _of_muon(learning_rate, given)
     if decays_itself:

@@ -71,11 +71,15 @@ def test_adam_chain_equals_float64_numpy(decoupled):
 
 
 def test_muon_orthogonalizes_each_block_and_leaves_biases_to_adam():
+    """With all singular values near sqrt(max(1, out / in)), as Jordan's for kernels [in, out]."""
+    params = PARAMS | {
+        "blocks": {"dense1": {"kernel": jnp.ones((2, 3, 12))}, "dense2": {"kernel": jnp.ones((2, 12, 3))}}
+    }
     tx = create_optimizer("muon", lambda step: 1.0)
-    updates, _ = tx.update(random_like(PARAMS, 0), tx.init(PARAMS), PARAMS)
-    for kernel in updates["blocks"]["mlp"]["dense1"]["kernel"]:
-        singular = np.linalg.svd(kernel, compute_uv=False) / np.sqrt(4 / 3)
-        assert np.all((singular > 0.6) & (singular < 1.3))
+    updates, _ = tx.update(random_like(params, 0), tx.init(params), params)
+    for layer, scale in (("dense1", 2.0), ("dense2", 1.0)):
+        singular = np.linalg.svd(updates["blocks"][layer]["kernel"], compute_uv=False)
+        assert np.all((singular > 0.6 * scale) & (singular < 1.3 * scale))
     magnitude = np.abs(updates["head"]["kernel"])  # Adam's first step has one magnitude for all entries
     np.testing.assert_allclose(magnitude, magnitude[0, 0], rtol=1e-3)
 
@@ -140,20 +144,38 @@ def test_every_setting_of_adam_has_a_row():
     assert set(OTHER["adam"]) == set(declared("adam"))
 
 
-def test_an_optimizer_of_optax_is_optax_s_own():
-    """By its name there, with its defaults; of AdamW only kernels decay."""
-    ours = create_optimizer("adamw", 0.1, weight_decay=0.3)
-    theirs = optax.adamw(0.1, weight_decay=0.3, mask=paths.decay_mask)
+@pytest.mark.parametrize(
+    ("name", "given", "mask"),
+    [
+        ("adamw", {"weight_decay": 0.3}, "mask"),
+        ("adadelta", {"weight_decay": 0.3}, "weight_decay_mask"),
+        ("adafactor", {"weight_decay_rate": 0.3}, "weight_decay_mask"),
+    ],
+)
+def test_an_optimizer_of_optax_is_optax_s_own(name, given, mask):
+    """By its name there, with its defaults; only kernels decay."""
+    ours, theirs = create_optimizer(name, 0.1, **given), getattr(optax, name)(0.1, **given, **{mask: paths.decay_mask})
     gradient = random_like(PARAMS, 0)
     updates, _ = ours.update(gradient, ours.init(PARAMS), PARAMS)
     expected, _ = theirs.update(gradient, theirs.init(PARAMS), PARAMS)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    assert not {"mask", "weight_decay", "weight_decay_mask", "learning_rate"} & set(declared(name))
 
 
-@pytest.mark.parametrize("name", [name for name in optimizers() if name not in ("shampoo", "soap")])
-def test_every_optimizer_takes_a_step_with_its_declared_defaults(name):
+@pytest.mark.parametrize("name", optimizers())
+def test_every_optimizer_takes_a_step_with_its_declared_defaults_and_decays_kernels_alone(name):
+    """Without a gradient, a parameter moves by its decay or not at all."""
     defaults = {key: value for key, (value, _) in declared(name).items()}
-    assert np.all(np.isfinite(first_update(name, steps=1, **defaults)))
+    tx = create_optimizer(name, 0.1, weight_decay=0.3, **defaults)
+    gradient = jax.tree.map(jnp.zeros_like, PARAMS)
+    gradient["blocks"]["mlp"]["dense1"]["kernel"] += 0.5  # some optimizers divide by the norm of all gradients
+    state = tx.init(PARAMS)
+    for _ in range(2):  # Rprop and ADOPT move from the second step on
+        updates, state = jax.jit(tx.update)(gradient, state, PARAMS)
+    assert all(np.isfinite(update).all() for update in leaves(updates).values())
+    moved = {path for path, update in leaves(updates).items() if np.any(update)}
+    if name not in ("fromage", "yogi"):  # which move without a gradient
+        assert moved == {"blocks/mlp/dense1/kernel", "head/kernel"}
 
 
 def test_declared_types_are_those_of_flags():
@@ -162,7 +184,6 @@ def test_declared_types_are_those_of_flags():
     assert declared("sgd")["momentum"] == (None, float)
     assert declared("muon")["ns_steps"] == (5, int)
     assert declared("muon")["adam_learning_rate"] == (None, float)
-    assert not {"mask", "weight_decay", "weight_decay_mask", "learning_rate"} & set(declared("adamw"))
     assert declared("shampoo")["precondition_frequency"][1] is int
 
 
