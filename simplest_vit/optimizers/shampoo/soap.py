@@ -28,10 +28,11 @@ def scale_by_soap(**arguments: Any) -> optax.GradientTransformation:
         G' = Q_L^\top G Q_R, \quad m \leftarrow b_1 m + (1 - b_1) G', \quad V \leftarrow b_2 V + (1 - b_2) G'^2, \quad
         \Delta = Q_L \frac{\hat m}{\sqrt{\hat V} + \epsilon} Q_R^\top.
 
-    Both moments are kept in the eigenbasis and rotate with it when it is refreshed. Up to the start step, bases are the
-    identity and steps are Adam's. In each of the next k steps all bases are refreshed, because a basis from few
-    gradients is poor and a refresh is only one step of an iteration. After that, each is refreshed once in k steps. The
-    arguments are those of `soap` except the learning rate, the weight decay and its mask.
+    Both moments are kept in the eigenbasis and rotate with it when it is refreshed. Before the start step, bases are
+    the identity and steps are Adam's; in it, the bases that are due are refreshed. In each of the next k steps all
+    bases are refreshed, because a basis from few gradients is poor and a refresh is only one step of an iteration.
+    After that, each is refreshed once in k steps. The arguments are those of `soap` except the learning rate, the
+    weight decay and its mask.
 
     Returns:
       An `optax.GradientTransformation`.
@@ -140,7 +141,7 @@ def soap(
       mask: Mask of the weight decay, as in `optax.add_decayed_weights`.
       shampoo_beta: Decay of the statistics, in (0, 1]; 1 sums them.
       precondition_frequency: Steps between two refreshes of a basis, k >= 1.
-      start_preconditioning_step: Steps up to and including this one are Adam's.
+      start_preconditioning_step: Steps before this one are Adam's; in it, only blocks whose turn it is have a basis.
       stagger: As in `shampoo`.
       max_preconditioner_dim: Longer dimensions are cut into the fewest even blocks of at most this size, >= 1.
       merge_dims: As in `shampoo`.
