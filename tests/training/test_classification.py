@@ -69,7 +69,7 @@ def test_a_tie_with_the_true_class_is_among_the_five():
     assert classification([sums]).top5_accuracy == 0.5
 
 
-def test_files_hold_what_was_computed(result, tmp_path, monkeypatch):
+def test_files_hold_what_was_computed(split, result, tmp_path, monkeypatch):
     drawn, save = [], figures.save
     monkeypatch.setattr(figures, "save", lambda figure, path: [drawn.append(figure), save(figure, path)])
     names = [f"class {k}" for k in range(7)] + ["$none$"]
@@ -77,7 +77,7 @@ def test_files_hold_what_was_computed(result, tmp_path, monkeypatch):
     with (tmp_path / "new" / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == names
-    assert sum(int(row["images"]) for row in rows) == 200
+    assert [int(row["images"]) for row in rows] == np.bincount(split[1], minlength=8).tolist()
     assert float(rows[3]["accuracy"]) == pytest.approx(result.class_accuracy[3], abs=1e-4)
     assert rows[7]["accuracy"] == ""
     with (tmp_path / "new" / "confusion.csv").open() as file:
