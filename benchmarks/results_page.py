@@ -1,10 +1,10 @@
 """Fill the tables of RESULTS.md, docs/isometric.md and README.md from results/runs.csv.
 
     python -m benchmarks.results_page          # rewrite the blocks
-    python -m benchmarks.results_page --check  # fail if a page says anything else
+    python -m benchmarks.results_page --check  # fail if a page is out of date
 
-A block stands between `<!-- results: NAME -->` and `<!-- results: end -->`; `BLOCKS` has the names. Numbers of results
-stand only there, so that every one is recomputed.
+`<!-- results: NAME -->` and `<!-- results: end -->` enclose a block; `BLOCKS` has the names. Measured numbers stand
+only in blocks, so that all are recomputed.
 """
 
 import argparse
@@ -99,18 +99,15 @@ def replaced(results: Results, page: str) -> str:
     """Compare networks with one thing replaced, after 500 steps of SOAP."""
     tables = (TABLES[name] for name in ("controls", "ablation", "uniform", "heads", "baseline"))
     names = [*(row for table in tables for row in table.rows), *(row for row in NETWORKS if row.endswith(AT_ONCE))]
-    rows, bases = [], {}
+    rows = []
     for row in dict.fromkeys(names):
-        base = "isometric" + AT_ONCE * row.endswith(AT_ONCE)
-        for hold_out in (True, False):
-            cell = None if row == base else results.find(NETWORKS[row], steps=500, hold_out=hold_out)
-            if cell:
-                ours = results.find(NETWORKS[base], steps=500, like=cell)
-                bases[base, cell.basis] = [base, _text(ours, page), ""]
-                rows.append([row, cell.text(page), difference_text(cell, ours)])
-                break
-    rows = [*(bases[basis] for basis in sorted(bases)), *rows]  # what each difference is to
-    return table(["500 steps of SOAP", "CIFAR-10", "to isometric"], rows)
+        cells = [results.find(NETWORKS[row], steps=500, hold_out=hold_out) for hold_out in (True, False)]
+        if compared := cells[0] or cells[1]:
+            base = "isometric" + AT_ONCE * row.endswith(AT_ONCE)
+            ours = results.find(NETWORKS[base], steps=500, like=compared)
+            difference = "" if row == base else difference_text(compared, ours)
+            rows.append([row, *(cell.text(page) if cell else "" for cell in cells), difference])
+    return table(["500 steps of SOAP, CIFAR-10", "hold-out", "test images", "to isometric"], rows)
 
 
 def start(results: Results, page: str) -> str:
@@ -155,12 +152,13 @@ def choosing(results: Results, page: str) -> str:
             lines.setdefault(key, {})[run.learning_rate or 0] = cell
     body = [
         [
-            f"{row}: {DATA[data]}, {OPTIMIZERS[optimizer]}, {steps:,} steps",
+            row,
+            f"{DATA[data]}, {OPTIMIZERS[optimizer]}, {steps:,}",
             ", ".join(f"{rate:g}: {cell.text(page)}" for rate, cell in sorted(cells.items())),
         ]
         for (data, row, optimizer, steps), cells in sorted(lines.items())
     ]
-    return table(["chosen on the hold-out", "learning rate: accuracy"], body)
+    return table(["", "data, optimizer, steps", "learning rate: accuracy on the hold-out"], body)
 
 
 def reference(results: Results, page: str) -> str:
@@ -192,15 +190,21 @@ def reference(results: Results, page: str) -> str:
 
 
 def judged(results: Results, page: str) -> str:
-    """Judge the claim, with the criteria and what was measured of each."""
+    """Judge the claim in one sentence."""
     del page
-    criteria = verdict.criteria(results)
-    body = [[criterion.text, criterion.found, criterion.state] for criterion in criteria]
-    return f"{verdict.sentence(criteria)}\n\n" + table(["criterion (SOAP, 1,500 steps)", "measured", ""], body)
+    return verdict.sentence(verdict.criteria(results))
+
+
+def criteria(results: Results, page: str) -> str:
+    """List the criteria of the verdict, with what was measured."""
+    del page
+    body = [[criterion.text, criterion.found, criterion.state] for criterion in verdict.criteria(results)]
+    return table(["criterion (SOAP, 1,500 steps)", "measured difference, points", ""], body)
 
 
 BLOCKS: dict[str, Callable[[Results, str], str]] = {
     "verdict": judged,
+    "criteria": criteria,
     "headline": headline,
     "controls": controls,
     "equal_time": equal_time,
@@ -214,10 +218,10 @@ BLOCKS: dict[str, Callable[[Results, str], str]] = {
 
 
 def fill(text: str, results: Results, page: str) -> str:
-    """Return a page with its blocks made anew.
+    """Return a page with its blocks regenerated.
 
     Raises:
-      UserError: If a block is unknown, or a page of results has a result outside of its blocks.
+      UserError: If a block is unknown, or a page other than README.md has a measured number outside its blocks.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -226,14 +230,14 @@ def fill(text: str, results: Results, page: str) -> str:
         return f"{match[1]}{BLOCKS[match[2]](results, page)}\n{match[3]}"
 
     if page != "README.md" and (number := _NUMBER.search(_BLOCK.sub("", text))):
-        raise UserError(f"{page}: {number[0]!r} stands outside of the blocks, where no record vouches for it")
+        raise UserError(f"{page}: {number[0]!r} is outside the generated blocks; move it into one, or remove it")
     return _BLOCK.sub(block, text)
 
 
 def main() -> None:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     options = parser.parse_args()
     try:
         results = Results(records.read())
@@ -242,7 +246,7 @@ def main() -> None:
             old = path.read_text()
             new = fill(old, results, page)
             if new != old and options.check:
-                raise UserError(f"{page} is not what results/runs.csv gives; run python -m benchmarks.results_page")
+                raise UserError(f"{page} does not match results/runs.csv; run python -m benchmarks.results_page")
             if new != old:
                 temporary = path.with_name(path.name + ".tmp")
                 temporary.write_text(new)

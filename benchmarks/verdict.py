@@ -16,7 +16,7 @@ SEEDS, ENOUGH = 5, 3  # of a lead, and of a refutation
 RUNS = ((1500, False, ""), (1500, True, ", on the hold-out"), (500, True, ", 500 steps on the hold-out"))
 
 # What a criterion does when it holds.
-REFUTES, NARROWS, SUPPORTS = "refutes the claim", 'takes "attention" out of it', "supports the claim"
+REFUTES, NARROWS, SUPPORTS = "refutes the claim", "narrows the claim", "supports the claim"
 
 
 class Criterion(NamedTuple):
@@ -70,12 +70,12 @@ def criteria(results: Results) -> list[Criterion]:
 
     strong = tuple(row for row in TABLES["baseline"].rows if row != "SimpleViT")
     refuting = [
-        criterion("a norm or skip put back is more than 1 point above", REFUTES, ADD_BACK, 1.0),
+        criterion("restoring a norm or a skip gains more than 1 point", REFUTES, ADD_BACK, 1.0),
         criterion(
-            "SimpleViT with constant shifts is level (within 0.5)", REFUTES, ("SimpleViT, constant shifts",), -0.5
+            "SimpleViT with constant shifts comes within 0.5 points", REFUTES, ("SimpleViT, constant shifts",), -0.5
         ),
-        criterion("a strengthened SimpleViT is within 1 point", REFUTES, strong, -1.0),
-        criterion("frozen attention is within 0.5", NARROWS, ("isometric, attention frozen",), -0.5),
+        criterion("a strengthened SimpleViT comes within 1 point", REFUTES, strong, -1.0),
+        criterion("frozen attention comes within 0.5 points", NARROWS, ("isometric, attention frozen",), -0.5),
     ]
     return [*refuting, _lead(results)]
 
@@ -94,7 +94,7 @@ def _lead(results: Results) -> Criterion:
             holds.append(None if seeds < SEEDS else off_zero)
     known = None if not holds or None in holds else len(holds) == len(DATA) and all(holds)
     return Criterion(
-        "it leads plain SimpleViT, five fresh seeds, interval off zero", SUPPORTS, ", ".join(found) or "not run", known
+        "it leads plain SimpleViT: five fresh seeds, interval above 0", SUPPORTS, ", ".join(found) or "not run", known
     )
 
 
@@ -109,13 +109,13 @@ def sentence(found: list[Criterion]) -> str:
     if refuted := [criterion.text for criterion in holding if criterion.effect == REFUTES]:
         return f"**Verdict: refuted.** {refuted[0][0].upper()}{refuted[0][1:]}."
     if any(criterion.effect == NARROWS for criterion in holding):
-        rest = f"; {len(missing)} of {len(found)} criteria are not decided yet" if missing else ""
+        rest = f"; {len(missing)} of {len(found)} criteria are still open" if missing else ""
         return (
             "**Verdict: narrowed.** The network does as well with its attention frozen: what trains well without "
             f"normalization and skip connections is an isometric shift network, not attention{rest}."
         )
     if missing:
-        return f"**Verdict: open.** {len(missing)} of {len(found)} criteria are not decided yet."
+        return f"**Verdict: open.** {len(missing)} of {len(found)} criteria are still open."
     if any(criterion.effect == SUPPORTS for criterion in holding):
         return "**Verdict: proven.** Every criterion is met."
     return "**Verdict: not shown.** No criterion refutes the claim, and its lead is within noise."

@@ -185,8 +185,8 @@ def test_the_headline_has_the_larger_p_value_by_holm_over_all_tests():
     ("text", "message"),
     [
         ("<!-- results: nothing -->\n<!-- results: end -->", "unknown block nothing; expected one of verdict"),
-        ("It has 71.7 % there.", "'71.7 %' stands outside of the blocks"),
-        ("It is 3 points ahead.", "'3 points' stands outside"),
+        ("It has 71.7 % there.", "'71.7 %' is outside the generated blocks"),
+        ("It is 3 points ahead.", "'3 points' is outside"),
     ],
 )
 def test_a_page_that_no_record_vouches_for_is_refused(text, message):
@@ -202,7 +202,7 @@ def test_check_writes_nothing_and_fails_until_the_page_is_made(tmp_path, monkeyp
     monkeypatch.setattr("sys.argv", ["results_page", "--check"])
     with pytest.raises(SystemExit, match="2"):
         results_page.main()
-    assert "page.md is not what results/runs.csv gives" in capsys.readouterr().err
+    assert "page.md does not match results/runs.csv" in capsys.readouterr().err
     assert len(page.read_text().splitlines()) == 2
     monkeypatch.setattr("sys.argv", ["results_page"])
     results_page.main()
