@@ -4,14 +4,17 @@ import csv
 import math
 import pathlib
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from simplest_vit.analysis import figures, propagation, signal_figure
 from simplest_vit.commands import signal_propagation
 from simplest_vit.commands.import_reference import import_reference
 from simplest_vit.errors import UserError
-from tests.tiny import tiny_config
+from simplest_vit.training.run import build
+from tests.tiny import DIGITS, tiny_config
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "interop" / "fixtures" / "simplest_vit.pth"
 
@@ -109,6 +112,20 @@ def test_a_validation_split_of_few_images_is_not_filled_up(tmp_path, monkeypatch
     signal_propagation.signal_propagation(config, str(tmp_path / "run"))
     assert shapes == [(5, 8, 8, 1)]
     assert "5 images of digits" in titles[0]
+
+
+def test_the_initializations_are_those_of_runs_from_the_config_s_seed_on(tmp_path, monkeypatch):
+    found, titles = [], []
+    monkeypatch.setattr(signal_propagation, "CONTRASTS", {"E-SPA + TAT": {"name": "simplest_vit"}})
+    monkeypatch.setattr(signal_propagation, "analyse", lambda name, models, *_: found.extend(models))
+    monkeypatch.setattr(signal_propagation, "write", lambda results, folder, title: titles.append(title))
+    config = tiny_config(data__dir=str(tmp_path / "tfds"), seed=7, compute_dtype="bfloat16")
+    signal_propagation.signal_propagation(config, str(tmp_path / "run"), seeds=2)
+    assert titles[0].endswith("initializations: 2")
+    assert [model.dtype for model in found] == [np.float32] * 2
+    expected = build(tiny_config(seed=8), DIGITS).create_state().params
+    params = nnx.to_pure_dict(nnx.state(found[1], nnx.Param))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, expected)
 
 
 def test_what_is_shown_of_a_cosine_is_its_distance_from_one():
