@@ -212,6 +212,7 @@ def test_describe_names_splits_classes_and_checksums(tmp_path):
     text = describe(prepare("digits", tmp_path))
     assert "train: 1,437 examples" in text
     assert "label: 10 classes: 0, 1, 2" in text
+    assert "mean (0.3058,), deviation (0.3761,)" in text
     path = tmp_path / "digits/1.0.0/digits-train.array_record-00000-of-00001"
     assert f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" in text
 

@@ -242,22 +242,34 @@ def test_evaluation_covers_each_example_once(config, photos, budget, num_workers
         time.sleep(0.1)
 
 
-def test_two_hosts_read_the_two_halves_of_the_batch_of_one(config, monkeypatch):
+@pytest.mark.parametrize("chunk", [2, 32])
+@pytest.mark.parametrize(("split", "steps"), [("train", 6), ("validation", 2)])
+def test_two_hosts_read_the_two_halves_of_the_batch_of_one(config, monkeypatch, split, steps, chunk):
+    """Crops included, and into however many chunks a batch is cut."""
     dataset = input_pipeline.load(config.data)
-    whole = train_chunks(dataset, config)
-    parts = []
+
+    def chunks():
+        return train_chunks(dataset, config) if split == "train" else streaming.eval_chunks(dataset, config.batch_size)
+
+    def batch(chunks, step, size):
+        each = max(size // chunk, 1)
+        parts = [chunks[k] for k in range(step * each, (step + 1) * each)]
+        assert [len(part["label"]) for part in parts] == [size // each] * each
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    monkeypatch.setattr(streaming, "_MAX_CHUNK", chunk)
+    whole, hosts = chunks(), []
     for process in range(2):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        parts.append(train_chunks(dataset, config))
-    for step in range(6):
-        halves = [part[step] for part in parts]
-        assert len(halves[0]["label"]) == 4
+        hosts.append(chunks())
+    for step in range(steps):
+        halves = [batch(host, step, 4) for host in hosts]
         both = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
-        jax.tree.map(np.testing.assert_array_equal, both, whole[step])
+        jax.tree.map(np.testing.assert_array_equal, both, batch(whole, step, 8))
     config.batch_size = 9
     with pytest.raises(UserError, match="batch_size=9: not divisible by the 2 hosts"):
-        train_chunks(dataset, config)
+        chunks()
 
 
 def test_random_boxes_are_torchvisions():
