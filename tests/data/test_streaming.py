@@ -246,6 +246,7 @@ def test_evaluation_covers_each_example_once(config, photos, budget, num_workers
 @pytest.mark.parametrize(("split", "steps"), [("train", 6), ("validation", 2)])
 def test_two_hosts_read_the_two_halves_of_the_batch_of_one(config, monkeypatch, split, steps, chunk):
     """Crops included, and into however many chunks a batch is cut."""
+    config.data.device_budget_bytes = 0
     dataset = input_pipeline.load(config.data)
 
     def chunks():
