@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from sklearn.datasets import load_digits
 from slow_prepare import start
 
 import input_pipeline
-from simplest_vit.data import dataset, prepare, records
+from simplest_vit.data import dataset, prepare, progress, records
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.data.builders.base import Content, Shard
 from simplest_vit.errors import UserError
@@ -315,6 +316,18 @@ def test_decoding_for_the_device_reports_progress_and_uses_all_cores(digits, mak
     images = [example["image"] for example in prepare.prepare("digits", digits).builder.as_data_source("train")]
     halved = [Image.fromarray(image[..., 0]).resize((4, 4), Image.Resampling.BILINEAR) for image in images]
     np.testing.assert_array_equal(loaded.train.images[..., 0], [np.asarray(image) for image in halved])
+
+
+def test_progress_counts_items_and_foresees_the_end_by_their_sizes(monkeypatch):
+    times, lines = iter([0.0, 4.0, 10.0, 12.0, 20.0]), []
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(times)))
+    work = progress.Progress("preparing", 8000, lines.append)
+    for count, size in ((10, 1000), (20, 1000), (30, 1000), (40, 3000)):  # a line when more than five seconds are over
+        work.add(count, size)
+    assert lines == [
+        "preparing: 30 images, 25%, 3 images/s, 30 s to go",
+        "preparing: 100 images, 75%, 5 images/s, 7 s to go",
+    ]
 
 
 def test_each_split_has_the_budget(digits, make_config):
