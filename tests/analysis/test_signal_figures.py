@@ -4,17 +4,14 @@ import csv
 import math
 import pathlib
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from simplest_vit.analysis import figures, propagation, signal_figure
 from simplest_vit.commands import signal_propagation
 from simplest_vit.commands.import_reference import import_reference
 from simplest_vit.errors import UserError
-from simplest_vit.training.run import build
-from tests.tiny import DIGITS, tiny_config
+from tests.tiny import tiny_config
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "interop" / "fixtures" / "simplest_vit.pth"
 
@@ -25,9 +22,11 @@ def analysed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("signals")
     config = tiny_config(data__dir=str(folder / "tfds"), eval_every="1 epoch", log_every="0.5 epochs")  # as in recipes
     import_reference(config, str(folder / "run"), str(CHECKPOINT))
-    spectrum = np.geomspace(1e-5, 2.0, 8), np.full(8, 1 / 8)  # test_jacobian.py has the real ones
+    spectra = (
+        (np.geomspace(1e-5, most, 8), np.full(8, 1 / 8)) for most in (2.0, 3.0)
+    )  # test_jacobian.py has real ones
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(propagation, "jacobian_spectrum", lambda model, image: spectrum)
+        patch.setattr(propagation, "jacobian_spectrum", lambda model, image: next(spectra))
         patch.setattr(signal_propagation, "CONTRASTS", {"E-SPA + TAT": {"name": "simplest_vit"}})
         results = signal_propagation.signal_propagation(config, str(folder / "run"), trained=True)
     return folder / "run" / "signal_propagation", results
@@ -60,6 +59,9 @@ def test_every_panel_has_title_labels_and_the_data(analysed):
     folder, results = analysed
     figure = signal_figure.draw(results, "title")
     assert len(figure.axes) == 1 + len(signal_figure.PANELS) + 1
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()][:2] == [result.name for result in results]
+    colors = [handle.get_color() for handle in legend.legend_handles[:2]]
     for axis, (quantity, (title, label, logarithmic)) in zip(
         figure.axes[1:-1], signal_figure.PANELS.items(), strict=True
     ):
@@ -67,26 +69,26 @@ def test_every_panel_has_title_labels_and_the_data(analysed):
         assert axis.get_ylabel() == label
         assert axis.get_xlabel() == "block (0: embedding)"
         assert axis.get_yscale() == ("log" if logarithmic else "linear")
-        drawn = [line.get_ydata() for line in axis.lines]
-        for result in results:
-            if quantity in result.measured:
-                expected = signal_figure.plotted_values(quantity, result.measured[quantity])
-                assert any(np.array_equal(y, expected, equal_nan=True) for y in drawn)
-            if quantity in result.theory:
-                expected = signal_figure.plotted_values(quantity, result.theory[quantity])
-                dashed = [line.get_ydata() for line in axis.lines if line.get_linestyle() == "--"]
-                assert any(np.array_equal(y, expected) for y in dashed)
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels[:2] == [result.name for result in results]
-    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), results[0].token_rows[0])
-    np.testing.assert_array_equal(figure.axes[0].lines[1].get_ydata(), results[0].theory_rows[0])
-    values, weights = results[1].jacobian
-    lines = [line.get_xydata() for line in figure.axes[-1].lines]
-    drawn = np.where(values < 3e-4 * values[-1], np.nan, values)
-    assert any(
-        np.allclose(line[1:, 0], np.cumsum(weights)) and np.allclose(line[1:, 1], drawn, equal_nan=True)
-        for line in lines
-    )
+        drawn = {(line.get_color(), line.get_linestyle()): line.get_ydata() for line in axis.lines}
+        expected = {}
+        for result, color in zip(results, colors, strict=True):
+            curves = {"-": result.measured.get(quantity), "--": result.theory.get(quantity)}
+            if result is results[0]:
+                curves[":"] = result.theory.get(f"{quantity}_c_map")
+            expected |= {(color, style): curve for style, curve in curves.items() if curve is not None}
+        assert drawn.keys() == expected.keys()
+        for key, curve in expected.items():
+            np.testing.assert_array_equal(drawn[key], signal_figure.plotted_values(quantity, curve))
+    for block in range(3):
+        dots, dashes = figure.axes[0].lines[2 * block : 2 * block + 2]
+        np.testing.assert_array_equal(dots.get_ydata(), results[0].token_rows[block])
+        np.testing.assert_array_equal(dashes.get_ydata(), results[0].theory_rows[block])
+        assert dots.get_label() == f"block {block}"
+    drawn = {line.get_color(): line.get_xydata() for line in figure.axes[-1].lines}
+    for result, color in zip(results, colors, strict=True):
+        values, weights = result.jacobian
+        np.testing.assert_allclose(drawn[color][1:, 0], np.cumsum(weights))
+        np.testing.assert_allclose(drawn[color][1:, 1], np.where(values < 3e-4 * values[-1], np.nan, values))
     with (folder / "jacobian.csv").open() as file:
         table = [row for row in csv.DictReader(file) if row["model"] == results[1].name]
     np.testing.assert_array_equal([float(row["singular_value"]) for row in table], values)
@@ -103,29 +105,18 @@ def test_contrasts_that_do_not_fit_are_told_before_anything_is_done(tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
-def test_a_validation_split_of_few_images_is_not_filled_up(tmp_path, monkeypatch):
-    shapes, titles = [], []
+def test_a_model_for_each_seed_sees_the_images_and_a_split_of_few_is_not_filled_up(tmp_path, monkeypatch):
+    seen, titles = [], []
     monkeypatch.setattr(signal_propagation, "CONTRASTS", {"E-SPA + TAT": {"name": "simplest_vit"}})
-    monkeypatch.setattr(signal_propagation, "analyse", lambda name, models, image, label: shapes.append(image.shape))
+    monkeypatch.setattr(signal_propagation, "initial_models", lambda config, data, seeds: range(seeds))
+    monkeypatch.setattr(
+        signal_propagation, "analyse", lambda name, models, image, _: seen.append((models, image.shape))
+    )
     monkeypatch.setattr(signal_propagation, "write", lambda results, folder, title: titles.append(title))
     config = tiny_config(data__dir=str(tmp_path / "tfds"), data__validation_split="validation[:5]")
-    signal_propagation.signal_propagation(config, str(tmp_path / "run"))
-    assert shapes == [(5, 8, 8, 1)]
-    assert "5 images of digits" in titles[0]
-
-
-def test_the_initializations_are_those_of_runs_from_the_config_s_seed_on(tmp_path, monkeypatch):
-    found, titles = [], []
-    monkeypatch.setattr(signal_propagation, "CONTRASTS", {"E-SPA + TAT": {"name": "simplest_vit"}})
-    monkeypatch.setattr(signal_propagation, "analyse", lambda name, models, *_: found.extend(models))
-    monkeypatch.setattr(signal_propagation, "write", lambda results, folder, title: titles.append(title))
-    config = tiny_config(data__dir=str(tmp_path / "tfds"), seed=7, compute_dtype="bfloat16")
-    signal_propagation.signal_propagation(config, str(tmp_path / "run"), seeds=2)
-    assert titles[0].endswith("initializations: 2")
-    assert [model.dtype for model in found] == [np.float32] * 2
-    expected = build(tiny_config(seed=8), DIGITS).create_state().params
-    params = nnx.to_pure_dict(nnx.state(found[1], nnx.Param))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, expected)
+    signal_propagation.signal_propagation(config, str(tmp_path / "run"), seeds=3)
+    assert seen == [(range(3), (5, 8, 8, 1))]
+    assert titles == ["depth 2, width 16, 5 images of digits, initializations: 3"]
 
 
 def test_what_is_shown_of_a_cosine_is_its_distance_from_one():
