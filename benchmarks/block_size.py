@@ -1,4 +1,4 @@
-"""What blocks of each size cost, over widths of a model, to choose `max_preconditioner_dim` by.
+"""Measure the cost of each block size over model widths, to choose `max_preconditioner_dim`.
 
     python -m benchmarks.block_size
 

@@ -1,4 +1,4 @@
-"""Measure what only a GPU can tell, the most valuable first, within a budget of minutes.
+"""Measure what needs a GPU, by priority, within a time limit.
 
     python -m benchmarks.gpu --plan
     python -m benchmarks.gpu --workdir results --data_dir ~/tensorflow_datasets --minutes 30

@@ -1,12 +1,12 @@
-"""What Shampoo and SOAP add to the time of a training step, as a ratio to Adam, in one run.
+"""Measure what Shampoo and SOAP add to the time of a training step, as a ratio to Adam, in one run.
 
 python -m benchmarks.optimizers --config configs/cifar10.py --config.compute_dtype=float32
 python -m benchmarks.optimizers --config configs/imagenet.py
 
-On a device that is fast enough, `--direct` times whole steps at the batch size of the config. Elsewhere the step is put
-together from parts measured in this run: the gradient at `--measured_batch_size`, times the ratio of the batch sizes
-(its cost is proportional to them), plus the update, over whole periods of steps after the first. Parts take turns, so
-that a slower minute of the machine meets all of them.
+On a device that is fast enough, `--direct` times whole steps at the batch size of the config. Otherwise the step is
+composed of parts measured in this run: the gradient at `--measured_batch_size`, times the ratio of the batch sizes (its
+cost is proportional to them), plus the update, over whole periods of steps after the first. Parts alternate, so that a
+slow minute of the machine affects all of them.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Keep finished runs as rows of results/runs.csv, from which RESULTS.md and the pages of docs/ are made.
+"""Add finished runs to results/runs.csv, from which the tables of RESULTS.md, README.md and docs/ are generated.
 
     python -m benchmarks.records runs/headline --selected_on hold-out
 

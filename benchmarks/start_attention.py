@@ -1,10 +1,10 @@
-"""Evaluate finished runs with the attention of the start in place of the trained one.
+"""Evaluate finished runs with their initial attention in place of the trained one.
 
     python -m benchmarks.start_attention runs/headline/test/cifar10/soap/isometric/0.002/seed=11
 
-With queries at zero, only the constant bias decides where a head looks, as at initialization. The accuracy that is lost
-is what the network owes to the attention that it learned; the control of `benchmarks.protocols`, a network that was
-trained without, says what it would have learned otherwise.
+With queries at zero, only the constant bias determines where a head looks, as at initialization. The accuracy that is
+lost is what the learned attention contributes. The control "attention frozen", trained without queries and keys, shows
+what the network learns otherwise.
 """
 
 import dataclasses

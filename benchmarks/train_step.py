@@ -1,4 +1,4 @@
-"""Time a training step beside another config's and plain PyTorch's, by turns in one run: read the ratio.
+"""Time a training step against another config's and plain PyTorch's, alternating in one run, and print ratios.
 
 python -m benchmarks.train_step --config configs/cifar10.py --config.batch_size=64 --config.compute_dtype=float32
 python -m benchmarks.train_step --config configs/cifar10.py --against configs/cifar10.py:model=isometric_vit --notorch

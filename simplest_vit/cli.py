@@ -232,7 +232,7 @@ def _parse(
                 raise missing(needed, usage)
         for shared in (CONFIG, WORKDIR):
             if shared.present and shared.name not in (*required, *optional):
-                raise UserError(f"--{shared.name} is no flag of this program; usage: {usage}")
+                raise UserError(f"--{shared.name} is not a flag of this command; usage: {usage}")
         for config in _given():
             name = config.name
             _require_config(config)
@@ -254,7 +254,7 @@ def _help(program: Callable[[list[str]], None], shared: tuple[str, ...]) -> str:
     own = flags.FLAGS.get_key_flags_for_module(sys.argv[0] if module.__name__ == "__main__" else module.__name__)
     taken = [flags.FLAGS[name] for name in shared] + [flag for flag in own if flag.name not in shared]
     lines = [f"  --{flag.name:<20} {_meaning(flag)}" for flag in taken]
-    return "\n".join([module.__doc__ or "", "Flags:", *lines])
+    return "\n".join([module.__doc__ or "", *(["Flags:", *lines] if lines else [])])
 
 
 def _meaning(flag: flags.Flag) -> str:
@@ -270,7 +270,7 @@ def _explain(error: BaseException, flag: str, arguments: list[str]) -> str:
     innermost = chain[-1]
     name = str(innermost.args[0] if innermost.args else "").strip("\"'")
     if isinstance(innermost, KeyError) and any(f".{name}" in word.partition("=")[0] for word in arguments):
-        return f"a --config.FIELD flag names {name!r}, which is no field; {suggest(name)}"
+        return f"a --config.FIELD flag names {name!r}, which is not a field; {suggest(name)}"
     if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith(f"{CONFIG.name}."):
         return f"--{error.flagname} sets a field of a config, and --{CONFIG.name} is missing; give it as well"
     if isinstance(innermost, UserError):

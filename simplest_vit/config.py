@@ -327,7 +327,7 @@ def check(config: ConfigDict, image_shape: tuple[int, int, int] | None = None) -
     ):
         raise UserError(
             f"config.optimizer.name={optimizer} does not fit its other settings, which are those of another optimizer; "
-            f"choose it behind the config file: --config FILE:optimizer={optimizer}, or in one of your own by "
+            f"choose it after the config file: --config FILE:optimizer={optimizer}, or in one of your own by "
             f'default("{optimizer}")'
         )
     for name in unknown:

@@ -160,7 +160,7 @@ class Checkpoint:
         except OSError as error:
             raise self._error(f"cannot be read ({error.strerror})") from error
         except Exception as error:  # a damaged archive may raise anything
-            raise self._error("is no checkpoint of torch.save") from error
+            raise self._error("is not a checkpoint written by torch.save") from error
         if len(pickles) != 1:
             raise self._error("is a zip archive, but no checkpoint of torch.save (it has no data.pkl)")
         self._root = pickles[0].removesuffix("data.pkl")

@@ -171,7 +171,7 @@ def saved_as_csv(predictions: Iterator[Prediction], path: str) -> Iterator[Predi
     file = pathlib.Path(path)
     if file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
         raise UserError(
-            f"--csv={path} cannot be written; expected a file in a folder of yours, such as predictions.csv"
+            f"--csv={path} cannot be written; expected a file in a folder you may write to, such as predictions.csv"
         )
     rows: list[tuple[str, ...]] = []
     problem = None

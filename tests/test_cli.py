@@ -33,12 +33,12 @@ def test_other_errors_keep_their_traceback():
     [
         ("{}['muon']", [], r"^--config cannot be loaded: KeyError: 'muon'$"),
         ("None", [], "get_config of the file returns no ConfigDict"),
-        ("default()", ["--config.epoch=3"], r"names 'epoch', which is no field; did you mean config.epochs\?"),
+        ("default()", ["--config.epoch=3"], r"names 'epoch', which is not a field; did you mean config.epochs\?"),
         ("default()", ["--config.learning_rate=1"], r"did you mean config.optimizer.learning_rate\?"),
         (
             "default()",
             ["--config.optimizer.name=soap"],
-            "choose it behind the config file: .*optimizer=soap",
+            "choose it after the config file: .*optimizer=soap",
         ),
         ("default()", ["--config.epochs=-3"], "config.epochs=-3.0 must be"),
     ],

@@ -196,7 +196,7 @@ def batch_size(trained, caplog, **_):
     assert scalars["epoch"][4] == pytest.approx(4 / (1437 // 96))
     assert outcome["images_per_second"] == pytest.approx(96 / outcome["step_time_median_s"])
     assert scalars["speed/images_per_second"][4] == pytest.approx(96 * scalars["speed/steps_per_second"][4])
-    assert caplog.text.count("config.batch_size=2400 is more than the 1437 training examples: 96 is used") == 1
+    assert caplog.text.count("config.batch_size=2400 exceeds the 1437 training examples; using 96") == 1
     assert trained("large", batch_size=2400, accumulation_steps=3, steps=4)[0] == outcome, "the config is the same"
 
 
@@ -249,7 +249,7 @@ def max_skipped_steps(trained, monkeypatch, **_):
 def fsdp(trained, caplog, **_):
     caplog.set_level(logging.INFO, "simplest_vit")
     trained(fsdp=2)
-    assert f"{jax.device_count()} devices: data {jax.device_count() // 2} x fsdp 2; " in caplog.text
+    assert f"devices: {jax.device_count()} (data {jax.device_count() // 2} x fsdp 2); " in caplog.text
 
 
 def distributed(monkeypatch, **_):
@@ -507,7 +507,7 @@ def test_a_recipe_for_small_images_says_that_large_ones_are_slow(trained, caplog
     caplog.set_level(logging.INFO, "simplest_vit")
     trained(data__image_size=size, steps=1, eval_every="2 epochs", checkpoint_every=1)
     assert caplog.text.count("exceeds the run") == 1
-    assert "config.eval_every=2 epochs exceeds the run: due only at its end, step 1" in caplog.text
+    assert "config.eval_every=2 epochs exceeds the run; due only at the end, step 1" in caplog.text
     said = "1089 tokens per image are slow: lower config.data.image_size, here 66, or raise config.model.patch_size=2"
     assert (said in caplog.text) == ("tokens per image" in caplog.text) == is_said
 
@@ -523,7 +523,7 @@ def test_a_batch_made_so_small_that_it_does_not_fit_the_devices_is_explained(tra
     caplog.set_level(logging.INFO, "simplest_vit")
     with pytest.raises(UserError, match=r"^config\.batch_size=4 cannot be split over 8 devices"):
         trained(data__train_split="train[:40]")
-    assert "config.batch_size=64 is more than the 40 training examples: 4 is used" in caplog.text
+    assert "config.batch_size=64 exceeds the 40 training examples; using 4" in caplog.text
 
 
 def test_the_results_are_those_of_the_last_evaluation_and_report(trained):

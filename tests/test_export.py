@@ -172,7 +172,7 @@ def test_a_run_is_exported_from_its_folder(model, tmp_path, monkeypatch, caplog)
     with pytest.raises(TrainingError, match=r"differ by .*nothing was written"):
         export(str(folder), str(tmp_path / "other.onnx"), "onnx")
     monkeypatch.delitem(onnx_lowering._ELEMENTWISE, "erf")
-    with pytest.raises(UserError, match="computes 'erf', which the ONNX export does not know"):
+    with pytest.raises(UserError, match="computes 'erf', which ONNX export does not support"):
         export(str(folder), str(tmp_path / "other.onnx"), "onnx")
     monkeypatch.setattr(export_module, "_MAX_BYTES", 10_000)
     with pytest.raises(UserError, match="holds at most 2 GB and the model has"):

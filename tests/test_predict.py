@@ -67,7 +67,7 @@ def test_a_run_that_was_never_evaluated_says_which_step_is_used(run, caplog, mon
     monkeypatch.setattr("simplest_vit.training.evaluate.log.propagate", True)
     assert repr(predict_module.load(run.workdir)).endswith("images 8x8x1, step 1, not evaluated)")
     (record,) = caplog.records
-    assert record.message == f"{run.workdir}: no checkpoint was evaluated yet; the latest is used, of step 1"
+    assert record.message == f"{run.workdir}: no checkpoint was evaluated yet; using the latest, step 1"
 
 
 def test_predictions_are_saved_as_csv_whatever_the_files_are_named(run, tmp_path):

@@ -58,8 +58,8 @@ def test_values_with_slashes_have_folders_of_their_own(tmp_path):
         ("config.weight_decay", "expected config.FIELD="),
         ("config.weight_decay=1,,2", "expected config.FIELD="),
         ("config.seed=1,2", "no field 'seed' to vary"),
-        ("config.weight_decay=1,2,1", "was there before"),
-        ("config.epochs=5", "was there before"),
+        ("config.weight_decay=1,2,1", "is repeated"),
+        ("config.epochs=5", "is repeated"),
     ],
 )
 def test_a_wrong_grid_is_one_line(axis, message):
@@ -229,7 +229,7 @@ def test_a_small_sweep_from_any_directory_quick(tmp_path):
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("1 of 1") == 2
     assert second.stdout == first.stdout
-    assert second.stderr.count("has finished: its results.json is repeated here") == 2
+    assert second.stderr.count("has finished; this is its results.json") == 2
     line[line.index("--config.model.depth=2")] = "--config.model.depth=1"
     other = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert other.returncode != 0

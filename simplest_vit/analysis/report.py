@@ -70,7 +70,7 @@ def find_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
     for folder in folders:
         root = pathlib.Path(folder)
         if not root.is_dir():
-            raise UserError(f"{folder} is no folder; give folders with runs")
+            raise UserError(f"{folder} is not a folder; give folders with runs")
         found = sorted({path.parent for name in (CONFIG, RESULTS) for path in root.rglob(name)})
         if not found:
             problems.append(f"{folder}: no runs")

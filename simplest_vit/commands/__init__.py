@@ -17,7 +17,7 @@ COMMANDS = {
     "sweep": "train a grid of configs over seeds",
     "report": "print a table of finished runs, with accuracy over seeds",
     "import_reference": "import a checkpoint of the PyTorch reference as a run",
-    "signal_propagation": "plot how each block transforms images, theory beside measurement",
+    "signal_propagation": "plot how each block transforms images, in theory and as measured",
 }
 USAGE = "simplest-vit COMMAND --flags"
 

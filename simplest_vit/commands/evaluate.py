@@ -4,7 +4,7 @@
     simplest-vit evaluate --workdir runs/mine --split=test
     simplest-vit evaluate --workdir runs/mine --image_folder=/photos2 --output=report
 
-The run's own config is used; give --config only if the data have moved.
+The run's own config is used; pass --config only if the data have moved.
 """
 
 import json

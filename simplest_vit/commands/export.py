@@ -3,8 +3,8 @@
 simplest-vit export --workdir runs/mine --output model.onnx
 
 stablehlo and onnx take uint8 images [batch, H, W, C] and normalize them inside the graph. safetensors holds
-only arrays; its metadata say how to normalize images. Class names are in the metadata: in FILE.json for stablehlo, in
-the file itself for onnx and safetensors. pth holds what the PyTorch reference loads, its parameters and E-SPA's
+only arrays; its metadata describe how to normalize images. Class names are in the metadata: in FILE.json for stablehlo,
+in the file itself for onnx and safetensors. pth holds what the PyTorch reference loads: parameters and E-SPA's
 constants. docs/export.md shows how to load each format.
 """
 

@@ -1,9 +1,9 @@
-r"""Import a checkpoint of the PyTorch reference as a run, to evaluate, predict with and train on.
+r"""Import a checkpoint of the PyTorch reference as a run that you can evaluate, predict with or train further.
 
     simplest-vit import_reference --config configs/cifar10.py --workdir runs/reference \
         --config.model.attention=espa_reference --config.model.init=reference --checkpoint model1000.pth
 
-Sizes, heads and eta come from the config and must be those of the checkpoint. PyTorch is not needed.
+Sizes, heads and eta come from the config and must match the checkpoint. PyTorch is not needed.
 """
 
 from typing import Any

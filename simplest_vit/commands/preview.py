@@ -1,4 +1,4 @@
-"""Draw a grid of augmented training images with their labels, as a model is trained on them.
+"""Draw a grid of augmented training images with their labels.
 
 simplest-vit preview --config my_config.py --output preview.png
 """
@@ -25,7 +25,7 @@ def main() -> None:
         written = Image.registered_extensions().get(output.suffix.lower()) in Image.SAVE
         if not written or not os.access(output.parent, os.W_OK | os.X_OK):
             raise UserError(
-                f"--output={output} cannot be written; expected a picture in a folder of yours, such as a.png"
+                f"--output={output} cannot be written; expected a picture in a folder you may write to, such as a.png"
             )
         dataset = input_pipeline.load(config.data)
         batch_size = input_pipeline.fit_batch_size(config.batch_size, dataset.train_size, config.accumulation_steps)

@@ -1,4 +1,4 @@
-"""Print a table of finished runs: the settings that differ, and the accuracy over seeds.
+"""Print a table of finished runs: the settings that vary, and the accuracy over seeds.
 
     simplest-vit report runs/
 

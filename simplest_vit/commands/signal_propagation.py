@@ -1,4 +1,4 @@
-"""Plot signal propagation, theory beside measurement, for a config and the contrasts that explain the method.
+"""Plot signal propagation, in theory and as measured, for a config and the networks that it is compared with.
 
     simplest-vit signal_propagation --config configs/cifar10.py --workdir runs/cifar10
 

@@ -5,7 +5,7 @@ r"""Train a grid of configs over seeds, and print one table at the end.
 
 Each run is a process with its own folder in --workdir. By default one run per GPU is active at a time; with
 --at_once=N, N runs share the GPUs equally. Rerun the command to resume unfinished runs. With --print_commands the
-commands are printed instead, to be run on a cluster.
+commands are printed instead, for a cluster.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def parse_grid(axes: list[str], config: Any) -> dict[str, list[str]]:
                 f"--grid={axis}: the config has no field {field!r} to vary; its fields are in simplest_vit/config.py"
             )
         if field in grid or len({*values.split(",")}) < len(values.split(",")):
-            raise UserError(f"--grid={axis}: a field, or a value of it, was there before; name each once")
+            raise UserError(f"--grid={axis}: a field or value is repeated; name each once")
         grid[field] = values.split(",")
     return grid
 
@@ -252,7 +252,7 @@ def main() -> None:
     """Run the command."""
     axes = flags.DEFINE_multi_string("grid", [], "config.FIELD=VALUE,VALUE,...; repeat the flag for each field.")
     seeds = flags.DEFINE_integer(
-        "seeds", 1, "Number of runs of each point; their seeds count up from config.seed.", lower_bound=1
+        "seeds", 1, "Number of seeds for each point of the grid, from config.seed up.", lower_bound=1
     )
     at_once = flags.DEFINE_integer(
         "at_once", None, "Number of simultaneous runs (default: one per GPU, or one without GPUs).", lower_bound=1

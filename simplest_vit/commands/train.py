@@ -1,10 +1,11 @@
 """Train a model, or resume the run in --workdir.
 
     simplest-vit train --config cifar10:model=isometric_vit --workdir runs/mine
-    simplest-vit train --config cifar10:model=isometric_vit --print_config
+    simplest-vit train --config cifar10:model=isometric_vit --config.epochs=10 --print_config
     simplest-vit train --workdir runs/mine
 
-Without --config, the run in --workdir is resumed by its own config.
+--config.FIELD=VALUE sets any field of the config; simplest_vit/config.py lists them. Without --config, the run in
+--workdir is resumed with its own config.
 """
 
 import json
@@ -19,7 +20,7 @@ flags.adopt_module_key_flags(processes)
 
 def main() -> None:
     """Run the command."""
-    printed = flags.DEFINE_bool("print_config", False, "Print the config as JSON, and do nothing else.")
+    printed = flags.DEFINE_bool("print_config", False, "Print the config as JSON instead of training.")
     usage = "simplest-vit train --config RECIPE --workdir FOLDER"
 
     def train(arguments: list[str]) -> None:

@@ -249,7 +249,7 @@ def load_split(split: Split, info: DatasetInfo, budget: int, *, stream: bool = F
     if num_bytes > budget:
         _LOG.info("%s, %.3g GB > data.device_budget_bytes=%.3g GB: streamed", what, num_bytes / 1e9, budget / 1e9)
         return split.disk
-    _LOG.info("%s, %.3g GB on the device", what, num_bytes / 1e9)
+    _LOG.info("%s, %s MB on the device", what, f"{num_bytes / 1e6:,.2f}")
     if split.pixels and split.pixel_shape == info.image_shape and info.eval_resize == info.image_shape[0]:
         return InMemorySplit(jax.device_put(split.pixels()), jax.device_put(split.labels))
     # The copy in host memory is freed as soon as the device has its own.

@@ -91,7 +91,7 @@ def open_prepared(name: str, data_dir: str | None) -> Prepared:
         if isinstance(error, OSError):
             raise cannot_read(root, error) from error
         raise UserError(
-            f"data.name={name}: there is no such set in {root}; expected one of {', '.join(BUILDERS)}, or a set that "
+            f"data.name={name}: no such data set in {root}; expected one of {', '.join(BUILDERS)}, or a set that "
             f"TFDS has prepared there: tfds build {name} --data_dir={root} --file_format=array_record"
         ) from error
     return Prepared(_open(folder))

@@ -171,7 +171,7 @@ class Prepared:
         except OSError as error:
             raise cannot_read(path, error) from error
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: damaged ({error}); remove this file: it is made again") from error
+            raise UserError(f"{path}: damaged ({error}); remove this file to recreate it") from error
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     @functools.cached_property
@@ -188,7 +188,7 @@ class Prepared:
         except OSError as error:
             raise cannot_read(path, error) from error
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            _LOG.warning("%s is damaged; it is made again", path)
+            _LOG.warning("%s is damaged; recreating it", path)
         measured, pixels = self._measure()
         measured |= {"state": np.array(state), "has_pixels": np.array(bool(pixels))}
         partial = path.with_name(f".{secrets.token_hex(4)}.npz")

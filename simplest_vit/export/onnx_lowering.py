@@ -209,7 +209,7 @@ class _Graph:
             case "dynamic_slice" | "gather" | "rev" | "slice" | "split":
                 if all(isinstance(x, np.ndarray) for x in operands[1:]):
                     return self._move(equation, operands, shapes)
-        raise UserError(f"the network computes {name!r}, which the ONNX export does not know; try --format=stablehlo")
+        raise UserError(f"the network computes {name!r}, which ONNX export does not support; try --format=stablehlo")
 
     def _elementwise(self, op: str, *operands: Tensor, **attributes: Any) -> Node:
         """Append an operator that broadcasts its operands, which have the same rank or rank 0."""

@@ -116,7 +116,7 @@ def evaluate(
         if dataset.image_shape != data.image_shape:
             raise UserError(
                 f"{dataset.name} has images of {dataset.image_shape[2]} channels, the run in {path} expects "
-                f"{data.image_shape[2]}; give others"
+                f"{data.image_shape[2]}; give matching images"
             )
         if dataset.class_names != data.class_names:
             raise UserError(
@@ -165,5 +165,5 @@ def restore_best(workdir: str, mesh: Mesh | None = None) -> tuple[Run, ModelStat
     state = run.model_state(found)
     accuracy = progress.accuracy_at(int(state.step))
     if accuracy is None:
-        log.warning("%s: no checkpoint was evaluated yet; the latest is used, of step %d", path, state.step)
+        log.warning("%s: no checkpoint was evaluated yet; using the latest, step %d", path, state.step)
     return run, state, accuracy

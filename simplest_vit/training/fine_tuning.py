@@ -53,10 +53,10 @@ def load_initial_params(run: Run, folder: str) -> dict[str, Any]:
     head = "too"
     if source.data.class_names != run.data.class_names:
         del params["head"]
-        head = f"reinitialized for {run.data.num_classes} classes, there are {source.data.num_classes} others"
+        head = f"reinitialized: {run.data.num_classes} classes instead of the run's {source.data.num_classes}"
     loaded = ", ".join(name for name in params if name != "head")
     log.info("starting from step %d of %s: %s loaded, the head %s", state.step, folder, loaded, head)
-    log.info("constants of attention and positions are those of %s tokens, there %s", _grid(run), _grid(source))
+    log.info("attention and positions are for %s tokens; the loaded run has %s", _grid(run), _grid(source))
     return params
 
 

@@ -88,7 +88,7 @@ class Run:
         """Yield a line for each field that was adapted to the data, and for each that is probably a mistake."""
         if self.config.batch_size != config.batch_size:
             size, used = self.data.train_size, self.config.batch_size
-            yield f"config.batch_size={config.batch_size} is more than the {size} training examples: {used} is used"
+            yield f"config.batch_size={config.batch_size} exceeds the {size} training examples; using {used}"
         tokens = math.prod(token_grid(self.data.image_shape, config.model.patch_size))
         if tokens > _MANY_TOKENS:
             yield (
@@ -97,12 +97,12 @@ class Run:
             )
         if config.warmup_steps >= self.total_steps:
             yield (
-                f"config.warmup_steps={config.warmup_steps} takes all {self.total_steps} steps of the run, whose "
-                "learning rate never decays: lower it, or raise config.epochs"
+                f"config.warmup_steps={config.warmup_steps} takes all {self.total_steps} steps of the run, so the "
+                "learning rate never decays; lower it, or raise config.epochs"
             )
         for name in ("eval_every", "checkpoint_every"):
             if self.config[name] > self.total_steps:
-                yield f"config.{name}={config[name]} exceeds the run: due only at its end, step {self.total_steps}"
+                yield f"config.{name}={config[name]} exceeds the run; due only at the end, step {self.total_steps}"
 
     @property
     def abstract_model(self) -> dict[str, Any]:

@@ -114,6 +114,6 @@ def memory_line(state: Any) -> str:
     """Describe the mesh and the memory that the state takes."""
     mesh = jax.tree.leaves(state)[0].sharding.mesh
     return (
-        f"{mesh.size} devices: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}; "
-        f"{bytes_per_device(state) / 1e6:,.1f} MB of parameters and optimizer state on each"
+        f"devices: {mesh.size} (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); "
+        f"parameters and optimizer state: {bytes_per_device(state) / 1e6:,.1f} MB per device"
     )

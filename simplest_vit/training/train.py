@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         import_wandb()
     path = check_workdir(workdir, settings)
     if distributed.broadcast_from_primary((path / RESULTS).exists):  # even if the data are gone
-        log.info("%s has finished: its %s is repeated here", path, RESULTS)
+        log.info("%s has finished; this is its %s", path, RESULTS)
         return distributed.broadcast_from_primary(lambda: read_json(path / RESULTS))
 
     # 2. Data, model, optimizer and schedule; nothing is computed or written yet.

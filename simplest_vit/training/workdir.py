@@ -140,7 +140,7 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
                 stack.enter_context(FileLock(path / _LOCK, blocking=False, fallback_to_soft=False))
             except Timeout as error:
                 raise UserError(
-                    f"--workdir={path} is in use: another process trains there; wait for its end, or choose another"
+                    f"--workdir={path} is in use: another process trains there; wait until it ends, or choose another"
                 ) from error
             except OSError as error:
                 log.warning("%s cannot be locked (%s): make sure that no other process trains there", path, error)
@@ -225,7 +225,7 @@ def _locate(workdir: str) -> tuple[pathlib.Path, pathlib.Path]:
     except UserError as error:
         raise UserError(f"--workdir={error}") from error
     except OSError as error:  # such as a name that is too long
-        raise UserError(f"--workdir={workdir} is no path of a folder ({error.strerror}); choose another") from error
+        raise UserError(f"--workdir={workdir} is not a folder path ({error.strerror}); choose another") from error
     if not existing.is_dir():
         raise UserError(f"--workdir={workdir}: {existing} is a file; name a folder")
     return path, existing

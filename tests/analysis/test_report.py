@@ -98,5 +98,5 @@ def test_an_empty_folder_gives_a_report_that_says_so(tmp_path):
     _, problems = report.find_runs([str(tmp_path)])
     assert problems == [f"{tmp_path}: no runs"]
     assert report.markdown([], problems).startswith("no finished run\n")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         report.find_runs([str(tmp_path / "none")])

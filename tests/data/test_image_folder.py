@@ -225,7 +225,7 @@ def test_odd_things_in_an_image_folder(photos, tmp_path, capfd):
 def test_a_class_name_that_cannot_be_kept_is_told(photos, tmp_path, name):
     for split in ("train", "val"):
         (photos / split / "cat").rename(os.fsdecode(os.fsencode(photos / split) + b"/" + name))
-    with pytest.raises(UserError, match=r"train/.*: a class name that TFDS cannot keep .*; rename the folder") as error:
+    with pytest.raises(UserError, match=r"train/.*: a class name that TFDS cannot store .*; rename") as error:
         prepare("image_folder", tmp_path / "tfds", photos)
     assert str(error.value).isprintable()
     assert not (tmp_path / "tfds").exists()

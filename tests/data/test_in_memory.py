@@ -152,7 +152,7 @@ def test_too_few_examples_for_a_batch(digits, make_config, data_dir):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "mnist"}, r"data.name=mnist: there is no such set in .*; expected one of digits"),
+        ({"name": "mnist"}, r"data.name=mnist: no such data set in .*; expected one of digits"),
         ({"name": "cifar10", "manual_dir": "/nowhere"}, r"data.manual_dir=/nowhere: no such folder"),
         ({"name": "image_folder"}, r"data.manual_dir: not set"),
     ],

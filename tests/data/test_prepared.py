@@ -137,7 +137,7 @@ def test_an_unknown_set_says_how_tfds_prepares_it(tmp_path, make_config, name):
     shapes(tmp_path)
     with pytest.raises(
         UserError,
-        match=rf"^data.name={name}: there is no such set in {tmp_path}; .*tfds build .* --file_format=array_record$",
+        match=rf"^data.name={name}: no such data set in {tmp_path}; .*tfds build .* --file_format=array_record$",
     ):
         input_pipeline.load(make_config(name, dir=tmp_path).data)
 
@@ -149,7 +149,7 @@ def test_a_run_is_read_without_its_set_and_a_set_that_is_gone_is_named(tmp_path,
     with lock_workdir(tmp_path / "run", config.to_dict(), input_pipeline.load(config.data).info):
         shutil.rmtree(folder)
     assert read_run(str(tmp_path / "run"))[1].to_dict() == config.to_dict()
-    with pytest.raises(UserError, match=rf"^data.name=shapes: there is no such set in {tmp_path}; expected"):
+    with pytest.raises(UserError, match=rf"^data.name=shapes: no such data set in {tmp_path}; expected"):
         evaluate(str(tmp_path / "run"))
 
 
@@ -238,7 +238,7 @@ def test_the_sidecar_is_read_not_made_again_and_made_again_only_where_it_does_no
     content = bytearray(sidecar.read_bytes())
     sidecar.write_bytes(content[:300])
     assert prepare("shapes", tmp_path).fingerprint == first.fingerprint
-    assert "simplest_vit.npz is damaged; it is made again" in caplog.text
+    assert "simplest_vit.npz is damaged; recreating it" in caplog.text
     assert len(measured) == 2
     names = folder / "label.labels.txt"
     names.write_text(names.read_text().replace("round", "oval"))
@@ -257,7 +257,7 @@ def test_damage_of_decoded_images_is_noticed_by_their_checksum(tmp_path, make_co
     content[at] ^= 1
     sidecar.write_bytes(content)
     loaded = prepare("shapes", tmp_path).split("data.train_split", "train", "label")
-    with pytest.raises(UserError, match=r"simplest_vit.npz: damaged \(Bad CRC-32.*remove this file: it is made again"):
+    with pytest.raises(UserError, match=r"simplest_vit.npz: damaged \(Bad CRC-32.*remove this file to recreate it"):
         loaded.pixels()
 
 

@@ -169,9 +169,9 @@ def test_process_0_prepares_while_the_others_wait(tmp_path, make_config, monkeyp
     dataset._prepare_once(data)
     assert list(store.values.values()) == [""]
     data.name = "mnist"
-    with pytest.raises(UserError, match="there is no such set"):
+    with pytest.raises(UserError, match="no such data set"):
         dataset._prepare_once(data)
-    assert list(store.values.values())[1].startswith("data.name=mnist: there is no such set")
+    assert list(store.values.values())[1].startswith("data.name=mnist: no such data set")
     assert len(store.values) == 2
 
 

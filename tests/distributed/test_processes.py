@@ -243,7 +243,7 @@ def test_a_signal_to_one_process_stops_both_behind_the_same_step(whole, tmp_path
     assert steps[0] == steps[1]
     (step,) = steps[0]
     if number == signal.SIGTERM:  # once more, while the run that goes on is starting
-        running = start_and_wait_for(workdir, "devices: data")
+        running = start_and_wait_for(workdir, "devices: ")
         running[1].send_signal(number)
         assert [process.wait(TIMEOUT) for process in running] == codes, text(workdir, 0)
         (step,) = re.findall(r"^interrupted: step (\d+) of 400 is saved", text(workdir, 0), re.MULTILINE)

@@ -221,8 +221,8 @@ def bad_files(folder):
         file.writestr("readme.txt", "no checkpoint")
     return {
         "missing.pth": "cannot be read (No such file or directory)",
-        "text.pth": "is no checkpoint of torch.save",
-        "short.pth": "is no checkpoint of torch.save",
+        "text.pth": "is not a checkpoint written by torch.save",
+        "short.pth": "is not a checkpoint written by torch.save",
         "no_state.pth": "has no model_state_dict",
         "damaged.pth": "is damaged",
         "other.zip": "it has no data.pkl",

@@ -67,8 +67,8 @@ def test_other_classes_and_another_grid_begin_with_their_own_head_and_constants(
     for name in ("patch_embedding", "blocks"):
         assert_equal(state.params[name], best.ema_params[name])
     assert f"starting from step 3 of {pretrained}: blocks, patch_embedding loaded" in caplog.text
-    assert "the head reinitialized for 3 classes, there are 10 others" in caplog.text
-    assert "positions are those of 6x6 tokens, there 4x4" in caplog.text
+    assert "the head reinitialized: 3 classes instead of the run's 10" in caplog.text
+    assert "positions are for 6x6 tokens; the loaded run has 4x4" in caplog.text
 
 
 def test_classes_of_other_names_begin_anew_though_they_are_as_many(pretrained):

@@ -168,7 +168,7 @@ def test_evaluation_takes_another_split_or_folder_of_the_same_classes(finished, 
     for split, label in itertools.product(("train", "val"), "0123456789"):
         (tmp_path / split / label).mkdir(parents=True)
         Image.new("L", (8, 8), 20).save(tmp_path / split / label / "a.png")
-    with pytest.raises(UserError, match=r"image_folder has images of 3 channels, the run in .* expects 1; give others"):
+    with pytest.raises(UserError, match=r"has images of 3 channels, the run in .* expects 1; give matching"):
         evaluate.evaluate(str(workdir), other_data={"name": "image_folder", "manual_dir": str(tmp_path)})
     assert sizes == [8, 8, 8]
 
