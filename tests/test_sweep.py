@@ -75,7 +75,7 @@ def test_the_table_has_mean_and_deviation_over_seeds_best_first(tmp_path):
             point.workdirs[seed].mkdir(parents=True)
             results = {
                 "validation_accuracy": accuracy,
-                "best_validation_accuracy": accuracy,
+                "best_validation_accuracy": accuracy + 0.05,
                 "steps": 1,
                 "seed": seed,
                 "config": {},
@@ -83,9 +83,9 @@ def test_the_table_has_mean_and_deviation_over_seeds_best_first(tmp_path):
             (point.workdirs[seed] / "results.json").write_text(json.dumps(results))
     lines = sweep.summary(points).splitlines()
     assert lines[0] == "| weight_decay | epochs | accuracy | best accuracy | finished |"
-    assert lines[2] == "| 0 | 9 | 0.8500 ± 0.0707 (n = 2) | 0.8500 ± 0.0707 (n = 2) | 2 of 2 |"
+    assert lines[2] == "| 0 | 9 | 0.8500 ± 0.0707 (n = 2) | 0.9000 ± 0.0707 (n = 2) | 2 of 2 |"
     assert lines[3].startswith("| 0 | 2 | 0.6000 ± 0.1414 (n = 2) |")
-    assert lines[4] == "| 1 | 2 | 0.4000 (n = 1) | 0.4000 (n = 1) | 1 of 2 |"
+    assert lines[4] == "| 1 | 2 | 0.4000 (n = 1) | 0.4500 (n = 1) | 1 of 2 |"
     assert lines[5] == "| 1 | 9 | no run | no run | 0 of 2 |"
 
 

@@ -81,8 +81,9 @@ def test_files_hold_what_was_computed(split, result, tmp_path, monkeypatch):
     assert float(rows[3]["accuracy"]) == pytest.approx(result.class_accuracy[3], abs=1e-4)
     assert rows[7]["accuracy"] == ""
     with (tmp_path / "new" / "confusion.csv").open() as file:
-        matrix = [[int(value) for value in row[1:]] for row in list(csv.reader(file))[1:]]
-    np.testing.assert_array_equal(matrix, result.confusion)
+        header, *rows = csv.reader(file)
+    assert header[1:] == [row[0] for row in rows] == names
+    np.testing.assert_array_equal([[int(value) for value in row[1:]] for row in rows], result.confusion)
     assert (tmp_path / "new" / "confusion.png").stat().st_size > 10_000
     shares = drawn[0].axes[0].images[0].get_array()
     np.testing.assert_allclose(shares.diagonal(), np.nan_to_num(result.class_accuracy))
