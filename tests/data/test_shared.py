@@ -330,11 +330,16 @@ def test_progress_counts_items_and_foresees_the_end_by_their_sizes(monkeypatch):
     ]
 
 
-def test_each_split_has_the_budget(digits, make_config):
-    for budget, kinds in (
-        (1437 * 64, (input_pipeline.InMemorySplit, input_pipeline.InMemorySplit)),
-        (1437 * 64 - 1, (input_pipeline.DiskSplit, input_pipeline.InMemorySplit)),
-        (360 * 64 - 1, (input_pipeline.DiskSplit, input_pipeline.DiskSplit)),
+def test_each_split_has_the_budget(digits, make_config, caplog):
+    caplog.set_level("INFO", "simplest_vit")
+    on_device, streamed = "0.09 MB on the device", "> data.device_budget_bytes="
+    for budget, kinds, told in (
+        (1437 * 64, (input_pipeline.InMemorySplit, input_pipeline.InMemorySplit), on_device),
+        (1437 * 64 - 1, (input_pipeline.DiskSplit, input_pipeline.InMemorySplit), streamed),
+        (360 * 64 - 1, (input_pipeline.DiskSplit, input_pipeline.DiskSplit), streamed),
     ):
+        caplog.clear()
         loaded = input_pipeline.load(make_config("digits", dir=digits, device_budget_bytes=budget).data)
         assert (type(loaded.train), type(loaded.validation)) == kinds
+        (line,) = (line for line in caplog.messages if line.startswith("digits, train: 1,437 images of 8x8x1, "))
+        assert told in line

@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from simplest_vit.errors import UserError
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.run import build
-from simplest_vit.training.sharding import batch_sharding, bytes_per_device, check_batch_size, create_mesh
+from simplest_vit.training.sharding import batch_sharding, bytes_per_device, create_mesh
 from simplest_vit.training.state import RunProgress
 from simplest_vit.training.step import make_eval_step
 from tests.tiny import DIGITS, tiny_config
@@ -206,14 +205,3 @@ def test_evaluation_counts_each_example_once_on_any_number_of_devices(shape):
     assert int(sums["correct"]) == int(expected["correct"])
     np.testing.assert_allclose(sums["loss"], expected["loss"], rtol=1e-5)
     assert all(x.is_fully_replicated for x in sums.values())
-
-
-def test_what_does_not_divide_is_refused():
-    with pytest.raises(UserError, match=r"config.fsdp=3 does not divide the 8 devices"):
-        create_mesh(3)
-    mesh = create_mesh(2)
-    check_batch_size(64, 8, mesh)
-    with pytest.raises(UserError, match=r"config.batch_size=12 cannot be split over 8 devices"):
-        check_batch_size(12, 1, mesh)
-    with pytest.raises(UserError, match=r"config.accumulation_steps=4 makes parts of 4 examples.* over 8 devices"):
-        check_batch_size(16, 4, mesh)

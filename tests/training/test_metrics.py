@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplest_vit.training.metrics import classification_sums, cross_entropy
+from simplest_vit.training.metrics import classification_sums, cross_entropy, validation_line
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -26,3 +26,8 @@ def test_padding_counts_for_nothing():
 def test_a_mixed_label_counts_as_its_largest_class():
     sums = classification_sums(jnp.array([[0.0, 1.0]]), jnp.array([[0.4, 0.6]]), jnp.ones(1))
     assert sums["correct"] == 1.0
+
+
+def test_the_line_of_an_evaluation_has_its_own_numbers_and_the_best():
+    line = validation_line(7, {"validation_loss": 0.25, "validation_accuracy": 0.5}, 0.75)
+    assert all(part in line for part in ("step 7 ", "loss 0.2500", "accuracy 50.00%", "best 75.00%"))

@@ -1,14 +1,16 @@
+import math
 import re
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
+from simplest_vit.errors import UserError
 from simplest_vit.models import fused_attention
 from simplest_vit.training.run import build
-from simplest_vit.training.sharding import create_mesh, state_spec
+from simplest_vit.training.sharding import bytes_per_device, check_batch_size, create_mesh, memory_line, state_shardings
 from tests.tiny import DIGITS, tiny_config
 
 
@@ -54,12 +56,47 @@ def test_a_run_takes_the_attention_kernel_that_suits_its_devices(monkeypatch, ke
     assert run.config.model.attention_kernel == config.model.attention_kernel == "auto"  # the same on other devices
 
 
-def test_fsdp_splits_the_longest_axis_of_kernels_but_never_layers():
-    mesh = create_mesh(2, jax.devices()[:4])
+# Path -> shape, how it is split over two copies of two devices each, and into how many parts.
+SPLITS = {
+    "params/blocks/kernel": ((64, 16, 32), P(None, None, "fsdp"), 2),
+    "params/blocks/odd": ((64, 15, 33), P(), 1),
+    "params/blocks/bias": ((64, 16), P(), 1),
+    "params/head/kernel": ((65, 16), P(None, "fsdp"), 2),
+    "params/head/bias": ((16,), P(), 1),
+    "ema_params/head/kernel": ((640, 160), P("fsdp"), 2),
+    "opt_state/mu/blocks/kernel": ((64, 32, 16), P(None, "fsdp"), 2),
+    "opt_state/stacks/statistics": ((8, 64, 64), P(("data", "fsdp")), 4),
+    "opt_state/stacks/few": ((6, 64, 64), P(None, ("data", "fsdp")), 4),
+    "opt_state/stacks/odd": ((3, 5, 5), P(), 1),
+    "constants/blocks/attention_bias": ((12, 64, 64), P(), 1),
+    "step": ((), P(), 1),
+}
 
-    def spec(shape, *names):
-        return state_spec(tuple(map(jax.tree_util.DictKey, ("params", *names))), shape, mesh)
 
-    assert spec((64, 16, 32), "blocks", "kernel") == P(None, None, "fsdp")
-    assert spec((64, 16), "blocks", "bias") == P()
-    assert spec((64, 16), "head", "kernel") == P("fsdp")
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_arrays_are_split_by_what_they_are(fsdp):
+    """Kernels, never along layers; the stacks of Shampoo over all devices; the rest is whole."""
+    mesh = create_mesh(fsdp, jax.devices()[:4])
+    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, (shape, _, _) in SPLITS.items()}
+    tree = traverse_util.unflatten_dict(shapes, "/")
+    shardings = state_shardings(tree, mesh)
+    split = {name: fsdp == 2 or "stacks" in name for name in SPLITS}
+    found = {name: sharding.spec for name, sharding in traverse_util.flatten_dict(shardings, sep="/").items()}
+    assert found == {name: spec if split[name] else P() for name, (_, spec, _) in SPLITS.items()}
+    state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), tree, shardings)
+    expected = sum(4 * math.prod(shape) // (parts if split[name] else 1) for name, (shape, _, parts) in SPLITS.items())
+    assert bytes_per_device(state) == expected
+    line = memory_line(state)
+    assert f"data {4 // fsdp} x fsdp {fsdp}" in line
+    assert f"{expected / 1e6:.1f} MB" in line
+
+
+def test_what_does_not_divide_is_refused():
+    with pytest.raises(UserError, match=r"config.fsdp=3 does not divide the 8 devices"):
+        create_mesh(3)
+    mesh = create_mesh(2)
+    check_batch_size(64, 8, mesh)
+    with pytest.raises(UserError, match=r"config.batch_size=12 cannot be split over 8 devices"):
+        check_batch_size(12, 1, mesh)
+    with pytest.raises(UserError, match=r"config.accumulation_steps=4 makes parts of 4 examples.* over 8 devices"):
+        check_batch_size(16, 4, mesh)
