@@ -1,4 +1,4 @@
-"""Draw docs/results.png from results/runs.csv: the headline with its seeds, and accuracy by depth.
+"""Draw docs/results.png from results/runs.csv: equal time and the headline with their seeds, and accuracy by depth.
 
 python -m benchmarks.results_figure
 """
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import records
 from benchmarks.cells import Cell, Results
-from benchmarks.protocols import NETWORKS
+from benchmarks.protocols import NETWORKS, TABLES
 from benchmarks.results_page import OPTIMIZERS, ROOT
 from benchmarks.verdict import DATA
 from simplest_vit.analysis import figures
@@ -19,7 +19,7 @@ BLOCKS = (12, 24, 64)
 
 
 def draw(results: Results) -> Figure:
-    """Draw two panels: every seed of the headline, and the mean accuracy after 500 steps by depth."""
+    """Draw two panels: every seed in equal time and in equal steps, and the mean accuracy after 500 steps by depth."""
     figure = figures.create(height=3.4)
     seeds, depth = figure.subplots(1, 2, width_ratios=(3, 2))
     every = [(data, optimizer) for data in DATA for optimizer in ("soap", "muon", "adam")]
@@ -28,8 +28,10 @@ def draw(results: Results) -> Figure:
         shift = 0.16 * (ROWS.index(row) - 1.5)
         style: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "none", "markersize": 5}
         label = row
-        for at, (data, optimizer) in enumerate(settings):
-            cell = results.find(NETWORKS[row], data=data, optimizer=optimizer)
+        cells = [results.find(NETWORKS[row], data=data, optimizer=optimizer) for data, optimizer in settings]
+        plan = TABLES["equal_time"]
+        cells.insert(0, results.find(NETWORKS[row], steps=plan.steps_of.get(row, 1500)) if row in plan.rows else None)
+        for at, cell in enumerate(cells):
             if cell:
                 values = list(cell.values.values())
                 seeds.plot([at + shift] * len(values), values, label=label, alpha=0.8, **style)
@@ -39,9 +41,10 @@ def draw(results: Results) -> Figure:
         points = [(blocks, cell.mean) for blocks, cell in zip(BLOCKS, found, strict=True) if cell]
         if points:
             depth.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5)
-    ticks = [f"{DATA[data]}\n{OPTIMIZERS[optimizer]}" for data, optimizer in settings]
-    seeds.set_xticks(range(len(settings)), ticks, fontsize=7.5)
-    seeds.set(title="1,500 steps: each point is a seed", ylabel="test accuracy (%)")
+    names = [f"{DATA[data]}\n{OPTIMIZERS[optimizer]}" for data, optimizer in settings]
+    ticks = ["CIFAR-10\nSOAP,\nequal time", *names]
+    seeds.set_xticks(range(len(ticks)), ticks, fontsize=7.5)
+    seeds.set(title="Each point is a seed", ylabel="test accuracy (%)")
     depth.set_xscale("log")
     depth.set_xticks(BLOCKS, [str(blocks) for blocks in BLOCKS])
     depth.minorticks_off()

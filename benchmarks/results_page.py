@@ -83,6 +83,18 @@ def controls(results: Results, page: str) -> str:
     return table(["SOAP", *(text for name in DATA.values() for text in (name, "to isometric"))], rows)
 
 
+def summary(results: Results, page: str) -> str:
+    """Set three networks side by side, in equal steps and in equal time."""
+    rows = []
+    for row in ("isometric, attention frozen", "isometric", "SimpleViT"):
+        line = [row]
+        for steps in (1500, TABLES["equal_time"].steps_of.get(row, 1500 if row == "SimpleViT" else 0)):
+            cell = results.find(NETWORKS[row], steps=steps)
+            line += [_text(cell, page), "" if row == "SimpleViT" else difference_text(cell, results.find(SIMPLE_VIT))]
+        rows.append(line)
+    return table(["CIFAR-10, SOAP", "equal steps", "over SimpleViT", "equal time", "over SimpleViT"], rows)
+
+
 def equal_time(results: Results, page: str) -> str:
     """Compare networks with SimpleViT in as many steps as take the same time."""
     plan = TABLES["equal_time"]
@@ -205,6 +217,7 @@ def criteria(results: Results, page: str) -> str:
 BLOCKS: dict[str, Callable[[Results, str], str]] = {
     "verdict": judged,
     "criteria": criteria,
+    "summary": summary,
     "headline": headline,
     "controls": controls,
     "equal_time": equal_time,

@@ -140,14 +140,6 @@ def test_a_lead_off_zero_with_everything_measured_is_a_proof_and_one_within_nois
     assert judged(one_of_two, level).startswith("**Verdict: not shown")
 
 
-def test_the_figure_has_the_seeds_of_each_optimizer():
-    adam = [dataclasses.replace(record, optimizer="adam") for record in rows("isometric", 0.6, 0.61)]
-    figure = results_figure.draw(Results([*OURS, *adam, *THEIRS]))
-    seeds = [(line.get_label(), line.get_ydata()) for line in figure.axes[0].lines]
-    assert [len(values) for _, values in seeds] == [5, 2, 5]
-    assert list(seeds[1][1]) == pytest.approx([60, 61])
-
-
 def test_a_page_keeps_its_text_and_gets_its_blocks():
     results = Results(both(OURS, THEIRS))
     text = "# A\n<!-- results: headline -->\nold\n<!-- results: end -->\nafter\n"
@@ -166,6 +158,17 @@ def test_equal_time_takes_each_network_at_its_own_steps():
     assert lines[2].startswith("|SimpleViT|1,500|[69.0±0.0 (2)]")
     assert lines[3].startswith(f"|{frozen}|2,700|[76.0±0.0 (2)]")
     assert lines[3].endswith("|+7.0±0.0|")
+    short = results_page.summary(found, "README.md").splitlines()
+    assert short[2].startswith(f"|{frozen}|[90.0](results/runs.csv?plain=1#L4)|+21.0|[76.0±0.0 (2)]")
+    assert short[3] == "|isometric|not run||not run||"
+
+
+def test_the_figure_has_the_seeds_of_equal_time_and_of_each_optimizer():
+    adam = [dataclasses.replace(record, optimizer="adam") for record in rows("isometric", 0.6, 0.61)]
+    longer = rows("isometric, attention frozen", 0.76, 0.77, steps=2700)
+    figure = results_figure.draw(Results([*rows("isometric", 0.7), *adam, *longer, *rows("SimpleViT", 0.69)]))
+    seeds = [(*line.get_xdata().round(), *line.get_ydata()) for line in figure.axes[0].lines]
+    assert seeds == [(1, 70), (2, 2, 60, 61), (0, 0, 76, 77), (0, 69), (1, 69)]
 
 
 def test_the_headline_has_the_larger_p_value_by_holm_over_all_tests():
