@@ -3,6 +3,7 @@
 python -m benchmarks.results_figure
 """
 
+import argparse
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -55,6 +56,7 @@ def draw(results: Results) -> Figure:
 
 def main() -> None:
     """Run as a program."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     with figures.style():
         draw(Results(records.read())).savefig(ROOT / "docs" / "results.png")
 

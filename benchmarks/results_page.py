@@ -86,7 +86,7 @@ def controls(results: Results, page: str) -> str:
 def summary(results: Results, page: str) -> str:
     """Set three networks side by side, in equal steps and in equal time."""
     rows = []
-    for row in ("isometric, attention frozen", "isometric", "SimpleViT"):
+    for row in ("isometric", "isometric, attention frozen", "SimpleViT"):
         line = [row]
         for steps in (1500, TABLES["equal_time"].steps_of.get(row, 1500 if row == "SimpleViT" else 0)):
             cell = results.find(NETWORKS[row], steps=steps)

@@ -7,6 +7,7 @@ prints a table in Markdown: for each problem and goal the mean of three seeds' s
 core.
 """
 
+import argparse
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -169,7 +170,8 @@ def steps_to(curve: np.ndarray, goal: float) -> int:
 
 
 def main() -> None:
-    """Print the table."""
+    """Run as a program."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     start = time.perf_counter()
     print(f"| problem, loss | {' | '.join(OPTIMIZERS)} |\n|{'---|' * (len(OPTIMIZERS) + 1)}")
     for name, problem in PROBLEMS.items():
