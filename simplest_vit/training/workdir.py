@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from filelock import FileLock, Timeout
+from ml_collections import ConfigDict
 
 from simplest_vit.config import default, flatten, from_settings
 from simplest_vit.data.dataset import DatasetInfo
@@ -49,6 +50,7 @@ RESUMABLE_FIELDS = (
     "profile",
     "wandb",
 )
+_FOLDERS = ("data.dir", "data.manual_dir", "init_from")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -149,9 +151,7 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
                 check_data(path, data)
             else:
                 write_json(path / DATASET, data.to_json())
-            write_json(
-                path / CONFIG, {"version": VERSION, "config": settings | {"data": _from_anywhere(settings["data"])}}
-            )
+            write_json(path / CONFIG, {"version": VERSION, "config": _from_anywhere(settings)})
         except OSError as error:
             raise UserError(f"--workdir={path} cannot be written ({error.strerror}); choose another folder") from error
         yield
@@ -247,14 +247,16 @@ def _read_settings(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path / CONFIG} cannot be read ({error}); choose another --workdir") from error
 
 
-def _from_anywhere(data: dict[str, Any]) -> dict[str, Any]:
-    """Return `config.data` with absolute folders, because a run may be resumed from another current folder."""
-    folders = {name: local_path(data[name]) for name in ("dir", "manual_dir") if data[name]}
-    return data | {name: os.path.abspath(path) for name, path in folders.items()}
+def _from_anywhere(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with absolute folders, because a run may be resumed from another current folder."""
+    config, flat = ConfigDict(settings), flatten(settings)
+    folders = {name: local_path(flat[name]) for name in _FOLDERS if flat[name]}
+    config.update_from_flattened_dict({name: os.path.abspath(path) for name, path in folders.items()})
+    return config.to_dict()
 
 
 def _check_same(path: pathlib.Path, settings: dict[str, Any]) -> None:
-    old, new = _read_settings(path), flatten(settings)
+    old, new = _read_settings(path), flatten(_from_anywhere(settings))
     for name in sorted(old.keys() | new.keys()):
         if is_resumable(name) or old.get(name) == new.get(name):
             continue

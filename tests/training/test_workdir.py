@@ -39,12 +39,17 @@ def test_a_new_folder_is_checked_without_being_made(tmp_path):
     assert (config.to_dict(), data) == (CONFIG, DIGITS)
 
 
-def test_a_run_finds_its_data_from_another_folder(tmp_path, monkeypatch):
+def test_a_run_finds_its_folders_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with lock_workdir(tmp_path / "run", changed(data__dir="tfds", data__manual_dir="../photos"), DIGITS):
+    relative = changed(data__dir="tfds", data__manual_dir="../photos", init_from="other")
+    with lock_workdir(tmp_path / "run", relative, DIGITS):
+        check_workdir("run", relative)
         monkeypatch.chdir("/")
-    data = read_run(str(tmp_path / "run"))[1].data
-    assert (data.dir, data.manual_dir) == (str(tmp_path / "tfds"), str(tmp_path.parent / "photos"))
+    config = read_run(str(tmp_path / "run"))[1]
+    assert (config.data.dir, config.data.manual_dir) == (str(tmp_path / "tfds"), str(tmp_path.parent / "photos"))
+    assert config.init_from == str(tmp_path / "other")
+    with pytest.raises(UserError, match=f"config.init_from is '{tmp_path}/other', now '/other'"):
+        check_workdir(str(tmp_path / "run"), relative)
 
 
 def test_the_same_run_may_change_how_it_is_watched(tmp_path):
