@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import os
@@ -67,14 +68,50 @@ def finished(tmp_path_factory, data_dir):
     return workdir, train.train(tiny_config(data__dir=data_dir, ema__decay=0.9), str(workdir))
 
 
+BUILT, TRAIN_STEPS, make_eval_step = {}, {}, functools.cache(run_module.make_eval_step)
+
+
+@pytest.fixture
+def built_once(monkeypatch):
+    """Let the runs of one config share what is compiled, which takes most of their time.
+
+    In `test_an_interrupted_run_ends_bit_equal` each run compiles its own, as in processes of their own.
+    """
+    make_train_step = run_module.make_train_step
+
+    def build_once(config, data, mesh):
+        key = str(config), data, mesh
+        if key not in BUILT:
+            BUILT[key] = build(config, data, mesh)
+        return dataclasses.replace(BUILT[key])  # whose steps are made when they are asked for
+
+    def make_once(graphdef, tx, **named):
+        if tx not in TRAIN_STEPS:
+            TRAIN_STEPS[tx] = make_train_step(graphdef, tx, **named)
+        return TRAIN_STEPS[tx]
+
+    monkeypatch.setattr(train, "build", build_once)
+    monkeypatch.setattr(run_module, "make_train_step", make_once)
+    monkeypatch.setattr(run_module, "make_eval_step", make_eval_step)
+
+
+share_programs = pytest.mark.usefixtures("built_once")
+
+
 def build_from(workdir):
     _, config, data = read_run(str(workdir))
     return build(config, data)
 
 
-def final_arrays(workdir):
+@functools.cache
+def finished_arrays(workdir):
+    abstract = build_from(workdir).abstract
+    return abstract, *final_arrays(workdir, abstract)
+
+
+def final_arrays(workdir, abstract):
     with Checkpoints(pathlib.Path(workdir), create=False) as checkpoints:
-        state, progress = checkpoints.restore(build_from(workdir).abstract, checkpoints.newest())
+        state, progress = checkpoints.restore(abstract, checkpoints.newest())
     return jax.tree.map(np.asarray, state), progress
 
 
@@ -176,7 +213,7 @@ def test_evaluation_takes_another_split_or_folder_of_the_same_classes(finished, 
 def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
     """By hand: the parameters of the whole state, the images of the whole split at once."""
     workdir, outcome = finished
-    state, _ = final_arrays(workdir)
+    _, state, _ = finished_arrays(workdir)
     run = build_from(workdir)
     dataset = input_pipeline.load(run.config.data)
     image = (np.asarray(dataset.validation.images) / 255 - run.data.mean) / run.data.std
@@ -194,9 +231,8 @@ def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
     )
 
 
-@pytest.mark.parametrize("steps", [2, 5])
-def test_a_profile_is_written_also_where_the_run_ends_within_it(data_dir, tmp_path, steps):
-    config = tiny_config(data__dir=data_dir, steps=steps, profile__first_step=1, profile__num_steps=3)
+def test_a_profile_is_written_also_where_the_run_ends_within_it(data_dir, tmp_path):
+    config = tiny_config(data__dir=data_dir, steps=2, profile__first_step=1, profile__num_steps=3)
     train.train(config, str(tmp_path))
     assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
 
@@ -260,7 +296,8 @@ def test_an_interrupted_run_ends_bit_equal(finished, data_dir, tmp_path, monkeyp
 
 def assert_same_end(workdir, finished):
     """Two runs end with the same state and, times aside, the same progress and results."""
-    (expected, expected_progress), (actual, progress) = map(final_arrays, (finished[0], workdir))
+    abstract, expected, expected_progress = finished_arrays(finished[0])
+    actual, progress = final_arrays(workdir, abstract)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
     assert timeless(read_metrics(workdir)) == timeless(read_metrics(finished[0]))
     assert dataclasses.replace(progress, wall_time_s=0) == dataclasses.replace(expected_progress, wall_time_s=0)
@@ -276,6 +313,7 @@ def timeless(lines):
     return [{tag: value for tag, value in line.items() if not tag.startswith("speed/")} for line in lines]
 
 
+@share_programs
 @pytest.mark.parametrize(
     ("when", "number"),
     [
@@ -335,6 +373,7 @@ def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(
         assert checkpoints.best() == expected.best()
 
 
+@share_programs
 def test_a_kill_while_the_interrupted_evaluation_is_saved_loses_nothing(finished, data_dir, tmp_path, monkeypatch):
     config = tiny_config(data__dir=data_dir, ema__decay=0.9)
 
@@ -361,6 +400,7 @@ def test_a_kill_while_the_interrupted_evaluation_is_saved_loses_nothing(finished
     assert_same_end(tmp_path, finished)
 
 
+@share_programs
 def test_a_save_that_fails_while_a_signal_comes_is_not_told_as_saved(data_dir, tmp_path, monkeypatch):
     failing, save = threading.Event(), Checkpoints.save
     monkeypatch.setattr(Interruption, "reached", lambda self: failing.is_set())
@@ -378,6 +418,7 @@ def test_a_save_that_fails_while_a_signal_comes_is_not_told_as_saved(data_dir, t
         train.train(tiny_config(data__dir=data_dir), str(tmp_path))
 
 
+@share_programs
 def test_the_weights_of_the_best_validation_are_kept(data_dir, tmp_path, monkeypatch):
     """One between two checkpoints, too, and after a resume."""
     accuracies = {1: 0.2, 2: 0.9, 3: 0.6, 4: 0.8, 5: 0.7, 6: 0.5}
@@ -395,6 +436,7 @@ def test_the_weights_of_the_best_validation_are_kept(data_dir, tmp_path, monkeyp
     assert restore_best(str(tmp_path))[1].step == 2
 
 
+@share_programs
 @pytest.mark.parametrize("killed_at", [3, 4, 5])
 def test_patience_ends_at_the_same_step_wherever_the_run_was_killed(data_dir, tmp_path, monkeypatch, killed_at):
     """In the evaluation after that step, or after step 5, its last one, before the results were written."""
@@ -438,6 +480,7 @@ def poison(monkeypatch, is_bad):
     monkeypatch.setattr(train.input_pipeline, "train_batches", poisoned)
 
 
+@share_programs
 def test_a_batch_that_is_not_finite_is_skipped_and_told(data_dir, tmp_path, monkeypatch):
     poison(monkeypatch, lambda step: step in (1, 4))
     outcome = train.train(tiny_config(data__dir=data_dir, log_every=1), str(tmp_path))
@@ -497,6 +540,7 @@ def test_neither_training_nor_evaluation_takes_other_data(data_dir, tmp_path):
             program()
 
 
+@share_programs
 def test_a_folder_with_the_signs_of_a_pattern_is_a_folder(data_dir, tmp_path):
     workdir = tmp_path / "lr=[1] *?" / "{seed}"
     config = tiny_config(data__dir=data_dir, steps=3)
