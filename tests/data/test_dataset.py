@@ -4,8 +4,6 @@ import json
 import math
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -72,7 +70,7 @@ def test_a_damaged_missing_or_unknown_field_is_named(field, value):
         DatasetInfo.from_json(values, FILE)
 
 
-def test_the_fingerprint_is_of_the_content_not_of_the_place_and_needs_no_tensorflow(make_config, tmp_path):
+def test_the_fingerprint_is_of_the_content_not_of_the_place_and_needs_no_tensorflow(make_config, tmp_path, server):
     first = input_pipeline.load(make_config("digits", dir=tmp_path / "a").data)
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
     (tmp_path / "copy/digits/1.0.0/.DS_Store").touch()
@@ -83,11 +81,11 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place_and_needs_no_tensorf
     assert copy.info == first.info
     assert type(first.info) is DatasetInfo
     assert len(first.info.fingerprint) == 64
-    program = (
+    program = tmp_path / "program.py"
+    program.write_text(
         "import sys, input_pipeline as ip; from configs.digits import get_config\n"
         f"data = get_config().data; data.dir = {str(tmp_path / 'prepared anew')!r}\n"
         "print(ip.load(data).fingerprint, 'tensorflow' in sys.modules)"
     )
-    root = pathlib.Path(__file__).parents[2]
-    anew = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, cwd=root)
-    assert anew.stdout.splitlines()[-1] == f"{first.fingerprint} False", anew.stderr
+    _, out, err = server.run([program])
+    assert out.splitlines()[-1] == f"{first.fingerprint} False", err

@@ -147,11 +147,11 @@ def test_the_space_that_is_needed_is_checked_before(tmp_path, monkeypatch):
     assert files(tmp_path) == {}
 
 
-@pytest.mark.parametrize("limit", [64, 256])
-def test_a_set_of_many_files_under_a_low_limit_of_open_files(digits, limit):
+def test_a_set_of_many_files_under_a_low_limit_of_open_files(digits, server, tmp_path):
     """46 + 12 files: readers are closed."""
-    program = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]),) * 2)\n"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64,) * 2)\n"
         "import itertools, input_pipeline\n"
         "from simplest_vit.config import default\n"
         "data = default().data; data.dir = sys.argv[1]; data.device_budget_bytes = data.num_workers = 0\n"
@@ -160,10 +160,8 @@ def test_a_set_of_many_files_under_a_low_limit_of_open_files(digits, limit):
         "batches = list(itertools.islice(input_pipeline.train_batches(dataset, data, **options), 3))\n"
         "print(sum(batch['label'].sum() for batch in batches))"
     )
-    root = pathlib.Path(__file__).parents[2]
-    command = [sys.executable, "-c", program, str(digits), str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=root)
-    assert done.stdout.strip() == "1437.0", done.stderr
+    _, out, err = server.run([program, digits], {"XLA_FLAGS": os.environ["XLA_FLAGS"]})
+    assert out.strip() == "1437.0", err
 
 
 def test_readers_that_are_dropped_are_closed(digits, make_config, monkeypatch):

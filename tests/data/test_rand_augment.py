@@ -67,7 +67,7 @@ apply_operations = jax.jit(rand_augment.apply_operations, static_argnums=3)
 
 @pytest.mark.parametrize(
     ("size", "magnitude", "channels"),
-    [((32, 32), 10, 3), ((48, 36), 10, 3), ((32, 32), 27, 3), ((32, 32), 20, 3), ((32, 32), 0, 3), ((24, 40), 10, 1)],
+    [((32, 32), 10, 3), ((48, 36), 27, 3), ((24, 40), 20, 1), ((32, 32), 0, 3)],
 )
 def test_every_operation_equals_pil(size, magnitude, channels):
     images = photographs(size, 24)[..., :channels]
