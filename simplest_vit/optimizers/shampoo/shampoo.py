@@ -165,8 +165,9 @@ def shampoo(
       >>> params = {"kernel": jnp.ones((8, 4))}
       >>> state = tx.init(params)
       >>> loss = lambda params: jnp.sum(jnp.square(params["kernel"]))
+      >>> update = jax.jit(tx.update)
       >>> for _ in range(40):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state)
+      ...     updates, state = update(jax.grad(loss)(params), state)
       ...     params = optax.apply_updates(params, updates)
       >>> bool(loss(params) < 1)
       True
