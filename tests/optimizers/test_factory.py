@@ -23,6 +23,9 @@ PARAMS = {
     "head": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)},
 }
 
+# One for each of Muon's two parts, for programs half as large.
+TWO = {"blocks": {"mlp": {"dense1": {"kernel": jnp.ones((2, 3, 4))}}}, "head": {"kernel": jnp.ones((3, 5))}}
+
 
 def random_like(params, seed):
     rng = np.random.default_rng(seed)
@@ -104,10 +107,10 @@ def first_update(name, steps=3, **arguments):
     """The updates of a few steps, as one vector."""
     if "precondition_frequency" in declared(name):
         arguments = {"precondition_frequency": 2} | arguments
-    tx = create_optimizer(name, 0.1, **arguments)
-    state, found = tx.init(PARAMS), []
+    tx, params = create_optimizer(name, 0.1, **arguments), TWO
+    state, update, found = tx.init(params), jax.jit(tx.update), []
     for seed in range(steps):
-        updates, state = jax.jit(tx.update)(random_like(PARAMS, seed), state, PARAMS)
+        updates, state = update(random_like(params, seed), state, params)
         found += [np.ravel(x).astype(float) for x in jax.tree.leaves(updates)]
     return np.concatenate(found)
 
