@@ -127,8 +127,8 @@ def test_the_example_is_the_package_s_isometric_network():
     np.testing.assert_allclose(np.exp(example.attention_bias(12, 4, (4, 4))), expected, atol=1e-6)
 
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), params)  # queries and biases too
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), params)  # biases too
     nnx.update(model, jax.tree.map(lambda x: x, nnx.State(params)))
     attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]
     blocks = {name: attention[name]["kernel"] for name in ("query", "key", "value")}
@@ -141,19 +141,21 @@ def test_the_example_is_the_package_s_isometric_network():
         "head": params["head"]["kernel"],
         "head_bias": params["head"]["bias"],
     }
-    images = jax.random.normal(jax.random.key(2), (5, 8, 8, 1))
+    shapes = jax.eval_shape(lambda: example.init(0))
+    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, shapes)
+    images = rng.normal(size=(5, 8, 8, 1)).astype(np.float32)
     shift = params["patch_embedding"]["bias"]
     params["patch_embedding"]["bias"] = jnp.zeros_like(shift)  # the example's embedding has none
     nnx.update(model, nnx.State(params))
     with jax.numpy_rank_promotion("allow"):  # which its users have
-        np.testing.assert_allclose(example.forward(own, images[..., 0]), model(images), rtol=1e-4, atol=1e-4)
+        found = jax.jit(example.forward)(own, images[..., 0])
+    np.testing.assert_allclose(found, nnx.jit(lambda model, images: model(images))(model, images), rtol=1e-4, atol=1e-4)
 
 
 def test_the_example_starts_as_an_isometry_of_tokens():
-    params = example.init(0)
-    layer = jax.tree.map(lambda x: x[0], params["blocks"])
-    x = jax.random.normal(jax.random.key(1), (1, 16, 48))
+    layer = jax.jit(example.init_block)(jax.random.key(0))
+    x = np.random.default_rng(1).normal(size=(1, 16, 48)).astype(np.float32)
     exact = np.where(example.attention_bias(12, 4, (4, 4))[0] > -1, 0.0, -np.inf)  # without its uniform fraction
     with jax.numpy_rank_promotion("allow"):
-        jacobian = jax.jacobian(lambda x: example.block(x, layer, exact))(x).reshape(768, 768)
+        jacobian = jax.jit(jax.jacobian(lambda x: example.block(x, layer, exact)))(x).reshape(768, 768)
     np.testing.assert_allclose(jacobian @ jacobian.T, np.eye(768), atol=1e-4)

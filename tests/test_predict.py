@@ -17,6 +17,7 @@ from PIL import Image
 
 import input_pipeline
 from simplest_vit import predict as predict_module
+from simplest_vit.analysis import figures
 from simplest_vit.analysis.rollout import attention_rollout, draw_rollout
 from simplest_vit.commands.import_reference import import_reference
 from simplest_vit.errors import UserError
@@ -25,6 +26,12 @@ from simplest_vit.training.evaluate import restore_best
 from tests.tiny import tiny_config
 
 CHECKPOINT = pathlib.Path(__file__).parent / "interop" / "fixtures" / "simplest_vit.pth"
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """They are looked at by no one."""
+    monkeypatch.setitem(figures._STYLE, "savefig.dpi", 10)
 
 
 @pytest.fixture(scope="module")
@@ -223,16 +230,16 @@ def test_many_images_are_read_a_batch_at_a_time(run, tmp_path, monkeypatch):
     read, decoded = [], predict_module.eval_image
     monkeypatch.setattr(predict_module, "eval_image", lambda *a: [read.append(a), decoded(*a)][1])
     (tmp_path / "images").mkdir()
-    monkeypatch.setattr(predict_module, "_BATCH", 4)
-    for i in range(10):
-        shutil.copy(run.images / f"{i % 8}.png", tmp_path / "images" / f"{i:03d}.png")
+    monkeypatch.setattr(predict_module, "_BATCH", 2)
+    for i in range(5):
+        shutil.copy(run.images / f"{i % 4}.png", tmp_path / "images" / f"{i:03d}.png")
     predictions = predict(run.workdir, [str(tmp_path / "images")], str(tmp_path / "rollout"))
     first = next(predictions)
-    assert len(read) == 4
+    assert len(read) == 2
     rest = [first, *predictions]
-    assert len(rest) == len(read) == len(list((tmp_path / "rollout").glob("*.png"))) == 10
+    assert len(rest) == len(read) == len(list((tmp_path / "rollout").glob("*.png"))) == 5
     for i, prediction in enumerate(rest):
-        for best, expected in zip(prediction["top"], rest[i % 8]["top"], strict=True):
+        for best, expected in zip(prediction["top"], rest[i % 4]["top"], strict=True):
             np.testing.assert_allclose(best["probability"], expected["probability"], rtol=1e-4)
 
 
