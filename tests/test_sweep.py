@@ -13,9 +13,11 @@ import time
 
 import pytest
 
+from simplest_vit import cli
 from simplest_vit.commands import sweep
 from simplest_vit.errors import UserError
-from tests.tiny import tiny_config
+from simplest_vit.training.workdir import lock_workdir
+from tests.tiny import DIGITS, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -129,6 +131,17 @@ cli.run(lambda _: print(sweep.execute([point], [{{}}, {{}}]), flush=True), "", r
 def test_a_folder_s_name_that_is_too_long_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"has 307 characters, at most 255 are possible"):
         sweep.plan({"data.dir": [303 * "x"]}, 1, 0, str(tmp_path), [])
+
+
+def test_a_folder_of_another_run_is_refused_before_any_starts(tmp_path):
+    arguments, grid = ["--config=digits"], {"weight_decay": ["0", "1"]}
+    points = sweep.plan(grid, 2, 7, str(tmp_path), arguments)
+    settings = cli.load_config([*arguments, "--config.weight_decay=1", "--config.seed=8"]).to_dict()
+    with lock_workdir(points[1].workdirs[1], settings, DIGITS):
+        pass
+    sweep.check_points(points)
+    with pytest.raises(UserError, match=r"weight_decay=1/seed=8 holds another run: its config.epochs is 42.*, now 3"):
+        sweep.check_points(sweep.plan(grid, 2, 7, str(tmp_path), [*arguments, "--config.epochs=3"]))
 
 
 # Writes when it begins and ends, and on which device it is; ends when so many have begun as there are devices.

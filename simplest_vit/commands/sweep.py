@@ -94,17 +94,19 @@ def plan(grid: dict[str, list[str]], seeds: int, first_seed: int, workdir: str, 
 
 
 def check_points(points: list[Point]) -> None:
-    """Check the config of every point now, so that none fails hours later.
+    """Check the config and the folders of every point now, so that none fails hours later.
 
     Raises:
-      UserError: Names the point and what is wrong with it.
+      UserError: Names the point and what is wrong with it, or a folder that holds the run of another config.
     """
     for point in points:
         try:
-            cli.load_config(point.commands[0][len(_TRAIN) : -1])
+            config = cli.load_config(point.commands[0][len(_TRAIN) : -1])
         except UserError as error:
             values = " ".join(f"config.{field}={value}" for field, value in point.values.items())
             raise UserError(f"--grid: at {values}: {error}") from error
+        for seed, folder in enumerate(point.workdirs, config.seed):
+            check_workdir(str(folder), config.to_dict() | {"seed": seed})
 
 
 def find_devices() -> tuple[str, list[int]]:
