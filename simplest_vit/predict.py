@@ -104,6 +104,8 @@ class Predictor:
     def _compute(self, function: Callable[..., jax.Array], images: Images) -> np.ndarray:
         if isinstance(images, str | os.PathLike):
             raise UserError(f"images={os.fspath(images)!r} must be a list of paths; write [{os.fspath(images)!r}]")
+        if len(images) == 0:
+            raise UserError("images is empty; give at least one path, or pixels")
         pixels = images if isinstance(images, np.ndarray) else np.stack([self.read(path) for path in images])
         if pixels.dtype != np.uint8 or pixels.shape[1:] != self.image_shape:
             height, width, channels = self.image_shape

@@ -70,6 +70,7 @@ def test_features_are_what_the_head_sees(run):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
+        ([], "images is empty; give at least one path"),
         ("photo.png", r"must be a list of paths; write \['photo.png'\]"),
         (np.zeros((2, 9, 8, 1), np.uint8), r"uint8 \[2, 9, 8, 1\] must be uint8 \[N, 8, 8, 1\]"),
         (np.zeros((2, 8, 8, 1), np.float32), r"float32 .* must be uint8"),
