@@ -184,6 +184,7 @@ def load(data: Any, *, only_validation: bool = False) -> Dataset:
         fingerprint=prepared.fingerprint,
     )
     _LOG.info("%s in %s: %s", info.name, prepared.folder, info.description)
+    _LOG.info("%s: %s", label, prepared.class_line(label))
     loaded = load_split(validation, info, data.device_budget_bytes)
     stream = data.random_resized_crop
     return Dataset(

@@ -328,8 +328,7 @@ def describe(prepared: Prepared) -> str:
     for name, split in prepared.info.splits.items():
         lines.append(f"  {name}: {split.num_examples:,} examples, {split.num_bytes / 1e6:,.1f} MB")
     for name in prepared.labels:
-        names = prepared.info.features[name].names
-        lines.append(f"  {name}: {len(names)} classes: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+        lines.append(f"  {name}: {prepared.class_line(name)}")
     lines.append(f"  mean {prepared.mean}, deviation {prepared.std}")
     for path in sorted(prepared.folder.glob("*.array_record*")):
         with path.open("rb") as file:

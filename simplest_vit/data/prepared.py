@@ -127,6 +127,11 @@ class Prepared:
             raise UserError(f"data.label={name}: {self.folder} has {', '.join(self.labels)}; choose one of them")
         return name
 
+    def class_line(self, label: str) -> str:
+        """Format the number and the first names of a label's classes: "2 classes: cat, dog"."""
+        names = self.info.features[label].names
+        return f"{len(names)} classes: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+
     def split(self, field: str, spec: str, label: str) -> Split:
         """Find a split.
 

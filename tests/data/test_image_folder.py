@@ -69,6 +69,7 @@ def test_a_flat_folder_is_split_80_to_20_in_each_class_and_says_so(tmp_path, mak
     assert "of each class 80 % train and 20 % validate" in dataset.info.to_json()["description"]
     assert len(set(np.asarray(dataset.train.labels[:8]))) > 1, "the classes are mixed"
     assert caplog.text.count("80 % train and 20 % validate") == 1
+    assert "label: 4 classes: bee, cat, dog, eel" in caplog.text
     config.seed = 5  # has no part in it
     prepared = prepare("image_folder", tmp_path / "tfds", tmp_path / "photos")
     assert "80 % train and 20 % validate" in describe(prepared)
@@ -80,6 +81,29 @@ def test_a_flat_folder_is_split_80_to_20_in_each_class_and_says_so(tmp_path, mak
         shutil.rmtree(tmp_path / "photos" / name)
     with pytest.raises(UserError, match=r"no class has a second image, which validation needs; add images, or"):
         prepare("image_folder", tmp_path / "tfds", tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["Train", "Test"], "Test and Train"),
+        (["training", "validation", "meta"], ": training and validation"),
+        (["val"], "val"),
+    ],
+)
+def test_splits_of_other_names_are_not_classes(photos, tmp_path, names, expected):
+    """Before, the folders' names became the classes."""
+    for name in names:
+        shutil.copytree(photos / "train", tmp_path / "odd" / name)
+    with pytest.raises(UserError, match=rf"{expected} are the names of splits.* train/ and val/"):
+        prepare("image_folder", tmp_path / "tfds", tmp_path / "odd")
+
+
+def test_one_class_may_be_named_as_a_split(photos, tmp_path):
+    for name in ("Train", "bus"):
+        shutil.copytree(photos / "train/cat", tmp_path / "vehicles" / name)
+    prepared = prepare("image_folder", tmp_path / "tfds", tmp_path / "vehicles")
+    assert prepared.info.features["label"].names == ["Train", "bus"]
 
 
 def test_folders_within_a_class_are_searched_and_what_is_passed_over_is_counted(photos, tmp_path, capfd):

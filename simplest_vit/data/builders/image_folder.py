@@ -19,6 +19,7 @@ from simplest_vit.data.decode import HEIC_REMEDY, SUFFIXES
 from simplest_vit.errors import UserError
 
 _VALIDATION_FOLDERS = ("val", "validation", "valid", "test")  # the first that exists is used
+_SPLIT_NAMES = {"train", "training", "test", "testing", *_VALIDATION_FOLDERS}
 _HELD_OUT = 0.2  # of each class, if one folder holds both splits
 _RULE = (
     "Images in CLASS/; of each class 80 % train and 20 % validate, chosen by a hash of the file's name: the same for "
@@ -133,6 +134,13 @@ def _list_files(folder: Path) -> dict[str, list[_File]]:
             raise UserError(f"{validation / label}: no such class in {folder / 'train'}; add it there or delete it")
         return splits
     files = _images(folder, folder)
+    labels = {file.label for file in files}
+    splits_by_name = sorted(label for label in labels if label.lower() in _SPLIT_NAMES)
+    if len(splits_by_name) >= min(2, len(labels)):
+        raise UserError(
+            f"data.manual_dir={folder}: {' and '.join(splits_by_name)} are the names of splits, expected classes; name "
+            "the splits train/ and val/, with CLASS/*.jpg in each"
+        )
     splits, counts = {"train": [], "validation": []}, collections.Counter(file.label for file in files)
     held_out = {label: max(round(_HELD_OUT * count), int(count > 1)) for label, count in counts.items()}
     for file in files:
