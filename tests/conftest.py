@@ -20,12 +20,15 @@ os.environ["XLA_FLAGS"] = (
     + (" --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "")
 )
 
+import hypothesis
 import jax
 import pytest
 
 from tests.fork_server import ForkServer
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
+hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("same")  # every run tries the same examples
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from simplest_vit.data.order import shuffled
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 10**6))
 def test_every_epoch_is_a_permutation(size, seed, epoch):
     order = shuffled(np.arange(size), size, seed, epoch)

@@ -61,7 +61,7 @@ def test_layer_constants_give_the_attention_matrix_in_float32(grid, depth, form)
     assert np.abs(result - espa.attention_matrices(grid, depth, form=form)).max() <= 1e-6
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     grid=st.tuples(st.integers(4, 8), st.integers(4, 8)),
     depth=st.integers(1, 64),

@@ -67,7 +67,7 @@ def draw(case):
     return case["num_heads"], *oracle.inputs(b=2, **case)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(case=CASES)
 def test_float32_is_exact(case):
     num_heads, arrays, bias, scale = draw(case)
@@ -77,7 +77,7 @@ def test_float32_is_exact(case):
         assert oracle.relative_error(ours, exact) < 1e-6
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(case=CASES)
 def test_bfloat16_is_as_near_as_the_plain_form(case):
     num_heads, arrays, bias, scale = draw(case)
