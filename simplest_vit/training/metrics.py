@@ -36,36 +36,19 @@ _TAGS = {
 }
 
 
-def cross_entropy(logits: jax.Array, label: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """Compute the softmax cross-entropy to a distribution over classes.
-
-    Args:
-      logits: float32 [B, num_classes].
-      label: float32 [B, num_classes], rows sum to 1.
-      label_smoothing: Share of the label spread over all classes.
-
-    Returns:
-      float32 [B].
-    """
-    label = optax.smooth_labels(label, label_smoothing)
-    return optax.softmax_cross_entropy(logits, label)
-
-
 def classification_sums(logits: jax.Array, label: jax.Array, weight: jax.Array, label_smoothing: float = 0.0) -> Sums:
-    """Sum loss, correct predictions and weights over a batch.
+    """Sum loss (softmax cross-entropy), correct predictions and weights over a batch.
 
     Args:
       logits: float32 [B, num_classes].
-      label: float32 [B, num_classes]; a mixed label counts as its largest class.
+      label: float32 [B, num_classes], rows sum to 1; a mixed label counts as its largest class.
       weight: float32 [B], 0 for padding.
-      label_smoothing: See `cross_entropy`.
-
-    Returns:
-      Sums.
+      label_smoothing: Share of the label that the loss spreads over all classes.
     """
     correct = (logits.argmax(axis=-1) == label.argmax(axis=-1)).astype(jnp.float32)
+    loss = optax.softmax_cross_entropy(logits, optax.smooth_labels(label, label_smoothing))
     return {
-        "loss": jnp.sum(weight * cross_entropy(logits, label, label_smoothing)),
+        "loss": jnp.sum(weight * loss),
         "correct": jnp.sum(weight * correct),
         "count": jnp.sum(weight),
     }
@@ -178,16 +161,7 @@ class Meter:
 
 
 def train_line(step: int, total_steps: int, scalars: dict[str, Any]) -> str:
-    """Format the log line of a report.
-
-    Args:
-      step: Steps made.
-      total_steps: Steps of the run.
-      scalars: `epoch` and what `Meter.report` returns.
-
-    Returns:
-      The line.
-    """
+    """Format the log line of a report; `scalars` are `epoch` and what `Meter.report` returns."""
     eta = datetime.timedelta(seconds=round((total_steps - step) * scalars["step_time"]))
     return (
         f"step {step}/{total_steps} ({step / total_steps:.1%})  {report_text(scalars)}  "
