@@ -50,7 +50,7 @@ def one_line(text: object) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def print_error(error: UserError | TrainingError | Interrupted) -> int:

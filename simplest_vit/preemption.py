@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from simplest_vit.errors import Interrupted
 
@@ -61,7 +62,7 @@ class _Watch:
                 number = signal.Signals(byte[0])
                 interrupts += number == signal.SIGINT
                 if interrupts > 1:
-                    _exit(128 + number)
+                    exit_now(128 + number)
                 if self.received is None:
                     self.received, deadline = number, time.monotonic() + GRACE_S
                     for note in self.listeners:
@@ -70,7 +71,7 @@ class _Watch:
                 deadline = None
                 if not self.obeyed and not self.listeners:
                     os.write(2, f"interrupted: {_message(self.received)}\n".encode())
-                    _exit(Interrupted.exit_code)
+                    exit_now(Interrupted.exit_code)
 
 
 _watch: _Watch | None = None
@@ -130,7 +131,7 @@ def _message(number: signal.Signals | None) -> str:
     return f"{number.name if number else 'signal'}; rerun the command"
 
 
-def _exit(code: int) -> None:
+def exit_now(code: int) -> NoReturn:
     """End the process and its children without waiting for anything."""
     for child in multiprocessing.active_children():
         child.kill()

@@ -4,6 +4,7 @@ Seen through real runs of a linear classifier on digits, whose steps NumPy repea
 here fails the test.
 """
 
+import contextlib
 import itertools
 import logging
 import math
@@ -419,8 +420,14 @@ def _profiled(trained, monkeypatch, name, **overrides):
         return lambda *state_and_batch: [made.append(1), step(*state_and_batch)][1]
 
     monkeypatch.setattr(run_module, "make_train_step", counted)
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(("start", len(made))))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", len(made))))
+
+    @contextlib.contextmanager
+    def trace(path):
+        calls.append(("start", len(made)))
+        yield
+        calls.append(("stop", len(made)))
+
+    monkeypatch.setattr(jax.profiler, "trace", trace)
     trained(name, **overrides)
     return calls
 

@@ -6,6 +6,7 @@ r"""Import a checkpoint of the PyTorch reference as a run that you can evaluate,
 Sizes, heads and eta come from the config and must match the checkpoint. PyTorch is not needed.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from simplest_vit.interop import Checkpoint, from_reference
 from simplest_vit.training.checkpoint import Checkpoints, has_checkpoint
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import build
-from simplest_vit.training.state import RunProgress, TrainState
+from simplest_vit.training.state import RunProgress
 from simplest_vit.training.workdir import check_workdir, lock_workdir
 
 # A run that has a checkpoint has made at least one step; training continues with the second.
@@ -46,16 +47,8 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
         if not jax.tree.all(jax.tree.map(np.array_equal, restore_best(workdir)[1].params, params)):
             raise UserError(f"--workdir={workdir} already holds another run; choose another folder")
         return  # an import that was stopped after its last step
-    params, constants = jax.device_put((params, constants))
-    state = TrainState(
-        step=jnp.int32(_STEP),
-        params=params,
-        constants=constants,
-        opt_state=jax.jit(run.tx.init)(params),
-        ema_params=params if config.ema.decay else None,
-        skipped_steps=jnp.int32(0),
-        skipped_in_a_row=jnp.int32(0),
-    )
+    state = run.create_state(jax.device_put(params))
+    state = dataclasses.replace(state, step=jnp.int32(_STEP), constants=jax.device_put(constants))
     # Not evaluated yet: any later checkpoint of this run counts as better.
     progress = RunProgress(last_evaluation=_STEP)
     with lock_workdir(folder, config.to_dict(), run.data), Checkpoints(folder, create=True) as checkpoints:

@@ -161,7 +161,7 @@ class Checkpoints:
         """Load a checkpoint onto the devices that `abstract` names.
 
         Args:
-          abstract: From `abstract_state`: the structure, shapes, dtypes and shardings to restore. If it is a dict of
+          abstract: From `Run.abstract`: the structure, shapes, dtypes and shardings to restore. If it is a dict of
             some of its fields, only these are read.
           step: Step of the checkpoint.
 

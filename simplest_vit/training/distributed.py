@@ -7,8 +7,6 @@ connect, and the only one that logs and writes results. All processes write chec
 import contextlib
 import json
 import logging
-import multiprocessing
-import os
 import re
 import socket
 import sys
@@ -22,7 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError, print_error
+from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError, first_line, print_error
+from simplest_vit.preemption import exit_now
 
 # Seconds within which all processes must start, without a heartbeat until one counts as lost, and to fail together.
 _START_TIMEOUT = 300
@@ -78,7 +77,7 @@ def initialize(
             shutdown_timeout_seconds=_HEARTBEAT_TIMEOUT,
         )
     except (ValueError, RuntimeError) as error:
-        reason = _first_line(error)
+        reason = first_line(error).rstrip(".")
         if detect and isinstance(error, ValueError):  # JAX found no cluster that provides the arguments
             raise UserError(
                 f"config.distributed=auto: no cluster was found ({reason}); it knows SLURM, Open MPI, Kubernetes and "
@@ -156,7 +155,7 @@ def abort_together() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        reason = _first_line(error)
+        reason = first_line(error).rstrip(".")
         if reason.startswith("RESOURCE_EXHAUSTED"):
             line = (
                 f"the device is out of memory ({reason}); raise config.fsdp, or in another --workdir lower "
@@ -171,11 +170,11 @@ def abort_together() -> Iterator[None]:
         else:
             raise
         if several:
-            _exit_now(TrainingError(line))
+            _report_and_exit(TrainingError(line))
         raise TrainingError(line) from error
     except BaseException as error:
         if several and (isinstance(error, CheckpointError) or not _all_fail()):
-            _exit_now(error)
+            _report_and_exit(error)
         raise
 
 
@@ -188,18 +187,12 @@ def _all_fail() -> bool:
     return True
 
 
-def _exit_now(error: BaseException) -> NoReturn:
-    """End this process without waiting for anything."""
+def _report_and_exit(error: BaseException) -> NoReturn:
+    """Report an error and end this process without waiting for anything."""
     if isinstance(error, UserError | TrainingError | Interrupted):
         code = print_error(error)
     else:
         traceback.print_exception(error)
         sys.stderr.flush()
         code = 1
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(code)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    exit_now(code)

@@ -16,44 +16,33 @@ from simplest_vit.training.metrics import report_text, train_line
 log = logging.getLogger("simplest_vit")
 
 
-class _Bar(tqdm):
+class ProgressBar(tqdm):
+    """Shows the newest report beside the bar, or logs the reports if the bar is disabled."""
+
     monitor_interval = 0  # no thread of its own
-
-
-_Bar.set_lock(threading.RLock())  # tqdm's own is shared with other processes, for which it makes a semaphore
-
-
-class ProgressBar:
-    """Counts the steps of a run in a bar with the newest report, or logs the reports if there is no bar."""
-
-    def __init__(self, bar: _Bar | None, total_steps: int):
-        self._bar, self._total_steps = bar, total_steps
-
-    def add_step(self) -> None:
-        """Count a step, which may still be running on the device. The bar is redrawn at most ten times a second."""
-        if self._bar is not None:
-            self._bar.update()
 
     def report(self, step: int, scalars: dict[str, Any]) -> None:
         """Show a report: see `train_line`."""
-        if self._bar is None:
-            log.info(train_line(step, self._total_steps, scalars))
+        if self.disable:
+            log.info(train_line(step, self.total, scalars))
         else:
-            self._bar.set_postfix_str(report_text(scalars), refresh=False)
+            self.set_postfix_str(report_text(scalars), refresh=False)
+
+
+ProgressBar.set_lock(threading.RLock())  # tqdm's own is shared with other processes, for which it makes a semaphore
 
 
 @contextlib.contextmanager
 def progress_bar(first_step: int, total_steps: int, *, primary: bool) -> Iterator[ProgressBar]:
-    """Open the bar if standard error is a terminal, this is the primary process, and `CI` is not set.
+    """Open the bar; it is disabled if standard error is no terminal, in other processes, and if `CI` is set.
 
-    Meanwhile, log lines are printed above it.
+    Its `update` counts a step, which may still be running on the device. Log lines are printed above it.
     """
-    if not (primary and _width() and not os.environ.get("CI")):
-        yield ProgressBar(None, total_steps)
-        return
-    bar = _Bar(initial=first_step, total=total_steps, unit="step", file=sys.stderr, dynamic_ncols=True)
-    with logging_redirect_tqdm([log], _Bar), bar:
-        yield ProgressBar(bar, total_steps)
+    disable = not (primary and _width() and not os.environ.get("CI"))
+    options: dict[str, Any] = {"unit": "step", "file": sys.stderr, "dynamic_ncols": True, "disable": disable}
+    bar = ProgressBar(initial=first_step, total=total_steps, **options)
+    with contextlib.nullcontext() if disable else logging_redirect_tqdm([log], ProgressBar), bar:
+        yield bar
 
 
 def _width() -> int:

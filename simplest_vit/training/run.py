@@ -23,8 +23,8 @@ from simplest_vit.models.layers import token_grid
 from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer
 from simplest_vit.training.metrics import Sums
-from simplest_vit.training.sharding import create_mesh
-from simplest_vit.training.state import ModelState, TrainState, abstract_state, create_state, state_initializer
+from simplest_vit.training.sharding import create_mesh, state_shardings
+from simplest_vit.training.state import ModelState, TrainState, state_initializer
 from simplest_vit.training.step import Batch, make_eval_step, make_train_step
 
 _MANY_TOKENS = 1024  # four times as many as of an image of 256 pixels in patches of 16
@@ -60,7 +60,11 @@ class Run:
 
     def create_state(self, initial_params: dict[str, Any] | None = None) -> TrainState:
         """Compute the state at step 0 on the devices; `initial_params` (by module, consumed) replace its parameters."""
-        return create_state(self.initialize, self.abstract, initial_params)
+        return jax.jit(self.initialize, donate_argnums=0, out_shardings=self._shardings)(initial_params)
+
+    @property
+    def _shardings(self) -> TrainState:
+        return jax.tree.map(lambda x: x.sharding, self.abstract)
 
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
@@ -76,7 +80,7 @@ class Run:
             sam_every=config.sam.every,
             ema_decay=config.ema.decay,
             ema_every=config.ema.every,
-            shardings=jax.tree.map(lambda x: x.sharding, self.abstract),
+            shardings=self._shardings,
         )
 
     @functools.cached_property
@@ -154,9 +158,6 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
       data: Facts about the data set.
       mesh: The devices; None for one.
 
-    Returns:
-      The run.
-
     Raises:
       UserError: If the config does not fit the data.
     """
@@ -201,6 +202,7 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
         )
 
     graphdef, initialize = state_initializer(create, tx, seed=config.seed, average=bool(config.ema.decay))
+    shapes = jax.eval_shape(initialize)
     return Run(
         config=config,
         data=data,
@@ -211,5 +213,9 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
         tx=tx,
         graphdef=graphdef,
         initialize=initialize,
-        abstract=abstract_state(initialize, mesh),
+        abstract=jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            state_shardings(shapes, mesh),
+        ),
     )

@@ -11,7 +11,6 @@ import optax
 from flax import nnx
 
 from simplest_vit.models.layers import Constant, all_gather_params
-from simplest_vit.training.sharding import state_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -144,24 +143,6 @@ def state_initializer(
         )
 
     return nnx.graphdef(nnx.eval_shape(create_seeded)), initialize
-
-
-def abstract_state(initialize: Callable[..., TrainState], mesh: jax.sharding.Mesh) -> TrainState:
-    """Return shapes, dtypes and shardings of the state on a mesh."""
-    shapes = jax.eval_shape(initialize)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        state_shardings(shapes, mesh),
-    )
-
-
-def create_state(
-    initialize: Callable[..., TrainState], abstract: TrainState, initial_params: dict[str, Any] | None = None
-) -> TrainState:
-    """Compute the state at step 0 on the devices that `abstract` names; `initial_params` are consumed."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(initialize, donate_argnums=0, out_shardings=shardings)(initial_params)
 
 
 def apply_model(

@@ -5,9 +5,7 @@ A run that is interrupted anywhere and resumed ends bit-identical to an uninterr
 
 import contextlib
 import os
-import pathlib
 import time
-from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -133,7 +131,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             stop(first_step)
         if run.should_evaluate(first_step) and progress.last_evaluation < first_step and evaluate(first_step):
             save(first_step)
-        profile = stack.enter_context(_profile(config.profile.first_step, config.profile.num_steps, path))
+        profile = stack.enter_context(contextlib.ExitStack())  # an unfinished profile is written too
         batches = input_pipeline.train_batches(
             dataset,
             config.data,
@@ -156,8 +154,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 writer.write_images(0, {"train_images": image_grid(dataset, batch)})
             state, metrics = run.train_step(state, batch)
             meter.add(metrics)
-            bar.add_step()
-            profile(step)
+            bar.update()
+            if step == config.profile.first_step:
+                profile.enter_context(jax.profiler.trace(path))
+            elif step == config.profile.first_step + config.profile.num_steps:
+                profile.close()
             stopped = interrupted.reached()
             if run.should_log(step):
                 scalars = meter.report(step) | {"epoch": step / run.steps_per_epoch}
@@ -197,24 +198,3 @@ def _enable_compilation_cache(wanted: bool) -> None:
         if not jax.config.values["jax_compilation_cache_dir"]:
             jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/simplest_vit"))
         log.info("compiled programs are kept in %s", jax.config.values["jax_compilation_cache_dir"])
-
-
-@contextlib.contextmanager
-def _profile(first_step: int, num_steps: int, path: pathlib.Path) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call after each step; it profiles `num_steps` steps. An unfinished profile is written too."""
-    running = False
-
-    def after(step: int) -> None:
-        nonlocal running
-        if running and step == first_step + num_steps:
-            jax.profiler.stop_trace()
-            running = False
-        if step == first_step:
-            jax.profiler.start_trace(path)
-            running = True
-
-    try:
-        yield after
-    finally:
-        if running:
-            jax.profiler.stop_trace()

@@ -46,7 +46,7 @@ def test_a_resumed_bar_starts_at_its_step(monkeypatch):
     with progress_bar(40, 50, primary=True) as bar:
         bar.report(40, REPORT)
         for _ in range(10):
-            bar.add_step()
+            bar.update()
     first, last = terminal.getvalue().split("\r")[1], terminal.getvalue().split("\r")[-1]
     assert " 80%|" in first
     assert " 40/50 [" in first
@@ -63,7 +63,7 @@ def test_elsewhere_reports_are_lines(reason, monkeypatch, caplog):
     if reason == "CI":
         monkeypatch.setenv("CI", "true")
     with progress_bar(0, 50, primary=reason != "another process") as bar:
-        bar.add_step()
+        bar.update()
         bar.report(1, REPORT)
     assert sys.stderr.getvalue() == ""
     line = "step 1/50 (2.0%)  epoch 1.5  loss 0.2500  accuracy 75.00%  640 images/s  10 steps/s  ETA 0:00:05"
