@@ -11,7 +11,6 @@ Tables without seeds end with the choice. Rerun the command to resume; `python -
 --check makes two steps of each row and reads a hundred images, with the first data set, rate and seed.
 """
 
-import difflib
 import json
 import pathlib
 import sys
@@ -33,7 +32,7 @@ from benchmarks.protocols import (
 )
 from simplest_vit import cli
 from simplest_vit.commands.sweep import Point, check_points, execute, find_devices, share_devices
-from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.errors import TrainingError, UserError, did_you_mean
 
 Key = tuple[str, str, str]  # data, optimizer, row
 
@@ -51,8 +50,7 @@ def part(table: Table, **named: list[str]) -> Table:
     known = {"data": table.data, "optimizer": tuple(table.learning_rates), "row": table.rows}
     for kind, names in known.items():
         for name in (name for name in named[kind] if name not in names):
-            near = difflib.get_close_matches(name, names, 3)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {', '.join(names)}"
+            hint = did_you_mean(name, names, f"expected one of {', '.join(names)}", repr)
             raise UserError(f"--{kind}={name} is not in this table; {hint}")
     data, optimizers, rows = (
         tuple(name for name in names if name in (named[kind] or names)) for kind, names in known.items()

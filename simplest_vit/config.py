@@ -11,7 +11,6 @@ A config file is Python: its `get_config(arguments)` starts from `default()` and
         return config
 """
 
-import difflib
 import numbers
 import re
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
-from simplest_vit.errors import UserError
+from simplest_vit.errors import UserError, did_you_mean
 from simplest_vit.files import local_path
 
 
@@ -298,10 +297,9 @@ def from_settings(settings: dict[str, Any], image_shape: tuple[int, int, int]) -
 def suggest(name: str, table: Iterable[str] | None = None) -> str:
     """Suggest the intended field for an unknown name: learning_rate -> config.optimizer.learning_rate."""
     names = [*(FIELDS if table is None else table)]
-    last = {each.rsplit(".", 1)[-1]: each for each in reversed(names)}
-    near = [last[each] for each in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, 1)]
-    near = near or difflib.get_close_matches(name, names, 1)
-    return f"did you mean config.{near[0]}?" if near else "the fields are in simplest_vit/config.py"
+    known = {each: each for each in names} | {each.rsplit(".", 1)[-1]: each for each in reversed(names)}
+    otherwise = "the fields are in simplest_vit/config.py"
+    return did_you_mean(name.rsplit(".", 1)[-1], known, otherwise, lambda near: f"config.{known[near]}")
 
 
 def check(config: ConfigDict, image_shape: tuple[int, int, int] | None = None) -> None:

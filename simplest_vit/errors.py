@@ -1,6 +1,8 @@
 """How a program ends when it cannot continue: one line on standard error, no traceback, and an exit code."""
 
+import difflib
 import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -41,6 +43,12 @@ def not_installed(error: ModuleNotFoundError) -> UserError:
         return UserError(f"{error}; it is not available for Windows; prepare data and train in WSL")
     remedy = 'pip install "simplest-vit[train]", or in a clone: pip install -r requirements.txt'
     return UserError(f"{error}; install what the commands need: {remedy}")
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, show: Callable[[str], str] = str) -> str:
+    """Return "did you mean NAME?" for the most similar of the known names, or `otherwise` if none is similar."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {show(near[0])}?" if near else otherwise
 
 
 def one_line(text: object) -> str:

@@ -108,7 +108,7 @@ FIELDS = [
     ("adam", "data.mixup_mode", "'pixel'", "one of batch, example"),
     ("adam", "data.device_budget_bytes", "-1", "an integer from 0"),
     ("adam", "data.num_workers", "10**6", "an integer from 0 to 1,024"),
-    ("adam", "optimizer.name", "'lino'", "is unknown; try lion, "),
+    ("adam", "optimizer.name", "'lino'", "is unknown; did you mean lion?"),
     ("adam", "optimizer.learning_rate", "0.0", "a number above 0"),
     ("adam", "optimizer.learning_rate", "'1e-3'", "a number above 0"),
     ("adam", "optimizer.b1", "1.0", "a number in [0, 1)"),

@@ -1,6 +1,5 @@
 """Networks by name, and the construction of a network from the fields of `config.model`."""
 
-import difflib
 import math
 from collections.abc import Collection
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from simplest_vit.errors import UserError
+from simplest_vit.errors import UserError, did_you_mean
 from simplest_vit.models import attention_kinds, fused_attention, tat
 from simplest_vit.models.initializers import INITS
 from simplest_vit.models.layers import NORMS, token_grid
@@ -61,8 +60,7 @@ def _check_names(fields: Collection[str]) -> None:
     known |= {field for kind in attention_kinds.KINDS for field in attention_kinds.settings_of(kind)}
     for field in fields:
         if field not in known:
-            near = difflib.get_close_matches(field, known, 1)
-            raise UserError(f"config.model.{field} is unknown; {f'did you mean {near[0]}?' if near else 'remove it'}")
+            raise UserError(f"config.model.{field} is unknown; {did_you_mean(field, known, 'remove it')}")
 
 
 def model_arguments(

@@ -1,7 +1,6 @@
 """The optimizer of a run, chosen by name and built as one optax chain, and its learning rate."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import types
@@ -14,7 +13,7 @@ import optax
 import optax.contrib
 from jax.sharding import Mesh
 
-from simplest_vit.errors import UserError
+from simplest_vit.errors import UserError, did_you_mean
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.shampoo import reference_shampoo, shampoo, soap, view_as
 
@@ -104,10 +103,8 @@ def declared(name: str) -> dict[str, tuple[Any, type]]:
 def _named(name: str) -> Callable[..., optax.GradientTransformation]:
     if name in optimizers():
         return optimizers()[name]
-    near = difflib.get_close_matches(str(name).lower(), optimizers(), 3) or ["adam", "adamw", "muon", "shampoo", "soap"]
-    raise UserError(
-        f"config.optimizer.name={name!r} is unknown; try {', '.join(near)}, or another optimizer of optax by its name"
-    )
+    hint = did_you_mean(str(name).lower(), optimizers(), "expected shampoo, soap or an optimizer of optax by its name")
+    raise UserError(f"config.optimizer.name={name!r} is unknown; {hint}")
 
 
 def _kind(parameter: inspect.Parameter) -> type | None:

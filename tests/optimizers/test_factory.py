@@ -190,9 +190,9 @@ def test_declared_types_are_those_of_flags():
     assert declared("shampoo")["precondition_frequency"][1] is int
 
 
-@pytest.mark.parametrize(("name", "hint"), [("adamW", "adamw"), ("soup", "soap"), ("lbfgs", "try "), ("chain", "try ")])
+@pytest.mark.parametrize(("name", "hint"), [("adamW", "adamw?"), ("soup", "soap?"), ("zzz", "expected shampoo, soap")])
 def test_an_unknown_optimizer_is_one_line_with_near_names(name, hint):
-    with pytest.raises(UserError, match=rf"^config.optimizer.name='{name}' is unknown; try [^\n]*$") as error:
+    with pytest.raises(UserError, match=rf"^config.optimizer.name='{name}' is unknown; [^\n]*$") as error:
         create_optimizer(name, 0.1)
     assert hint in str(error.value)
 
