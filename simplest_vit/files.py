@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from simplest_vit.errors import UserError
@@ -36,6 +36,15 @@ def local_path(path: str | os.PathLike[str]) -> str:
     if len(os.fsencode(os.path.abspath(path))) > _LONGEST_PATH:
         raise UserError(f"{text[:60]}...: the path is longer than {_LONGEST_PATH:,} bytes; give a shorter one")
     return path
+
+
+@contextlib.contextmanager
+def writing(what: str, remedy: str = "choose another folder") -> Iterator[None]:
+    """Turn an error of the system while a user's file or folder is written into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written ({error.strerror}); {remedy}") from error
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from simplest_vit.data.augment import normalize
 from simplest_vit.data.builders.image_folder import image_files, name_others
 from simplest_vit.data.decode import eval_image
 from simplest_vit.errors import UserError, one_line
-from simplest_vit.files import local_path, write_csv
+from simplest_vit.files import local_path, write_csv, writing
 from simplest_vit.training.evaluate import restore_best
 
 log = logging.getLogger("simplest_vit")
@@ -184,11 +184,9 @@ def saved_as_csv(predictions: Iterator[Prediction], path: str) -> Iterator[Predi
             yield prediction
     except UserError as error:
         problem = error
-    try:
-        if rows:
+    if rows:
+        with writing(f"--csv={path}"):
             write_csv(file, [("file", "class", "probability"), *rows])
-    except OSError as error:
-        raise UserError(f"--csv={path} cannot be written ({error.strerror}); choose another") from error
     if problem:
         raise problem
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from simplest_vit.analysis import figures
-from simplest_vit.errors import UserError
-from simplest_vit.files import write_csv
+from simplest_vit.files import write_csv, writing
 from simplest_vit.training.classification import Classification
 from simplest_vit.training.evaluate import Evaluation
 
@@ -26,14 +25,12 @@ def write_classification(evaluation: Evaluation, folder: str) -> None:
     accuracy = ["" if np.isnan(value) else f"{value:.4f}" for value in result.class_accuracy]
     images = result.confusion.sum(axis=1).astype(int).tolist()
     matrix = result.confusion.astype(int).tolist()
-    try:
+    with writing(f"--output={folder}"):
         path.mkdir(parents=True, exist_ok=True)
         write_csv(path / "classes.csv", [["class", "images", "accuracy"], *zip(names, images, accuracy, strict=True)])
         rows = [[name, *row] for name, row in zip(names, matrix, strict=True)]
         write_csv(path / "confusion.csv", [["class \\ predicted", *names], *rows])
         _draw_confusion(result, names, path / "confusion")
-    except OSError as error:
-        raise UserError(f"--output={folder} cannot be written ({error.strerror}); choose another folder") from error
 
 
 def _draw_confusion(result: Classification, class_names: Sequence[str], path: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from simplest_vit.config import FIELDS, flatten
 from simplest_vit.errors import UserError
+from simplest_vit.files import read_json
 from simplest_vit.training.workdir import CONFIG, DATASET, RESULTS, is_resumable
 
 # What a report needs of `results.json`; a run of another version is reported, not guessed at.
@@ -37,9 +38,9 @@ class Run:
     def data(self) -> str:
         """The data set by its content, such as `cifar10 (d2fbfae3)`."""
         try:
-            info = json.loads((self.path / DATASET).read_text())
+            info = read_json(self.path / DATASET)
             return f"{info['name']} ({info['fingerprint'][:8]})"
-        except (OSError, ValueError, TypeError, KeyError):
+        except (UserError, TypeError, KeyError):
             return str(self.config.get("data.name"))
 
 
@@ -79,12 +80,11 @@ def find_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
                 problems.append(f"{path}: unfinished, it has no {RESULTS}; rerun its command to resume")
                 continue
             try:
-                results = json.loads((path / RESULTS).read_text())
-                missing = [name for name in _NEEDED if name not in results]
-            except (OSError, ValueError, TypeError) as error:
-                problems.append(f"{path}: {RESULTS} cannot be read ({error})")
+                results = read_json(path / RESULTS)
+            except UserError as error:
+                problems.append(str(error))
                 continue
-            if missing:
+            if missing := [name for name in _NEEDED if name not in results]:
                 problems.append(f"{path}: of another version, its {RESULTS} lacks {', '.join(missing)}")
             else:
                 runs.append(Run(path, results))

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from simplest_vit.analysis import figures
-from simplest_vit.errors import UserError
+from simplest_vit.files import writing
 from simplest_vit.models import ViT
 from simplest_vit.models.layers import token_grid
 
@@ -71,14 +71,12 @@ def save_rollouts(
     Raises:
       UserError: If the folder cannot be written.
     """
-    try:
+    with writing(f"--attention_rollout={folder}"):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         for i, prediction in enumerate(predictions):
             name = f"{first + i:04d}_{pathlib.Path(prediction['image']).stem}.png"
             with figures.style():
                 draw_rollout(prediction, pixels[i], shares[i]).savefig(pathlib.Path(folder, name))
-    except OSError as error:
-        raise UserError(f"--attention_rollout={folder} cannot be written ({error.strerror})") from error
 
 
 def draw_rollout(prediction: dict[str, Any], pixels: np.ndarray, shares: np.ndarray) -> Any:

@@ -8,6 +8,7 @@ import pathlib
 
 from simplest_vit import cli
 from simplest_vit.errors import UserError
+from simplest_vit.files import writing
 
 
 def main() -> None:
@@ -31,10 +32,8 @@ def main() -> None:
         batch_size = input_pipeline.fit_batch_size(config.batch_size, dataset.train_size, config.accumulation_steps)
         options = {"batch_size": batch_size, "seed": config.seed, "start_step": 0, "sharding": None}
         batch = next(input_pipeline.train_batches(dataset, config.data, **options))
-        try:
+        with writing(f"--output={output}"):
             Image.fromarray(image_grid(dataset, batch)).save(output)
-        except OSError as error:
-            raise UserError(f"--output={output} cannot be written ({error.strerror}); choose another") from error
         print(f"wrote {output}")
 
     cli.run(preview, "simplest-vit preview --config FILE", required=("config",))

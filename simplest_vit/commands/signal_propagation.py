@@ -24,7 +24,7 @@ from simplest_vit.analysis.signal_figure import draw, draw_overview
 from simplest_vit.data import input_pipeline
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.errors import UserError
-from simplest_vit.files import write_csv
+from simplest_vit.files import write_csv, writing
 from simplest_vit.models import ViT, model_arguments
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import build
@@ -123,7 +123,7 @@ def write(results: list[Propagation], folder: pathlib.Path, title: str) -> None:
     Raises:
       UserError: If it cannot be written.
     """
-    try:
+    with writing(str(folder), "choose another --workdir"):
         folder.mkdir(parents=True, exist_ok=True)
         with figures.style():
             figures.save(draw(results, title), folder / "signal_propagation")
@@ -132,8 +132,6 @@ def write(results: list[Propagation], folder: pathlib.Path, title: str) -> None:
         write_csv(folder / "signal_propagation.csv", [header, *_rows(results)])
         spectra = ((result.name, *pair) for result in results for pair in zip(*result.jacobian, strict=True))
         write_csv(folder / "jacobian.csv", [("model", "singular_value", "share"), *spectra])
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --workdir") from error
 
 
 def _rows(results: list[Propagation]) -> Iterator[tuple[str, int, str, float | None, float | None]]:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from simplest_vit.config import default, flatten, from_settings
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.errors import TrainingError, UserError
-from simplest_vit.files import local_path, read_json, write_json
+from simplest_vit.files import local_path, read_json, write_json, writing
 
 log = logging.getLogger("simplest_vit")
 
@@ -136,7 +136,7 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
       UserError: If it cannot be written, another process trains there, or it holds the run of another config or data.
     """
     with contextlib.ExitStack() as stack:
-        try:
+        with writing(f"--workdir={path}"):
             path.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(FileLock(path / _LOCK, blocking=False, fallback_to_soft=False))
@@ -152,8 +152,6 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
             else:
                 write_json(path / DATASET, data.to_json())
             write_json(path / CONFIG, {"version": VERSION, "config": _from_anywhere(settings)})
-        except OSError as error:
-            raise UserError(f"--workdir={path} cannot be written ({error.strerror}); choose another folder") from error
         yield
 
 
