@@ -27,8 +27,7 @@ _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=1)
 _SAVES = flags.DEFINE_integer("saves", 5, "Timed saves.", lower_bound=2)
 
 
-def _main(arguments: list[str]) -> None:
-    del arguments
+def _main() -> None:
     config = cli.CONFIG.value
     run = build(config, fake_data.info_of(config), create_mesh())
     batch = fake_data.batch(run.data, config.batch_size)

@@ -113,7 +113,7 @@ def costliest(kernels: list[roofline.Kernel], top: int) -> list[str]:
     return lines
 
 
-def _main(_: list[str]) -> None:
+def _main() -> None:
     options = dict(_parse_option(text) for text in _OPTIONS.value)
     target()
     row, kernels = describe(cli.CONFIG.value, options)

@@ -114,7 +114,7 @@ def make_runs(params: Any, gradient_of: Callable[..., Any]) -> dict[str, Run]:
     return {name: Run(frequency, tx, params, gradient_of) for name, (frequency, tx) in optimizers().items()}
 
 
-def _main(_: list[str]) -> None:
+def _main() -> None:
     """Print a table and the plan."""
     config = cli.CONFIG.value
     run = build(config, fake_data.info_of(config))

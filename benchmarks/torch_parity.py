@@ -18,8 +18,7 @@ from simplest_vit.training.run import build
 _STEPS = flags.DEFINE_integer("steps", 100, "Steps of both.", lower_bound=1)
 
 
-def _main(arguments: list[str]) -> None:
-    del arguments
+def _main() -> None:
     from tests.torch_training import losses_side_by_side
 
     config = cli.CONFIG.value

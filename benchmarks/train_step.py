@@ -125,7 +125,7 @@ def pytorch(run: Run, compiled: bool) -> Program:
     )
 
 
-def _main(_: list[str]) -> None:
+def _main() -> None:
     configs = {"this": cli.CONFIG.value}
     if _AGAINST.present:
         configs["against"] = _AGAINST.value

@@ -124,7 +124,7 @@ def _require_config(config: flags.FlagHolder) -> None:
 
 
 def run(
-    program: Callable[[list[str]], None],
+    program: Callable[..., None],
     usage: str,
     *,
     required: tuple[str, ...] = ("config", "workdir"),
@@ -136,7 +136,7 @@ def run(
     Exit codes: 0, 2 for a `UserError`, 3 for a `TrainingError`, 75 for an `Interrupted`.
 
     Args:
-      program: Takes the positional arguments.
+      program: The command; it takes the list of arguments without a flag if these are allowed, else nothing.
       usage: An example of the command, printed when a flag is missing.
       required: Names of flags that must be given.
       optional: Which of --config and --workdir may also be given.
@@ -151,7 +151,7 @@ def run(
             print(_help(program, (*required, *optional)))
             return
         app.run(
-            lambda arguments: _run_program(program, arguments[1:]),
+            lambda arguments: _run_program(program, *([arguments[1:]] if positional else [])),
             flags_parser=lambda argv: _parse(argv, usage, required, optional, positional),
         )
     except UserError as error:
@@ -183,13 +183,13 @@ def _exit(error: TrainingError | Interrupted) -> NoReturn:
     os._exit(error.exit_code)
 
 
-def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> None:
+def _run_program(program: Callable[..., None], *arguments: list[str]) -> None:
     """Check the config and run; missing libraries, memory or devices become one-line errors, too."""
     try:
         for config in _given():
             check(config.value)
         preemption.check()
-        program(arguments)
+        program(*arguments)
         sys.stdout.flush()
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
@@ -201,7 +201,8 @@ def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> 
             raise TrainingError(
                 f"the device is out of memory ({reason}); end what else uses it, or choose another: JAX_PLATFORMS=cpu"
             ) from error
-        if _raised_in(error) != "jax._src.xla_bridge":
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"] != "jax._src.xla_bridge":
             raise
         raise UserError(
             f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {reason}; install jax for that device, or choose "
@@ -212,12 +213,6 @@ def _run_program(program: Callable[[list[str]], None], arguments: list[str]) -> 
 def _given() -> list[flags.FlagHolder]:
     """Return the config-file flags given on the command line."""
     return [config for config in _CONFIGS if config.present]
-
-
-def _raised_in(error: BaseException) -> str:
-    """Return the name of the module that raised an exception."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_globals["__name__"] if frames else ""
 
 
 def _parse(
@@ -248,7 +243,7 @@ def missing(name: str, usage: str) -> UserError:
     return UserError(f"--{name} is missing; usage: {usage}")
 
 
-def _help(program: Callable[[list[str]], None], shared: tuple[str, ...]) -> str:
+def _help(program: Callable[..., None], shared: tuple[str, ...]) -> str:
     """Format the help of a command: its module's docstring and flags, and the shared flags that it accepts."""
     module = sys.modules[program.__module__]
     own = flags.FLAGS.get_key_flags_for_module(sys.argv[0] if module.__name__ == "__main__" else module.__name__)

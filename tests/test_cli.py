@@ -12,19 +12,19 @@ from simplest_vit.errors import TrainingError, UserError
 
 
 def test_a_device_out_of_memory_is_told_in_one_line():
-    def program(arguments):
+    def program():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.\nmore")
 
     with pytest.raises(TrainingError, match=r"of memory \(RESOURCE_EXHAUSTED: .* 12 bytes.\); end what else uses it"):
-        cli._run_program(program, [])
+        cli._run_program(program)
 
 
 def test_other_errors_keep_their_traceback():
-    def program(arguments):
+    def program():
         raise RuntimeError("INTERNAL: a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        cli._run_program(program, [])
+        cli._run_program(program)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
@@ -52,7 +52,7 @@ def test_a_config_is_loaded_from_its_flags_or_told_what_is_wrong_with_it(tmp_pat
 def test_nobody_reads_on():
     """As `| head` does."""
     program = (
-        "from simplest_vit import cli; cli.run(lambda _: [print(i, flush=True) for i in range(10**6)], '', required=())"
+        "from simplest_vit import cli; cli.run(lambda: [print(i, flush=True) for i in range(10**6)], '', required=())"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"0\n"
@@ -62,7 +62,7 @@ def test_nobody_reads_on():
 
 
 def run_program(body, **streams):
-    program = f"import logging, sys, time\nfrom simplest_vit import cli\ndef program(_):\n    {body}\n"
+    program = f"import logging, sys, time\nfrom simplest_vit import cli\ndef program():\n    {body}\n"
     program += "cli.run(program, '', required=())"
     return subprocess.run([sys.executable, "-c", program], **{"stderr": subprocess.PIPE} | streams, timeout=60)
 

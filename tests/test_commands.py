@@ -36,7 +36,9 @@ def run(monkeypatch):
         monkeypatch.setattr(cli, "define_paths", lambda name, _: define(name))
         monkeypatch.setattr(cli, "CONFIG", types.SimpleNamespace(value=config, name="config"))
         monkeypatch.setattr(cli, "WORKDIR", types.SimpleNamespace(value=workdir))
-        monkeypatch.setattr(cli, "run", lambda program, *_, **__: program(list(arguments)))
+        monkeypatch.setattr(
+            cli, "run", lambda program, *_, positional=False, **__: program(*([list(arguments)] if positional else []))
+        )
         importlib.import_module(f"simplest_vit.commands.{name}").main()
         assert not given, "no such flag"
 

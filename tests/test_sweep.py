@@ -113,7 +113,7 @@ from simplest_vit.commands import sweep
 sweep._READER_TIMEOUT_S = 0.5
 runs = [[sys.executable, "-c", {TALKS!r}, "{seconds}"] for _ in range(2)]
 point = sweep.Point({{}}, [__import__("pathlib").Path("p/a"), __import__("pathlib").Path("p/b")], runs)
-cli.run(lambda _: print(sweep.execute([point], [{{}}, {{}}]), flush=True), "", required=())
+cli.run(lambda: print(sweep.execute([point], [{{}}, {{}}]), flush=True), "", required=())
 """
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=tmp_path

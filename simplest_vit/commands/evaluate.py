@@ -24,8 +24,7 @@ def main() -> None:
     image_folder = cli.define_path("image_folder", None, "Folder with images of the same classes to evaluate instead.")
     output = cli.define_path("output", None, "Folder for the best checkpoint's accuracy by class and confusion matrix.")
 
-    def evaluate(arguments: list[str]) -> None:
-        del arguments
+    def evaluate() -> None:
         import jax
 
         from simplest_vit.data.builders.image_folder import has_splits

@@ -18,8 +18,7 @@ def main() -> None:
     output = cli.define_path("output", None, "The file to write; it must not exist.")
     format = flags.DEFINE_string("format", None, "stablehlo, onnx, safetensors or pth; by default the output's suffix.")
 
-    def export(arguments: list[str]) -> None:
-        del arguments
+    def export() -> None:
         from simplest_vit.export import export
 
         export(str(cli.WORKDIR.value), str(output.value), format.value)

@@ -59,8 +59,7 @@ def main() -> None:
     """Run the command."""
     source = cli.define_path("checkpoint", None, "The .pth file of the PyTorch reference.")
 
-    def program(arguments: list[str]) -> None:
-        del arguments
+    def program() -> None:
         import_reference(cli.CONFIG.value, str(cli.WORKDIR.value), str(source.value))
         print(f"{cli.WORKDIR.value}: imported; `simplest-vit evaluate` reports its accuracy")
 

@@ -15,8 +15,7 @@ def main() -> None:
     """Run the command."""
     picture = cli.define_path("output", "preview.png", "The picture to write.")
 
-    def preview(arguments: list[str]) -> None:
-        del arguments
+    def preview() -> None:
         from PIL import Image
 
         from simplest_vit.data import input_pipeline

@@ -150,8 +150,7 @@ def main() -> None:
     trained = flags.DEFINE_bool("trained", False, "Analyse the best checkpoint in --workdir as well.")
     seeds = flags.DEFINE_integer("seeds", 1, "Number of initializations to average over.", lower_bound=1)
 
-    def program(arguments: list[str]) -> None:
-        del arguments
+    def program() -> None:
         workdir = str(cli.WORKDIR.value)
         signal_propagation(cli.CONFIG.value, workdir, trained=trained.value, seeds=seeds.value)
         print(pathlib.Path(workdir, "signal_propagation", "signal_propagation.png"))

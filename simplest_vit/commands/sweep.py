@@ -263,8 +263,7 @@ def main() -> None:
         "print_commands", False, "Print the commands of unfinished runs instead of running them."
     )
 
-    def program(arguments: list[str]) -> None:
-        del arguments
+    def program() -> None:
         config = cli.CONFIG.value
         if (pathlib.Path(str(cli.WORKDIR.value)) / CONFIG).exists():
             raise UserError(f"--workdir={cli.WORKDIR.value} is the folder of a run; a sweep needs one of its own")

@@ -23,8 +23,7 @@ def main() -> None:
     printed = flags.DEFINE_bool("print_config", False, "Print the config as JSON instead of training.")
     usage = "simplest-vit train --config RECIPE --workdir FOLDER"
 
-    def train(arguments: list[str]) -> None:
-        del arguments
+    def train() -> None:
         # Imported here so that a mistyped flag is reported immediately; the other commands do the same.
         from simplest_vit.training import distributed, train
         from simplest_vit.training.workdir import read_run
