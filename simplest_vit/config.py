@@ -256,9 +256,6 @@ def parse_arguments(arguments: str | None, **choices: str | tuple[str, ...]) -> 
       arguments: The text, or None.
       **choices: The allowed values of each key, the default first; only the default if any value is allowed.
 
-    Returns:
-      A value for each key.
-
     Raises:
       UserError: On an unknown key or value.
     """

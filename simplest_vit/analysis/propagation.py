@@ -62,9 +62,6 @@ def analyse(name: str, models: Iterable[ViT], image: jax.Array, label: jax.Array
       models: At least one, float32.
       image: Normalized images [B, H, W, C], B >= 2.
       label: Class distributions [B, num_classes].
-
-    Returns:
-      The curves.
     """
     measurements, spectra = [], []
     for model in models:

@@ -67,7 +67,7 @@ def train_batch(
     batch_size: int,
     sharding: NamedSharding | None,
 ) -> Batch:
-    """Make the training batch of a step.
+    """Make the training batch of a step, as `augment.train_batch` returns it.
 
     Args:
       images: The whole split, uint8 [N, H, W, C].
@@ -77,9 +77,6 @@ def train_batch(
       preprocessing: The preprocessing and augmentation.
       batch_size: Examples in the batch, at most N.
       sharding: Sharding of the batch.
-
-    Returns:
-      The batch, as from `augment.train_batch`.
     """
     size = len(labels)
     epoch, step_of_epoch = jnp.divmod(step, size // batch_size)

@@ -148,9 +148,6 @@ def create_model(
       rngs: Streams for the initialization.
       **fields: Other fields of `config.model`, which override the preset's and the variant's.
 
-    Returns:
-      The network.
-
     Raises:
       UserError: See `model_arguments`.
     """

@@ -51,9 +51,6 @@ def solve_negative_slope(compositions: int, c_val_0_target: float = 0.9) -> floa
       compositions: Number of activations on a path through the network, 2 * depth here.
       c_val_0_target: eta, the cosine of orthogonal inputs after the network, in (0, 1).
 
-    Returns:
-      The slope.
-
     Raises:
       ValueError: If `c_val_0_target` is outside (0, 1), or out of reach even for ReLU because the network is shallow.
     """

@@ -143,9 +143,6 @@ def create_optimizer(
       layout: Function from parameters to the layout in which `reference_shampoo` sees them; None for their own.
       **arguments: The optimizer's own settings, as `declared` lists them.
 
-    Returns:
-      The transformation; its updates are added to the parameters.
-
     Raises:
       UserError: If the optimizer is unknown or rejects an argument.
     """

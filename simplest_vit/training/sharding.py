@@ -28,9 +28,6 @@ def create_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> M
       fsdp: Devices that share one copy of the parameters.
       devices: None for those of all processes.
 
-    Returns:
-      The mesh; one device is a mesh of one.
-
     Raises:
       UserError: If `fsdp` does not divide the number of devices.
     """
@@ -83,9 +80,6 @@ def state_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Par
       path: Key path from the state's root.
       shape: The array's shape.
       mesh: The devices.
-
-    Returns:
-      The partition.
     """
     names = path_names(path)
     if "stacks" in names:

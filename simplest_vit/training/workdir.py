@@ -60,14 +60,11 @@ def is_resumable(field: str) -> bool:
 
 
 def check_workdir(workdir: str, settings: dict[str, Any]) -> pathlib.Path:
-    """Check that a folder is free for a run, or already holds that run. Writes nothing.
+    """Return the path of a folder that is free for a run, or already holds that run. Writes nothing.
 
     Args:
-      workdir: Path of the folder, which need not exist.
+      workdir: The folder, which need not exist.
       settings: The run's config as nested dicts.
-
-    Returns:
-      The folder.
 
     Raises:
       UserError: If it cannot be written, is a file, or belongs to another run.

@@ -60,9 +60,6 @@ def update_statistics(stack: BlockStack, axes: Axes, blocks: jax.Array, finite: 
       finite: Bool (N,). Blocks where it is False, or whose average would overflow, leave their statistics unchanged,
         because a single bad value would never leave the average.
       options: The arguments.
-
-    Returns:
-      The state with new statistics.
     """
     precision = options.matmul_precision
     letters = string.ascii_lowercase[: blocks.ndim - 1]

@@ -204,9 +204,6 @@ def make_plan(params: Any, options: AnyOptions, stack_axes: StackAxes = None) ->
       options: The arguments.
       stack_axes: The number of leading axes that stack layers, for each parameter.
 
-    Returns:
-      The plan.
-
     Raises:
       ValueError: For a parameter that is not a real floating-point array, or whose rank is less than its stack axes;
         the message names its path.

@@ -153,9 +153,6 @@ def shampoo(
       mesh: Devices that share statistics, roots and their computation, with Auto or Explicit axes; neither the shapes
         of the state nor the steps depend on it.
 
-    Returns:
-      An `optax.GradientTransformation`.
-
     Raises:
       ValueError: As `scale_by_shampoo`.
 
@@ -197,9 +194,6 @@ def shampoo_plan(params: Any, **arguments: Any) -> Plan:
     Args:
       params: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
       **arguments: Arguments of `scale_by_shampoo`.
-
-    Returns:
-      The plan.
 
     Raises:
       ValueError: As `shampoo` and its `init`.

@@ -34,9 +34,6 @@ def scale_by_soap(**arguments: Any) -> optax.GradientTransformation:
     After that, each is refreshed once in k steps. The arguments are those of `soap` except the learning rate, the
     weight decay and its mask.
 
-    Returns:
-      An `optax.GradientTransformation`.
-
     Raises:
       ValueError: As `scale_by_shampoo`.
 
@@ -156,9 +153,6 @@ def soap(
       precision: As in `shampoo`.
       stack_axes: As in `shampoo`.
       mesh: As in `shampoo`.
-
-    Returns:
-      An `optax.GradientTransformation`.
 
     Raises:
       ValueError: As `scale_by_shampoo`.
