@@ -29,9 +29,6 @@ class _PathParser(flags.ArgumentParser):
     def parse(self, argument: str) -> str:
         return local_path(argument) if argument else argument
 
-    def flag_type(self) -> str:
-        return "path"
-
 
 def define_path(name: str, default: str | None, description: str) -> flags.FlagHolder:
     """Define a flag `--NAME=PATH`."""

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from simplest_vit.data.decode import decode_image
-from simplest_vit.data.records import DiskSplit, cannot_read, shards_of
+from simplest_vit.data.records import DiskSplit, cannot_read
 from simplest_vit.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class Prepared:
         labels = np.concatenate([self._measured[f"{name}/{label}"][start:stop] for name, start, stop in intervals])
         if labels.min() < 0 or labels.max() >= self.info.features[label].num_classes:
             raise UserError(f"{field}={spec}: examples without a {label}; choose another split")
-        disk = DiskSplit(shards_of(found), self.image, [label])
+        disk = DiskSplit(found.file_instructions, self.image, [label])
         pixels = functools.partial(self._pixels, intervals) if bool(self._measured["has_pixels"]) else None
         return Split(field, spec, intervals, disk, labels, pixels, self._shape)
 
@@ -249,7 +249,8 @@ class Prepared:
           A hash of each example; labels int32 [N, labels]; images uint8 [N, H, W, C] or None; and of the pixels of the
           measured images, in [0, 1], the sums over images of the mean and of the mean square: [2, C].
         """
-        disk, channels = DiskSplit(shards_of(self.info.splits[split]), self.image, self.labels), self.image_shape[2]
+        disk = DiskSplit(self.info.splits[split].file_instructions, self.image, self.labels)
+        channels = self.image_shape[2]
         labels = np.zeros((len(disk), len(self.labels)), np.int32)
         images = np.empty((len(disk), *(self._shape or ())), np.uint8) if keep else None
         smallest = (0, 0) if self._shape else (64, 64)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import tensorflow_datasets as tfds
+from tensorflow_datasets.core.utils.shard_utils import FileInstruction
 from tensorflow_datasets.proto import tf_example_pb2
 
 from simplest_vit.data.progress import Progress
@@ -37,15 +37,6 @@ _REMEDIES = {
 }
 
 
-class Shard(NamedTuple):
-    """A part of a file: `take` of its `total` examples, starting at `skip`."""
-
-    path: Path
-    skip: int
-    take: int
-    total: int
-
-
 class Example(NamedTuple):
     """An example as stored: the bytes of its image, its labels, and its name for messages."""
 
@@ -65,12 +56,12 @@ class DiskSplit:
     """A split on disk with random access.
 
     Args:
-      shards: The files, in the order of the examples.
+      shards: TFDS's instructions for its files: `take` of the examples of each, from `skip` on.
       image: Name of the image feature.
       labels: Names of the label features.
     """
 
-    def __init__(self, shards: tuple[Shard, ...], image: str, labels: list[str]) -> None:
+    def __init__(self, shards: Sequence[FileInstruction], image: str, labels: list[str]) -> None:
         self.shards, self.image, self.labels = shards, image, labels
         self._ends = list(itertools.accumulate((shard.take for shard in shards), initial=0))[1:]
         self._reader = functools.lru_cache(_max_open_files() // 4)(self._open)  # dropped readers are closed
@@ -98,7 +89,7 @@ class DiskSplit:
             try:
                 return self._reader(number).read([indices[place] - first for place in places[number]])
             except RuntimeError as error:
-                raise _explain(error, shard.path) from error
+                raise _explain(error, Path(shard.filename)) from error
 
         if len(places) == 1:
             records = [read_shard(number) for number in places]
@@ -137,9 +128,9 @@ class DiskSplit:
         from array_record.python.array_record_module import ArrayRecordReader  # not on Windows, where the rest works
 
         shard = self.shards[number]
-        reader = ArrayRecordReader(str(shard.path), options="readahead_buffer_size:0", file_reader_buffer_size=32768)
-        if reader.num_records() != shard.total:
-            raise RuntimeError(f"{reader.num_records():,} examples; dataset_info.json says {shard.total:,}")
+        reader = ArrayRecordReader(shard.filename, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+        if reader.num_records() != shard.examples_in_shard:
+            raise RuntimeError(f"{reader.num_records():,} examples; dataset_info.json says {shard.examples_in_shard:,}")
         return reader
 
     def _parse(self, index: int, record: bytes) -> Example:
@@ -149,11 +140,6 @@ class DiskSplit:
         return Example(
             feature[self.image].bytes_list.value[0], labels, f"example {index} {' '.join(names[:1])}".strip()
         )
-
-
-def shards_of(split: tfds.core.SplitInfo) -> tuple[Shard, ...]:
-    """Return the files of a split, or of a part of it."""
-    return tuple(Shard(Path(f.filename), f.skip, f.take, f.examples_in_shard) for f in split.file_instructions)
 
 
 def system_error(error: Exception) -> OSError | None:
