@@ -40,12 +40,11 @@ _DTYPES: dict[str, Any] = {
 _INERT_MODULES = ("_codecs", "argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib")
 _INERT_BUILTINS = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str")
 _MAX_PICKLE_BYTES = 2**26
-# Those of protocol 2, by which torch.save writes, but the registry of extensions.
+# Those that torch.save writes, by protocol 2.
 _OPCODES = """
-PROTO STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT LONG LONG1 LONG4 BININT BININT1 BININT2 FLOAT BINFLOAT
-STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND
-APPENDS EMPTY_DICT DICT SETITEM SETITEMS GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT GLOBAL REDUCE NEWOBJ BUILD PERSID
-BINPERSID
+PROTO STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE LONG1 LONG4 BININT BININT1 BININT2 BINFLOAT BINUNICODE
+EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
+BINGET LONG_BINGET BINPUT LONG_BINPUT GLOBAL REDUCE NEWOBJ BUILD BINPERSID
 """
 _CODES = {getattr(pickle, name)[0] for name in _OPCODES.split()}
 
@@ -121,16 +120,9 @@ class _Unpickler(_PythonUnpickler):
         items = self.pop_mark()
         self._set(self.stack[-1], items)
 
-    def load_dict(self) -> None:
-        items = self.pop_mark()
-        result: dict[Any, Any] = {}
-        self._set(result, items)
-        self.append(result)
-
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
-    dispatch[pickle.DICT[0]] = load_dict
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor | None:
