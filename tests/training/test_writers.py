@@ -9,18 +9,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simplest_vit.errors import UserError
-from simplest_vit.training.writers import MetricsWriter, create_writer, metric_writers
+from simplest_vit.training.writers import create_writer
 
 
 @pytest.fixture(scope="module")
 def events(tmp_path_factory):
-    """Events written through clu's default writer, read back by TensorBoard."""
+    """Events of a run's writer, read back by TensorBoard."""
     logdir = tmp_path_factory.mktemp("events")
-    writer = metric_writers.create_default_writer(logdir)
+    writer = create_writer(logdir, 0, primary=True)
     writer.write_scalars(3, {"loss": 1.5, "accuracy": np.float32(0.25)})
     writer.write_images(3, {"colour": GRID, "grey": GRID[..., :1]})
     writer.write_hparams({"depth": 12, "steps": None})
-    writer.flush()
     writer.close()
     accumulator = EventAccumulator(str(logdir))
     accumulator.Reload()
@@ -54,7 +53,7 @@ def lines_of(folder):
 
 
 def test_a_step_has_one_line_with_all_its_values(tmp_path):
-    writer = MetricsWriter(tmp_path, 0)
+    writer = create_writer(tmp_path, 0, primary=True)
     writer.write_scalars(2, {"loss": np.float32(1.5)})
     writer.write_scalars(3, {"loss": 0.123456789, "norm": np.inf})
     writer.write_scalars(3, {"accuracy": 0.5})
@@ -68,13 +67,13 @@ def test_a_step_has_one_line_with_all_its_values(tmp_path):
 
 @pytest.mark.parametrize("torn", ["", '{"step": 6, "lo', "null\n"])
 def test_a_resume_removes_the_lines_of_later_steps(tmp_path, torn, monkeypatch):
-    writer = MetricsWriter(tmp_path, 0)
+    writer = create_writer(tmp_path, 0, primary=True)
     for step in (2, 4, 5):
         writer.write_scalars(step, {"loss": 1 / step})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
-    writer = MetricsWriter(tmp_path, 4)
+    writer = create_writer(tmp_path, 4, primary=True)
     writer.write_scalars(4, {"accuracy": 0.5})
     writer.write_scalars(6, {"loss": 3.0})
     writer.close()
@@ -87,19 +86,22 @@ def test_a_resume_removes_the_lines_of_later_steps(tmp_path, torn, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", kill)
         with pytest.raises(KeyboardInterrupt):
-            MetricsWriter(tmp_path, 2)
+            create_writer(tmp_path, 2, primary=True)
     assert lines_of(tmp_path) == expected
-    MetricsWriter(tmp_path, 0).close()
+    create_writer(tmp_path, 0, primary=True).close()
     assert lines_of(tmp_path) == []
 
 
 def test_metrics_that_cannot_be_written_are_reported_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("simplest_vit.training.writers.log.propagate", True)
     (tmp_path / "metrics.jsonl").mkdir()
-    writer = MetricsWriter(tmp_path, 0)
+    writer = create_writer(tmp_path, 0, primary=True)
     for step in (1, 2):
         writer.write_scalars(step, {"loss": 1.0})
     writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2], "the other goes on"
     (record,) = caplog.records
     assert "metrics.jsonl cannot be written (Is a directory): the run continues without it" in record.message
 
