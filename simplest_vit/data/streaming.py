@@ -46,7 +46,6 @@ _SIGNALS = {
     "SIGBUS": "SIGBUS: /dev/shm is full; enlarge it (docker run --shm-size=1g) or set config.data.num_workers=0",
 }
 _Chunk = dict[str, np.ndarray]
-_Arrays = Any  # a tuple of arrays
 
 
 def train_chunks(dataset: Dataset, data: Any, *, batch_size: int, seed: int) -> grain.MapDataset:
@@ -139,19 +138,19 @@ def train_batches(
     where = f"{workers} processes" if workers else "threads"
     _LOG.info("images are decoded in %s (data.num_workers); cores: %d", where, cpu_count())
     batches = _read_batches(chunks, chunks_per_batch, workers)
-    transferred = _ahead(_to_device((batch["image"], batch["label"]), sharding) for batch in batches)
+    transferred = _ahead(_to_device(batch, sharding) for batch in batches)
     train = functools.partial(_augment, preprocessing=Preprocessing.of(dataset, data), sharding=sharding)
     steps = itertools.count(start_step)
-    return (train(arrays, np.uint32(seed), np.uint32(next(steps))) for arrays in transferred)
+    return (train(batch, np.uint32(seed), np.uint32(next(steps))) for batch in transferred)
 
 
 def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding | None) -> Iterator[Batch]:
     """Iterate as `input_pipeline.eval_batches` does, two batches ahead on the device."""
     workers = _workers(dataset.num_workers, dataset.validation_size)
     batches = _read_batches(eval_chunks(dataset, batch_size), len(_rows(batch_size)), workers)
-    transferred = _ahead(_to_device((b["image"], b["label"], b["weight"]), sharding) for b in batches)
+    transferred = _ahead(_to_device(batch, sharding) for batch in batches)
     preprocessing = Preprocessing.of(dataset)
-    return (_normalize(arrays, preprocessing=preprocessing, sharding=sharding) for arrays in transferred)
+    return (_normalize(batch, preprocessing=preprocessing, sharding=sharding) for batch in transferred)
 
 
 def _workers(num_workers: int | None, images: int) -> int:
@@ -238,14 +237,14 @@ def _join(chunks: Iterator[_Chunk]) -> _Chunk:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _to_device(arrays: tuple[np.ndarray, ...], sharding: NamedSharding | None) -> _Arrays:
+def _to_device(batch: _Chunk, sharding: NamedSharding | None) -> Batch:
     """Start the transfer of this host's part of a batch."""
     if sharding is None:
-        return jax.device_put(arrays)
-    return tuple(jax.make_array_from_process_local_data(sharding, array) for array in arrays)
+        return jax.device_put(batch)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def _ahead(batches: Iterator[_Arrays]) -> Iterator[_Arrays]:
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
     """Yield the same batches, with the transfer of the next two already started."""
     queue = collections.deque(itertools.islice(batches, 1 + _BATCHES_AHEAD))
     while queue:
@@ -255,14 +254,12 @@ def _ahead(batches: Iterator[_Arrays]) -> Iterator[_Arrays]:
 
 @functools.partial(jax.jit, static_argnames=("preprocessing", "sharding"))
 def _augment(
-    arrays: _Arrays, seed: jax.Array, step: jax.Array, *, preprocessing: Preprocessing, sharding: NamedSharding | None
+    batch: Batch, seed: jax.Array, step: jax.Array, *, preprocessing: Preprocessing, sharding: NamedSharding | None
 ) -> Batch:
     key = jax.random.fold_in(jax.random.key(seed), step)
-    images, labels = arrays
-    return constrain(augment.train_batch(key, images, labels, preprocessing), sharding)
+    return constrain(augment.train_batch(key, batch["image"], batch["label"], preprocessing), sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("preprocessing", "sharding"))
-def _normalize(arrays: _Arrays, *, preprocessing: Preprocessing, sharding: NamedSharding | None) -> Batch:
-    images, labels, weight = arrays
-    return constrain(augment.eval_batch(images, labels, weight, preprocessing), sharding)
+def _normalize(batch: Batch, *, preprocessing: Preprocessing, sharding: NamedSharding | None) -> Batch:
+    return constrain(augment.eval_batch(batch["image"], batch["label"], batch["weight"], preprocessing), sharding)

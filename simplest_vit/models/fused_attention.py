@@ -187,14 +187,14 @@ def attention_forward(qkv: Any, qkv_bias: Any, attention_bias: Any, row_scale: A
     projection = functools.partial(_projection, qkv, qkv_bias, plan, image, head)
     keys, values = (_whole(plan, functools.partial(projection, index, 0, plan.keys)) for index in (1, 2))
 
-    def attend(tile: Any) -> None:
+    def attend(tile: Any, _: None) -> None:
         row = tile * plan.queries
         weights, total = _weights(projection(0, row, plan.queries), keys(), attention_bias, plan, head, row)
         mixed = _dot(weights.astype(qkv.dtype), values()) / total
         mixed = mixed * _row_scale(row_scale, plan, row) if row_scale is not None else mixed
         _store(out, mixed, plan, image, row, head * plan.head_width)
 
-    _for_each_tile(plan, attend)
+    _for_each_tile(plan, attend, None)
 
 
 def attention_backward(
@@ -265,11 +265,9 @@ def _whole(plan: _Plan, load: Callable[[], jax.Array]) -> Callable[[], jax.Array
     return lambda: array
 
 
-def _for_each_tile(plan: _Plan, body: Any, carry: Any = None) -> Any:
-    """Apply `body` to the tiles of queries, with or without a carry."""
+def _for_each_tile(plan: _Plan, body: Any, carry: Any) -> Any:
+    """Apply `body` to the tiles of queries and the carry."""
     tiles = pl.cdiv(plan.tokens, plan.queries)
-    if carry is None:
-        return body(0) if tiles == 1 else jax.lax.fori_loop(0, tiles, lambda tile, _: body(tile), None)
     return body(0, carry) if tiles == 1 else jax.lax.fori_loop(0, tiles, body, carry)
 
 

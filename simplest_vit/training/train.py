@@ -33,14 +33,7 @@ from simplest_vit.training.writers import create_writer, import_wandb, log
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Train as the config describes, or resume the run in `workdir`.
-
-    Args:
-      config: The run's config, already checked.
-      workdir: Folder for checkpoints, metrics, TensorBoard files and `results.json`.
-
-    Returns:
-      The content of `results.json`.
+    """Train as a config that is already checked describes: see `api.train`.
 
     Raises:
       UserError: If the config, the data and the folder do not match.
