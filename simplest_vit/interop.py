@@ -232,14 +232,7 @@ def _tensors(model: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]:
 
 
 def to_reference(model: Any, state: ModelState) -> dict[str, np.ndarray]:
-    """Convert a model to the names and layouts of the reference.
-
-    Args:
-      model: `config.model`.
-      state: The model.
-
-    Returns:
-      float32 arrays by the names of the reference's state dict.
+    """Convert a model of `config.model` to float32 arrays by the names, and in the layouts, of the reference.
 
     Raises:
       UserError: If the reference has no such model.

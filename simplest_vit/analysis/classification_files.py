@@ -12,11 +12,7 @@ from simplest_vit.training.evaluate import Evaluation
 
 
 def write_classification(evaluation: Evaluation, folder: str) -> None:
-    """Write `classes.csv`, `confusion.csv` and `confusion.png` (with names for up to 50 classes).
-
-    Args:
-      evaluation: Of a checkpoint.
-      folder: Created if missing.
+    """Write `classes.csv`, `confusion.csv` and `confusion.png` (with names for up to 50 classes) to a folder.
 
     Raises:
       UserError: If the folder cannot be written.

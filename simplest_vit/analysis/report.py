@@ -58,9 +58,6 @@ def summary(runs: list[Run], name: str = "validation_accuracy") -> str:
 def find_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
     """Look for runs in folders and everything below.
 
-    Args:
-      folders: Paths.
-
     Returns:
       The finished runs, and one line for each that cannot be used.
 

@@ -20,14 +20,9 @@ from simplest_vit.models.layers import token_grid
 
 
 def attention_rollout(model: ViT, image: jax.Array) -> np.ndarray:
-    """Compute the share of each patch in the tokens that the head reads.
+    """Compute the share of each patch in the tokens that the head reads: float32 [B, rows, columns], each sums to 1.
 
-    Args:
-      model: The model.
-      image: Normalized images [B, H, W, C].
-
-    Returns:
-      float32 [B, rows, columns]; each sums to 1.
+    Images are normalized, [B, H, W, C].
     """
     graphdef, state = nnx.split(model)
     grid = token_grid(image.shape[1:], model.patch_size)

@@ -69,14 +69,8 @@ def train_batch(
 ) -> Batch:
     """Make the training batch of a step, as `augment.train_batch` returns it.
 
-    Args:
-      images: The whole split, uint8 [N, H, W, C].
-      labels: int32 [N].
-      seed: Seed of the run, uint32 scalar.
-      step: Step of the run, uint32 scalar.
-      preprocessing: The preprocessing and augmentation.
-      batch_size: Examples in the batch, at most N.
-      sharding: Sharding of the batch.
+    Images uint8 [N, H, W, C] and labels int32 [N] are the whole split; seed and step are uint32 scalars; `batch_size`
+    is at most N.
     """
     size = len(labels)
     epoch, step_of_epoch = jnp.divmod(step, size // batch_size)

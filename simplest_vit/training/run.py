@@ -37,12 +37,8 @@ class Run:
     Attributes:
       config: The config, whose batch size fits the data and whose intervals are in steps.
       data: Facts about the data set; the examples are not needed.
-      mesh: The devices.
       steps_per_epoch: Steps in a pass over the training split.
       total_steps: Steps of the whole run.
-      learning_rate: The schedule.
-      tx: The optimizer.
-      graphdef: The model.
       initialize: See `state_initializer`.
       abstract: Shapes, dtypes and shardings of the state.
     """

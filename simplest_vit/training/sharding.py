@@ -69,17 +69,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Return how an array of a `TrainState` is split.
+    """Return how an array of a `TrainState` of this shape is split, by its key path from the state's root.
 
     - Stacks of Shampoo and SOAP: slots over all devices if they divide evenly, else another axis (`slots_spec`).
     - Matrices among the parameters, their moments and their average: the largest dimension that `fsdp` divides, and
       never the axis that stacks layers, along which the model scans.
     - Vectors, scalars and the model's constants: whole, because they are small.
-
-    Args:
-      path: Key path from the state's root.
-      shape: The array's shape.
-      mesh: The devices.
     """
     names = path_names(path)
     if "stacks" in names:

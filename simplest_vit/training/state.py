@@ -154,18 +154,9 @@ def apply_model(
     *,
     mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
-    """Compute the logits of the model with the given parameters.
+    """Compute the logits of images [B, H, W, C] with the given parameters: float32 [B, num_classes].
 
-    Args:
-      graphdef: The model.
-      params: Its parameters.
-      constants: Its constants.
-      image: Images [B, H, W, C].
-      dropout_key: Turns dropout on.
-      mesh: Devices that shard the parameters; None for one.
-
-    Returns:
-      float32 [B, num_classes].
+    A `dropout_key` turns dropout on; the devices of `mesh` shard the parameters.
     """
     with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         # The parameters of the blocks are gathered layer by layer.

@@ -140,10 +140,7 @@ def make_eval_step(
 ) -> Callable[[Any, Any, Batch], Sums]:
     """Create a jitted function of parameters, constants and a batch that returns `classification_sums`, unsmoothed.
 
-    Args:
-      graphdef: The model.
-      mesh: The devices; None for one.
-      detailed: Whether `confusion_sums` are returned as well.
+    If `detailed`, it returns `confusion_sums` as well.
     """
 
     def eval_step(params: Any, constants: Any, batch: Batch) -> Sums:

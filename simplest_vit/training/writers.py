@@ -189,13 +189,9 @@ def import_wandb() -> Any:
 
 
 def create_writer(folder: pathlib.Path, first_step: int, *, primary: bool, wandb: str | None = None) -> RunWriter:
-    """Create the writer of a run.
+    """Create the writer of a run that starts from `first_step`; only the primary process writes.
 
-    Args:
-      folder: The run's folder.
-      first_step: The step from which it starts.
-      primary: Whether this process writes.
-      wandb: Project of Weights & Biases.
+    The run is also logged to the project `wandb` of Weights & Biases, if there is one.
     """
     if not primary:
         return RunWriter([])

@@ -39,7 +39,6 @@ class Region:
     Attributes:
       starts: Where the region begins on each (merged) axis.
       counts: Blocks along each axis.
-      block_shape: The shape of a block.
       stack: Index of the stack that holds them.
       slot: Slot of the first block in the stack.
       num_blocks: Blocks in the region, over all stacked layers.
@@ -59,8 +58,6 @@ class ParamPlan:
 
     Attributes:
       path: Its path in the tree, such as 'blocks/mlp/kernel', for messages.
-      shape: Its shape.
-      dtype: Its dtype.
       num_layers: Product of its leading stack axes.
       merged_shape: Shape of one layer after small dimensions are merged.
       regions: Its regions of equal blocks; empty if it is not preconditioned.
@@ -79,7 +76,6 @@ class BlockStack:
     """Blocks of one shape in one array (count, *block_shape).
 
     Attributes:
-      block_shape: The shape of a block.
       axes: The axes that have a preconditioner.
       count: The number of blocks.
       root: The p of the inverse p-th roots that are their preconditioners.
@@ -102,7 +98,6 @@ class Plan:
 
     Attributes:
       params: One entry for each parameter, in the order of the tree.
-      stacks: The stacks of blocks.
       options: The arguments it was made with.
     """
 
