@@ -112,10 +112,10 @@ def _curves(kernel: np.ndarray) -> Curves:
 # Theory.
 
 
-def token_kernel(x: np.ndarray) -> np.ndarray:
-    """Compute the kernel of tokens [B, T, D]: [2, B, T, T]."""
-    pairs = np.stack([x, np.roll(x, -1, axis=0)])
-    return np.einsum("btd,pbsd->pbts", x, pairs, optimize=True) / x.shape[-1]
+def token_kernel(x: Any, xp: Any = np) -> Any:
+    """Compute the kernel of tokens [B, T, D] with NumPy, or the module `xp`: [2, B, T, T]."""
+    pairs = xp.stack([x, xp.roll(x, -1, axis=0)])
+    return xp.einsum("btd,pbsd->pbts", x, pairs, optimize=True) / x.shape[-1]
 
 
 def theoretical_kernels(model: ViT, image: jax.Array) -> np.ndarray | None:
@@ -209,10 +209,6 @@ def _measure(
     params, constants = (nnx.as_pure(part) for part in parts)
     x = model.embed(image)
 
-    def kernel_of(x: jax.Array) -> jax.Array:  # `token_kernel` on the device
-        pairs = jnp.stack([x, jnp.roll(x, -1, axis=0)])
-        return jnp.einsum("btd,pbsd->pbts", x, pairs) / x.shape[-1]
-
     def loss(params: Any, probes: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Compute the mean cross-entropy; the gradient at `probes` (zeros between blocks) is that at the tokens."""
 
@@ -223,7 +219,7 @@ def _measure(
             share = jnp.abs(matrix) / jnp.sum(jnp.abs(matrix), axis=-1, keepdims=True)
             y = block(x) + probe
             measured = {
-                "kernel": kernel_of(y),
+                "kernel": token_kernel(y, jnp),
                 "attention_entropy": -jnp.mean(jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)),
             }
             if start is not None:
@@ -235,7 +231,7 @@ def _measure(
 
         first = x + probes[0]
         last, measured = jax.lax.scan(body, first, (params, constants, probes[1:], start))
-        measured["kernel"] = jnp.concatenate([kernel_of(first)[None], measured["kernel"]])
+        measured["kernel"] = jnp.concatenate([token_kernel(first, jnp)[None], measured["kernel"]])
         return optax.softmax_cross_entropy(model.head(model.pool(last)), label).mean(), measured
 
     probes = jnp.zeros((model.depth + 1, *x.shape), x.dtype)
