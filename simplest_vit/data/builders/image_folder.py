@@ -48,32 +48,22 @@ def image_files(folder: Path) -> list[str]:
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    seen, pending = set(), [str(folder)]
-    while pending:
-        path = pending.pop()
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for path, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         identity = os.stat(path)
         if (identity.st_dev, identity.st_ino) in seen:  # a link to a folder above
+            folders.clear()
             continue
         seen.add((identity.st_dev, identity.st_ino))
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    pending.append(entry.path)
-                else:
-                    yield entry.path
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(path, name) for name in names if not name.startswith("."))
 
 
 def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def has_splits(folder: Path) -> bool:
