@@ -38,9 +38,8 @@ class WarmupCosine:
     def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
         """Return the learning rate of a step, counted from 0."""
         warmup_steps = min(self.warmup_steps, self.total_steps)
-        warmup = optax.linear_schedule(0.0, self.peak, warmup_steps)
-        cosine = optax.cosine_decay_schedule(self.peak, max(self.total_steps - warmup_steps, 1))
-        return optax.join_schedules([warmup, cosine], [warmup_steps])(step + 1)
+        total_steps = max(self.total_steps, warmup_steps + 1)
+        return optax.warmup_cosine_decay_schedule(0.0, self.peak, warmup_steps, total_steps)(step + 1)
 
     def at_peak(self, peak: float) -> "WarmupCosine":
         """Return the same schedule with another peak."""

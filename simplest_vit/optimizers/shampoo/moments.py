@@ -5,7 +5,7 @@ from a diagonal method. Both use the same momentum.
 """
 
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,10 @@ def bias_correction(decay: Number, count: jax.Array, dtype: jnp.dtype) -> jax.Ar
     return -jnp.expm1(count.astype(wide) * math.log(decay)).astype(dtype)
 
 
-def init_moments(shape: tuple[int, ...], options: Options, diagonal: Diagonal) -> tuple[jax.Array, SecondMoment]:
-    """Create the momentum in `mu_dtype` and, if the diagonal method has one, the second moment."""
-    mu = jnp.zeros(shape, options.momentum_dtype)
-    return mu, jnp.zeros(shape, options.dtype) if diagonal.has_second_moment else optax.MaskedNode()
+def init_moments(like: Any, options: Options, diagonal: Diagonal) -> tuple[jax.Array, SecondMoment]:
+    """Create the momentum in `mu_dtype` and, if the diagonal method has one, the second moment, both shaped `like`."""
+    mu = jnp.zeros_like(like, options.momentum_dtype)
+    return mu, jnp.zeros_like(like, options.dtype) if diagonal.has_second_moment else optax.MaskedNode()
 
 
 def diagonal_step(

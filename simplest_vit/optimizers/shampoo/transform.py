@@ -66,20 +66,18 @@ def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) ->
     version = (VERSION, options.number)
 
     def init_stack(stack: BlockStack) -> StackState:
-        moments = init_moments((stack.count, *stack.block_shape), options, options.diagonal(True))
+        blocks = jax.ShapeDtypeStruct((stack.count, *stack.block_shape), options.dtype)
+        moments = init_moments(blocks, options, options.diagonal(True))
         return StackState(*moments, init_axes(stack, options))
 
     def init_state(plan: Plan, params: optax.Params) -> PreconditionedState:
-        plans = iter(plan.params)
-
-        def moments(param: jax.Array) -> Any:
-            if next(plans).regions:
-                return optax.MaskedNode(), optax.MaskedNode()
-            both = init_moments(jnp.shape(param), options, options.diagonal(False))
-            return jax.tree.map(lambda x: jnp.zeros_like(param, x.dtype), both)
-
-        both = [moments(param) for param in jax.tree.leaves(params)]
-        mu, nu = (jax.tree.unflatten(jax.tree.structure(params), [pair[i] for pair in both]) for i in range(2))
+        leaves, tree = jax.tree.flatten(params)
+        diagonal, masked = options.diagonal(False), optax.MaskedNode()
+        moments = [
+            (masked, masked) if cut.regions else init_moments(param, options, diagonal)
+            for cut, param in zip(plan.params, leaves, strict=True)
+        ]
+        mu, nu = (jax.tree.unflatten(tree, [pair[i] for pair in moments]) for i in range(2))
         stacks = tuple(init_stack(stack) for stack in plan.stacks) if plan.params else jnp.zeros((), jnp.int8)
         return PreconditionedState(jnp.zeros((), jnp.int32), jnp.zeros(version, jnp.int8), mu, nu, stacks)
 
