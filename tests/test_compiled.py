@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import cifar10
-from simplest_vit.data import in_memory
 from simplest_vit.data.augment import Preprocessing
+from simplest_vit.data.input_pipeline import train_batch
 
 if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
     if os.environ.get("SIMPLEST_VIT_REQUIRE_GPU_COMPILER"):
@@ -55,9 +55,7 @@ def test_a_step_waits_for_nothing(config):
 def test_a_batch_waits_for_nothing(mode):
     config = small("augmentation=strong", data__cutmix_alpha=1.0, data__mixup_mode=mode).data
     data = fake_data.info((32, 32, 3), 10)
-    sample = functools.partial(
-        in_memory.train_batch, preprocessing=Preprocessing.of(data, config), batch_size=32, sharding=None
-    )
+    sample = functools.partial(train_batch, preprocessing=Preprocessing.of(data, config), batch_size=32, sharding=None)
     split = jax.ShapeDtypeStruct((1000, 32, 32, 3), jnp.uint8), jax.ShapeDtypeStruct((1000,), jnp.int32)
     number = jax.ShapeDtypeStruct((), jnp.uint32)
     _, program = compiled.compile_for(compiled.target(), jax.jit(sample), *split, number, number)

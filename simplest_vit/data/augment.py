@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from scipy import special
 
 from simplest_vit.data.rand_augment import rand_augment
@@ -88,6 +89,11 @@ def eval_batch(images: jax.Array, labels: jax.Array, weight: jax.Array, preproce
         "label": jax.nn.one_hot(labels, preprocessing.num_classes),
         "weight": weight,
     }
+
+
+def constrain(tree: Any, sharding: NamedSharding | None) -> Any:
+    """Shard every array of a tree along its first axis according to `sharding`."""
+    return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding)
 
 
 def random_crop_and_flip(key: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:

@@ -7,18 +7,29 @@
 A batch is a dict of arrays that are already on the device(s): image float32 [B, H, W, C] (normalized), label float32
 [B, num_classes] (one-hot, or mixed), weight float32 [B] (0 for padding). Training batch k depends only on (seed, k):
 to resume, start at the step reached.
+
+A split on the device is sampled and augmented there by one jitted function, whose arguments, never constants, are its
+arrays; seed and step are traced. One compilation therefore serves the whole run, and each call is dispatched without
+waiting for the previous one. A split on disk is streamed.
 """
 
+import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from jax.sharding import NamedSharding
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from simplest_vit.data import in_memory, streaming
+from simplest_vit.data import augment, streaming
 from simplest_vit.data.augment import Batch as Batch
+from simplest_vit.data.augment import Preprocessing, constrain
 from simplest_vit.data.dataset import Dataset as Dataset
 from simplest_vit.data.dataset import InMemorySplit as InMemorySplit
 from simplest_vit.data.dataset import load as load
+from simplest_vit.data.order import shuffled
 from simplest_vit.data.records import DiskSplit as DiskSplit
 from simplest_vit.errors import UserError
 
@@ -76,10 +87,14 @@ def train_batches(
       UserError: If there are fewer examples than `batch_size`.
     """
     steps_per_epoch(dataset.train_size, batch_size)
-    place = in_memory if isinstance(dataset.train, InMemorySplit) else streaming
-    return place.train_batches(
-        dataset, data, batch_size=batch_size, seed=seed, start_step=start_step, sharding=sharding
-    )
+    if isinstance(dataset.train, DiskSplit):
+        return streaming.train_batches(
+            dataset, data, batch_size=batch_size, seed=seed, start_step=start_step, sharding=sharding
+        )
+    split = _replicate(dataset.train, sharding)
+    static = {"preprocessing": Preprocessing.of(dataset, data), "batch_size": batch_size, "sharding": sharding}
+    sample = functools.partial(train_batch, split.images, split.labels, np.uint32(seed), **static)
+    return (sample(np.uint32(step)) for step in itertools.count(start_step))
 
 
 def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding | None) -> Iterator[Batch]:
@@ -90,5 +105,68 @@ def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding |
       batch_size: Examples in a batch; the last one is padded with examples of weight 0.
       sharding: Sharding of the batch axis over a mesh; None for one device.
     """
-    place = in_memory if isinstance(dataset.validation, InMemorySplit) else streaming
-    return place.eval_batches(dataset, batch_size=batch_size, sharding=sharding)
+    if isinstance(dataset.validation, DiskSplit):
+        return streaming.eval_batches(dataset, batch_size=batch_size, sharding=sharding)
+    split = _replicate(dataset.validation, sharding)
+    static = {"preprocessing": Preprocessing.of(dataset), "batch_size": batch_size, "sharding": sharding}
+    sample = functools.partial(eval_batch, split.images, split.labels, **static)
+    return (sample(np.int32(start)) for start in range(0, dataset.validation_size, batch_size))
+
+
+def _replicate(split: InMemorySplit, sharding: NamedSharding | None) -> InMemorySplit:
+    """Put a whole split on every device of a mesh, so that each samples its part of a batch without communication.
+
+    Each process has loaded the split and copies it to its own devices. The result is cached for later evaluations.
+    """
+    if sharding is None:
+        return split
+    mesh: Any = sharding.mesh
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def replicate(array: jax.Array) -> jax.Array:
+        copies = [jax.device_put(array, device) for device in everywhere.addressable_devices]
+        return jax.make_array_from_single_device_arrays(array.shape, everywhere, copies)
+
+    if mesh not in split.copies:
+        split.copies[mesh] = InMemorySplit(replicate(split.images), replicate(split.labels))
+    return split.copies[mesh]
+
+
+@functools.partial(jax.jit, static_argnames=("preprocessing", "batch_size", "sharding"))
+def train_batch(
+    images: jax.Array,
+    labels: jax.Array,
+    seed: jax.Array,
+    step: jax.Array,
+    *,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    sharding: NamedSharding | None,
+) -> Batch:
+    """Make the training batch of a step, as `augment.train_batch` returns it.
+
+    Images uint8 [N, H, W, C] and labels int32 [N] are the whole split; seed and step are uint32 scalars; `batch_size`
+    is at most N.
+    """
+    size = len(labels)
+    epoch, step_of_epoch = jnp.divmod(step, size // batch_size)
+    position = step_of_epoch * batch_size + jnp.arange(batch_size, dtype=jnp.uint32)
+    index = constrain(shuffled(position, size, seed, epoch), sharding)
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return constrain(augment.train_batch(key, images[index], labels[index], preprocessing), sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("preprocessing", "batch_size", "sharding"))
+def eval_batch(
+    images: jax.Array,
+    labels: jax.Array,
+    start: jax.Array,
+    *,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    sharding: NamedSharding | None,
+) -> Batch:
+    """Make a batch of the examples from `start` on; arguments as in `train_batch`, weight 0 past the last example."""
+    index = constrain(start + jnp.arange(batch_size), sharding)
+    weight = (index < len(labels)).astype(jnp.float32)
+    return constrain(augment.eval_batch(images[index], labels[index], weight, preprocessing), sharding)

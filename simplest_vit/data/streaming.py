@@ -28,10 +28,9 @@ from jax.sharding import NamedSharding
 
 from simplest_vit import preemption
 from simplest_vit.data import augment
-from simplest_vit.data.augment import Batch, Preprocessing
+from simplest_vit.data.augment import Batch, Preprocessing, constrain
 from simplest_vit.data.dataset import Dataset
 from simplest_vit.data.decode import decode_image, eval_image, image_size, resize_box
-from simplest_vit.data.in_memory import constrain
 from simplest_vit.data.order import shuffled
 from simplest_vit.data.records import cpu_count
 from simplest_vit.errors import TrainingError, UserError

@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
 import input_pipeline
-from simplest_vit.data import in_memory
 from simplest_vit.data.augment import Preprocessing
+from simplest_vit.data.input_pipeline import eval_batch, train_batch
 from simplest_vit.errors import UserError
 
 
@@ -122,19 +122,19 @@ def test_evaluation_covers_each_example_once(digits):
 
 def test_one_trace_serves_the_run(digits):
     dataset, config = digits
-    in_memory.train_batch.clear_cache()
-    in_memory.eval_batch.clear_cache()
+    train_batch.clear_cache()
+    eval_batch.clear_cache()
     take(dataset, config, 5)
     take(dataset, config, 3, start_step=1000)
     for _ in range(2):
         list(input_pipeline.eval_batches(dataset, batch_size=128, sharding=None))
-    assert in_memory.train_batch._cache_size() == 1
-    assert in_memory.eval_batch._cache_size() == 1
+    assert train_batch._cache_size() == 1
+    assert eval_batch._cache_size() == 1
 
 
 def test_the_data_is_no_constant_of_the_program(digits):
     dataset, _ = digits
-    lowered = in_memory.train_batch.lower(
+    lowered = train_batch.lower(
         dataset.train.images, dataset.train.labels, np.uint32(0), np.uint32(0),
         preprocessing=Preprocessing(dataset.mean, dataset.std, 10), batch_size=8, sharding=None,
     )  # fmt: skip
