@@ -126,7 +126,6 @@ class _Unpickler(_PythonUnpickler):
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor | None:
-    del rest
     if storage is None:
         return None
     numbers = (offset, *shape, *strides)

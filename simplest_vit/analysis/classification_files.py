@@ -39,7 +39,7 @@ def _draw_confusion(result: Classification, class_names: Sequence[str], path: pa
         axes.set(xlabel="predicted class", ylabel="class", title=f"accuracy {result.accuracy:.1%}")
         axes.grid(visible=False)
         if len(class_names) <= 50:
-            names = [name.replace("$", r"\$") for name in class_names]  # matplotlib takes $...$ for a formula
-            axes.set_xticks(range(len(names)), names, rotation=90)
-            axes.set_yticks(range(len(names)), names)
+            ticks = range(len(class_names)), class_names
+            axes.set_xticks(*ticks, rotation=90, parse_math=False)  # a name may have two dollar signs
+            axes.set_yticks(*ticks, parse_math=False)
         figures.save(figure, path)

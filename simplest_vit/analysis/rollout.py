@@ -88,7 +88,6 @@ def draw_rollout(prediction: dict[str, Any], pixels: np.ndarray, shares: np.ndar
     heat = right.imshow(relative, extent=extent, cmap="magma", alpha=0.65, vmin=0, vmax=max(2.0, relative.max()))
     figure.colorbar(heat, ax=right, label="share of a patch, relative to 1 / patches", shrink=0.85)
     best = prediction["top"][0]
-    name = best["class"].replace("$", r"\$")  # matplotlib takes $...$ for a formula
-    left.set_title(f"{name} {best['probability']:.1%}")
+    left.set_title(f"{best['class']} {best['probability']:.1%}", parse_math=False)  # a name may have two dollar signs
     right.set_title("attention rollout over all blocks")
     return figure

@@ -220,7 +220,6 @@ def _close(iterator: grain.DatasetIterator) -> None:
 
 def _end_with_parent(worker: int, workers: int) -> None:
     """End this worker process with its parent; otherwise it would outlive a killed run and keep its shared memory."""
-    del worker, workers
     parent: Any = multiprocessing.parent_process()
 
     def wait() -> None:

@@ -44,7 +44,6 @@ class AttentionKind:
         `attention_bias` [L, T, T] or [L, H, T, T] is added to the logits, `row_scale` [L, T] multiplies the rows of
         the softmax; `mix` may use others.
         """
-        del grid, depth, num_heads
         return {}
 
     def mix(
@@ -61,7 +60,6 @@ class AttentionKind:
         Returns:
           [B, T, H * d].
         """
-        del num_heads, arrays
         return softmax_attention(value)
 
     def initial_matrix(self, constants: Arrays, num_tokens: int) -> np.ndarray | None:
@@ -70,7 +68,6 @@ class AttentionKind:
         Returns:
           float64 [L or 1, H or 1, T, T], or None if they depend on random weights.
         """
-        del num_tokens
         if not self.zero_queries:
             return None
         bias = np.asarray(constants["attention_bias"], np.float64)

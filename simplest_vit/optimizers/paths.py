@@ -11,7 +11,7 @@ import optax.contrib
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
     """Return the names along a key path, such as ('blocks', 'mlp', 'dense1', 'kernel')."""
-    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
 
 
 def is_stacked(path: tuple[Any, ...]) -> bool:

@@ -308,7 +308,6 @@ class _Best:
     step: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
         return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
