@@ -1,4 +1,4 @@
-"""A run small enough for a test: four blocks on the bundled digits."""
+"""A run small enough for a test: two blocks on the bundled digits."""
 
 from typing import Any
 
