@@ -57,7 +57,7 @@ class Checkpoints:
         self._writable = create
         self._best = _Best()
         self._saving = (-1, RunProgress())
-        self._whole: set[int] = set()  # steps whose checkpoint was found whole
+        self._intact: set[int] = set()  # steps whose checkpoint was found intact
         self._damaged: set[int] = set()  # or damaged, and reported
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(2), self._best]),
@@ -111,7 +111,7 @@ class Checkpoints:
         Raises:
           UserError: If all are damaged, or there is none to read.
         """
-        step = distributed.broadcast_from_primary(lambda: self._first_whole(reversed(self.steps())))
+        step = distributed.broadcast_from_primary(lambda: self._first_intact(reversed(self.steps())))
         self._manager.reload()
         return step
 
@@ -122,7 +122,7 @@ class Checkpoints:
           UserError: If all checkpoints are damaged.
         """
         ranked = lambda: sorted(self.steps(), key=self._rank, reverse=True)  # noqa: E731
-        return distributed.broadcast_from_primary(lambda: self._first_whole(ranked()))
+        return distributed.broadcast_from_primary(lambda: self._first_intact(ranked()))
 
     def progress(self, step: int) -> RunProgress:
         """Read the progress of an intact checkpoint."""
@@ -214,7 +214,7 @@ class Checkpoints:
         if (self.directory / str(step)).exists():
             return False
         self._manager.reload()
-        self._whole.discard(step)
+        self._intact.discard(step)
         return True
 
     def _write_record(self) -> None:
@@ -233,7 +233,7 @@ class Checkpoints:
             accuracy = None
         return -1.0 if accuracy is None else accuracy, step
 
-    def _first_whole(self, steps: Iterable[int]) -> int | None:
+    def _first_intact(self, steps: Iterable[int]) -> int | None:
         """Find the first of these steps whose checkpoint is intact."""
         damages: dict[int, str] = {}
         for step in steps:
@@ -276,9 +276,9 @@ class Checkpoints:
 
     def _damage(self, step: int) -> str | None:
         """Describe what is wrong with the files of a checkpoint; None if it is intact, which is checked only once."""
-        damage = None if step in self._whole else find_damage(self.directory / str(step))
+        damage = None if step in self._intact else find_damage(self.directory / str(step))
         if damage is None:
-            self._whole.add(step)
+            self._intact.add(step)
         return damage
 
     @contextlib.contextmanager

@@ -75,12 +75,12 @@ class Archive:
         print(f"downloading {self.url} ({self.size / 1e6:.0f} MB) to {path}", file=sys.stderr, flush=True)
         progress = Progress(f"downloading {self.file_name}", self.size / 1e6, unit="MB")
 
-        def tell(block: int, size: int, total: int) -> None:
+        def count(block: int, size: int, total: int) -> None:
             megabytes = size / 1e6 if block else 0.0  # urlretrieve calls it with block 0 before the first block
             progress.add(megabytes, megabytes)
 
         try:
-            urllib.request.urlretrieve(self.url, partial, tell)
+            urllib.request.urlretrieve(self.url, partial, count)
             if difference := self._difference(partial):
                 raise OSError(difference)
             partial.rename(path)
