@@ -7,8 +7,8 @@ import numpy as np
 
 from simplest_vit.analysis import figures
 from simplest_vit.files import write_csv, writing
-from simplest_vit.training.classification import Classification
 from simplest_vit.training.evaluate import Evaluation
+from simplest_vit.training.metrics import Classification
 
 
 def write_classification(evaluation: Evaluation, folder: str) -> None:

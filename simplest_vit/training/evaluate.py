@@ -16,9 +16,8 @@ from simplest_vit.data.dataset import Dataset
 from simplest_vit.errors import UserError
 from simplest_vit.models import fused_attention
 from simplest_vit.training.checkpoint import Checkpoints
-from simplest_vit.training.classification import Classification, classification
-from simplest_vit.training.interrupt import Interruption
-from simplest_vit.training.metrics import Sums, mean_metrics
+from simplest_vit.training.distributed import Interruption
+from simplest_vit.training.metrics import Classification, Sums, classification, mean_metrics
 from simplest_vit.training.run import Run, build
 from simplest_vit.training.sharding import batch_sharding, create_mesh
 from simplest_vit.training.state import ModelState

@@ -1,8 +1,9 @@
 """The metrics of a run: sums over examples, a meter for the steps between reports, and log lines.
 
-Loss and accuracy are kept as sums and counts, so that batches of any size add up to the whole.
+All are kept as sums and counts, so that batches of any size add up to the whole.
 """
 
+import dataclasses
 import datetime
 import math
 import statistics
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from simplest_vit.errors import DivergenceError
@@ -22,6 +24,7 @@ Sums = dict[str, jax.Array]
 # Steps that may be queued on the device: enough to keep it busy, few enough that their batches fit beside the model.
 _STEPS_IN_FLIGHT = 2
 _SUMS = ("loss", "correct", "count")
+BINS = 15  # of confidence, of equal width
 _NOT_GAUGES = (*_SUMS, "skipped_steps", "skipped_in_a_row")
 
 # Names of `results.json` and of a report -> tags, which TensorBoard groups by what is before the slash.
@@ -63,6 +66,81 @@ def mean_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Compute the mean `loss` and `accuracy` over all examples of some sums."""
     total = add_sums(parts)
     return {"loss": total["loss"] / total["count"], "accuracy": total["correct"] / total["count"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Sums over the images of a split, float64.
+
+    Attributes:
+      confusion: Images by their class and the predicted class, [K, K].
+      in_top5: Images whose class is among the five most probable.
+      bin_confidence: Sum of the predicted classes' probabilities by bin, [BINS].
+      bin_correct: Correct predictions by bin, [BINS].
+      bin_count: Images by bin, [BINS].
+    """
+
+    confusion: np.ndarray
+    in_top5: float
+    bin_confidence: np.ndarray
+    bin_correct: np.ndarray
+    bin_count: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images whose class is predicted."""
+        return float(np.trace(self.confusion) / self.confusion.sum())
+
+    @property
+    def top5_accuracy(self) -> float:
+        """The share of images whose class is among the five most probable."""
+        return float(self.in_top5 / self.confusion.sum())
+
+    @property
+    def class_accuracy(self) -> np.ndarray:
+        """Accuracy by class, [K]; NaN for a class without images."""
+        images = self.confusion.sum(axis=1)
+        return np.divide(np.diag(self.confusion), images, out=np.full(len(images), np.nan), where=images > 0)
+
+    @property
+    def calibration_error(self) -> float:
+        """The expected calibration error (Guo et al., arXiv 1706.04599, equation 3)."""
+        return float(np.abs(self.bin_correct - self.bin_confidence).sum() / self.bin_count.sum())
+
+
+def confusion_sums(logits: jax.Array, label: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+    """Compute the fields of `Classification` for one batch, in float32.
+
+    Args:
+      logits: float32 [B, K].
+      label: One-hot, float32 [B, K].
+      weight: float32 [B], 0 for padding.
+    """
+    target, predicted = label.argmax(axis=1), logits.argmax(axis=1)
+    probability = jax.nn.softmax(logits).max(axis=1)
+    # Classes tied with the true one do not push it out of the five.
+    rank = jnp.sum(logits > jnp.take_along_axis(logits, target[:, None], axis=1), axis=1)
+    bins = jnp.clip(jnp.ceil(probability * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
+
+    def by_bin(values: jax.Array) -> jax.Array:
+        return jnp.zeros(BINS).at[bins].add(weight * values)
+
+    return {
+        "confusion": jnp.zeros((logits.shape[1], logits.shape[1])).at[target, predicted].add(weight),
+        "in_top5": jnp.sum(weight * (rank < 5)),
+        "bin_confidence": by_bin(probability),
+        "bin_correct": by_bin((target == predicted).astype(jnp.float32)),
+        "bin_count": by_bin(jnp.ones_like(probability)),
+    }
+
+
+def classification(sums: Sequence[Mapping[str, Any]]) -> Classification:
+    """Add up the `confusion_sums` of all batches of a split, which may hold other sums as well."""
+    total: dict[str, Any] = {
+        field.name: np.sum([np.asarray(part[field.name], np.float64) for part in sums], axis=0)
+        for field in dataclasses.fields(Classification)
+    }
+    return Classification(**total)
 
 
 def tagged(scalars: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from simplest_vit.data.augment import Batch
 from simplest_vit.optimizers.sam import sam
 from simplest_vit.optimizers.shampoo import shampoo_metrics
-from simplest_vit.training.classification import confusion_sums
-from simplest_vit.training.metrics import Sums, classification_sums
+from simplest_vit.training.metrics import Sums, classification_sums, confusion_sums
 from simplest_vit.training.sharding import replicated
 from simplest_vit.training.state import TrainState, apply_model
 

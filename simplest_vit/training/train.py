@@ -22,7 +22,6 @@ from simplest_vit.training import distributed
 from simplest_vit.training.checkpoint import Checkpoints, has_checkpoint
 from simplest_vit.training.evaluate import validate
 from simplest_vit.training.fine_tuning import load_initial_params
-from simplest_vit.training.interrupt import interruption
 from simplest_vit.training.metrics import Meter, check_finite, tagged, validation_line
 from simplest_vit.training.progress_bar import progress_bar
 from simplest_vit.training.run import build
@@ -69,7 +68,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         # 3. The state, from the newest checkpoint or at step 0.
         lock = lock_workdir(path, settings, run.data)
         distributed.broadcast_from_primary(lambda: stack.enter_context(lock))
-        interrupted = stack.enter_context(interruption())
+        interrupted = stack.enter_context(distributed.interruption())
         checkpoints = stack.enter_context(Checkpoints(path, create=True))
         first_step = checkpoints.newest() or 0
         if first_step:

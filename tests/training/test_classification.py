@@ -11,8 +11,8 @@ from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from simplest_vit.analysis import figures
 from simplest_vit.analysis.classification_files import write_classification
 from simplest_vit.errors import UserError
-from simplest_vit.training.classification import BINS, classification, confusion_sums
 from simplest_vit.training.evaluate import Evaluation
+from simplest_vit.training.metrics import BINS, classification, confusion_sums
 
 
 @pytest.fixture(scope="module")

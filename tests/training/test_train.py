@@ -29,9 +29,9 @@ from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, Use
 from simplest_vit.training import evaluate, train
 from simplest_vit.training import run as run_module
 from simplest_vit.training.checkpoint import Checkpoints
+from simplest_vit.training.distributed import Interruption
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.integrity import read_record, rewrite_progress
-from simplest_vit.training.interrupt import Interruption
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.state import apply_model
