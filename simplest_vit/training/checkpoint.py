@@ -121,8 +121,9 @@ class Checkpoints:
         Raises:
           UserError: If all checkpoints are damaged.
         """
-        ranked = lambda: sorted(self.steps(), key=self._rank, reverse=True)  # noqa: E731
-        return distributed.broadcast_from_primary(lambda: self._first_intact(ranked()))
+        return distributed.broadcast_from_primary(
+            lambda: self._first_intact(sorted(self.steps(), key=self._rank, reverse=True))
+        )
 
     def progress(self, step: int) -> RunProgress:
         """Read the progress of an intact checkpoint."""

@@ -107,9 +107,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             saved_step, saved_time = step, time.monotonic()
 
         def overdue() -> bool:
-            limit = config.checkpoint_minutes
-            late = lambda: time.monotonic() - saved_time > 60 * limit  # noqa: E731
-            return bool(limit) and distributed.broadcast_from_primary(late)
+            if not (minutes := config.checkpoint_minutes):
+                return False
+            return distributed.broadcast_from_primary(lambda: time.monotonic() - saved_time > 60 * minutes)
 
         def stop(step: int) -> NoReturn:
             if step > saved_step:
