@@ -120,10 +120,7 @@ def model_arguments(
         arguments["attention_kernel"] = "fused"
     if arguments["activation"] == "tailored_relu":
         arguments["c_val_0_target"] = given.get("c_val_0_target", 0.9)
-        try:
-            tat.solve_negative_slope(2 * arguments["depth"], arguments["c_val_0_target"])
-        except ValueError as error:
-            raise UserError(f"config.model.{error}") from error
+        tat.solve_negative_slope(2 * arguments["depth"], arguments["c_val_0_target"])  # raises if there is none
     return arguments
 
 

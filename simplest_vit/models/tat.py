@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
+from simplest_vit.errors import UserError
+
 _MOST_COMPOSITIONS = 2000  # of the deepest network that an error suggests
 
 
@@ -52,18 +54,18 @@ def solve_negative_slope(compositions: int, c_val_0_target: float = 0.9) -> floa
       c_val_0_target: eta, the cosine of orthogonal inputs after the network, in (0, 1).
 
     Raises:
-      ValueError: If `c_val_0_target` is outside (0, 1), or out of reach even for ReLU because the network is shallow.
+      UserError: If `c_val_0_target` is outside (0, 1), or out of reach even for ReLU because the network is shallow.
     """
     if not 0.0 < c_val_0_target < 1.0:
-        raise ValueError(f"c_val_0_target={c_val_0_target} must lie in (0, 1)")
+        raise UserError(f"config.model.c_val_0_target={c_val_0_target} must lie in (0, 1)")
     highest = float(composed_c_map(0.0, 0.0, compositions))
     if highest <= c_val_0_target:
         reached, needed = highest, compositions
         while reached <= c_val_0_target and needed < _MOST_COMPOSITIONS:
             reached, needed = float(c_map(reached, 0.0)), needed + 1
         deeper = f" or use a depth of at least {math.ceil(needed / 2)}" if reached > c_val_0_target else ""
-        raise ValueError(
-            f"c_val_0_target={c_val_0_target} is out of reach for depth {compositions // 2} "
+        raise UserError(
+            f"config.model.c_val_0_target={c_val_0_target} is out of reach for depth {compositions // 2} "
             f"({compositions} activations): even ReLU gives only {highest:.4f}; "
             f"lower c_val_0_target below that{deeper}"
         )

@@ -99,7 +99,7 @@ class ViT(nnx.Module):
           **attention_settings: Settings of the kind of attention; missing ones take the kind's defaults.
 
         Raises:
-          ValueError: If TAT has no solution for the depth.
+          UserError: If TAT has no solution for the depth.
         """
         grid = layers.token_grid(image_shape, patch_size)
         kind = KINDS[attention](**attention_settings)
