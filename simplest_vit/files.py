@@ -1,7 +1,8 @@
-"""Local paths, and atomic writing of files."""
+"""Local paths, checksums, and atomic writing of files."""
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -36,6 +37,12 @@ def local_path(path: str | os.PathLike[str]) -> str:
     if len(os.fsencode(os.path.abspath(path))) > _LONGEST_PATH:
         raise UserError(f"{text[:60]}...: the path is longer than {_LONGEST_PATH:,} bytes; give a shorter one")
     return path
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

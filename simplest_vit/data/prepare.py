@@ -5,7 +5,6 @@ A prepared data set is either complete or absent.
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -28,7 +27,7 @@ from simplest_vit.data.prepared import Prepared
 from simplest_vit.data.progress import Progress
 from simplest_vit.data.records import cannot_read, cpu_count, system_error
 from simplest_vit.errors import UserError, first_line, one_line
-from simplest_vit.files import local_path
+from simplest_vit.files import local_path, sha256
 
 _LEASE = 60  # seconds without a renewal after which the preparing process counts as dead; it renews every 20
 _CHUNK = 256  # images read and checked together
@@ -331,6 +330,5 @@ def describe(prepared: Prepared) -> str:
         lines.append(f"  {name}: {prepared.class_line(name)}")
     lines.append(f"  mean {prepared.mean}, deviation {prepared.std}")
     for path in sorted(prepared.folder.glob("*.array_record*")):
-        with path.open("rb") as file:
-            lines.append(f"  sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}")
+        lines.append(f"  sha256 {sha256(path)}  {path.name}")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from simplest_vit.files import write_json
+from simplest_vit.files import sha256, write_json
 
 RECORD = "record.json"
 
@@ -49,12 +49,8 @@ def find_damage(folder: pathlib.Path) -> str | None:
 
 def _checksums(folder: pathlib.Path, progress: dict[str, Any]) -> dict[str, str]:
     """Compute the SHA-256 of every file of the arrays, and of the progress."""
-    sums = {"progress": _digest(progress)}
-    for path in (folder / "state").rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+    files = [path for path in (folder / "state").rglob("*") if path.is_file()]
+    return {"progress": _digest(progress)} | {str(path.relative_to(folder)): sha256(path) for path in files}
 
 
 def _digest(progress: dict[str, Any]) -> str:

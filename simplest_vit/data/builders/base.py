@@ -1,7 +1,6 @@
 """The description of a data set, and the reading of the files that its authors published."""
 
 import dataclasses
-import hashlib
 import http.client
 import itertools
 import sys
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from simplest_vit.data.decode import decode_image
 from simplest_vit.data.progress import Progress
 from simplest_vit.errors import UserError, first_line
+from simplest_vit.files import sha256
 
 _SHARD_BYTES = 2**28
 
@@ -61,8 +61,7 @@ class Archive:
         size = path.stat().st_size
         if size != self.size:
             return f"{size:,} bytes, expected {self.size:,}"
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
         return f"SHA-256 {found}, expected {self.sha256}" if found != self.sha256 else ""
 
     def download(self, folder: Path) -> None:
