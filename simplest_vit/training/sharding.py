@@ -58,11 +58,6 @@ def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> No
         )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of what is whole on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of a batch: split along the first axis, over all devices."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simplest_vit.data.augment import Batch
 from simplest_vit.optimizers.sam import sam
 from simplest_vit.optimizers.shampoo import shampoo_metrics
 from simplest_vit.training.metrics import Sums, classification_sums, confusion_sums
-from simplest_vit.training.sharding import replicated
 from simplest_vit.training.state import TrainState, apply_model
 
 # Separates the random keys of dropout from those of augmentation, which fold the step into the seed: no step has this
@@ -147,4 +146,4 @@ def make_eval_step(
         sums = classification_sums(logits, batch["label"], batch["weight"])
         return sums | confusion_sums(logits, batch["label"], batch["weight"]) if detailed else sums
 
-    return jax.jit(eval_step, out_shardings=None if mesh is None else replicated(mesh))
+    return jax.jit(eval_step, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))

@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from simplest_vit.errors import UserError
 from simplest_vit.models import attention, espa, fused_attention, layers
-from simplest_vit.training.sharding import batch_sharding, create_mesh, replicated
+from simplest_vit.training.sharding import batch_sharding, create_mesh
 from tests.models import attention_oracle as oracle
 from tests.models import tiny
 
@@ -157,7 +158,11 @@ def test_each_device_computes_its_own_images():
 
     query, key, value, gradient = (jnp.asarray(x, jnp.float32) for x in arrays)
     qkv = jax.device_put(jnp.concatenate([query, key, value], axis=-1), images)
-    arguments = qkv, jax.device_put(jnp.float32(projection_bias), replicated(mesh)), jax.device_put(gradient, images)
+    arguments = (
+        qkv,
+        jax.device_put(jnp.float32(projection_bias), NamedSharding(mesh, PartitionSpec())),
+        jax.device_put(gradient, images),
+    )
     output, dqkv, dbias = gradients(*arguments)
     for result in (output, dqkv):
         assert result.sharding.is_equivalent_to(images, 3)
