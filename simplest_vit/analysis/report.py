@@ -110,6 +110,11 @@ def table(header: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _each(values: Iterable[Any]) -> str:
+    """Format each value once: 462, 462, 300 -> "462 / 300"."""
+    return " / ".join(dict.fromkeys(map(str, values)))
+
+
 def differences(groups: list[list[Run]]) -> list[dict[str, Any]]:
     """Return, for each group, the fields that are not the same in all groups, by dotted name.
 
@@ -126,17 +131,17 @@ def markdown(groups: list[list[Run]], problems: list[str]) -> str:
     header = ["network, optimizer", "differs in", "accuracy", "best", "steps", "time", "device", "commit"]
     rows = []
     for group, own in sorted(zip(groups, differences(groups), strict=True), key=lambda pair: -mean(pair[0])):
-        config, results = group[0].config, group[0].results
+        config = group[0].config
         seconds = [run.results["wall_time_s"] for run in group if run.results.get("wall_time_s") is not None]
         cells = [
             f"{config.get('model.name')}, {config.get('optimizer.name')}",
             ", ".join(f"{name}={value}" for name, value in own.items()) or "-",
             summary(group),
             summary(group, "best_validation_accuracy"),
-            str(results["steps"]),
+            _each(run.results["steps"] for run in group),
             f"{statistics.fmean(seconds):.0f} s" if seconds else "-",
-            str(results.get("device", "-")),
-            str(results.get("commit") or "-")[:10],
+            _each(run.results.get("device", "-") for run in group),
+            _each(str(run.results.get("commit") or "-")[:10] for run in group),
         ]
         rows.append(cells)
     parts = [table(header, rows) if rows else "no finished run"]

@@ -57,6 +57,17 @@ def test_a_row_says_what_differs_and_averages_seeds(tmp_path):
     assert problems == []
 
 
+def test_a_row_names_the_steps_device_and_commit_of_each_of_its_runs(tmp_path):
+    for seed, (steps, device, commit) in enumerate(
+        [(462, "1 x H200", "ab"), (300, "1 x H200", "cd"), (462, "cpu", "ab")]
+    ):
+        finish(tmp_path / f"run{seed}", seed=seed)
+        path = tmp_path / f"run{seed}" / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": steps, "device": device, "commit": commit}))
+    (row,), _ = reported(tmp_path)
+    assert row[4:] == ["462 / 300", "101 s", "1 x H200 / cpu", "ab / cd"]
+
+
 def test_runs_on_other_images_are_another_row_and_a_copy_does_not_count(tmp_path):
     finish(tmp_path / "a", 0.5)
     finish(tmp_path / "b", 0.7, fingerprint="0123456789")
