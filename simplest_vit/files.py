@@ -21,10 +21,12 @@ def local_path(path: str | os.PathLike[str]) -> str:
     """Expand `~`, and accept `file:///PATH` for `/PATH`.
 
     Raises:
-      UserError: If the text is not a local path: it has another scheme, such as gs://, names an unknown user, is not
-        UTF-8, or is too long.
+      UserError: If the text is not a local path: it is empty, has another scheme, such as gs://, names an unknown user,
+        is not UTF-8, or is too long.
     """
     text = os.fspath(path)
+    if not text:
+        raise UserError("'': the path is empty; give a path")
     if text.startswith("file://"):
         text = "/" + text.removeprefix("file://").removeprefix("localhost").lstrip("/")
     if scheme := re.match(r"([a-z][a-z0-9+.-]+):/", text, re.IGNORECASE):

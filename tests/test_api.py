@@ -81,6 +81,14 @@ def test_wrong_images_are_named(run, images, message):
         simplest_vit.load(run[0]).predict(images)
 
 
+@pytest.mark.parametrize("use", [simplest_vit.load, lambda workdir: simplest_vit.train(tiny_config(), workdir)])
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, use):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the path is empty; give a path"):
+        use("")
+    assert not list(tmp_path.iterdir())
+
+
 def test_training_logs_to_standard_output_and_leaves_logging_as_it_was(run, capsys):
     log = logging.getLogger("simplest_vit")
     before = (log.handlers[:], log.level, log.propagate)
