@@ -27,7 +27,14 @@ from simplest_vit.training.progress_bar import progress_bar
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import batch_sharding, check_batch_size, create_mesh, memory_line
 from simplest_vit.training.state import RunProgress
-from simplest_vit.training.workdir import RESULTS, check_workdir, environment, lock_workdir, write_results
+from simplest_vit.training.workdir import (
+    RESULTS,
+    check_workdir,
+    environment,
+    lock_workdir,
+    with_absolute_folders,
+    write_results,
+)
 from simplest_vit.training.writers import create_writer, import_wandb, log
 
 
@@ -176,7 +183,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             "step_time_median_s": meter.step_time_median,
             "images_per_second": run.config.batch_size / meter.step_time_median if meter.step_time_median else None,
             "seed": config.seed,
-            "config": run.config.to_dict(),
+            "config": with_absolute_folders(run.config.to_dict()),
             **environment(),
         }
         if distributed.is_primary():

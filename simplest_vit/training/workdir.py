@@ -148,7 +148,7 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
                 check_data(path, data)
             else:
                 write_json(path / DATASET, data.to_json())
-            write_json(path / CONFIG, {"version": VERSION, "config": _from_anywhere(settings)})
+            write_json(path / CONFIG, {"version": VERSION, "config": with_absolute_folders(settings)})
         yield
 
 
@@ -200,6 +200,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def with_absolute_folders(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with absolute folders, because a run may be resumed from another current folder."""
+    config, flat = ConfigDict(settings), flatten(settings)
+    folders = {name: local_path(flat[name]) for name in _FOLDERS if flat[name]}
+    config.update_from_flattened_dict({name: os.path.abspath(path) for name, path in folders.items()})
+    return config.to_dict()
+
+
 def _commit() -> str | None:
     root = pathlib.Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
@@ -242,16 +250,8 @@ def _read_settings(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path / CONFIG} cannot be read ({error}); choose another --workdir") from error
 
 
-def _from_anywhere(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with absolute folders, because a run may be resumed from another current folder."""
-    config, flat = ConfigDict(settings), flatten(settings)
-    folders = {name: local_path(flat[name]) for name in _FOLDERS if flat[name]}
-    config.update_from_flattened_dict({name: os.path.abspath(path) for name, path in folders.items()})
-    return config.to_dict()
-
-
 def _check_same(path: pathlib.Path, settings: dict[str, Any]) -> None:
-    old, new = _read_settings(path), flatten(_from_anywhere(settings))
+    old, new = _read_settings(path), flatten(with_absolute_folders(settings))
     for name in sorted(old.keys() | new.keys()):
         if is_resumable(name) or old.get(name) == new.get(name):
             continue

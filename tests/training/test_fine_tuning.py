@@ -91,11 +91,13 @@ def test_devices_share_the_weights(pretrained, best):
     assert len({str(shard.index) for shard in kernel.addressable_shards}) == 2
 
 
-def test_a_run_begins_there_and_goes_on_without_it(pretrained, tmp_path):
+def test_a_run_begins_there_and_goes_on_without_it(pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     source = tmp_path / "source"
     shutil.copytree(pretrained, source)
-    config = tiny_config(steps=3, init_from=str(source), optimizer__learning_rate=1e-9)
+    config = tiny_config(steps=3, init_from="source", optimizer__learning_rate=1e-9)
     outcome = train(config, str(tmp_path / "run"))
+    assert outcome["config"]["init_from"] == str(source)  # so that a report does not mix up the sources
     reached = restore_best(str(source))[1].params
     shutil.rmtree(source)
     with Checkpoints(tmp_path / "run", create=False) as checkpoints:
