@@ -17,6 +17,7 @@ from simplest_vit.analysis import classification_files
 from simplest_vit.commands import processes, signal_propagation, sweep
 from simplest_vit.data import input_pipeline, prepare
 from simplest_vit.data.preview import image_grid
+from simplest_vit.errors import UserError
 from simplest_vit.training import evaluate
 from tests.tiny import tiny_config
 
@@ -73,6 +74,23 @@ def test_evaluate(run, record, monkeypatch):
     run("evaluate", config="config", split="test[:9]", output="report")
     assert calls == [("runs/mine", "config", {"validation_split": "test[:9]"})]
     assert written == [(best, "report")]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image_folder": "nope"}, "--image_folder=nope: no such folder; data.validation_split=x"),
+        ({"split": "x"}, "data.manual_dir=nope: no such folder; --split=x"),
+    ],
+)
+def test_an_error_of_evaluate_names_the_flags_that_were_given(run, monkeypatch, given, message):
+    def fail(*_):
+        raise UserError("data.manual_dir=nope: no such folder; data.validation_split=x")
+
+    monkeypatch.setattr(evaluate, "evaluate", fail)
+    monkeypatch.setattr(processes, "connected", contextlib.nullcontext)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        run("evaluate", **given)
 
 
 def test_export(run, record):

@@ -7,13 +7,16 @@
 The run's own config is used; pass --config only if the data have moved.
 """
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 
 from absl import flags
 
 from simplest_vit import cli
 from simplest_vit.commands import processes
+from simplest_vit.errors import UserError
 
 flags.adopt_module_key_flags(processes)
 
@@ -41,7 +44,7 @@ def main() -> None:
             other_data["validation_split"] = split.value
         # JAX would handle SIGTERM so that all processes stop after the same step, but an evaluation has no steps.
         jax.config.update("jax_enable_preemption_service", False)
-        with processes.connected(config):
+        with processes.connected(config), _naming_flags(image_folder=image_folder.value, split=split.value):
             outcome = evaluate.evaluate(str(cli.WORKDIR.value), config, other_data)
         if not distributed.is_primary():
             return
@@ -53,3 +56,17 @@ def main() -> None:
             write_classification(outcome["best"], output.value)
 
     cli.run(evaluate, "simplest-vit evaluate --workdir FOLDER", required=("workdir",), optional=("config",))
+
+
+@contextlib.contextmanager
+def _naming_flags(image_folder: str | None, split: str | None) -> Iterator[None]:
+    """Let an error name the flag that was given instead of the field of `config.data` that it sets."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        if image_folder:
+            message = message.replace("data.manual_dir=", "--image_folder=")
+        if split:
+            message = message.replace("data.validation_split=", "--split=")
+        raise UserError(message) from error
