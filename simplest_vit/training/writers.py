@@ -1,6 +1,10 @@
 """Write the metrics of a run to `metrics.jsonl`, TensorBoard files, and Weights & Biases if asked.
 
-clu's writers do the same for TensorBoard, but need TensorFlow (CommonLoopUtils issue 358).
+TensorBoard files are written by clu's writers without TensorFlow.
+
+`clu.metric_writers` imports TensorFlow for one class, its `SummaryWriter` (CommonLoopUtils issue 358). A writer that
+needs only the `tensorboard` package replaces that class before the first import, and the rest of clu works as it is.
+Import `metric_writers` from here, never from clu.
 """
 
 import contextlib
@@ -12,8 +16,9 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -28,91 +33,105 @@ from simplest_vit.training.workdir import METRICS, read_metrics
 log = logging.getLogger("simplest_vit")
 
 
-class RunWriter:
-    """Writes to several places. One that cannot be written is reported once and left out; the run continues.
+class _Writer:
+    """The part of clu's `MetricWriter` that training uses, for a file.
 
-    A place has a `path` for messages, `open` and `close`, and those of the methods here that it supports.
+    A file that cannot be written is reported once, and the rest is dropped: that is no reason to end a run.
     """
 
-    def __init__(self, places: Sequence[Any]):
-        self._places = list(places)
-        self._call("open")
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s cannot be written (%s): the run continues without it", self._path, error.strerror)
+            file, self._file = self._file, None
+            if file:
+                with contextlib.suppress(OSError):
+                    file.close()
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Write numbers, or arrays of one element."""
-        self._call("write_scalars", step, {tag: float(value) for tag, value in scalars.items()})
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Write images, uint8 [H, W, C], C = 1 or 3."""
-        self._call("write_images", step, images)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Write the hyperparameters of the run, a flat mapping."""
-        self._call("write_hparams", hparams)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
 
     def close(self) -> None:
-        """Close all places."""
-        self._call("close")
-
-    def _call(self, method: str, *arguments: Any) -> None:
-        for place in [place for place in self._places if hasattr(place, method)]:
-            try:
-                getattr(place, method)(*arguments)
-            except OSError as error:
-                log.warning("%s cannot be written (%s): the run continues without it", place.path, error.strerror)
-                self._places.remove(place)
-                with contextlib.suppress(Exception):  # or what is buffered would raise again when it is collected
-                    place.close()
+        """Close the file."""
+        if self._file:
+            self._file.close()
 
 
-class _Metrics:
-    """`metrics.jsonl`: a line for each step, with all that is written for it; null if it is not finite."""
+class MetricsWriter(_Writer):
+    """Writes `metrics.jsonl`: a line for each step, with all that is written for it; null if it is not finite."""
 
     def __init__(self, folder: pathlib.Path, last_step: int):
-        self.path, self._folder, self._last_step = folder / METRICS, folder, last_step
+        """Keep the lines up to `last_step`, from which the run resumes; what came after will be made again."""
+        super().__init__(folder / METRICS)
+        self._last: dict[str, Any] = {}
+        self._start = 0  # of the last line
+        with self._reported():
+            lines = [line for line in read_metrics(folder) if line["step"] <= last_step]
+            write_file(self._path, b"".join(map(_encode, lines)))
+            self._file = self._path.open("r+b")
+            for self._last in lines[-1:]:
+                self._start = self._path.stat().st_size - len(_encode(self._last))
 
-    def open(self) -> None:
-        """Keep the lines up to the last step, from which the run resumes; what came after will be made again."""
-        lines = [line for line in read_metrics(self._folder) if line["step"] <= self._last_step]
-        write_file(self.path, b"".join(map(_encode, lines)))
-        self._file = self.path.open("r+b")
-        self._last: dict[str, Any] = lines[-1] if lines else {}
-        self._start = self.path.stat().st_size - (len(_encode(self._last)) if lines else 0)  # of the last line
-
-    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
-        """Write in the last line if that is of the same step, else in a new one."""
-        if self._last.get("step") != step:
-            self._last, self._start = {"step": step}, self._file.seek(0, os.SEEK_END)
-        self._last |= {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}
-        self._file.seek(self._start)
-        self._file.write(_encode(self._last))
-        self._file.truncate()
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Write numbers: in the last line if that is of the same step, else in a new one."""
+        if self._file:
+            with self._reported():
+                if self._last.get("step") != step:
+                    self._last, self._start = {"step": step}, self._file.seek(0, os.SEEK_END)
+                values = {tag: float(value) for tag, value in scalars.items()}
+                self._last |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+                self._file.seek(self._start)
+                self._file.write(_encode(self._last))
+                self._file.truncate()
+                self._file.flush()
 
 
 def _encode(line: dict[str, Any]) -> bytes:
     return (json.dumps(line) + "\n").encode()
 
 
-class _TensorBoard:
-    """A TensorBoard event file."""
+class SummaryWriter(_Writer):
+    """Writes a TensorBoard event file; clu calls it from a thread."""
 
-    def __init__(self, folder: pathlib.Path):
-        self.path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+    def __init__(self, logdir: str):
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        super().__init__(pathlib.Path(logdir, name))
+        with self._reported():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("xb")
+            self._add(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
-    def open(self) -> None:
-        self._file = self.path.open("xb")
-        self._add(file_version="brain.Event:2")
+    def _add(self, event: event_pb2.Event) -> None:
+        if self._file:
+            with self._reported():
+                RecordWriter(self._file).write(event.SerializeToString())
+                self._file.flush()
 
-    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+    def _write(self, step: int, values: list[summary_pb2.Summary.Value]) -> None:
+        self._add(event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=values)))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Write numbers, or arrays of one element."""
         value = summary_pb2.Summary.Value
-        values = [value(tag=tag, simple_value=scalar) for tag, scalar in scalars.items()]
-        self._add(step=step, summary=summary_pb2.Summary(value=values))
+        self._write(step, [value(tag=tag, simple_value=float(scalar)) for tag, scalar in scalars.items()])
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Write images, uint8 [H, W, C], C = 1 or 3."""
         values = []
         for tag, pixels in images.items():
             height, width, channels = pixels.shape
@@ -120,55 +139,56 @@ class _TensorBoard:
                 height=height, width=width, colorspace=channels, encoded_image_string=encode_png(pixels)
             )
             values.append(summary_pb2.Summary.Value(tag=tag, image=image))
-        self._add(step=step, summary=summary_pb2.Summary(value=values))
+        self._write(step, values)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Write the hyperparameters of the run, a flat mapping."""
         simple = {
             key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in hparams.items()
         }
-        self._add(summary=summary_v2.hparams_pb(simple))
-
-    def _add(self, **fields: Any) -> None:
-        RecordWriter(self._file).write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        self._add(event_pb2.Event(wall_time=time.time(), summary=summary_v2.hparams_pb(simple)))
 
 
-class _Wandb:
-    """Weights & Biases. A resumed run continues there, by the id in `wandb/` of the run's folder."""
+class WandbWriter:
+    """Logs to Weights & Biases. A resumed run continues there, by the id in `wandb/` of the run's folder."""
 
     def __init__(self, folder: pathlib.Path, project: str):
-        self.path, self._folder, self._project = folder / "wandb", folder, project
+        """Start or resume the run.
 
-    def open(self) -> None:
-        """Start or resume the run; a UserError if that fails."""
+        Raises:
+          UserError: If that fails.
+        """
         self._wandb = import_wandb()
         try:
             self._run = self._wandb.init(
-                project=self._project,
-                name=f"{self._folder.parent.name}/{self._folder.name}",
-                dir=str(self._folder),
+                project=project,
+                name=f"{folder.parent.name}/{folder.name}",
+                dir=str(folder),
                 resume="auto",
                 settings=self._wandb.Settings(console="off"),  # the streams of a command are ours: see `streams`
             )
         except Exception as error:
             raise UserError(
-                f"config.wandb={self._project}: Weights & Biases cannot be started ({first_line(error)}); run "
-                "`wandb login`, set WANDB_MODE=offline, or leave config.wandb out"
+                f"config.wandb={project}: Weights & Biases cannot be started ({first_line(error)}); run `wandb login`, "
+                "set WANDB_MODE=offline, or leave config.wandb out"
             ) from error
         # Its own count of steps cannot go back to a checkpoint.
         self._run.define_metric("*", step_metric="step")
 
-    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
-        self._run.log({"step": step, **scalars})
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Log numbers."""
+        self._run.log({"step": step, **{tag: float(value) for tag, value in scalars.items()}})
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Log images, uint8 [H, W, C], C = 1 or 3."""
         self._run.log({"step": step, **{tag: self._wandb.Image(pixels) for tag, pixels in images.items()}})
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Record the hyperparameters."""
         self._run.config.update(dict(hparams), allow_val_change=True)
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
 
     def close(self) -> None:
         """Finish the run, as failed if an exception is on its way, so that it can be resumed."""
@@ -188,13 +208,24 @@ def import_wandb() -> Any:
     return wandb
 
 
-def create_writer(folder: pathlib.Path, first_step: int, *, primary: bool, wandb: str | None = None) -> RunWriter:
-    """Create the writer of a run that starts from `first_step`; only the primary process writes.
+_substitute = types.ModuleType("clu.metric_writers.summary_writer")
+_substitute.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+sys.modules.setdefault(_substitute.__name__, _substitute)
+
+from clu import metric_writers  # noqa: E402
+
+
+def create_writer(
+    folder: pathlib.Path, first_step: int, *, primary: bool, wandb: str | None = None
+) -> metric_writers.MetricWriter:
+    """Create the writers of a run that starts from `first_step`; all but the primary process only log.
 
     The run is also logged to the project `wandb` of Weights & Biases, if there is one.
     """
     if not primary:
-        return RunWriter([])
-    # Weights & Biases comes first, because it may fail, and the others open files.
-    places = [_Wandb(folder, wandb)] if wandb else []
-    return RunWriter([*places, _Metrics(folder, first_step), _TensorBoard(folder)])
+        return metric_writers.create_default_writer(just_logging=True)
+    # Weights & Biases comes first, because it may fail, and the others have opened files.
+    others = [WandbWriter(folder, wandb)] if wandb else []
+    return metric_writers.MultiWriter(
+        [*others, metric_writers.create_default_writer(folder), MetricsWriter(folder, first_step)]
+    )

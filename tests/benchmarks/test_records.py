@@ -9,7 +9,7 @@ import pytest
 from benchmarks import protocols, records
 from simplest_vit.analysis.report import find_runs
 from simplest_vit.errors import UserError
-from simplest_vit.training.writers import create_writer
+from simplest_vit.training.writers import MetricsWriter
 
 STEPS = (500, 1000, 1500)
 
@@ -45,7 +45,7 @@ def finish(folder, config, accuracy=0.7, seed=11, evaluations=STEPS, **changes):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / "results.json").write_text(json.dumps(results))
-    writer = create_writer(folder, 0, primary=True)
+    writer = MetricsWriter(folder, 0)
     for step in (50, *evaluations):
         writer.write_scalars(step, {"loss/train": 1000 / step})
         if step in evaluations:
