@@ -89,6 +89,7 @@ def test_an_error_of_evaluate_names_the_flags_that_were_given(run, monkeypatch, 
 
     monkeypatch.setattr(evaluate, "evaluate", fail)
     monkeypatch.setattr(processes, "connected", contextlib.nullcontext)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
     with pytest.raises(UserError, match=f"^{message}$"):
         run("evaluate", **given)
 
