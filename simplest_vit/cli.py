@@ -70,7 +70,22 @@ class _IntervalParser(flags.ArgumentParser):
         return int(argument) if re.fullmatch(r"-?[0-9]+", str(argument)) else argument
 
 
+class _OptionalParser(flags.ArgumentParser):
+    """Reads None as no value, as the table of fields writes it."""
+
+    def __init__(self, parser: flags.ArgumentParser) -> None:
+        self._parser = parser
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument == "None" else self._parser.parse(argument)
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
+
+
 config_flags.register_flag_parser_for_type(int | str, _IntervalParser())
+for _kind, _parser in ((str, flags.ArgumentParser()), (int, flags.IntegerParser()), (float, flags.FloatParser())):
+    config_flags.register_flag_parser_for_type(_kind, _OptionalParser(_parser))
 
 
 def define_config(name: str, description: str) -> flags.FlagHolder:

@@ -125,3 +125,12 @@ def test_commands_set_the_environment_of_a_process_unless_the_user_has():
     assert lines[1].split() == [*(ENVIRONMENT | {"MALLOC_ARENA_MAX": "3"}).values()]
     assert lines[2].startswith("simplest-vit")
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize("field", ["data.dir", "steps", "checkpoint_minutes"])
+def test_a_field_is_unset_by_none(field):
+    """Before, data.dir became a folder of that name."""
+    value = cli.load_config(["--config=digits", f"--config.{field}=7", f"--config.{field}=None"])
+    for name in field.split("."):
+        value = value[name]
+    assert value is None
