@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 from filelock import FileLock, Timeout
-from ml_collections import ConfigDict
 
 from simplest_vit.config import default, flatten, from_settings
 from simplest_vit.data.dataset import DatasetInfo
@@ -200,12 +199,16 @@ def environment() -> dict[str, Any]:
     }
 
 
-def with_absolute_folders(settings: dict[str, Any]) -> dict[str, Any]:
+def with_absolute_folders(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a config with absolute folders, because a run may be resumed from another current folder."""
-    config, flat = ConfigDict(settings), flatten(settings)
-    folders = {name: local_path(flat[name]) for name in _FOLDERS if flat[name]}
-    config.update_from_flattened_dict({name: os.path.abspath(path) for name, path in folders.items()})
-    return config.to_dict()
+    found = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            value = with_absolute_folders(value, f"{prefix}{key}.")
+        elif value and prefix + key in _FOLDERS:
+            value = os.path.abspath(local_path(value))
+        found[key] = value
+    return found
 
 
 def _commit() -> str | None:
