@@ -30,7 +30,9 @@ log = logging.getLogger("simplest_vit")
 _State = TypeVar("_State", TrainState, dict[str, Any])
 
 _RESUME = "the checkpoints before it are intact; make room on the disk and rerun the command to resume"
-_REMOVAL_S = 0.5  # time in which a training run removes a checkpoint, perhaps while another process reads it
+# A training run may remove a checkpoint while another process reads it.
+_TRIES = 5
+_REMOVAL_S = 0.5
 
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:
@@ -199,13 +201,14 @@ class Checkpoints:
         Raises:
           UserError: If there is no intact checkpoint, or it holds another state.
         """
-        while True:
+        for tries_left in reversed(range(_TRIES)):
             step = choose() or 0
             try:
                 return self.restore(abstract, step)
             except (UserError, CheckpointError):
-                if not self._is_removed(step):
+                if tries_left == 0 or not self._is_removed(step):
                     raise
+        raise AssertionError("unreachable")
 
     def _is_removed(self, step: int) -> bool:
         """Return whether a training run that owns this folder has just removed a checkpoint."""
