@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from benchmarks import records
 from benchmarks.cells import Cell, Results
-from benchmarks.protocols import NETWORKS, TABLES
-from benchmarks.results_page import OPTIMIZERS, ROOT
+from benchmarks.protocols import NETWORKS
+from benchmarks.results_page import OPTIMIZERS, ROOT, in_equal_time
 from benchmarks.verdict import DATA
 from simplest_vit.analysis import figures
 
@@ -30,8 +30,7 @@ def draw(results: Results) -> Figure:
         style: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "none", "markersize": 5}
         label = row
         cells = [results.find(NETWORKS[row], data=data, optimizer=optimizer) for data, optimizer in settings]
-        plan = TABLES["equal_time"]
-        cells.insert(0, results.find(NETWORKS[row], steps=plan.steps_of.get(row, 1500)) if row in plan.rows else None)
+        cells.insert(0, in_equal_time(results, row))
         for at, cell in enumerate(cells):
             if cell:
                 values = list(cell.values.values())

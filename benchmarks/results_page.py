@@ -83,14 +83,20 @@ def controls(results: Results, page: str) -> str:
     return table(["SOAP", *(text for name in DATA.values() for text in (name, "to isometric"))], rows)
 
 
+def in_equal_time(results: Results, row: str) -> Cell | None:
+    """Find the runs of a row of `equal_time`, in its own number of steps; None for any other row."""
+    plan = TABLES["equal_time"]
+    return results.find(NETWORKS[row], steps=plan.steps_of.get(row, 1500)) if row in plan.rows else None
+
+
 def summary(results: Results, page: str) -> str:
     """Set three networks side by side, in equal steps and in equal time."""
+    base = results.find(SIMPLE_VIT)
     rows = []
     for row in ("isometric", "isometric, attention frozen", "SimpleViT"):
         line = [row]
-        for steps in (1500, TABLES["equal_time"].steps_of.get(row, 1500 if row == "SimpleViT" else 0)):
-            cell = results.find(NETWORKS[row], steps=steps)
-            line += [_text(cell, page), "" if row == "SimpleViT" else difference_text(cell, results.find(SIMPLE_VIT))]
+        for cell in (results.find(NETWORKS[row]), in_equal_time(results, row)):
+            line += [_text(cell, page), "" if row == "SimpleViT" else difference_text(cell, base)]
         rows.append(line)
     return table(["CIFAR-10, SOAP", "equal steps", "over SimpleViT", "equal time", "over SimpleViT"], rows)
 
@@ -101,9 +107,9 @@ def equal_time(results: Results, page: str) -> str:
     base = results.find(SIMPLE_VIT)
     rows = []
     for row in plan.rows:
-        steps = plan.steps_of.get(row, 1500)
-        cell = results.find(NETWORKS[row], steps=steps)
-        rows.append([row, f"{steps:,}", _text(cell, page), "" if row == "SimpleViT" else difference_text(cell, base)])
+        cell = in_equal_time(results, row)
+        difference = "" if row == "SimpleViT" else difference_text(cell, base)
+        rows.append([row, f"{plan.steps_of.get(row, 1500):,}", _text(cell, page), difference])
     return table(["SOAP", "steps", "CIFAR-10", "over SimpleViT"], rows)
 
 
