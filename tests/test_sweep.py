@@ -60,7 +60,6 @@ def test_values_with_slashes_have_folders_of_their_own(tmp_path):
         ("config.weight_decay", "expected config.FIELD="),
         ("config.weight_decay=1,,2", "expected config.FIELD="),
         ("config.seed=1,2", "no field 'seed' to vary"),
-        ("config.weight_decay=1,2,1", "is repeated"),
         ("config.epochs=5", "is repeated"),
     ],
 )
@@ -68,6 +67,14 @@ def test_a_wrong_grid_is_one_line(axis, message):
     with pytest.raises(UserError) as caught:
         sweep.parse_grid(["config.epochs=3,4", axis], tiny_config())
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("values", ["1,2,1", "1e-3,0.001"])
+def test_a_point_that_is_there_twice_is_one_line(tmp_path, values):
+    points = sweep.plan({"weight_decay": values.split(",")}, 1, 0, str(tmp_path), ["--config=digits"])
+    first, *_, last = (f"config.weight_decay={value}" for value in values.split(","))
+    with pytest.raises(UserError, match=f"^--grid: {last} is the same run as {first}; name each value once$"):
+        sweep.check_points(points)
 
 
 def test_the_table_has_mean_and_deviation_over_seeds_best_first(tmp_path):

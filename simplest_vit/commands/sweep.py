@@ -49,7 +49,7 @@ def parse_grid(axes: list[str], config: Any) -> dict[str, list[str]]:
     """Parse texts `config.FIELD=VALUE,VALUE,...` that name fields of a config: values by field, without `config.`.
 
     Raises:
-      UserError: If a text is not of this form, the config has no such field, or something is there twice.
+      UserError: If a text is not of this form, the config has no such field, or a field is there twice.
     """
     fields = flatten(config.to_dict())
     grid: dict[str, list[str]] = {}
@@ -62,8 +62,8 @@ def parse_grid(axes: list[str], config: Any) -> dict[str, list[str]]:
             raise UserError(
                 f"--grid={axis}: the config has no field {field!r} to vary; its fields are in simplest_vit/config.py"
             )
-        if field in grid or len({*values.split(",")}) < len(values.split(",")):
-            raise UserError(f"--grid={axis}: a field or value is repeated; name each once")
+        if field in grid:
+            raise UserError(f"--grid={axis}: the field is repeated; name it once, with all its values")
         grid[field] = values.split(",")
     return grid
 
@@ -97,14 +97,19 @@ def check_points(points: list[Point]) -> None:
     """Check the config and the folders of every point now, so that none fails hours later.
 
     Raises:
-      UserError: Names the point and what is wrong with it, or a folder that holds the run of another config.
+      UserError: Names the point and what is wrong with it, two points that are the same run, or a folder that holds the
+        run of another config.
     """
+    configs: dict[str, str] = {}
     for point in points:
+        values = " ".join(f"config.{field}={value}" for field, value in point.values.items())
         try:
             config = cli.load_config(point.commands[0][len(_TRAIN) : -1])
         except UserError as error:
-            values = " ".join(f"config.{field}={value}" for field, value in point.values.items())
             raise UserError(f"--grid: at {values}: {error}") from error
+        if same := configs.get(str(config)):
+            raise UserError(f"--grid: {values} is the same run as {same}; name each value once")
+        configs[str(config)] = values
         for seed, folder in enumerate(point.workdirs, config.seed):
             check_workdir(str(folder), config.to_dict() | {"seed": seed})
 

@@ -222,16 +222,21 @@ class Prepared:
         digest = hashlib.sha256(json.dumps([names, sizes]).encode())
         measured: dict[str, np.ndarray] = {}
         pixels: dict[str, np.ndarray] = {}
+        hashes: dict[str, np.ndarray] = {}
         for split in sizes:
             is_measured = self._mean is None and split == train
-            hashes, labels, images, moments = self._measure_split(split, keep, every if is_measured else 0)
-            digest.update(hashes)
+            hashed, labels, images, moments = self._measure_split(split, keep, every if is_measured else 0)
+            digest.update(hashed)
+            hashes[split] = np.frombuffer(hashed, np.uint8).reshape(len(labels), -1)[:, :8].copy().view(np.uint64)
             measured |= {f"{split}/{label}": labels[:, k] for k, label in enumerate(self.labels)}
             if images is not None:
                 pixels[f"{split}/pixels"] = images
             if is_measured:
                 mean, square = moments / len(range(0, sizes[train], every))
                 measured |= {"mean": mean.round(4), "std": np.sqrt(square - mean**2).round(4)}
+        for split in sizes.keys() - {train}:
+            if known := np.isin(hashes[split], hashes[train]).sum():
+                _LOG.warning("%d of the %s images of %s are in %s, too", known, f"{sizes[split]:,}", split, train)
         measured["fingerprint"] = np.array(digest.hexdigest())
         return measured, pixels
 

@@ -31,7 +31,8 @@ _LOCK = ".lock"
 # field needs no new version if its default is the previous behaviour: folders without it are read with the default.
 VERSION = "0.3"
 
-# Fields that do not change the result and may differ when a run is resumed.
+# Fields that do not change the weights after a step and may differ when a run is resumed. The intervals of evaluation
+# decide which step is the best, and with `patience` when the run ends.
 RESUMABLE_FIELDS = (
     "checkpoint_every",
     "checkpoint_minutes",

@@ -290,3 +290,14 @@ def test_the_fingerprint_is_of_each_label_and_each_byte_of_an_image(tmp_path):
     write_set(tmp_path / "again", "set", features, {"train": examples, "test": examples})
     assert prepare("set", tmp_path / "again").fingerprint == prints["same"]
     assert len(set(prints.values())) == len(prints)
+
+
+def test_images_of_another_split_that_are_in_train_are_counted(tmp_path, caplog):
+    examples = [{"image": png, "label": i % 2} for i, png in enumerate(PNGS[:9])]
+    other_label = examples[0] | {"label": 1}
+    splits = {"train": examples[:4], "test": [*examples[3:5], other_label], "validation": examples[4:6]}
+    write_set(tmp_path, "set", {"image": IMAGE, "label": TWO}, splits)
+    prepare("set", tmp_path)
+    assert [record.message for record in caplog.records if "are in" in record.message] == [
+        "2 of the 3 images of test are in train, too"
+    ]
