@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 
 from benchmarks import intervals, records
-from benchmarks.protocols import Network
+from benchmarks.protocols import NETWORKS, TABLES, Network
 from benchmarks.records import Record
 
 
@@ -86,6 +86,13 @@ class Results:
             if own == wanted and same_basis:
                 found.append(cell)
         return _best(found)
+
+    def in_equal_time(self, row: str, data: str = "cifar10") -> Cell | None:
+        """Find the runs of a row of the table `equal_time`, in its own number of steps; None for any other row."""
+        table = TABLES["equal_time"]
+        if row not in table.rows:
+            return None
+        return self.find(NETWORKS[row], data=data, steps=table.steps_of.get(row, table.steps or 0))
 
     def of_recipe(self, preset: str, data: str, optimizer: str, protocol: str, steps: int) -> Cell | None:
         """Find the best runs by the recipe itself, whatever else differs in them."""

@@ -186,7 +186,11 @@ TABLES: dict[str, Table] = {
         seeds=(),
     ),
     "equal_time": Table(
-        "as many steps as take the time of 1,500 of SimpleViT", ("SimpleViT", *_EQUAL_TIME), _SOAP, steps_of=_EQUAL_TIME
+        "as many steps as take the time of 1,500 of SimpleViT",
+        ("SimpleViT", *_EQUAL_TIME),
+        _SOAP,
+        ("cifar10", "cifar100"),
+        steps_of=_EQUAL_TIME,
     ),
     "heads": Table(
         "number of heads",

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks import records
 from benchmarks.cells import Cell, Results
 from benchmarks.protocols import NETWORKS
-from benchmarks.results_page import OPTIMIZERS, ROOT, in_equal_time
+from benchmarks.results_page import OPTIMIZERS, ROOT
 from benchmarks.verdict import DATA
 from simplest_vit.analysis import figures
 
@@ -30,7 +30,7 @@ def draw(results: Results) -> Figure:
         style: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "none", "markersize": 5}
         label = row
         cells = [results.find(NETWORKS[row], data=data, optimizer=optimizer) for data, optimizer in settings]
-        cells.insert(0, in_equal_time(results, row))
+        cells.insert(0, results.in_equal_time(row))
         for at, cell in enumerate(cells):
             if cell:
                 values = list(cell.values.values())

@@ -83,19 +83,13 @@ def controls(results: Results, page: str) -> str:
     return table(["SOAP", *(text for name in DATA.values() for text in (name, "to isometric"))], rows)
 
 
-def in_equal_time(results: Results, row: str) -> Cell | None:
-    """Find the runs of a row of `equal_time`, in its own number of steps; None for any other row."""
-    plan = TABLES["equal_time"]
-    return results.find(NETWORKS[row], steps=plan.steps_of.get(row, 1500)) if row in plan.rows else None
-
-
 def summary(results: Results, page: str) -> str:
     """Set three networks side by side, in equal steps and in equal time."""
     base = results.find(SIMPLE_VIT)
     rows = []
     for row in ("isometric", "isometric, attention frozen", "SimpleViT"):
         line = [row]
-        for cell in (results.find(NETWORKS[row]), in_equal_time(results, row)):
+        for cell in (results.find(NETWORKS[row]), results.in_equal_time(row)):
             line += [_text(cell, page), "" if row == "SimpleViT" else difference_text(cell, base)]
         rows.append(line)
     return table(["CIFAR-10, SOAP", "equal steps", "over SimpleViT", "equal time", "over SimpleViT"], rows)
@@ -104,13 +98,14 @@ def summary(results: Results, page: str) -> str:
 def equal_time(results: Results, page: str) -> str:
     """Compare networks with SimpleViT in as many steps as take the same time."""
     plan = TABLES["equal_time"]
-    base = results.find(SIMPLE_VIT)
     rows = []
     for row in plan.rows:
-        cell = in_equal_time(results, row)
-        difference = "" if row == "SimpleViT" else difference_text(cell, base)
-        rows.append([row, f"{plan.steps_of.get(row, 1500):,}", _text(cell, page), difference])
-    return table(["SOAP", "steps", "CIFAR-10", "over SimpleViT"], rows)
+        line = [row, f"{plan.steps_of.get(row, plan.steps):,}"]
+        for data in plan.data:
+            cell, base = (results.in_equal_time(name, data) for name in (row, "SimpleViT"))
+            line += [_text(cell, page), "" if row == "SimpleViT" else difference_text(cell, base)]
+        rows.append(line)
+    return table(["SOAP", "steps", *(text for data in plan.data for text in (DATA[data], "over SimpleViT"))], rows)
 
 
 def replaced(results: Results, page: str) -> str:
@@ -217,7 +212,7 @@ def criteria(results: Results, page: str) -> str:
     """List the criteria of the verdict, with what was measured."""
     del page
     body = [[criterion.text, criterion.found, criterion.state] for criterion in verdict.criteria(results)]
-    return table(["criterion (SOAP, 1,500 steps)", "measured difference, points", ""], body)
+    return table(["criterion (SOAP, 1,500 steps or equal time)", "measured difference, points", ""], body)
 
 
 BLOCKS: dict[str, Callable[[Results, str], str]] = {

@@ -127,17 +127,38 @@ def both(*found):
     return [*everything, *(dataclasses.replace(record, data="cifar100") for record in everything)]
 
 
+LONGER = rows("isometric, attention frozen", 0.72, 0.721, 0.722, 0.723, 0.724, steps=2700)
+
+
 def test_a_lead_off_zero_with_everything_measured_is_a_proof_and_one_within_noise_is_not():
     measured = (
         *(rows(name, *[0.70] * 3) for name in ("isometric + LayerNorm", "isometric, attention frozen")),
         *(rows(name, *[0.68] * 3) for name in ("SimpleViT, constant shifts", "SimpleViT, shifts")),
+        LONGER,
     )
     assert judged(both(OURS, THEIRS, *measured)).startswith("**Verdict: proven.**")
     assert judged(both(OURS, rows("SimpleViT", 0.6, 0.9, 0.6, 0.7, 0.75), *measured)).startswith("**Verdict: not shown")
-    assert judged(both(OURS, THEIRS[:3], *measured)).startswith("**Verdict: open.** 1 of 5")
+    assert judged(both(OURS, THEIRS[:3], *measured)).startswith("**Verdict: open.** 2 of 6")
+    assert judged(both(OURS, THEIRS, *measured[:-1])).startswith("**Verdict: open.** 1 of 6")
     level = [dataclasses.replace(record, data="cifar100") for record in rows("SimpleViT", 0.6, 0.9, 0.6, 0.7, 0.75)]
     one_of_two = [record for record in both(OURS, THEIRS, *measured) if record not in both(THEIRS)[5:]]
     assert judged(one_of_two, level).startswith("**Verdict: not shown")
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ((), ("+3.0 (CIFAR-10, 5 seeds), +3.0 (CIFAR-100, 5 seeds)", True)),
+        ((rows("SimpleViT, constant shifts", *[0.711, 0.712] * 2, 0.711, steps=1900),), ("+1.1 (", True)),
+        ((rows("SimpleViT, constant shifts", *[0.713, 0.714] * 2, 0.713, steps=1900),), ("+0.9 (", False)),
+        ((rows("SimpleViT, constant shifts", 0.711, steps=1900),), ("+0.9 (CIFAR-10, 1 seed)", None)),
+        ((rows("SimpleViT, constant shifts", *[0.8] * 5),), ("+3.0 (", True)),
+    ],
+)
+def test_in_equal_time_the_best_networks_meet(others, expected):
+    criterion = verdict.criteria(Results(both(THEIRS, LONGER, *others)))[-1]
+    assert criterion.found.startswith(expected[0])
+    assert criterion.holds is expected[1]
 
 
 def test_a_page_keeps_its_text_and_gets_its_blocks():
@@ -157,7 +178,7 @@ def test_equal_time_takes_each_network_at_its_own_steps():
     lines = results_page.equal_time(found, "RESULTS.md").splitlines()
     assert lines[2].startswith("|SimpleViT|1,500|[69.0±0.0 (2)]")
     assert lines[3].startswith(f"|{frozen}|2,700|[76.0±0.0 (2)]")
-    assert lines[3].endswith("|+7.0±0.0|")
+    assert lines[3].endswith("|+7.0±0.0|not run||")
     short = results_page.summary(found, "README.md").splitlines()
     assert short[3].startswith(f"|{frozen}|[90.0](results/runs.csv?plain=1#L4)|+21.0|[76.0±0.0 (2)]")
     assert short[2] == "|isometric|not run||not run||"
