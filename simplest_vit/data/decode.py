@@ -1,6 +1,5 @@
 """Decode image files; preparation, training, evaluation and prediction all use this decoder."""
 
-import contextlib
 import io
 
 import numpy as np
@@ -19,23 +18,8 @@ except ModuleNotFoundError:  # the extra [heic]
 # Only these formats are opened. Pillow supports more, but starts external programs for some (Ghostscript for EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF", *(("HEIF",) if pillow_heif else ()))
 HEIC_REMEDY = 'HEIC photos need pip install "simplest-vit[heic]"'
-_JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
-_HEIC_SUFFIXES = (".heic", ".heif") if pillow_heif else ()
-SUFFIXES = (
-    *_JPEG_SUFFIXES,
-    *_HEIC_SUFFIXES,
-    ".png",
-    ".webp",
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-)
+_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm"
+SUFFIXES = (*_SUFFIXES.split(), *((".heic", ".heif") if pillow_heif else ()))
 _JPEG, _HEIC = b"\xff\xd8", (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheim", b"ftyphevc")
 _ORIENTATION = 0x0112  # the EXIF tag
 _MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, against files that unpack to more than the memory
@@ -62,18 +46,16 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
       UserError: If the file is damaged, cut off, no image, or of more than 179 million pixels.
     """
     try:
-        if content.startswith(_JPEG):
-            orientation = _jpeg_orientation(content)
-            height, width = min_size[::-1] if orientation > 4 else min_size
-            try:
-                _jpeg_size(content)
-                colours = "GRAY" if channels == 1 else "RGB"
-                pixels = simplejpeg.decode_jpeg(content, colours, min_height=height, min_width=width, min_factor=2)
-                return _turn(pixels, orientation)
-            except ValueError as error:
-                if "premature end" in str(error).lower():  # Pillow fills what is missing with grey
-                    raise ValueError("the JPEG is truncated") from error
         with open_image(content) as image:
+            if content.startswith(_JPEG):
+                orientation, colours = _orientation(image), "GRAY" if channels == 1 else "RGB"
+                height, width = min_size[::-1] if orientation > 4 else min_size
+                try:
+                    pixels = simplejpeg.decode_jpeg(content, colours, min_height=height, min_width=width, min_factor=2)
+                    return _turn(pixels, orientation)
+                except ValueError as error:
+                    if "premature end" in str(error).lower():  # Pillow fills what is missing with grey
+                        raise ValueError("the JPEG is truncated") from error
             image.load()  # which rotates a TIFF
             return _turn(_eight_bits(image, channels), _orientation(image))
     except Exception as error:  # Pillow's decoders raise errors of many kinds
@@ -83,14 +65,8 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
 def image_size(content: bytes) -> tuple[int, int]:
     """Return the (height, width) of an image when it is upright, from its header; a UserError if that is damaged."""
     try:
-        try:
-            if not content.startswith(_JPEG):
-                raise ValueError("no JPEG")
-            height, width = _jpeg_size(content)
-            orientation = _jpeg_orientation(content)
-        except ValueError:  # as in `decode_image`
-            with open_image(content) as image:
-                height, width, orientation = image.height, image.width, _orientation(image)
+        with open_image(content) as image:
+            height, width, orientation = image.height, image.width, _orientation(image)
     except Exception as error:
         raise UserError(f"not an image ({_reason(error, content)})") from error
     return (width, height) if orientation > 4 else (height, width)
@@ -99,7 +75,9 @@ def image_size(content: bytes) -> tuple[int, int]:
 def open_image(content: bytes) -> Image.Image:
     """Open an image file by Pillow without decoding it: only formats that need no other program, and no huge ones."""
     image = Image.open(io.BytesIO(content), formats=_FORMATS)
-    _check_pixels(image.height, image.width)
+    height, width = image.height, image.width
+    if height * width > _MAX_PIXELS:
+        raise ValueError(f"{height:,} x {width:,} = {height * width:,} pixels, expected at most {_MAX_PIXELS:,}")
     return image
 
 
@@ -173,26 +151,6 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # an image with damaged metadata is still usable
         return 1
     return orientation if orientation in range(1, 9) else 1
-
-
-def _jpeg_orientation(content: bytes) -> int:
-    """Return the same for a JPEG; Pillow is asked only if there is a segment (APP1) that may hold it."""
-    if b"\xff\xe1" in content:
-        with contextlib.suppress(Exception), open_image(content) as image:
-            return _orientation(image)
-    return 1
-
-
-def _jpeg_size(content: bytes) -> tuple[int, int]:
-    """Return the (height, width) of a JPEG as it lies in the file."""
-    height, width = simplejpeg.decode_jpeg_header(content)[:2]
-    _check_pixels(height, width)
-    return height, width
-
-
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > _MAX_PIXELS:
-        raise ValueError(f"{height:,} x {width:,} = {height * width:,} pixels, expected at most {_MAX_PIXELS:,}")
 
 
 def _reason(error: Exception, content: bytes) -> str:
