@@ -303,7 +303,6 @@ def check(config: ConfigDict, image_shape: tuple[int, int, int] | None = None) -
     """Check everything that can be checked without the data; `cli.run` does so once, before anything else.
 
     Args:
-      config: The run's config.
       image_shape: (H, W, C) of a preprocessed image; None for that of the data set, which must exist then.
 
     Raises:

@@ -248,8 +248,6 @@ def from_reference(
     Args:
       model: `config.model`.
       abstract: Shapes, from `Run.abstract`.
-      checkpoint: The file.
-      image_shape: Height, width and channels.
 
     Returns:
       Parameters and constants as nested dicts of float32 arrays. The constants of E-SPA are those of the file.

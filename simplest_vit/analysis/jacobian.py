@@ -26,7 +26,6 @@ def jacobian_spectrum(model: ViT, image: jax.Array, seed: int = 0) -> tuple[np.n
     Args:
       model: The model, in float32.
       image: Normalized image [1, H, W, C].
-      seed: Of the random starts.
 
     Returns:
       Singular values, float64 [n], ascending, and the share of directions of each, float64 [n], which sum to 1. In

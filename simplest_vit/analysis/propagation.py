@@ -35,7 +35,6 @@ class Propagation:
     """Curves over the blocks, float64 [L + 1]; block 0 is the embedding. NaN if a quantity has no value.
 
     Attributes:
-      name: Of the model.
       measured: mean_square, token_cosine, image_cosine, attention_entropy (nats), attention_distance, token_gradient,
         parameter_gradient; with a theory also kernel_error, the largest |cosine - theory| of two tokens of an image.
       jacobian: Singular values of the network's Jacobian at the first image and their shares, from `jacobian_spectrum`,
@@ -58,7 +57,6 @@ def analyse(name: str, models: Iterable[ViT], image: jax.Array, label: jax.Array
     """Measure models of one config on a batch, average over them, and compute the theory beside it.
 
     Args:
-      name: Name of the model.
       models: At least one, float32.
       image: Normalized images [B, H, W, C], B >= 2.
       label: Class distributions [B, num_classes].

@@ -58,10 +58,8 @@ def save_rollouts(
 
     Args:
       folder: Created if missing. Files are numbered in the order of the images, from `first` on.
-      predictions: From `predict`.
       pixels: uint8 [N, H, W, C].
       shares: float32 [N, rows, columns], from `attention_rollout`.
-      first: Number of the first file.
 
     Raises:
       UserError: If the folder cannot be written.

@@ -31,9 +31,7 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
     """Write the model of a `.pth` file to `workdir` as a checkpoint, with a fresh optimizer.
 
     Args:
-      config: The run's config.
       workdir: A folder without a run, or of an import of this file that was interrupted.
-      path: The file.
 
     Raises:
       UserError: If the config does not fit, the file does not hold this model, or the folder holds a run; nothing is

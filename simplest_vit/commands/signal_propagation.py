@@ -78,10 +78,8 @@ def signal_propagation(config: Any, workdir: str, *, trained: bool = False, seed
     """Analyse the model of a config, and the contrasts at initialization; write figures and tables.
 
     Args:
-      config: The run's config.
       workdir: The run's folder, which may be missing; results go to its subfolder `signal_propagation`.
       trained: Analyse the best checkpoint of the run as well.
-      seeds: Number of initializations to average over.
 
     Returns:
       The curves of all models, that of the config first.

@@ -135,7 +135,6 @@ def share_devices(platform: str, devices: list[int], at_once: int | None) -> lis
 
     Args:
       platform: Platform of the devices. Devices other than GPUs are not shared: each run sees all of them.
-      devices: Their numbers.
       at_once: Number of simultaneous runs; None for one per GPU, or one without GPUs. If there are more runs than GPUs,
         several runs share a GPU.
 

@@ -51,13 +51,7 @@ class Preprocessing:
 
 
 def train_batch(key: jax.Array, images: jax.Array, labels: jax.Array, preprocessing: Preprocessing) -> Batch:
-    """Augment a batch of raw examples.
-
-    Args:
-      key: Random key of the batch.
-      images: uint8 [B, H, W, C].
-      labels: int32 [B].
-      preprocessing: The preprocessing and augmentation.
+    """Augment a batch of raw examples: images uint8 [B, H, W, C], labels int32 [B].
 
     Returns:
       image float32 [B, H, W, C], label float32 [B, num_classes], weight float32 [B] of ones.
@@ -97,18 +91,9 @@ def constrain(tree: Any, sharding: NamedSharding | None) -> Any:
 
 
 def random_crop_and_flip(key: jax.Array, images: jax.Array, padding: int, flip: bool) -> jax.Array:
-    """Shift each image by up to `padding` pixels along both axes, and mirror half of them.
+    """Shift images, uint8 [B, H, W, C], by up to `padding` pixels along both axes; if `flip`, mirror half of them.
 
     Equivalent to padding with zeros, a random crop of the original size, and the flip, but in one gather.
-
-    Args:
-      key: Random key.
-      images: uint8 [B, H, W, C].
-      padding: Pixels of padding on each side; 0 for no crop.
-      flip: Whether to mirror.
-
-    Returns:
-      Images like `images`.
     """
     batch, height, width, _ = images.shape
     offset_key, flip_key = jax.random.split(key)
@@ -136,15 +121,8 @@ def mixup(
 ) -> tuple[jax.Array, jax.Array]:
     """Blend each example with its partner, whose weight is min(z, 1 - z) with z ~ Beta(alpha, alpha).
 
-    Args:
-      key: Random key.
-      images: float32 [B, H, W, C].
-      labels: float32 [B, num_classes].
-      alpha: Parameter of the Beta distribution, positive.
-      per_example: Whether each example has a weight of its own instead of one for the batch.
-
-    Returns:
-      Images and labels of the same shapes.
+    Images are float32 [B, H, W, C], labels float32 [B, num_classes]. Each example has a weight of its own if
+    `per_example`, else the batch has one.
 
     References:
       Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018.

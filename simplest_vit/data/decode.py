@@ -35,7 +35,6 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
     the film of a motion photo.
 
     Args:
-      content: The file.
       channels: 1 for grey, 3 for RGB; other images are converted.
       min_size: (height, width) that is enough: a JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8.
 
@@ -85,7 +84,6 @@ def eval_image(content: bytes, image_shape: tuple[int, int, int], resize: int) -
     """Decode an image for evaluation and prediction: resize the shorter side, crop the centre.
 
     Args:
-      content: The file.
       image_shape: (H, W, C) of the result; H and W are equal.
       resize: Pixels of the shorter side before the crop, at least H.
 

@@ -54,7 +54,6 @@ def fit_batch_size(batch_size: int, train_size: int, parts: int = 1) -> int:
 
     Args:
       batch_size: The wanted size; it is returned if there are that many examples.
-      train_size: Examples of the training split.
       parts: A divisor of `batch_size` that must also divide the result.
 
     Returns:

@@ -34,7 +34,6 @@ class Split:
       field: The config field that names it.
       spec: Its name in TFDS's syntax.
       intervals: (split, start, stop) of each part.
-      disk: The examples.
       labels: int32 [N].
       pixels: Loads the decoded images, uint8 [N, *pixel_shape]; None if sizes differ or there are too many images.
       pixel_shape: (H, W, C) of a decoded image, or None.
@@ -246,7 +245,6 @@ class Prepared:
         """Read each example of a split once.
 
         Args:
-          split: Its name.
           keep: Whether to decode and keep all images, which must have one size.
           every: Measure one in this many images; 0 for none.
 

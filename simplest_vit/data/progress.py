@@ -14,10 +14,8 @@ class Progress:
     """Count finished work and report amount, speed and remaining time every few seconds.
 
     Args:
-      what: What is done.
       total: All there is to do, in any unit.
       report: Takes each line; by default standard error does.
-      unit: What is counted.
     """
 
     def __init__(

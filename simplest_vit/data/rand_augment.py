@@ -48,18 +48,9 @@ _TABLE = 4
 
 
 def rand_augment(key: jax.Array, images: jax.Array, num_ops: int, magnitude: int) -> jax.Array:
-    """Apply `num_ops` random operations to each image, one after the other.
+    """Apply `num_ops` random operations of a magnitude 0..30 to each image, uint8 [B, H, W, C], C = 1 or 3.
 
-    Each is drawn uniformly from the 14; where it has a direction, both are equally likely.
-
-    Args:
-      key: Random key.
-      images: uint8 [B, H, W, C], C = 1 or 3.
-      num_ops: Operations for each image.
-      magnitude: Their strength, 0..30.
-
-    Returns:
-      Images like `images`.
+    Each is drawn uniformly from the 14; if it has a direction, both are equally likely.
     """
     operation_key, sign_key = jax.random.split(key)
     shape = (num_ops, len(images))

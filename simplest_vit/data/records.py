@@ -103,7 +103,6 @@ class DiskSplit:
         """Read image uint8 [n, H, W, C] and label int32 [n].
 
         Args:
-          indices: Indices of n examples.
           to_pixels: Function from the content of an image file and its position in `indices` to pixels.
 
         Raises:

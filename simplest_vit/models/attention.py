@@ -35,15 +35,11 @@ class Attention(nnx.Module):
         """Initialize parameters (float32).
 
         Args:
-          kind: The kind of attention.
           constants: From `kind.constants`, of this block.
           width: D.
           num_heads: H, a divisor of D.
-          init: Initializers.
           norm: One of `layers.NORMS`.
           output_projection: Whether a kernel [D, D] mixes the heads; if so, no projection has a bias, as in SimpleViT.
-          dtype: Compute dtype.
-          rngs: Streams for the initialization.
         """
         dense = functools.partial(
             nnx.Linear,
@@ -72,7 +68,6 @@ class Attention(nnx.Module):
         """Map tokens [B, T, D] to tokens [B, T, D].
 
         Args:
-          x: The tokens.
           qkv: This block's slices of `concatenate_qkv`, which select `fused_attention`; None selects `attend`.
         """
         tokens = layers.flatten_tokens(self.norm(x))

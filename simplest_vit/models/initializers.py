@@ -42,7 +42,6 @@ def looks_linear_kernels(key: jax.Array, width: int, hidden: int) -> tuple[jax.A
     (phi(x W) - phi(-x W)) V = x W V. W has orthonormal rows, and V = W^T Q with Q orthogonal.
 
     Args:
-      key: Random key.
       width: D.
       hidden: M, even and at least 2 D.
 

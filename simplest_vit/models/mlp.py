@@ -40,11 +40,8 @@ class PlainMLP(nnx.Module):
           width: D.
           mlp_dim: M.
           activation: One of `activations`.
-          init: Initializers.
           norm: One of `layers.NORMS`.
           negative_slope: Negative slope of the activations of `TatMLP`.
-          dtype: Compute dtype.
-          rngs: Streams for the initialization.
         """
         self.norm = layers.create_norm(norm, width, dtype=dtype, rngs=rngs)
         first, second = self._kernel_inits(init, width, mlp_dim, rngs)

@@ -72,7 +72,6 @@ def model_arguments(
       name: One of `PRESETS`.
       image_shape: Height, width and channels.
       variant: One of `VARIANTS`; determines the sizes that are None.
-      patch_size: Side of a patch in pixels.
       **fields: Other fields of `config.model`, in the ranges of `config.FIELDS`; None keeps the preset's choice.
 
     Returns:

@@ -78,8 +78,6 @@ def tensors(paths: Collection[str], depth: int, patch_size: int) -> Iterator[Ten
 
     Args:
       paths: Of all parameters and constants here. With normalizations, the layout is that of the reference's SimpleViT.
-      depth: Number of blocks.
-      patch_size: Side of a patch in pixels.
 
     Yields:
       Tensors that together hold all parameters and, but for the position embedding, all constants.
@@ -117,12 +115,7 @@ def tensors(paths: Collection[str], depth: int, patch_size: int) -> Iterator[Ten
 def pytorch_layout(params: Any, patch_size: int) -> dict[str, Any]:
     """Lay parameters out as the reference does, because its Shampoo merges their dimensions.
 
-    Args:
-      params: Nested dict of parameters.
-      patch_size: Side of a patch in pixels.
-
-    Returns:
-      The same numbers by the names of the reference's state dict.
+    A nested dict becomes one by the names of the reference's state dict, with the same numbers.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     depth = flat["blocks/mlp/dense1/kernel"].shape[0]

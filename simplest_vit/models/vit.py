@@ -77,7 +77,6 @@ class ViT(nnx.Module):
 
         Args:
           image_shape: Height, width and channels; height and width are multiples of `patch_size`.
-          num_classes: Number of classes.
           patch_size: Side of a patch in pixels.
           depth: Number of blocks L.
           width: D, a multiple of 4 and of `num_heads`.
@@ -95,7 +94,6 @@ class ViT(nnx.Module):
           remat: Recompute blocks in the backward pass.
           attention_kernel: `xla` (`attention.attend`) or `fused` (`fused_attention`).
           dtype: Compute dtype; softmax, constants, pooling and logits stay float32.
-          rngs: Streams for the initialization.
           **attention_settings: Settings of the kind of attention; missing ones take the kind's defaults.
 
         Raises:

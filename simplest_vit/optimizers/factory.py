@@ -26,9 +26,7 @@ class WarmupCosine:
     a rate of 0. The last step of the run has the rate 0, or the peak if all steps are warm-up.
 
     Attributes:
-      peak: The highest learning rate.
       warmup_steps: Steps of warm-up; at most `total_steps` are used.
-      total_steps: Steps of the run.
     """
 
     peak: float

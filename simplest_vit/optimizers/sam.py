@@ -15,8 +15,6 @@ def sam(gradient: Gradient, rho: float, every: int, step: jax.Array) -> Gradient
     """Wrap a gradient: on every `every`-th step it is taken at params + rho * g / |g|.
 
     Args:
-      gradient: The plain gradient.
-      rho: Radius.
       every: Period in steps; the others take the plain gradient and cost no second pass.
       step: int32 [], number of steps already taken.
 

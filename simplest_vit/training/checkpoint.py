@@ -164,7 +164,6 @@ class Checkpoints:
         Args:
           abstract: From `Run.abstract`: the structure, shapes, dtypes and shardings to restore. If it is a dict of
             some of its fields, only these are read.
-          step: Step of the checkpoint.
 
         Returns:
           The state, or those fields of it, and the progress.

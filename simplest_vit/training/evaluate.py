@@ -32,8 +32,6 @@ class Evaluation:
     """The evaluation of a checkpoint on a split.
 
     Attributes:
-      step: Its step.
-      loss: Mean loss.
       classification: Accuracy by class, confusion matrix and calibration.
       class_names: In the order of the labels.
     """

@@ -16,14 +16,10 @@ _MAY_DIFFER = ("attention_kernel", "dropout", "init", "remat")
 
 
 def load_initial_params(run: Run, folder: str) -> dict[str, Any]:
-    """Load parameters from the best checkpoint of another run. Writes nothing.
+    """Load parameters from the best checkpoint of another run, in `folder`. Writes nothing.
 
     Loads all parameters except the head, which is reinitialized unless the classes match. Constants (E-SPA's matrices,
     the position embedding) depend on the token grid and are those of the new run.
-
-    Args:
-      run: The new run.
-      folder: The folder of the other run.
 
     Returns:
       Parameters by module, for `Run.create_state`.

@@ -38,7 +38,6 @@ class Run:
       config: The config, whose batch size fits the data and whose intervals are in steps.
       data: Facts about the data set; the examples are not needed.
       steps_per_epoch: Steps in a pass over the training split.
-      total_steps: Steps of the whole run.
       initialize: See `state_initializer`.
       abstract: Shapes, dtypes and shardings of the state.
     """

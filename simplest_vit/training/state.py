@@ -112,9 +112,6 @@ def state_initializer(
     """Describe the model and the state without computing anything.
 
     Args:
-      create: Creates the model.
-      tx: The optimizer.
-      seed: Determines the initialization.
       average: Whether the state has a moving average of the parameters.
 
     Returns:

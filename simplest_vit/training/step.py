@@ -39,10 +39,7 @@ def make_train_step(
     """Create the training step.
 
     Args:
-      graphdef: The model.
-      tx: The optimizer.
       seed: Determines the masks of dropout.
-      label_smoothing: See `classification_sums`.
       accumulation_steps: Micro-batches in a step.
       sam_rho: Radius of sharpness-aware minimization; 0 turns it off.
       sam_every: Period in steps of sharpness-aware minimization.

@@ -85,7 +85,6 @@ def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[path
     """Read the config and the data facts of the run in a folder, which is all that is needed. Writes nothing.
 
     Args:
-      workdir: The folder.
       settings: A config, as nested dicts, that must match the run's; None takes the run's own.
 
     Returns:

@@ -54,12 +54,9 @@ def update_statistics(stack: BlockStack, axes: Axes, blocks: jax.Array, finite: 
     With KL-Shampoo G is first multiplied by the preconditioners of the other axes.
 
     Args:
-      stack: The stack.
-      axes: Its state.
       blocks: G (N, *block_shape), finite.
       finite: Bool (N,). Blocks where it is False, or whose average would overflow, leave their statistics unchanged,
         because a single bad value would never leave the average.
-      options: The arguments.
     """
     precision = options.matmul_precision
     letters = string.ascii_lowercase[: blocks.ndim - 1]
@@ -152,7 +149,6 @@ def refresh_staggered(
     Args:
       refresh: From (fixed, changing) of some slots to the new changing ones.
       fixed: For each stack a tree of arrays with N slots each; so is `changing`.
-      changing: What a refresh changes.
       phase: int32, from 0.
       phases: How many phases are due: 1, or a traced number up to k.
       k: The period in steps.

@@ -53,8 +53,6 @@ def diagonal_step(
       moments: m in any float type, without bias correction, and v if the diagonal method has one.
       gradient: Finite, of the shape of the moments. Entries whose squares overflow leave both moments unchanged.
       finite: Broadcasts to the gradient; where it is False, both moments are unchanged.
-      b1: The decay of the momentum.
-      diagonal: The diagonal method.
 
     Returns:
       The new moments, the momentum with bias correction, and the method's step before the learning rate.

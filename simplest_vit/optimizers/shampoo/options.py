@@ -58,7 +58,6 @@ class Diagonal(NamedTuple):
     """A diagonal method.
 
     Attributes:
-      method: Its name.
       decay: Decay of its second moment; 1 sums it.
       eps: Added to the root of the second moment.
     """
@@ -135,7 +134,6 @@ class ShampooOptions(Options):
     Attributes:
       number: Of the method, in the version of its state.
       start: The last step of the grafting method's own: by then every block has its first root.
-      statistics_decay: The decay of the statistics.
       first_statistics: Multiple of the identity with which they start.
       whitened: Whether they are KL-Shampoo's.
       refreshes_early: Whether all preconditioners are refreshed in each of the first k steps after `start` as well.

@@ -86,7 +86,6 @@ def rotate_moments(
       mu: (N, *block_shape), averages of the coordinates in the old bases, of any type.
       nu: (N, *block_shape), averages of their squares.
       rotations: Axes of a block, each with Q_new^T Q_old (N, n, n).
-      precision: Of the products.
     """
     squared = [(axis, jnp.square(rotation)) for axis, rotation in rotations]
     return multiply_axes(mu, rotations, precision), multiply_axes(nu, squared, precision)
@@ -129,6 +128,8 @@ def soap(
 ) -> optax.GradientTransformation:
     """The SOAP optimizer: `scale_by_soap`, then weight decay and learning rate.
 
+    Arguments that are not listed are those of `shampoo`.
+
     Args:
       learning_rate: A number or a schedule.
       b1: Decay of the gradient's average in the eigenbasis, in [0, 1).
@@ -139,20 +140,11 @@ def soap(
       shampoo_beta: Decay of the statistics, in (0, 1]; 1 sums them.
       precondition_frequency: Steps between two refreshes of a basis, k >= 1.
       start_preconditioning_step: Steps before this one are Adam's; in it, only blocks whose turn it is have a basis.
-      stagger: As in `shampoo`.
       max_preconditioner_dim: Longer dimensions are cut into the fewest even blocks of at most this size, >= 1.
-      merge_dims: As in `shampoo`.
       precondition_1d: Whether vectors get a basis. Otherwise, and for scalars, the step is Adam's.
-      one_sided: As in `shampoo`.
-      ignored_dim: As in `shampoo`.
       basis: How an eigenbasis follows its statistics: one power iteration, orthogonalized by 'qr' (LAPACK or cuSOLVER)
         or by 'gram_schmidt' (matrix products only), or 'eigh'; 'auto': 'qr' on a CPU, else 'gram_schmidt', decided when
         the program is lowered.
-      preconditioner_dtype: As in `shampoo`.
-      mu_dtype: As in `shampoo`.
-      precision: As in `shampoo`.
-      stack_axes: As in `shampoo`.
-      mesh: As in `shampoo`.
 
     Raises:
       ValueError: As `scale_by_shampoo`.
