@@ -8,7 +8,7 @@
     model = simplest_vit.create_model("isometric_vit", image_shape=(32, 32, 3), num_classes=10, rngs=nnx.Rngs(0))
     tx = simplest_vit.soap(learning_rate=3e-3)
 
-Names are imported at their first use: the optimizers need jax, numpy and optax alone.
+Names are imported on first use, so that the optimizers need only jax, numpy and optax.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m simplest_vit`: the command line where `simplest-vit` is not installed."""
+"""`python -m simplest_vit`: the command line if `simplest-vit` is not installed."""
 
 from simplest_vit.commands import main
 

@@ -48,7 +48,7 @@ def _caller() -> str:
 
 
 class _ConfigParser(ConfigFileFlagParser):
-    """Accepts the name of a recipe. It is imported, because a path to load is cut at its first colon."""
+    """Accepts the name of a recipe, which is imported, or a path, which the base class cuts at its first colon."""
 
     def parse(self, path: str) -> Any:
         from simplest_vit import recipes  # a clone without symbolic links does not have it
@@ -129,7 +129,7 @@ def config_arguments(arguments: list[str]) -> list[str]:
 
 
 def _require_config(config: flags.FlagHolder) -> None:
-    """Read a config file now; flags read it only at its first use."""
+    """Read a config file now; absl reads it only when the flag is first used."""
     getattr(config.value, "to_dict", None)
     if not isinstance(config.value, ConfigDict):
         raise UserError(f"--{config.name}: get_config of the file returns no ConfigDict; see configs/digits.py")
@@ -143,12 +143,12 @@ def run(
     optional: tuple[str, ...] = (),
     positional: bool = False,
 ) -> None:
-    """Parse the flags, run a command, and print each error of a user as one line on standard error.
+    """Parse the flags, run a command, and print each user error as one line on standard error.
 
     Exit codes: 0, 2 for a `UserError`, 3 for a `TrainingError`, 75 for an `Interrupted`.
 
     Args:
-      program: The command; it takes the list of arguments without a flag if these are allowed, else nothing.
+      program: The command. It takes the list of positional arguments if these are allowed, otherwise nothing.
       usage: An example of the command, printed when a flag is missing.
       required: Names of flags that must be given.
       optional: Which of --config and --workdir may also be given.
@@ -173,7 +173,7 @@ def run(
     except (TrainingError, Interrupted) as error:
         _exit(error)
     except streams.StdoutError as error:
-        if error.errno == errno.EPIPE:  # such as in `| head`: the reader has exited
+        if error.errno == errno.EPIPE:  # the reader has exited, as in `| head`
             sys.exit(141)  # 128 + SIGPIPE, which Windows lacks
         sys.exit(print_error(TrainingError(f"standard output cannot be written ({error})")))
 
@@ -196,7 +196,7 @@ def _exit(error: TrainingError | Interrupted) -> NoReturn:
 
 
 def _run_program(program: Callable[..., None], *arguments: list[str]) -> None:
-    """Check the config and run; missing libraries, memory or devices become one-line errors, too."""
+    """Check the config and run; a lack of libraries, memory or devices also becomes a one-line error."""
     try:
         for config in _given():
             check(config.value)

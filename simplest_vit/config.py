@@ -154,10 +154,10 @@ FIELDS = {
     "model.attention": Field(
         None, _NAME, "espa, espa_causal, espa_2d, espa_reference, uspa, shift, fixed_shift, value_skipinit or softmax"
     ),
-    # Beyond these, kernels of tokens are singular in float64 or the identity in float32.
+    # Beyond these values, token kernels are singular in float64 or the identity in float32.
     "model.gamma_max_depth": Field(0.005, _number(1e-9, 10), "E-SPA: decay at the last block"),
     "model.rho_max_depth": Field(0.8, _number(1e-9, 0.999999), "U-SPA: correlation at the last block"),
-    # At 0 no query could ever reach another token.
+    # At 0, no query could ever attend to another token.
     "model.uniform_fraction": Field(0.01, _inside(0, 1), "shift attention: weight of uniform attention"),
     "model.identity_head_fraction": Field(0.75, _positive(1), "shift attention: share of heads that start in place"),
     "model.mlp": Field(None, _NAME, "MLP: tat, looks_linear (orthogonal at initialization) or plain"),
@@ -229,7 +229,7 @@ def fields(optimizer: str) -> dict[str, Field]:
 
 
 def default(optimizer: str = "adam") -> ConfigDict:
-    """Create the config of all defaults, which a recipe then changes.
+    """Create a config with all defaults, which a recipe then changes.
 
     Args:
       optimizer: Name of the optimizer, which determines the fields of `config.optimizer`.
@@ -303,10 +303,10 @@ def check(config: ConfigDict, image_shape: tuple[int, int, int] | None = None) -
     """Check everything that can be checked without the data; `cli.run` does so once, before anything else.
 
     Args:
-      image_shape: (H, W, C) of a preprocessed image; None for that of the data set, which must exist then.
+      image_shape: (H, W, C) of a preprocessed image; None for that of the data set, which must then exist.
 
     Raises:
-      UserError: Names the field, its value and the values allowed.
+      UserError: If a field is missing, unknown or has a value that is not allowed; the message names both.
     """
     from simplest_vit.data import dataset
     from simplest_vit.models import model_arguments

@@ -49,7 +49,7 @@ def sha256(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def writing(what: str, remedy: str = "choose another folder") -> Iterator[None]:
-    """Turn an error of the system while a user's file or folder is written into a `UserError`."""
+    """Turn a system error while writing a user's file or folder into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -62,7 +62,7 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def write_csv(path: pathlib.Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file in UTF-8, with what is not UTF-8 in a file's name as an escape; see `write_file`."""
+    """Write a CSV file in UTF-8; bytes of file names that are not UTF-8 are escaped. See `write_file`."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_file(path, text.getvalue().encode(errors="backslashreplace"))

@@ -1,10 +1,10 @@
 """The checkpoints of the PyTorch reference: reading `.pth` files, and conversion of models to and from them.
 
 A `.pth` file (torch.save since 1.6) is a zip archive of stored (not compressed) members: a pickle, `data.pkl`, and the
-bytes of each tensor's storage. A pickle can call any function and ask for any amount of memory or time. Here PyTorch is
-not needed and nothing in the file is run: an unpickler knows only the opcodes of torch.save and the few calls that
-tensors need. Time and memory are bounded by the size of the file. Objects of other classes, such as an optimizer's
-state, become inert; functions of the standard library are refused.
+bytes of each tensor's storage. A pickle can call any function and ask for any amount of memory or time. Here
+PyTorch is not needed and nothing in the file is executed: the unpickler knows only the opcodes of torch.save and the
+few calls that tensors need. Time and memory are bounded by the size of the file. Objects of other classes, such as an
+optimizer's state, become inert; functions of the standard library are refused.
 """
 
 import math
@@ -40,7 +40,7 @@ _DTYPES: dict[str, Any] = {
 _INERT_MODULES = ("_codecs", "argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib")
 _INERT_BUILTINS = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str")
 _MAX_PICKLE_BYTES = 2**26
-# Those that torch.save writes, by protocol 2.
+# Those that torch.save writes, in protocol 2.
 _OPCODES = """
 PROTO STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE LONG1 LONG4 BININT BININT1 BININT2 BINFLOAT BINUNICODE
 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
@@ -60,7 +60,7 @@ class Tensor(NamedTuple):
 
 
 class _Inert:
-    """An object of an unknown class, which takes whatever a pickle does to an object and ignores it."""
+    """An object of an unknown class, which accepts and ignores whatever a pickle does to an object."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         del args, kwargs
@@ -75,7 +75,7 @@ class _RefusedError(pickle.UnpicklingError):
     """The pickle calls something that has no place in a checkpoint."""
 
 
-# In Python, because the one in C allocates what a pickle asks for, and cannot leave out opcodes.
+# Python's implementation, because the one in C allocates what a pickle asks for and cannot drop opcodes.
 _PythonUnpickler: Any = pickle._Unpickler
 
 
@@ -142,7 +142,7 @@ class Checkpoint:
         """Read the names.
 
         Raises:
-          UserError: If the file is missing, no checkpoint, holds code, or has no `model_state_dict`.
+          UserError: If the file is missing, is not a checkpoint, contains code, or has no `model_state_dict`.
         """
         self.path = path
         try:
@@ -162,13 +162,13 @@ class Checkpoint:
                 content = _Unpickler(file).load()
         except _RefusedError as error:
             raise self._error(f"is refused: it wants to run {error}, which no checkpoint needs") from error
-        except Exception as error:  # so may a damaged pickle
+        except Exception as error:  # a damaged pickle may, too
             raise self._error(f"is damaged ({type(error).__name__} in its data.pkl)") from error
         state = content.get("model_state_dict") if isinstance(content, dict) else None
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
             raise self._error("has no model_state_dict")
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        # torch.compile puts this before every name.
+        # torch.compile adds this prefix to every name.
         self.tensors: dict[str, Tensor] = {name.removeprefix("_orig_mod."): t for name, t in tensors.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -214,7 +214,7 @@ def _flat(state: ModelState) -> dict[str, Any]:
 
 
 def _tensors(model: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]:
-    """List the tensors of a model of the reference, which has two networks and few of our choices."""
+    """List the tensors of a model of the reference, which has two networks and few of the options here."""
     if model.name not in _ATTENTIONS:
         networks = ", ".join(_ATTENTIONS)
         raise UserError(f"config.model.name={model.name!r} is not in the PyTorch reference; expected {networks}")

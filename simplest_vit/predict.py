@@ -24,7 +24,7 @@ log = logging.getLogger("simplest_vit")
 _BATCH = 64  # images computed at a time
 _TOP = 5
 
-# A path, and `top`: the most probable classes, each as `class` and `probability`.
+# `image`: a path; `top`: the most probable classes, each with `class` and `probability`.
 Prediction = dict[str, Any]
 # Paths of image files, or pixels, uint8 [N, H, W, C] of the run's image shape.
 Images = Sequence[str | os.PathLike[str]] | np.ndarray

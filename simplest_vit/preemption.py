@@ -104,7 +104,7 @@ def deferred(note: Callable[[signal.Signals], object] = lambda number: None) -> 
     """Let the caller stop the program: it polls `received` and may take its time to save.
 
     Args:
-      note: Called by the thread with the first signal, or immediately if one was already received.
+      note: Called by the thread with the first signal, or immediately if a signal was already received.
     """
     global _watch
     own = None

@@ -1,4 +1,4 @@
-"""The standard streams and the log of a command, in which no error of a reader or of a disk ends a run."""
+"""The standard streams and the log of a command; no error of a reader or a disk in them ends a run."""
 
 import logging
 import os

@@ -38,7 +38,7 @@ def main() -> None:
         if image_folder.value:
             all_images = not has_splits(pathlib.Path(image_folder.value))
             other_data = {"name": "image_folder", "manual_dir": image_folder.value}
-            # Not the run's own split: of CLASS/*.jpg all images, else val/.
+            # Not the run's own split: all images of a folder with CLASS/*.jpg, or those in val/.
             other_data["validation_split"] = "train+validation" if all_images else None
         if split.value:
             other_data["validation_split"] = split.value

@@ -31,7 +31,7 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
     """Write the model of a `.pth` file to `workdir` as a checkpoint, with a fresh optimizer.
 
     Args:
-      workdir: A folder without a run, or of an import of this file that was interrupted.
+      workdir: A folder without a run, or with an interrupted import of this file.
 
     Raises:
       UserError: If the config does not fit, the file does not hold this model, or the folder holds a run; nothing is

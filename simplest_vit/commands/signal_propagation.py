@@ -30,8 +30,8 @@ from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import build
 from simplest_vit.training.workdir import check_workdir
 
-# The networks that explain the method, each one step away from it: fields of `config.model` by name; fields of
-# `_CHOICES` that are absent are the network's own.
+# The networks that explain the method, each one change away from it: fields of `config.model` by name. Absent fields
+# of `_CHOICES` keep the network's own values.
 CONTRASTS: dict[str, dict[str, str]] = {
     "E-SPA + TAT": {"name": "simplest_vit"},
     "isometric": {"name": "isometric_vit"},
@@ -43,7 +43,7 @@ CONTRASTS: dict[str, dict[str, str]] = {
     "reference's bias + TAT": {"name": "simplest_vit", "attention": "espa_reference"},
 }
 _CHOICES = ("attention", "mlp", "activation", "init", "norm", "skip")
-# The reference's bias would hide E-SPA, and the others explain less.
+# The reference's bias would cover the curve of E-SPA, and the others explain less.
 _OVERVIEW = ("E-SPA + TAT", "vanilla, unshaped", "E-SPA, ReLU", "isometric", "SimpleViT")
 NUM_IMAGES = 16
 
@@ -89,7 +89,7 @@ def signal_propagation(config: Any, workdir: str, *, trained: bool = False, seed
     """
     path = check_workdir(workdir, config.to_dict())
     dataset = input_pipeline.load(config.data)
-    count = min(NUM_IMAGES, dataset.validation_size)  # a larger batch would be filled up with copies
+    count = min(NUM_IMAGES, dataset.validation_size)  # a larger batch would be padded with copies
     batch = next(input_pipeline.eval_batches(dataset, batch_size=count, sharding=None))
     own = name_of(config.model)
     variants = {own: config} | {name: with_contrast(config, name) for name in CONTRASTS if name != own}
@@ -133,7 +133,7 @@ def write(results: list[Propagation], folder: pathlib.Path, title: str) -> None:
 
 
 def _rows(results: list[Propagation]) -> Iterator[tuple[str, int, str, float | None, float | None]]:
-    """Yield rows of model, block, quantity, measured and theory; None if there is no value."""
+    """Yield rows of model, block, quantity, measured and theory; None if a value is missing."""
     for result in results:
         for quantity in dict.fromkeys([*result.measured, *result.theory]):
             pair = [result.measured.get(quantity), result.theory.get(quantity)]

@@ -32,7 +32,7 @@ from simplest_vit.errors import Interrupted, UserError
 from simplest_vit.training.workdir import CONFIG, RESULTS, check_workdir
 
 _READER_TIMEOUT_S = 5
-_LONGEST_NAME = 255  # bytes of a folder's name
+_LONGEST_NAME = 255  # bytes in the name of a folder
 _TRAIN = (sys.executable, "-m", "simplest_vit", "train")
 
 
@@ -49,7 +49,7 @@ def parse_grid(axes: list[str], config: Any) -> dict[str, list[str]]:
     """Parse texts `config.FIELD=VALUE,VALUE,...` that name fields of a config: values by field, without `config.`.
 
     Raises:
-      UserError: If a text is not of this form, the config has no such field, or a field is there twice.
+      UserError: If a text does not have this form, the config has no such field, or a field is repeated.
     """
     fields = flatten(config.to_dict())
     grid: dict[str, list[str]] = {}
@@ -97,8 +97,8 @@ def check_points(points: list[Point]) -> None:
     """Check the config and the folders of every point now, so that none fails hours later.
 
     Raises:
-      UserError: Names the point and what is wrong with it, two points that are the same run, or a folder that holds the
-        run of another config.
+      UserError: If a point has an error, two points are the same run, or a folder holds the run of another config; the
+        message names them.
     """
     configs: dict[str, str] = {}
     for point in points:
@@ -161,7 +161,7 @@ def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
     ends immediately, or fails if its folder holds the run of another config.
 
     Raises:
-      Interrupted: If a signal came.
+      Interrupted: If a signal was received.
     """
     waiting = [run for point in points for run in zip(point.workdirs, point.commands, strict=True)]
     failed = 0
@@ -208,7 +208,7 @@ class _Printer:
 
 
 class _Process(subprocess.Popen[str]):
-    """A run, whose lines on standard error are printed with its name as a prefix."""
+    """A run; its lines on standard error are printed with its name as a prefix."""
 
     def __init__(
         self, folder: pathlib.Path, command: list[str], environment: dict[str, str], printer: _Printer

@@ -1,4 +1,4 @@
-"""Export the best checkpoint of a run to a file that other runtimes load.
+"""Export the best checkpoint of a run to a file that other runtimes can load.
 
 | format | what it is | loads with | images |
 |---|---|---|---|
@@ -7,7 +7,8 @@
 | safetensors | arrays by path and metadata, without the computation | safetensors | normalized float32 |
 | pth | parameters and E-SPA's constants by the names of the PyTorch reference | the reference | normalized float32 |
 
-The first two take images [B, H, W, C] for any B, and normalize them by the mean and deviation of the training data.
+The first two take images [B, H, W, C] for any B, and normalize them by the mean and standard deviation of the training
+data.
 """
 
 import importlib.util
@@ -51,14 +52,14 @@ def export(workdir: str, output: str, format: str | None = None) -> None:
     """Write the best checkpoint of a run to `output`, after comparing the artifact with the model on random images.
 
     Args:
-      workdir: The run's folder, which is all that is needed.
+      workdir: The run's folder; nothing else is needed.
       output: The file, which must not exist. For stablehlo, metadata go to a file of this name with `.json` appended.
       format: One of `FORMATS`; None for the suffix of `output`.
 
     Raises:
       UserError: If the format is unknown, needs a library that is missing, or has no such network; if the run has no
         checkpoint; or if the file exists or cannot be written.
-      TrainingError: If the logits differ. Then nothing is written.
+      TrainingError: If the logits differ; nothing is then written.
     """
     path = pathlib.Path(output)
     named, format = (f"--format={format}", format) if format else (f"--output={output}", path.suffix[1:])
@@ -163,7 +164,7 @@ def _as_text(metadata: Metadata) -> dict[str, str]:
 
 
 def _stablehlo(run: Run, state: ModelState, metadata: Metadata) -> tuple[bytes, Classifier]:
-    """Serialize as a JAX function; metadata are a file of their own."""
+    """Serialize as a JAX function; the metadata go to a separate file."""
     model = run.model(state)
     _check_size(model, "stablehlo")
     (batch,) = jax.export.symbolic_shape("batch")
@@ -214,7 +215,7 @@ def _pth(run: Run, state: ModelState, metadata: Metadata) -> tuple[bytes, Classi
 
 
 _Serialize = Callable[[Run, ModelState, Metadata], tuple[bytes, Classifier]]
-# By name: what serializes, and the extra with the libraries it needs.
+# By name: the serializer, and the extra with the libraries that it needs.
 FORMATS: dict[str, tuple[_Serialize, str, tuple[str, ...]]] = {
     "stablehlo": (_stablehlo, "train", ()),
     "onnx": (_onnx, "export", ("onnx", "onnxruntime")),

@@ -1,4 +1,4 @@
-"""Lower a JAX function of images to an ONNX model, by its jaxpr: equation for equation, whatever the network.
+"""Lower a JAX function of images to an ONNX model, equation by equation of its jaxpr, for any network.
 
 Only the batch size is symbolic. Three ideas keep this short:
 
@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 
 from simplest_vit.errors import UserError
 
-# With IR version 10, which onnxruntime reads since 1.18.
+# With IR version 10, which onnxruntime has supported since 1.18.
 _OPSET, _IR_VERSION = 18, 10
 
 _ELEMENTWISE = {
@@ -92,7 +92,7 @@ class _Graph:
     # Nodes and constants.
 
     def node(self, op: str, *operands: Tensor, shape: Shape, **attributes: Any) -> Node:
-        """Append a node with one output of the shape given."""
+        """Append a node with one output of the given shape."""
         name = f"{op}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, [self._name(x) for x in operands], [name], name=name, **attributes))
         return Node(name, shape)
@@ -111,7 +111,7 @@ class _Graph:
         return not any(isinstance(n, type(self.batch)) for n in shape)
 
     def _sizes(self, shape: Shape) -> Tensor:
-        """Return a shape as an int64 tensor, computed from the batch size where it depends on it."""
+        """Return a shape as an int64 tensor; sizes that depend on the batch size are computed from it."""
         if self._is_static(shape):
             return np.array(shape, np.int64)
         batch = self.node("Shape", Node("images", ()), shape=(1,), start=0, end=1)
@@ -130,7 +130,7 @@ class _Graph:
         return x if x.shape == shape else self.node("Expand", x, self._sizes(shape), shape=shape)
 
     def reshape(self, x: Tensor, shape: Shape) -> Tensor:
-        """Reshape; of several dimensions at most one depends on the batch size."""
+        """Reshape; at most one dimension depends on the batch size."""
         if x.shape == shape:
             return x
         if isinstance(x, np.ndarray):
@@ -217,7 +217,7 @@ class _Graph:
         return self.node(op, *operands, shape=tuple(next((n for n in s if n != 1), 1) for s in sizes), **attributes)
 
     def _scan(self, params: dict[str, Any], operands: list[Tensor]) -> list[Tensor]:
-        """Unroll a loop over constants that returns its carry alone."""
+        """Unroll a loop over constants that returns only its carry."""
         body, start = params["jaxpr"], params["num_consts"] + params["num_carry"]
         carry, stacks = operands[params["num_consts"] : start], operands[start:]
         if len(body.out_avals) > len(carry) or any(isinstance(x, Node) for x in stacks):
