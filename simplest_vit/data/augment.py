@@ -66,7 +66,7 @@ def train_batch(key: jax.Array, images: jax.Array, labels: jax.Array, preprocess
     per_example = p.mixup_mode == "example"
     if p.mixup_alpha and p.cutmix_alpha:
         which_key, mix_key = jax.random.split(mix_key)
-        # Both are computed, because the host of a GPU would have to decide a condition.
+        # Both are computed, because a condition would make a GPU wait for its host.
         mixed = mixup(mix_key, x, y, p.mixup_alpha, per_example), cutmix(mix_key, x, y, p.cutmix_alpha, per_example)
         x, y = optax.tree.where(jax.random.bernoulli(which_key), *mixed)
     elif p.mixup_alpha:
@@ -160,12 +160,12 @@ def cutmix(
 
 
 def symmetric_beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
-    """Draw from Beta(alpha, alpha) by its quantiles.
+    """Draw from Beta(alpha, alpha) by its tabulated quantiles.
 
     `jax.random.beta` rejects samples in a loop of unknown length, which makes a GPU wait for its host in every step.
 
     Returns:
-      float32 in [0, 1]. The distribution function is exact at 8,192 quantiles, and off by less than 1 / 8,192 between.
+      float32 in [0, 1]. The distribution function is exact at 8,192 quantiles, and within 1 / 8,192 elsewhere.
     """
     quantiles = jnp.asarray(_quantiles(alpha))
     position = jax.random.uniform(key, shape) * (len(quantiles) - 1)

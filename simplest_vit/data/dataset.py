@@ -1,4 +1,4 @@
-"""Load a data set: the facts that a model needs, and the examples, on the device or on disk."""
+"""Load a data set: the facts that a run needs, and the examples, on the device or on disk."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ class InMemorySplit:
     Attributes:
       images: uint8 [N, H, W, C].
       labels: int32 [N].
-      copies: The split replicated over a mesh, for each mesh it was requested for.
+      copies: The split replicated over a mesh, for each mesh that requested it.
     """
 
     images: jax.Array
@@ -46,7 +46,7 @@ class DatasetInfo:
 
     Attributes:
       version: Version of the prepared data set, such as "3.0.2".
-      description: One line; for a folder of images it says how the splits were made.
+      description: One line; for an image folder it says how the splits were made.
       train_split: Training split in TFDS's syntax; so is `validation_split`.
       class_names: Names of the classes in the order of the labels.
       image_shape: (H, W, C) of a preprocessed image.
@@ -97,7 +97,7 @@ class DatasetInfo:
             return type(value) is int and 0 < value < 2**31
 
         def number(value: Any) -> bool:
-            return type(value) in (int, float) and abs(value) < 1e6  # so neither NaN nor infinite
+            return type(value) in (int, float) and abs(value) < 1e6  # neither NaN nor infinite
 
         shape: Any = values.get("image_shape")
         channels = shape[2] if list_of(size, 3)(shape) and math.prod(shape) < 2**31 else 0
@@ -135,7 +135,7 @@ class Dataset(DatasetInfo):
 
 
 def image_shape(data: Any) -> tuple[int, int, int]:
-    """Return the (H, W, C) of a preprocessed image; data sets with a builder need not be prepared for this.
+    """Return the (H, W, C) of a preprocessed image; a data set with a builder need not be prepared.
 
     Raises:
       UserError: If there is no builder and TFDS has not prepared the data set.
@@ -146,14 +146,14 @@ def image_shape(data: Any) -> tuple[int, int, int]:
 
 
 def load(data: Any, *, only_validation: bool = False) -> Dataset:
-    """Load a data set, and prepare it first if necessary.
+    """Load a data set; prepare it first if necessary.
 
     A split is put on the device if its images, as uint8 of the size used in training, fit in the budget, unless they
     are to be cropped at random from their original size. Otherwise it stays on disk.
 
     Args:
       data: `config.data`.
-      only_validation: Load the validation split as the training split, too, for an evaluation that does not train.
+      only_validation: Load the validation split in place of the training split as well, for evaluation only.
 
     Raises:
       UserError: If the data set cannot be prepared or is damaged, or if the splits do not match.
@@ -214,7 +214,7 @@ def _prepare_once(data: Any) -> Prepared:
     error = ""
     try:
         return prepare(data.name, data.dir, data.manual_dir)
-    except BaseException as problem:  # the others must not wait any longer, nor assume that the data are ready
+    except BaseException as problem:  # the others must neither keep waiting nor assume that the data are ready
         error = first_line(problem)
         raise
     finally:

@@ -22,7 +22,7 @@ _SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .p
 SUFFIXES = (*_SUFFIXES.split(), *((".heic", ".heif") if pillow_heif else ()))
 _JPEG, _HEIC = b"\xff\xd8", (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheim", b"ftyphevc")
 _ORIENTATION = 0x0112  # the EXIF tag
-_MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, against files that unpack to more than the memory
+_MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, against files that decompress to more than the memory
 Image.MAX_IMAGE_PIXELS = None  # `open_image` checks; Pillow's own check warns from half of that on
 
 
@@ -31,8 +31,8 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
 
     The picture is rotated as its EXIF orientation says, 16 bits become 8 (the upper ones), a palette is looked up and
     transparency dropped. JPEG goes through libjpeg-turbo directly, 1.5 times as fast as through Pillow; what it refuses
-    (CMYK, slightly damaged JPEG) and all other formats go through Pillow. Bytes behind the image are ignored, such as
-    the film of a motion photo.
+    (CMYK, slightly damaged JPEG) and all other formats go through Pillow. Bytes after the image, such as the video of a
+    motion photo, are ignored.
 
     Args:
       channels: 1 for grey, 3 for RGB; other images are converted.
@@ -42,7 +42,7 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
       Pixels, uint8 [H, W, channels].
 
     Raises:
-      UserError: If the file is damaged, cut off, no image, or of more than 179 million pixels.
+      UserError: If the file is damaged, truncated, not an image, or has more than 179 million pixels.
     """
     try:
         with open_image(content) as image:
@@ -55,7 +55,7 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
                 except ValueError as error:
                     if "premature end" in str(error).lower():  # Pillow fills what is missing with grey
                         raise ValueError("the JPEG is truncated") from error
-            image.load()  # which rotates a TIFF
+            image.load()  # also rotates a TIFF
             return _turn(_eight_bits(image, channels), _orientation(image))
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise UserError(f"not a complete image ({_reason(error, content)})") from error
@@ -72,7 +72,7 @@ def image_size(content: bytes) -> tuple[int, int]:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Open an image file by Pillow without decoding it: only formats that need no other program, and no huge ones."""
+    """Open an image file with Pillow without decoding it: only formats that need no other program, no huge images."""
     image = Image.open(io.BytesIO(content), formats=_FORMATS)
     height, width = image.height, image.width
     if height * width > _MAX_PIXELS:
@@ -91,7 +91,7 @@ def eval_image(content: bytes, image_shape: tuple[int, int, int], resize: int) -
       Pixels, uint8 [H, W, C].
 
     Raises:
-      UserError: If the file is damaged or no image.
+      UserError: If the file is damaged or not an image.
     """
     crop, _, channels = image_shape
     pixels = decode_image(content, channels, (resize, resize))
@@ -124,7 +124,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
-    """Return the pixels of an image, uint8 [H, W, channels], as they lie in the file."""
+    """Return the pixels of an image, uint8 [H, W, channels], as stored in the file."""
     if image.mode.startswith("I;16"):
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], channels, axis=2)
     if image.mode in ("I", "F"):

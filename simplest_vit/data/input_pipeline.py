@@ -8,9 +8,9 @@ A batch is a dict of arrays that are already on the device(s): image float32 [B,
 [B, num_classes] (one-hot, or mixed), weight float32 [B] (0 for padding). Training batch k depends only on (seed, k):
 to resume, start at the step reached.
 
-A split on the device is sampled and augmented there by one jitted function, whose arguments, never constants, are its
-arrays; seed and step are traced. One compilation therefore serves the whole run, and each call is dispatched without
-waiting for the previous one. A split on disk is streamed.
+A split on the device is sampled and augmented there by one jitted function. Its arrays are arguments of the function,
+never constants; seed and step are traced. One compilation therefore serves the whole run, and each call is dispatched
+without waiting for the previous one. A split on disk is streamed.
 """
 
 import functools
@@ -50,7 +50,7 @@ def steps_per_epoch(train_size: int, batch_size: int) -> int:
 def fit_batch_size(batch_size: int, train_size: int, parts: int = 1) -> int:
     """Return a batch size that the training split can fill.
 
-    It does not depend on the number of devices, which may be another one when a run is resumed.
+    It does not depend on the number of devices, which may change when a run is resumed.
 
     Args:
       batch_size: The wanted size; it is returned if there are that many examples.
@@ -69,7 +69,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Iterate over training batches forever.
 
-    Every epoch is a new permutation of the examples; the remainder that does not fill a batch is skipped in that epoch.
+    Every epoch is a new permutation of the examples; a remainder that does not fill a batch is skipped in that epoch.
 
     Args:
       dataset: From `load`.
@@ -113,7 +113,7 @@ def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding |
 
 
 def _replicate(split: InMemorySplit, sharding: NamedSharding | None) -> InMemorySplit:
-    """Put a whole split on every device of a mesh, so that each samples its part of a batch without communication.
+    """Put the whole split on every device of a mesh, so that each samples its part of a batch without communication.
 
     Each process has loaded the split and copies it to its own devices. The result is cached for later evaluations.
     """

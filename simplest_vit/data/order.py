@@ -1,7 +1,7 @@
 """The order of training examples: a random permutation that is never built.
 
 `shuffled` evaluates it at any position in O(1), so a batch needs only (seed, step): nothing is sorted or stored, a
-resume costs nothing, and the device and the workers of the host pipeline agree without talking to each other.
+resume costs nothing, and the device and the workers of the host pipeline agree without communicating.
 """
 
 import functools
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# An example that no round moves is one in 2**32.
+# One example in 2**32 is not moved by any round.
 _ROUNDS = 32
 
 
 def _mix(x: Any) -> Any:
-    """Scramble uint32 values by the 32-bit finalizer of MurmurHash3, a bijection."""
+    """Scramble uint32 values with the 32-bit finalizer of MurmurHash3, a bijection."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
@@ -25,14 +25,14 @@ def _mix(x: Any) -> Any:
 def shuffled(position: Any, size: int, seed: Any, epoch: Any) -> Any:
     """Find the example at each position of an epoch's random order.
 
-    The swap-or-not shuffle: every round pairs x with (k - x) mod size, and one pseudorandom bit for the
-    pair says whether the two trade places. Each round is a permutation of range(size), so the whole is.
+    The swap-or-not shuffle: every round pairs x with (k - x) mod size, and one pseudorandom bit per pair
+    decides whether the two trade places. Each round is a permutation of range(size), and so is the result.
 
     Args:
       position: Positions in [0, size), integer array [B], NumPy or JAX (the result is of the same kind).
       size: Number of examples, below 2**31.
-      seed: Of the run, integer scalar or array [1].
-      epoch: Which epoch, integer scalar or array [1].
+      seed: The run's seed, integer scalar or array [1].
+      epoch: Number of the epoch, integer scalar or array [1].
 
     Returns:
       Example indices, uint32 [B]: over all positions, each of range(size) exactly once.
@@ -43,7 +43,7 @@ def shuffled(position: Any, size: int, seed: Any, epoch: Any) -> Any:
     on_host = isinstance(position, np.ndarray)
     xp = np if on_host else jnp
     n = np.uint32(size)
-    # Arrays of one element, not scalars: NumPy warns of overflow only for scalars, and here it is meant.
+    # Arrays of one element, not scalars: NumPy warns of overflow only for scalars, and here it is intended.
     seed, epoch = (xp.asarray(value).astype(np.uint32).reshape(1) for value in (seed, epoch))
     key = _mix(_mix(seed + np.uint32(1)) + epoch)
 

@@ -29,7 +29,7 @@ from simplest_vit.data.records import cannot_read, cpu_count, system_error
 from simplest_vit.errors import UserError, first_line, one_line
 from simplest_vit.files import local_path, sha256
 
-_LEASE = 60  # seconds without a renewal after which the preparing process counts as dead; it renews every 20
+_LEASE = 60  # seconds without renewal after which the preparing process counts as dead; it renews every 20
 _CHUNK = 256  # images read and checked together
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another")
 _REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable or choose another")
@@ -49,7 +49,7 @@ def prepare(
       name: A name in `BUILDERS`, or of a data set that TFDS has prepared.
       data_dir: Folder of TFDS data sets; None for ~/tensorflow_datasets.
       manual_dir: Folder with the original files; None to download them to `data_dir`/downloads.
-      skip_corrupt: Whether to skip unreadable images instead of failing.
+      skip_corrupt: Skip unreadable images instead of failing.
 
     Raises:
       UserError: If the name is unknown, the originals are missing or damaged, or the disk is full or not writable.
@@ -81,7 +81,7 @@ def open_prepared(name: str, data_dir: str | None) -> Prepared:
     """Open a data set that TFDS has prepared.
 
     Raises:
-      UserError: If there is none of that name, or it is damaged.
+      UserError: If there is no data set of that name, or it is damaged.
     """
     root = _root(data_dir)
     try:
@@ -152,13 +152,13 @@ def _prepare_alone(
         lease = SoftFileLease(path.with_name(".preparing"), lease_duration=_LEASE)
         try:
             with _held(lease):
-                if not path.exists():  # another process may have been faster
+                if not path.exists():  # another process may have prepared it meanwhile
                     print(f"preparing {name} in {path}", file=sys.stderr, flush=True)
                     if builder.archive and download:
                         builder.archive.download(originals)
                     _prepare(builder, originals, path, skip_corrupt)
         except Exception:
-            if not lease.compromise:  # otherwise this process was suspended, and another has taken over
+            if not lease.compromise:  # otherwise this process was suspended and another took over
                 raise
 
 
@@ -201,7 +201,7 @@ def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) 
 
 
 def _name_old_copies(folder: Path) -> None:
-    """Print the older prepared copies of the same folder, `NAME-ORIGINALS-STATE`."""
+    """Print older prepared copies of the same folder, `NAME-ORIGINALS-STATE`."""
     prefix = folder.name.rpartition("-")[0]
     old = sorted(other for other in folder.parent.glob(f"{prefix}-*") if other != folder)
     if old:
@@ -285,7 +285,7 @@ def _write_shard(
 
     unreadable, partial = 0, path.with_name(f"partial-{secrets.token_hex(4)}")
     try:
-        writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")  # JPEG and PNG compress no further
+        writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")  # JPEG and PNG are compressed already
         for example, image in _read_images(shard.examples()):
             if isinstance(image, str):
                 print(f"unreadable image {one_line(example.name)}: {image}", file=sys.stderr, flush=True)

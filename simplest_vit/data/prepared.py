@@ -51,9 +51,8 @@ class Split:
 class Prepared:
     """A data set that this project or TFDS has prepared as array_record.
 
-    Facts that TFDS does not record are measured at the first use and kept in the folder, in `simplest_vit.npz`: a
-    digest of all labels and image files, the labels, decoded images if they are small and of one size, mean and
-    deviation.
+    Facts that TFDS does not record are measured on first use and kept in `simplest_vit.npz` in the folder: a digest of
+    all labels and image files, the labels, decoded images if they are small and of equal size, mean and deviation.
 
     Args:
       builder: TFDS's builder of the folder.
@@ -78,7 +77,7 @@ class Prepared:
                 f"{self.folder}: prepared as {file_format}, expected array_record; convert it: "
                 f"tfds convert_format --dataset_dir={self.folder} --out_file_format=array_record"
             )
-        features = dict(sorted(builder.info.features.items()))  # TFDS's order is random in each process
+        features = dict(sorted(builder.info.features.items()))  # TFDS's order differs between processes
         images = [name for name, feature in features.items() if type(feature) is tfds.features.Image]
         self.labels = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
         if not self.labels or not images or (len(images) > 1 and "image" not in images):
@@ -117,7 +116,7 @@ class Prepared:
         """Return the feature that `data.label` chooses.
 
         Raises:
-          UserError: If there is no such feature, or several and none is chosen.
+          UserError: If there is no such feature, or there are several and none is chosen.
         """
         if name is None and len(self.labels) > 1 and "label" not in self.labels:
             raise UserError(f"data.label: not set; {self.folder} has {', '.join(self.labels)}: choose one")
@@ -162,7 +161,7 @@ class Prepared:
         return Split(field, spec, intervals, disk, labels, pixels, self._shape)
 
     def classes(self, label: str) -> np.ndarray:
-        """Return the labels that occur in any split; TFDS's -1 for an unknown label is left out."""
+        """Return the labels that occur in any split; TFDS's -1 for an unknown label is omitted."""
         labels = np.concatenate([self._measured[f"{name}/{label}"] for name in self.info.splits])
         return np.unique(labels[labels >= 0])
 
@@ -180,7 +179,7 @@ class Prepared:
 
     @functools.cached_property
     def _measured(self) -> dict[str, np.ndarray]:
-        """The measurements of the data set, without the decoded images."""
+        """The measurements of the data set except the decoded images."""
         path, state = self.folder / _SIDECAR, self._state()
         try:
             with path.open("rb") as opened, np.load(opened) as file:
@@ -249,8 +248,8 @@ class Prepared:
           every: Measure one in this many images; 0 for none.
 
         Returns:
-          A hash of each example; labels int32 [N, labels]; images uint8 [N, H, W, C] or None; and of the pixels of the
-          measured images, in [0, 1], the sums over images of the mean and of the mean square: [2, C].
+          A hash of each example; labels int32 [N, labels]; images uint8 [N, H, W, C] or None; and [2, C], the sums over
+          the measured images of the mean and the mean square of their pixels in [0, 1].
         """
         disk = DiskSplit(self.info.splits[split].file_instructions, self.image, self.labels)
         channels = self.image_shape[2]

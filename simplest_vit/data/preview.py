@@ -20,9 +20,9 @@ _MIN_CELL = 96  # small images are magnified to about this size
 
 
 def image_grid(dataset: Dataset, batch: Batch, *, rows: int = 4, columns: int = 8) -> np.ndarray:
-    """Draw the first images of a batch with their labels, as the model sees them but for the normalization.
+    """Draw the first images of a batch with their labels, as the model sees them except for the normalization.
 
-    If there are several processes, all must call it. A small batch gives fewer rows.
+    With several processes, all must call it. A small batch gives fewer rows.
 
     Returns:
       The picture, uint8 [height, width, 3].
@@ -57,8 +57,8 @@ def _captions(dataset: Dataset, label: np.ndarray) -> list[str]:
 
 @functools.cache
 def find_font(text: str) -> ImageFont.FreeTypeFont:
-    """Find a font with all letters of a text: DejaVu Sans, which matplotlib brings, or else one of the system."""
-    matplotlib: Any = importlib.util.find_spec("matplotlib")  # importing it takes longer than to draw the grid
+    """Find a font with all letters of a text: DejaVu Sans, which comes with matplotlib, or a font of the system."""
+    matplotlib: Any = importlib.util.find_spec("matplotlib")  # importing it takes longer than drawing the grid
     file = Path(matplotlib.submodule_search_locations[0], "mpl-data/fonts/ttf/DejaVuSans.ttf")
     dejavu = ImageFont.truetype(str(file), _FONT_SIZE)
     if _has_letters(dejavu, text):

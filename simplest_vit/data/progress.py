@@ -11,11 +11,11 @@ _REPORT_EVERY = 5  # seconds
 
 
 class Progress:
-    """Count finished work and report amount, speed and remaining time every few seconds.
+    """Counts finished work and reports amount, speed and remaining time every few seconds.
 
     Args:
-      total: All there is to do, in any unit.
-      report: Takes each line; by default standard error does.
+      total: The total amount of work, in any unit.
+      report: Takes each line; by default, lines go to standard error.
     """
 
     def __init__(

@@ -3,10 +3,10 @@
 There are three kinds of operation, and each is one computation:
 
 - geometric: an affine warp by the operation's matrix, nearest neighbour, black outside;
-- blend: with a degenerate image, grey or smoothed;
+- blend: mix with a degenerate image, grey or smoothed;
 - table: new values looked up per channel.
 
-Everything is integer arithmetic, or float32 arranged so that every rounding is PIL's.
+All arithmetic is integer, or float32 arranged so that it rounds as PIL does.
 
 References:
   Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space", 2020.
@@ -68,7 +68,7 @@ def apply_operations(images: jax.Array, operation: jax.Array, negative: jax.Arra
     Args:
       images: uint8 [B, H, W, C], C = 1 or 3.
       operation: int32 [B], values of `Operation`.
-      negative: bool [B]; whether to shear, translate, rotate or enhance the other way.
+      negative: bool [B]; whether to shear, translate, rotate or enhance in the opposite direction.
       magnitude: 0..30.
     """
     batch = (images, operation, negative.astype(jnp.int32))
@@ -136,7 +136,7 @@ def _warp(image: jax.Array, operation: jax.Array, negative: jax.Array, magnitude
 def _factor(negative: jax.Array, magnitude: int) -> jax.Array:
     """Compute the weight of the image against the degenerate one, float32 scalar: 1 plus or minus 0.9 * magnitude / 30.
 
-    To the last bit as torchvision's, whose float32 `linspace` counts from its nearer end.
+    Bit-identical to torchvision's, whose float32 `linspace` counts from its nearer end.
     """
     step = float(np.float32(0.9) / np.float32(_BINS - 1))
     from_start, from_end = step * magnitude, float(np.float32(0.9)) - step * (_BINS - 1 - magnitude)
@@ -159,14 +159,14 @@ def _sharpen(image: jax.Array, factor: jax.Array) -> jax.Array:
     x = flat.astype(jnp.float32)
     rows = x[:-2] + x[1:-1] + x[2:]
     total = rows[:, : -2 * c] + rows[:, c:-c] + rows[:, 2 * c :] + 4 * x[1:-1, c:-c]
-    smooth = jnp.floor(total * (1 / 13) + 0.5)  # never nearer than 1 / 26 to an integer
+    smooth = jnp.floor(total * (1 / 13) + 0.5)  # never closer than 1 / 26 to an integer
     return flat.at[1:-1, c:-c].set(_blend(smooth, flat[1:-1, c:-c], factor)).reshape(image.shape)
 
 
 def _blend(degenerate: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
     """Compute clip(degenerate + factor * (image - degenerate)), rounded down, as PIL does in float32.
 
-    The factor is split in two parts whose products are exact, so that a compiler that fuses multiplication and
+    The factor is split into two parts whose products are exact, so that a compiler that fuses multiplication and
     addition gets the same bits as one that does not. `degenerate` holds integers and may be broadcast.
     """
     high = jnp.round(factor * 2**12) / 2**12
@@ -248,7 +248,7 @@ def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
 def _auto_contrast_shortfall() -> np.ndarray:
     """Find where PIL's float64 arithmetic falls just short of an integer and truncates it to one less.
 
-    A bit for each lowest, highest and pixel value, packed along the last: uint8 [256, 256, 32].
+    One bit for each lowest, highest and pixel value, packed along the last axis: uint8 [256, 256, 32].
     """
     values = np.arange(256)
     bits = np.zeros((256, 256, 32), np.uint8)

@@ -1,4 +1,4 @@
-"""Random access to array_record files: few are open at a time, and only a failed checksum counts as damage."""
+"""Random access to array_record files; few are open at a time, and only a failed checksum counts as damage."""
 
 import contextlib
 import errno
@@ -56,7 +56,7 @@ class DiskSplit:
     """A split on disk with random access.
 
     Args:
-      shards: TFDS's instructions for its files: `take` of the examples of each, from `skip` on.
+      shards: TFDS's instructions for each file: read `take` examples from `skip` on.
       image: Name of the image feature.
       labels: Names of the label features.
     """
@@ -142,7 +142,7 @@ class DiskSplit:
 
 
 def system_error(error: Exception) -> OSError | None:
-    """Return the system's error that array_record knows only as text, such as "write() failed: No space left"."""
+    """Return the system error that array_record reports only as text, such as "write() failed: No space left"."""
     text = str(error)
     number = next((number for number in errno.errorcode if os.strerror(number) in text), None)
     return OSError(number, os.strerror(number)) if number is not None else None
@@ -162,9 +162,9 @@ def _explain(error: RuntimeError, path: Path) -> UserError | TrainingError:
 
 
 def cpu_count() -> int:
-    """Count the cores that this process may use, by its affinity and by its cgroup's quota, as of a container."""
+    """Count the cores that this process may use, by its affinity and its cgroup's quota, such as a container's."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no quota
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" means no quota
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, max(1, quota // period))
     return cores
@@ -172,7 +172,7 @@ def cpu_count() -> int:
 
 @functools.cache
 def _max_open_files() -> int:
-    """Raise the soft limit of open files to 8,192, or as far as the hard one allows, and return it."""
+    """Raise the soft limit of open files to 8,192, or as far as the hard limit allows, and return it."""
     if resource is None:
         return 512
     soft, hard = (

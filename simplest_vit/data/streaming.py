@@ -37,7 +37,7 @@ from simplest_vit.errors import TrainingError, UserError
 
 _LOG = logging.getLogger(__name__)
 _MAX_CHUNK = 32
-_IMAGES_PER_WORKER = 2000  # a worker with fewer takes longer to start than it works
+_IMAGES_PER_WORKER = 2000  # a worker with fewer takes longer to start than to work
 _BATCHES_AHEAD = 2  # on the device as uint8, beyond the one in use
 # Signals that end a worker process, with cause and remedy.
 _SIGNALS = {
@@ -52,7 +52,7 @@ def train_chunks(dataset: Dataset, data: Any, *, batch_size: int, seed: int) -> 
     split: Any = dataset.train
     size, chunks, info, random = dataset.train_size, _rows(batch_size), dataset.info, data.random_resized_crop
 
-    def read(k: int) -> _Chunk:  # sent to the worker processes
+    def read(k: int) -> _Chunk:  # is sent to the worker processes
         step, part = divmod(k, len(chunks))
         epoch, step_of_epoch = divmod(step, size // batch_size)
         index = shuffled(step_of_epoch * batch_size + chunks[part], size, seed, epoch)
@@ -84,7 +84,7 @@ def eval_chunks(dataset: Dataset, batch_size: int) -> grain.MapDataset:
 
 
 def _rows(batch_size: int) -> np.ndarray:
-    """Compute the rows of a batch that this host reads, by chunks: int64 [chunks, chunk]."""
+    """Compute the rows of a batch that this host reads, by chunk: int64 [chunks, chunk]."""
     hosts = jax.process_count()
     if batch_size % hosts:
         raise UserError(f"batch_size={batch_size}: not divisible by the {hosts} hosts")
@@ -153,7 +153,7 @@ def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding |
 
 
 def _workers(num_workers: int | None, images: int) -> int:
-    """Choose the number of decoding processes: one per core, but none that takes longer to start than it works."""
+    """Choose the number of decoding processes: one per core, but none that would take longer to start than to work."""
     if num_workers is not None:
         return num_workers
     return min(cpu_count(), images // jax.process_count() // _IMAGES_PER_WORKER)
@@ -173,7 +173,7 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
         threads = cpu_count()
         stream = chunks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     iterator = iter(stream)
-    stop = atexit.register(functools.partial(_close, iterator))  # before multiprocessing's own end
+    stop = atexit.register(functools.partial(_close, iterator))  # runs before multiprocessing's own cleanup
     try:
         if num_workers:
             _start_workers(iterator)

@@ -1,4 +1,4 @@
-"""The description of a data set, and the reading of the files that its authors published."""
+"""Descriptions of data sets, and readers of the files that their authors published."""
 
 import dataclasses
 import http.client
@@ -21,10 +21,10 @@ _SHARD_BYTES = 2**28
 class Example(NamedTuple):
     """An example whose image has not been read yet."""
 
-    name: str  # in messages
+    name: str  # for messages
     size: int  # of the original in bytes
     image: Callable[[], bytes]  # returns a JPEG or PNG; may raise any error
-    features: dict[str, Any]  # besides `image`
+    features: dict[str, Any]  # other than `image`
 
 
 class Shard(NamedTuple):
@@ -99,7 +99,7 @@ class Archive:
           members: Names in the archive's folder; the first one identifies that folder.
 
         Returns:
-          For each member its location, for messages, and its content.
+          For each member its location (for messages) and its content.
 
         Raises:
           UserError: If the archive and its files are missing, or damaged.
@@ -128,7 +128,7 @@ class Builder:
     """A data set that can be prepared.
 
     Attributes:
-      name: TFDS's name; the version is TFDS's, too.
+      name: TFDS's name; the version is TFDS's as well.
       image_shape: (H, W, C) of the images; if sizes differ, the shape that they are resized to.
       mean: Mean per channel, of pixels in [0, 1], as commonly used; `std` likewise.
       read: Reads the content of the folder with the original files.

@@ -66,7 +66,7 @@ CIFAR10 = Builder(
     description="60,000 colour images of 32 x 32 pixels in 10 classes, 50,000 to train and 10,000 to test.",
     image_shape=(32, 32, 3),
     mean=(0.4914, 0.4822, 0.4465),
-    std=(0.2023, 0.1994, 0.2010),  # the mean of each image's own
+    std=(0.2023, 0.1994, 0.2010),  # the mean over images of each image's deviation
     read=functools.partial(_read, {"label": ("batches.meta.txt", 10)}, _FILES_10, _ARCHIVE_10),
     archive=_ARCHIVE_10,
 )

@@ -13,8 +13,8 @@ from simplest_vit.data.decode import encode_png
 def _read(folder: Path) -> Content:
     """Read scikit-learn's own file; the values 0..16 become 0..255, rounded.
 
-    scikit-learn has no split of its own; here, with the examples sorted by class (stably), every fifth one, from the
-    first on, is for validation.
+    scikit-learn defines no split. Here the examples are sorted by class (stably), and every fifth one, from the first
+    on, is for validation.
     """
     from sklearn.datasets import load_digits  # a second to import, needed only here
 
@@ -39,7 +39,7 @@ DIGITS = Builder(
     version="1.0.0",
     description="1,797 grey images of 8 x 8 pixels in 10 classes, 1,437 to train and 360 to validate.",
     image_shape=(8, 8, 1),
-    mean=(0.3058,),  # of this training split
+    mean=(0.3058,),  # measured on this training split
     std=(0.3761,),
     read=_read,
 )

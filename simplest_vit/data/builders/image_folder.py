@@ -36,10 +36,10 @@ class _File(NamedTuple):
 
 
 def image_files(folder: Path) -> list[str]:
-    """Find the paths of the images of a folder and of the folders in it, by their suffixes; sorted.
+    """Find the images in a folder and its subfolders by their suffixes; return their paths, sorted.
 
     Args:
-      folder: Links in it are followed; names that begin with a dot are ignored, such as macOS's own files.
+      folder: Links in it are followed; names that begin with a dot, such as files of macOS, are ignored.
 
     Raises:
       OSError: If a folder cannot be read.
@@ -90,9 +90,9 @@ def _read(folder: Path) -> Content:
 
 
 def name_others(folder: Path, taken: set[str]) -> None:
-    """Print how many files of a folder are not among those `taken`, by suffix; images are in no class folder."""
+    """Print by suffix how many files of a folder are not among `taken`; images among them are in no class folder."""
     others: set[str] = set()
-    with contextlib.suppress(OSError):  # of a folder that nobody asked for, such as lost+found
+    with contextlib.suppress(OSError):  # a folder that nobody asked for, such as lost+found
         others = set(_walk(folder)) - taken
     kinds = [
         "images in no class folder" if _suffix(path) in SUFFIXES else _suffix(path) or "without a suffix"

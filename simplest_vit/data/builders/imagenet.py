@@ -19,9 +19,9 @@ CLASSES, VALIDATION = 1000, 50_000  # in the published tars
 
 
 def _read(folder: Path) -> Content:
-    """Read the tars, whose files are kept as they are, except for the CMYK ones and the PNG in disguise.
+    """Read the tars; their files are kept as they are, except for CMYK images and a PNG with a JPEG's name.
 
-    A train shard holds a class; the order within the files does not matter because training reads at random.
+    A training shard holds one class; the order within the files does not matter because training reads at random.
     """
     label = tfds.features.ClassLabel(names_file=tfds.core.tfds_path(f"{_TFDS_FOLDER}/labels.txt"))
     features = {
@@ -35,7 +35,7 @@ def _read(folder: Path) -> Content:
 
 
 class _Header(tarfile.TarInfo):
-    """A header of a tar, as Python 3.11.14 reads it: earlier ones go back by a negative size, for ever."""
+    """A header of a tar, read as in Python 3.11.14: earlier versions seek back by a negative size, forever."""
 
     def _block(self, count: int) -> int:
         if count < 0:
@@ -44,7 +44,7 @@ class _Header(tarfile.TarInfo):
 
 
 def _members(file: BinaryIO, where: str) -> list[tarfile.TarInfo]:
-    """List the files of a tar, from their headers alone.
+    """List the files of a tar from their headers.
 
     Raises:
       UserError: If the tar is damaged or cut off.
@@ -94,7 +94,7 @@ def _example(split: str, wnid: str, member: tarfile.TarInfo, read: Callable[[], 
 
 
 def _train_shards(path: Path, wnids: set[str]) -> list[Shard]:
-    """Make a shard of each of the inner tars, WNID.tar."""
+    """Make a shard of each inner tar, WNID.tar."""
     with _open(path) as file:
         members = _members(file, str(path))
     names = [Path(member.name).name for member in members]
@@ -110,7 +110,7 @@ def _train_shards(path: Path, wnids: set[str]) -> list[Shard]:
 
 
 def _examples_of_class(path: Path, member: tarfile.TarInfo) -> Iterator[Example]:
-    """Iterate over the images of an inner tar, which is read only now; it has some 100 MB."""
+    """Iterate over the images of an inner tar of about 100 MB, which is read only now."""
     tar = _slice(path, member)
     images = _members(io.BytesIO(tar), f"{path}:{member.name}")
     if not images:
@@ -121,7 +121,7 @@ def _examples_of_class(path: Path, member: tarfile.TarInfo) -> Iterator[Example]
 
 
 def _validation_examples(path: Path) -> list[Example]:
-    """List the validation images in alphabetic order, with the labels that TFDS ships."""
+    """List the validation images in alphabetical order, with the labels that TFDS ships."""
     wnids = tfds.core.tfds_path(f"{_TFDS_FOLDER}/validation_labels.txt").read_text().split()
     labels = {f"ILSVRC2012_val_{number:08d}.JPEG": wnid for number, wnid in enumerate(wnids, 1)}
     with _open(path) as file:

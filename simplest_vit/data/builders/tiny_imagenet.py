@@ -18,7 +18,7 @@ _ARCHIVE = Archive(
 
 
 def _read(folder: Path) -> Content:
-    """Read the zip, whose files are kept as they are; classes are named by WordNet ID."""
+    """Read the zip; its files are kept as they are, and classes are named by WordNet ID."""
     found = sorted(folder.glob(f"{_ARCHIVE.folder}*.zip"))
     if len(found) != 1:
         raise UserError(
@@ -28,9 +28,9 @@ def _read(folder: Path) -> Content:
     path = found[0]
     try:
         archive = zipfile.ZipFile(path)
-    except Exception as error:  # zipfile raises more than its own
+    except Exception as error:  # zipfile raises more than its own errors
         raise UserError(f"{path}: not a complete zip file ({error}); download it again") from error
-    members = defaultdict(list)  # the images of each folder, relative to the topmost one, in numeric order
+    members = defaultdict(list)  # the images of each folder, relative to the topmost one, in numerical order
     for name in sorted(archive.namelist(), key=lambda name: (len(name), name)):
         if name.endswith(".JPEG"):
             members[str(PurePosixPath(*PurePosixPath(name).parts[1:-1]))].append(name)
@@ -68,7 +68,7 @@ def _read(folder: Path) -> Content:
 
 
 def _lines(archive: zipfile.ZipFile, member: str) -> list[str]:
-    """Read the lines of a text file of the topmost folder."""
+    """Read the lines of a text file in the topmost folder."""
     try:
         text = archive.read(f"{archive.namelist()[0].split('/')[0]}/{member}").decode(errors="replace")
     except Exception as error:
