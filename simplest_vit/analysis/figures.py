@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
-# Okabe and Ito, "Color Universal Design" (2008), black first, without the yellow that vanishes on white.
+# Okabe and Ito, "Color Universal Design" (2008): black first, without the yellow that is invisible on white.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 

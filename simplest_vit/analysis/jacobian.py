@@ -29,7 +29,7 @@ def jacobian_spectrum(model: ViT, image: jax.Array, seed: int = 0) -> tuple[np.n
 
     Returns:
       Singular values, float64 [n], ascending, and the share of directions of each, float64 [n], which sum to 1. In
-      float32, values below about 3e-4 of the greatest are rounding.
+      float32, values below about 3e-4 of the largest are rounding errors.
     """
     graphdef, state = nnx.split(model.blocks)
     with jax.default_matmul_precision("float32"):
@@ -55,7 +55,7 @@ def _lanczos(graphdef: nnx.GraphDef, state: Any, x: jax.Array, key: jax.Array, i
         return layers.scan(nnx.merge(graphdef, state), x)
 
     _, transposed = jax.vjp(network, x)
-    forward = jax.linear_transpose(transposed, x)  # not `jax.jvp`: some layers define their gradient alone
+    forward = jax.linear_transpose(transposed, x)  # not `jax.jvp`: some layers define only their gradient
 
     def product(vector: jax.Array) -> jax.Array:
         (image,) = forward((vector.reshape(x.shape),))
@@ -66,10 +66,10 @@ def _lanczos(graphdef: nnx.GraphDef, state: Any, x: jax.Array, key: jax.Array, i
         basis = basis.at[index].set(vector)
         image = product(vector)
         diagonal = jnp.vdot(vector, image)
-        for _ in range(2):  # once leaves rounding that grows
+        for _ in range(2):  # once would leave rounding errors that grow
             image = image - basis.T @ (basis @ image)
         norm = jnp.linalg.norm(image)
-        found_all = norm <= 1e-6 * jnp.abs(diagonal)  # an invariant space: what follows gets no weight
+        found_all = norm <= 1e-6 * jnp.abs(diagonal)  # an invariant space: what follows has no weight
         off_diagonal = jnp.where(found_all, 0.0, norm)
         return (basis, jnp.where(found_all, 0.0, image / norm)), (diagonal, off_diagonal)
 

@@ -5,7 +5,7 @@ A kernel is the mean product of two tokens' features. It is kept for two kinds o
     kernel[0, b]  tokens of image b with one another
     kernel[1, b]  tokens of image b with those of image b + 1 (the last one's with the first)
 
-The theory is that of infinite width, free of noise, in float64. At initialization attention maps a kernel to the mean
+The theory is for infinite width, without noise, in float64. At initialization attention maps a kernel to the mean
 over heads of A_h K A_h^T: heads own disjoint columns of the values, which keep products (He et al., arXiv 2302.10322,
 section 3). An MLP maps that to q * C(corr(K)) and leaves the mean squares q as they are. C is the C-map of both
 activations for TAT (arXiv 2203.08120, section 3), and the identity for the looks-linear MLP, which is orthogonal. With
@@ -38,10 +38,10 @@ class Propagation:
       measured: mean_square, token_cosine, image_cosine, attention_entropy (nats), attention_distance, token_gradient,
         parameter_gradient; with a theory also kernel_error, the largest |cosine - theory| of two tokens of an image.
       jacobian: Singular values of the network's Jacobian at the first image and their shares, from `jacobian_spectrum`,
-        those of all models together.
+        merged over the models.
       theory: mean_square, token_cosine, image_cosine of the infinitely wide network at initialization, and
         image_cosine_c_map, the C-map of the activations alone, without attention. Empty without theory.
-      token_rows: Cosines of the middle token with all tokens, [L + 1, T], measured; averaged over images.
+      token_rows: Cosines of the middle token with all tokens, [L + 1, T], measured and averaged over images.
       theory_rows: The same in theory, or None.
     """
 
@@ -54,7 +54,7 @@ class Propagation:
 
 
 def analyse(name: str, models: Iterable[ViT], image: jax.Array, label: jax.Array) -> Propagation:
-    """Measure models of one config on a batch, average over them, and compute the theory beside it.
+    """Measure models of one config on a batch, average over the models, and compute the theory.
 
     Args:
       models: At least one, float32.

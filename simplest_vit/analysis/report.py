@@ -12,7 +12,7 @@ from simplest_vit.errors import UserError
 from simplest_vit.files import read_json
 from simplest_vit.training.workdir import CONFIG, DATASET, RESULTS, is_resumable
 
-# What a report needs of `results.json`; a run of another version is reported, not guessed at.
+# What a report needs from `results.json`; runs of other versions are listed, not guessed at.
 _NEEDED = ("validation_accuracy", "best_validation_accuracy", "steps", "seed", "config")
 
 
@@ -56,7 +56,7 @@ def summary(runs: list[Run], name: str = "validation_accuracy") -> str:
 
 
 def find_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
-    """Look for runs in folders and everything below.
+    """Find runs in folders and their subfolders.
 
     Returns:
       The finished runs, and one line for each that cannot be used.
@@ -89,7 +89,7 @@ def find_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
 
 
 def group_runs(runs: Iterable[Run]) -> tuple[list[list[Run]], list[str]]:
-    """Group runs of one data set and one config that differ only in their seed, in the order in which they come.
+    """Group runs of the same data set and config that differ only in their seed, in their order of appearance.
 
     Returns:
       The groups, in which a seed counts once, and one line for each run that repeats a seed.

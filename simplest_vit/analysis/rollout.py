@@ -39,7 +39,7 @@ def _rollout(graphdef: nnx.GraphDef, state: Any, image: jax.Array) -> jax.Array:
     def body(carry: tuple[jax.Array, jax.Array], layer: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
         x, product = carry
         block = nnx.merge(blocks_def, layer)
-        # Value-SkipInit may have negative weights; their size counts.
+        # Value-SkipInit may have negative weights; their magnitude counts.
         matrix = jnp.abs(block.attention.matrix(x).mean(axis=1))
         matrix = matrix / matrix.sum(axis=-1, keepdims=True)
         if model.has_skip:
@@ -73,7 +73,7 @@ def save_rollouts(
 
 
 def draw_rollout(prediction: dict[str, Any], pixels: np.ndarray, shares: np.ndarray) -> Any:
-    """Draw the figure of one image; 1 is the share that every patch has if all count alike."""
+    """Draw the figure of one image; 1 is the share of every patch if all count equally."""
     figure = figures.create(height=3.8)
     left, right = figure.subplots(1, 2)
     height, width = pixels.shape[:2]

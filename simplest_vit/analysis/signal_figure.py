@@ -22,14 +22,14 @@ PANELS = {
 }
 
 
-# Differences below this are rounding in float32. Singular values are square roots of what is computed; relative to the
-# largest.
+# Differences below this are rounding errors of float32. Singular values, relative to the largest, are square roots of
+# computed values.
 _FLOOR = 1e-7
 _JACOBIAN_FLOOR = 3e-4
 
 
 def plotted_values(quantity: str, values: np.ndarray) -> np.ndarray:
-    """Return the values to plot: 1 - cosine for a cosine, and nothing below rounding on a logarithmic axis."""
+    """Return the values to plot: 1 - cosine for a cosine; on a logarithmic axis, nothing below rounding error."""
     values = 1 - values if quantity.endswith("cosine") else values
     return np.maximum(values, _FLOOR) if PANELS[quantity][2] else values
 
@@ -38,7 +38,7 @@ def draw(results: list[Propagation], title: str) -> Figure:
     """Draw all quantities over the blocks.
 
     Args:
-      results: The models; the first panel is of the first.
+      results: The models; the first panel shows the first model.
       title: What was measured on what.
 
     Returns:
@@ -55,7 +55,7 @@ def draw(results: list[Propagation], title: str) -> Figure:
 
 
 def draw_overview(results: list[Propagation], title: str) -> Figure:
-    """Draw the differences of tokens, those of images, and the Jacobian: the figure of the README."""
+    """Draw the differences of tokens, those of images, and the Jacobian: the figure in docs/."""
     figure = figures.create(height=4.0)
     *cosines, jacobian = figure.subplots(1, 3)
     for axis, quantity in zip(cosines, ("token_cosine", "image_cosine"), strict=True):
@@ -79,7 +79,7 @@ def _add_legend(figure: Figure, results: list[Propagation], title: str) -> None:
 
 
 def draw_quantity(axis: Axes, quantity: str, results: list[Propagation]) -> None:
-    """Draw one quantity over the blocks: measured with markers, theory dashed, the C-map alone dotted."""
+    """Draw one quantity over the blocks: measurements with markers, theory dashed, the C-map alone dotted."""
     title, label, logarithmic = PANELS[quantity]
     # The first model is drawn last, over the others.
     for result, color, marker in [*figures.styled(results)][::-1]:
@@ -101,7 +101,7 @@ def draw_quantity(axis: Axes, quantity: str, results: list[Propagation]) -> None
 
 
 def draw_jacobian(axis: Axes, results: list[Propagation]) -> None:
-    """Draw the quantiles of the Jacobian's singular values, without those that are rounding."""
+    """Draw the quantiles of the Jacobian's singular values, without rounding errors."""
     for result, color, _ in [*figures.styled(results)][::-1]:
         values, weights = result.jacobian
         steps = np.array([values[0], *values])

@@ -43,14 +43,14 @@ def has_checkpoint(workdir: pathlib.Path) -> bool:
 class Checkpoints:
     """The folders `checkpoints/STEP` of a run: the latest two and the best. Exiting waits for the last save.
 
-    Process 0 decides which checkpoints are damaged, because each process may see another state of the disk.
+    Process 0 decides which checkpoints are damaged, because each process may see a different state of the disk.
     """
 
     def __init__(self, workdir: pathlib.Path, *, create: bool):
         """Open the checkpoints of the run in `workdir`: for writing if `create`, else read-only.
 
         Raises:
-          CheckpointError: If the folder cannot be made.
+          CheckpointError: If the folder cannot be created.
           UserError: If there is nothing to read.
         """
         self.directory = workdir.absolute() / "checkpoints"
@@ -72,7 +72,7 @@ class Checkpoints:
             self._manager = _Manager(self._alias(), options=options, item_handlers=handlers)
 
     def _alias(self) -> pathlib.Path:
-        """Return a path of the folder without glob characters, because Orbax looks for files by patterns."""
+        """Return a path of the folder without glob characters, because Orbax finds files by patterns."""
         if glob.escape(str(self.directory)) == str(self.directory):
             return self.directory
         folder = tempfile.mkdtemp(prefix="simplest-vit-")
@@ -95,7 +95,7 @@ class Checkpoints:
             with self._translate_errors("cannot be written"):
                 self._manager.close()
         except CheckpointError:
-            with contextlib.suppress(Exception):  # Orbax raises an error once for each of its threads
+            with contextlib.suppress(Exception):  # Orbax raises an error once in each of its threads
                 self._manager.close()
             if error is None:
                 raise
@@ -111,7 +111,7 @@ class Checkpoints:
           Its step, or None if there is no checkpoint yet.
 
         Raises:
-          UserError: If all are damaged, or there is none to read.
+          UserError: If all are damaged, or there is none.
         """
         step = distributed.broadcast_from_primary(lambda: self._first_intact(reversed(self.steps())))
         self._manager.reload()
@@ -134,10 +134,10 @@ class Checkpoints:
     def save(self, state: TrainState, progress: RunProgress, step: int) -> None:
         """Save in the background. If the step is already saved, replace only its progress, immediately and atomically.
 
-        That happens after an interruption during an evaluation: the state is the same, and may be the only copy.
+        The latter happens after an interruption during an evaluation: the state is the same, and may be the only copy.
 
         Raises:
-          CheckpointError: If this one, or the one before, cannot be written.
+          CheckpointError: If this checkpoint, or the previous one, cannot be written.
         """
         self.wait()
         with self._translate_errors("cannot be written"):
@@ -150,7 +150,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True)
 
     def wait(self) -> None:
-        """Wait until the last save is on the disk.
+        """Wait until the last save is on disk.
 
         Raises:
           CheckpointError: If it cannot be written.
@@ -163,7 +163,7 @@ class Checkpoints:
 
         Args:
           abstract: From `Run.abstract`: the structure, shapes, dtypes and shardings to restore. If it is a dict of
-            some of its fields, only these are read.
+            some of the fields, only these are read.
 
         Returns:
           The state, or those fields of it, and the progress.
@@ -195,7 +195,7 @@ class Checkpoints:
         return restored["state"], RunProgress(**record["progress"])
 
     def load(self, choose: Callable[[], int | None], abstract: dict[str, Any]) -> tuple[dict[str, Any], RunProgress]:
-        """Restore the checkpoint that `choose` finds; retry if it is removed meanwhile.
+        """Restore the checkpoint that `choose` finds; retry if it is removed in the meantime.
 
         Raises:
           UserError: If there is no intact checkpoint, or it holds another state.
@@ -286,14 +286,14 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _translate_errors(self, failure: str, remedy: str = _RESUME) -> Iterator[None]:
-        """Turn an error of Orbax into a one-line error; Orbax wraps a full disk in errors of many kinds."""
+        """Turn an error of Orbax into a one-line error; Orbax reports a full disk as errors of many kinds."""
         try:
             yield
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None:
                 if isinstance(cause, jax.errors.JaxRuntimeError):
-                    raise cause from None  # not a disk error, but one of a computation or of a lost process
+                    raise cause from None  # not a disk error, but a failed computation or a lost process
                 cause = cause.__cause__ or cause.__context__
             raise CheckpointError(f"checkpoint in {self.directory} {failure} ({_reason(error)}): {remedy}") from error
 
@@ -337,6 +337,6 @@ def _difference(found: Any, expected: Any) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    """Describe an error in a few words; of a system error use the system's message without a path."""
+    """Describe an error in a few words; for a system error, use the system's message without a path."""
     code = re.search(r"(?:os_error_code='|\[Errno )(\d+)", str(error))  # as TensorStore and Python quote it
     return os.strerror(int(code[1])) if code else " ".join(str(error).split()) or type(error).__name__

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from simplest_vit import preemption
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError, first_line, print_error
 
-# Seconds within which all processes must start, without a heartbeat until one counts as lost, and to fail together.
+# Seconds: for all processes to start; without a heartbeat until a process counts as lost; for all to fail together.
 _START_TIMEOUT = 300
 _HEARTBEAT_TIMEOUT = 30
 _FAILURE_TIMEOUT = 10
@@ -38,7 +38,7 @@ log = logging.getLogger("simplest_vit")
 def initialize(
     detect: bool, coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Connect to the other processes. Must be called before anything that uses a device.
+    """Connect to the other processes. This must come before anything that uses a device.
 
     Args:
       detect: Whether to get the other arguments, which must then be None, from the cluster (SLURM, MPI, Kubernetes,
@@ -118,7 +118,7 @@ def is_primary() -> bool:
 
 
 def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
-    """Call `ask` on process 0 and broadcast its result, because each process may see another state of a disk.
+    """Call `ask` on process 0 and broadcast its result, because each process may see a different state of the disk.
 
     Args:
       ask: Returns plain JSON.
@@ -146,7 +146,7 @@ def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
 def abort_together() -> Iterator[None]:
     """Stop all processes of a run if one of them cannot continue.
 
-    If all processes fail within `_FAILURE_TIMEOUT`, each ends as if it were the only one. If only one fails, it exits
+    If all processes fail within `_FAILURE_TIMEOUT`, each ends as if it were alone. If only one fails, it exits
     immediately; the others exit when a collective fails, or JAX aborts them after `_HEARTBEAT_TIMEOUT` without a
     heartbeat. Nothing is closed in that case, because checkpoints and JAX's own shutdown would wait for all processes.
 

@@ -55,10 +55,10 @@ class Evaluation:
 def validate(
     run: Run, dataset: Dataset, state: ModelState, interrupted: Interruption | None = None
 ) -> dict[str, float] | None:
-    """Compute validation loss and accuracy, in which every example counts once.
+    """Compute validation loss and accuracy; every example counts once.
 
     Returns:
-      `validation_loss` and `validation_accuracy`, or None if a signal came meanwhile.
+      `validation_loss` and `validation_accuracy`, or None if a signal was received.
     """
     sums = _sum_batches(run, dataset, state, run.eval_step, interrupted)
     if sums is None:
@@ -91,8 +91,8 @@ def evaluate(
 
     Args:
       workdir: The run's folder; nothing is written to it.
-      config: None for the run's own, adapted to the available devices. Another config may differ only in the location
-        of the data and in how the run is computed (`RESUMABLE_FIELDS`).
+      config: None for the run's own config, adapted to the available devices. Another config may differ only in the
+        location of the data and in how the run is computed (`RESUMABLE_FIELDS`).
       other_data: Fields of `config.data` that name other data of the same classes, such as `validation_split`.
 
     Returns:
@@ -120,7 +120,7 @@ def evaluate(
                 f"{dataset.name} has other classes than the run in {path}: {len(dataset.class_names)}, "
                 f"expected {', '.join(data.class_names[:3])}, ... ({len(data.class_names)}); give data of these classes"
             )
-        # The model expects images that are normalized as its training images were.
+        # The model expects images normalized as its training images were.
         dataset = dataclasses.replace(dataset, mean=data.mean, std=data.std)
     else:
         check_data(path, dataset.info)

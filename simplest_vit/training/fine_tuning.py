@@ -11,7 +11,7 @@ from simplest_vit.training.run import Run
 
 log = logging.getLogger("simplest_vit")
 
-# Fields in which two models with the same weights may differ.
+# Fields in which two models that can share weights may differ.
 _MAY_DIFFER = ("attention_kernel", "dropout", "init", "remat")
 
 

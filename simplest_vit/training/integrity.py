@@ -1,4 +1,4 @@
-"""Detection of damaged checkpoints, which Orbax lacks: a record beside the arrays has the checksums of all files.
+"""Detection of damaged checkpoints, which Orbax lacks: a record beside the arrays holds the checksums of all files.
 
 The record also holds the progress of the run, so that both change together and atomically.
 """
@@ -25,7 +25,7 @@ def rewrite_progress(folder: pathlib.Path, progress: dict[str, Any]) -> None:
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
-    """Read a record without checks; a damaged one raises one of `UNREADABLE`, here or when it is used."""
+    """Read a record without checks; a damaged record raises one of `UNREADABLE`, here or when it is used."""
     return json.loads((folder / RECORD).read_text())
 
 

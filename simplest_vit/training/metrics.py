@@ -27,7 +27,7 @@ _SUMS = ("loss", "correct", "count")
 BINS = 15  # of confidence, of equal width
 _NOT_GAUGES = (*_SUMS, "skipped_steps", "skipped_in_a_row")
 
-# Names of `results.json` and of a report -> tags, which TensorBoard groups by what is before the slash.
+# Names in `results.json` and in a report -> tags, which TensorBoard groups by the part before the slash.
 _TAGS = {
     "train_loss": "loss/train",
     "validation_loss": "loss/validation",
@@ -118,7 +118,7 @@ def confusion_sums(logits: jax.Array, label: jax.Array, weight: jax.Array) -> di
     """
     target, predicted = label.argmax(axis=1), logits.argmax(axis=1)
     probability = jax.nn.softmax(logits).max(axis=1)
-    # Classes tied with the true one do not push it out of the five.
+    # Classes tied with the true class do not push it out of the top five.
     rank = jnp.sum(logits > jnp.take_along_axis(logits, target[:, None], axis=1), axis=1)
     bins = jnp.clip(jnp.ceil(probability * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
 
@@ -176,11 +176,11 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Restart the clock, after anything that is not training."""
+        """Restart the clock after anything that is not training."""
         self._start = time.monotonic()
 
     def add(self, metrics: Sums) -> None:
-        """Add the metrics of a step that may still be running; the first one was compiled, which is not timed."""
+        """Add the metrics of a step that may still be running; the first step includes compilation and is not timed."""
         if not self._compiled:
             self._compiled = True
             self.start()

@@ -29,12 +29,12 @@ class ProgressBar(tqdm):
             self.set_postfix_str(report_text(scalars), refresh=False)
 
 
-ProgressBar.set_lock(threading.RLock())  # tqdm's own is shared with other processes, for which it makes a semaphore
+ProgressBar.set_lock(threading.RLock())  # tqdm's own lock is shared with other processes, which takes a semaphore
 
 
 @contextlib.contextmanager
 def progress_bar(first_step: int, total_steps: int, *, primary: bool) -> Iterator[ProgressBar]:
-    """Open the bar; it is disabled if standard error is no terminal, in other processes, and if `CI` is set.
+    """Open the bar; it is disabled if standard error is not a terminal, in other processes, and if `CI` is set.
 
     Its `update` counts a step, which may still be running on the device. Log lines are printed above it.
     """
@@ -46,7 +46,7 @@ def progress_bar(first_step: int, total_steps: int, *, primary: bool) -> Iterato
 
 
 def _width() -> int:
-    """Return the columns of the terminal behind standard error; 0 if it is none, or if its size is unknown."""
+    """Return the columns of the terminal behind standard error; 0 if there is none or its size is unknown."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except (OSError, ValueError):

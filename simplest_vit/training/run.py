@@ -27,7 +27,7 @@ from simplest_vit.training.sharding import create_mesh, state_shardings
 from simplest_vit.training.state import ModelState, TrainState, state_initializer
 from simplest_vit.training.step import Batch, make_eval_step, make_train_step
 
-_MANY_TOKENS = 1024  # four times as many as of an image of 256 pixels in patches of 16
+_MANY_TOKENS = 1024  # four times as many as in an image of 256 pixels with patches of 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Run:
         return make_eval_step(self.graphdef, self.mesh)
 
     def remarks(self, config: ConfigDict) -> Iterator[str]:
-        """Yield a line for each field that was adapted to the data, and for each that is probably a mistake."""
+        """Yield a line for each field that was adapted to the data or is probably a mistake."""
         if self.config.batch_size != config.batch_size:
             size, used = self.data.train_size, self.config.batch_size
             yield f"config.batch_size={config.batch_size} exceeds the {size} training examples; using {used}"
@@ -105,7 +105,7 @@ class Run:
 
     @property
     def abstract_model(self) -> dict[str, Any]:
-        """The fields of the state that make up the model, so that the optimizer state is not read."""
+        """The shapes of the fields of the state that make up the model, so that the optimizer state is not read."""
         params = "params" if self.abstract.ema_params is None else "ema_params"
         return {name: getattr(self.abstract, name) for name in ("step", "constants", params)}
 
@@ -162,7 +162,7 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
     config = copy.deepcopy(config)
     config.batch_size = fit_batch_size(config.batch_size, data.train_size, config.accumulation_steps)
     per_epoch = steps_per_epoch(data.train_size, config.batch_size)
-    with config.ignore_type():  # with its references resolved, a config would keep the type of "1 epoch"
+    with config.ignore_type():  # once its references are resolved, a config would keep the type of "1 epoch"
         for name in INTERVALS:
             config[name] = interval_steps(config[name], per_epoch)
     total_steps = config.steps or max(round(config.epochs * per_epoch), 1)

@@ -1,8 +1,8 @@
-"""Which device holds what: one mesh, and one rule for each kind of array.
+"""The layout of a run over devices: one mesh, and one rule for each kind of array.
 
-The mesh has two axes. `fsdp` counts the devices that share one copy of the parameters and of the optimizer's state,
-`data` the copies. A batch is split over both. With `fsdp` 1 every device holds everything
-but the stacks of Shampoo and SOAP.
+The mesh has two axes. `fsdp` counts the devices that share one copy of the parameters and of the optimizer's state;
+`data` counts the copies. A batch is split over both. With `fsdp` 1 every device holds everything except its share of
+the stacks of Shampoo and SOAP.
 """
 
 import math
@@ -64,11 +64,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Return how an array of a `TrainState` of this shape is split, by its key path from the state's root.
+    """Return how an array of a `TrainState` of this shape is split, given its key path from the state's root.
 
     - Stacks of Shampoo and SOAP: slots over all devices if they divide evenly, else another axis (`slots_spec`).
     - Matrices among the parameters, their moments and their average: the largest dimension that `fsdp` divides, and
-      never the axis that stacks layers, along which the model scans.
+      never the axis that stacks layers, over which the model scans.
     - Vectors, scalars and the model's constants: whole, because they are small.
     """
     names = path_names(path)

@@ -1,4 +1,4 @@
-"""The state of a run: all that changes from step to step, as arrays and as plain numbers."""
+"""The state of a run: everything that changes from step to step, as arrays and as plain numbers."""
 
 import contextlib
 import dataclasses
@@ -66,7 +66,7 @@ class RunProgress:
     Attributes:
       last_evaluation: Step of the last completed evaluation; 0 for none.
       best_validation_accuracy: The highest over all evaluations; the weights are saved.
-      evaluations_without_gain: Evaluations since the one that found it.
+      evaluations_without_gain: Evaluations since the best one.
       pending_sums: Sums over the steps since the last report, so that an interruption leaves no gap between reports.
       wall_time_s: Total time of the run, including earlier processes that were interrupted.
     """
@@ -82,7 +82,7 @@ class RunProgress:
     wall_time_s: float = 0.0
 
     def record_evaluation(self, step: int, result: dict[str, float]) -> bool:
-        """Record an evaluation and return whether it is the best so far, perhaps together with an earlier one."""
+        """Record an evaluation and return whether it is the best so far, or tied with it."""
         self.last_evaluation = step
         self.validation_loss, self.validation_accuracy = result["validation_loss"], result["validation_accuracy"]
         is_best = self.validation_accuracy >= self.best_validation_accuracy

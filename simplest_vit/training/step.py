@@ -15,8 +15,8 @@ from simplest_vit.optimizers.shampoo import shampoo_metrics
 from simplest_vit.training.metrics import Sums, classification_sums, confusion_sums
 from simplest_vit.training.state import TrainState, apply_model
 
-# Separates the random keys of dropout from those of augmentation, which fold the step into the seed: no step has this
-# number.
+# Separates the random keys of dropout from those of augmentation, which fold the step number into the seed; no step has
+# this number.
 _DROPOUT = 2**32 - 1
 
 # (part of a batch, dropout key) -> (sums over its examples, gradient of the summed loss)

@@ -1,6 +1,6 @@
-"""Training on one page: set up; then for each batch step, log, evaluate and save.
+"""Training on one page: set up; then, for each batch, step, log, evaluate and save.
 
-A run that is interrupted anywhere and resumed ends bit-identical to an uninterrupted one.
+A run that is interrupted anywhere and resumed ends bit-identically to an uninterrupted one.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from simplest_vit.training.writers import create_writer, import_wandb, log
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Train as a config that is already checked describes: see `api.train`.
+    """Train as a checked config describes; see `api.train`.
 
     Raises:
       UserError: If the config, the data and the folder do not match.
@@ -57,7 +57,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     if config.wandb:
         import_wandb()
     path = check_workdir(workdir, settings)
-    if distributed.broadcast_from_primary((path / RESULTS).exists):  # even if the data are gone
+    if distributed.broadcast_from_primary((path / RESULTS).exists):  # even if the data no longer exist
         log.info("%s has finished; this is its %s", path, RESULTS)
         return distributed.broadcast_from_primary(lambda: read_json(path / RESULTS))
 
@@ -85,7 +85,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             state, progress = run.create_state(initial_params), RunProgress()
         writer = create_writer(path, first_step, primary=distributed.is_primary(), wandb=config.wandb)
         stack.callback(writer.close)
-        writer.write_hparams(flatten(config.to_dict()))  # of a resumed run too: W&B may be new to it
+        writer.write_hparams(flatten(config.to_dict()))  # for a resumed run, too, which may not have used W&B before
         log.info(memory_line(run.abstract))
         log.info("parameters\n%s", parameter_overview.get_parameter_overview(run.abstract.params, include_stats=False))
         meter = Meter(run.config.batch_size, config.max_skipped_steps, progress.pending_sums)
@@ -130,7 +130,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             stop(first_step)
         if run.should_evaluate(first_step) and progress.last_evaluation < first_step and evaluate(first_step):
             save(first_step)
-        profile = stack.enter_context(contextlib.ExitStack())  # an unfinished profile is written too
+        profile = stack.enter_context(contextlib.ExitStack())  # an unfinished profile is also written
         batches = input_pipeline.train_batches(
             dataset,
             config.data,

@@ -28,7 +28,7 @@ RESULTS = "results.json"
 _LOCK = ".lock"
 
 # The project version that last changed the content of a folder; folders of other versions are rejected. A new config
-# field needs no new version if its default is the previous behaviour: folders without it are read with the default.
+# field needs no new version if its default is the previous behaviour, because folders without it get the default.
 VERSION = "0.3"
 
 # Fields that do not change the weights after a step and may differ when a run is resumed. The intervals of evaluation
@@ -82,7 +82,7 @@ def check_workdir(workdir: str, settings: dict[str, Any]) -> pathlib.Path:
 
 
 def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[pathlib.Path, Any, DatasetInfo]:
-    """Read the config and the data facts of the run in a folder, which is all that is needed. Writes nothing.
+    """Read the config and the data facts of the run in a folder; nothing else is needed. Writes nothing.
 
     Args:
       settings: A config, as nested dicts, that must match the run's; None takes the run's own.
@@ -113,7 +113,7 @@ def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[path
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Read the lines of `metrics.jsonl`: `step`, and values by tag. A line that was cut off is skipped."""
+    """Read the lines of `metrics.jsonl`: `step`, and values by tag. A truncated line is skipped."""
     lines = []
     content = (path / METRICS).read_bytes() if (path / METRICS).exists() else b""
     for text in content.splitlines():
@@ -240,7 +240,7 @@ def _locate(workdir: str) -> tuple[pathlib.Path, pathlib.Path]:
 def _read_settings(path: pathlib.Path) -> dict[str, Any]:
     """Read the config of the run in a folder, flattened to dotted names."""
     content = read_json(path / CONFIG)
-    version = content.get("version", "0.1")  # version 0.1 did not record itself
+    version = content.get("version", "0.1")  # version 0.1 did not record its number
     if version != VERSION:
         raise UserError(
             f"--workdir={path} was made by version {version} of this project, this is {VERSION}; use version "

@@ -1,4 +1,4 @@
-"""Write the metrics of a run to `metrics.jsonl`, TensorBoard files, and Weights & Biases if asked.
+"""Write the metrics of a run to `metrics.jsonl`, TensorBoard files and, if configured, Weights & Biases.
 
 TensorBoard files are written by clu's writers without TensorFlow.
 
@@ -36,7 +36,7 @@ log = logging.getLogger("simplest_vit")
 class _Writer:
     """The part of clu's `MetricWriter` that training uses, for a file.
 
-    A file that cannot be written is reported once, and the rest is dropped: that is no reason to end a run.
+    A file that cannot be written is reported once and then dropped, because that must not end a run.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -76,7 +76,7 @@ class MetricsWriter(_Writer):
     """Writes `metrics.jsonl`: a line for each step, with all that is written for it; null if it is not finite."""
 
     def __init__(self, folder: pathlib.Path, last_step: int):
-        """Keep the lines up to `last_step`, from which the run resumes; what came after will be made again."""
+        """Keep the lines up to `last_step`, from which the run resumes; later lines will be written again."""
         super().__init__(folder / METRICS)
         self._last: dict[str, Any] = {}
         self._start = 0  # of the last line
@@ -88,7 +88,7 @@ class MetricsWriter(_Writer):
                 self._start = self._path.stat().st_size - len(_encode(self._last))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Write numbers: in the last line if that is of the same step, else in a new one."""
+        """Write numbers: into the last line if it has the same step, otherwise into a new line."""
         if self._file:
             with self._reported():
                 if self._last.get("step") != step:
@@ -165,14 +165,14 @@ class WandbWriter:
                 name=f"{folder.parent.name}/{folder.name}",
                 dir=str(folder),
                 resume="auto",
-                settings=self._wandb.Settings(console="off"),  # the streams of a command are ours: see `streams`
+                settings=self._wandb.Settings(console="off"),  # the command wraps its own streams: see `streams`
             )
         except Exception as error:
             raise UserError(
                 f"config.wandb={project}: Weights & Biases cannot be started ({first_line(error)}); run `wandb login`, "
                 "set WANDB_MODE=offline, or leave config.wandb out"
             ) from error
-        # Its own count of steps cannot go back to a checkpoint.
+        # W&B's own step count cannot go back to a checkpoint.
         self._run.define_metric("*", step_metric="step")
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -191,7 +191,7 @@ class WandbWriter:
         """Nothing is buffered here."""
 
     def close(self) -> None:
-        """Finish the run, as failed if an exception is on its way, so that it can be resumed."""
+        """Finish the run; mark it as failed if an exception is being raised, so that it can be resumed."""
         self._run.finish(exit_code=0 if sys.exception() is None else 1)
 
 
@@ -218,13 +218,13 @@ from clu import metric_writers  # noqa: E402
 def create_writer(
     folder: pathlib.Path, first_step: int, *, primary: bool, wandb: str | None = None
 ) -> metric_writers.MetricWriter:
-    """Create the writers of a run that starts from `first_step`; all but the primary process only log.
+    """Create the writers of a run that starts from `first_step`; processes other than the primary only log.
 
     The run is also logged to the project `wandb` of Weights & Biases, if there is one.
     """
     if not primary:
         return metric_writers.create_default_writer(just_logging=True)
-    # Weights & Biases comes first, because it may fail, and the others have opened files.
+    # Weights & Biases comes first, because it may fail after the others have opened files.
     others = [WandbWriter(folder, wandb)] if wandb else []
     return metric_writers.MultiWriter(
         [*others, metric_writers.create_default_writer(folder), MetricsWriter(folder, first_step)]
