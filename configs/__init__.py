@@ -19,13 +19,13 @@ def find(text: str, flag: str) -> ConfigDict | None:
 
     Args:
       text: The name of a recipe, or the path of a file, with its arguments after a colon.
-      flag: The flag that it was given for, which an error names.
+      flag: The name of the flag, for errors.
 
     Returns:
       The config, or None for the path of a file.
 
     Raises:
-      UserError: If the text is neither a name nor the path of a file.
+      UserError: If the text is neither the name of a recipe nor the path of a file.
     """
     name, _, arguments = text.partition(":")
     if name in NAMES:

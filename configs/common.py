@@ -1,14 +1,14 @@
-"""The choices of network, optimizer and augmentation that the CIFAR, TinyImageNet and ImageNet recipes share."""
+"""The choices of network, optimizer and augmentation that most recipes share."""
 
 from ml_collections import ConfigDict
 
 from simplest_vit.config import default, parse_arguments
 
-# The reference's peak learning rates for SimplEsT-ViT-S with Adam and Shampoo; SOAP's is that of the records in
+# The reference's peak learning rates for SimplEsT-ViT-S with Adam and Shampoo; SOAP's is that of the runs in
 # results/runs.csv, and Muon's was not tuned.
 LEARNING_RATES = {"adam": 5e-4, "muon": 1e-2, "shampoo": 7e-4, "reference_shampoo": 7e-4, "soap": 1e-3}
 SIMPLE_VIT_ADAM = 1e-3
-# Without normalization, SOAP's first steps are Adam's: RESULTS.md, "The first steps of SOAP".
+# Without normalization, SOAP starts with steps of Adam: RESULTS.md, "The first steps of SOAP".
 SOAP_START = 10
 
 

@@ -116,7 +116,7 @@ def shaped_attention(
 
     Returns:
       `row_scale` d_l = row sums of A_l, float64 [L, T], and `attention_bias` B_l = log A_l, float64 [L, T, T]: entries
-      below `FLOOR` are raised to it, those that `espa_causal` masks are -inf. Cached; the arrays are read-only.
+      below `FLOOR` are raised to it; those that `espa_causal` masks are -inf. Cached; the arrays are read-only.
     """
     matrices = attention_matrices(grid, depth, at_max_depth, form)
     row_scale = matrices.sum(axis=-1)

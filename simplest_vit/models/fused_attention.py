@@ -1,8 +1,9 @@
 """Attention as one kernel forward and one backward, for NVIDIA GPUs from Ampere on (Pallas, compiled by Triton).
 
-`attention.attend` is the definition, of which XLA makes five passes over [B, H, T, T]. Here a program computes one head
-of one image. It reads the projections in place, [B, T, 3 D], adds their biases, and goes over tiles of queries with all
-keys together: rows of the softmax are whole, and no weight leaves the chip. The backward kernel recomputes the weights.
+`attention.attend` is the definition, which XLA computes in five passes over [B, H, T, T]. Here a program computes one
+head of one image. It reads the projections in place, [B, T, 3 D], adds their biases, and goes over tiles of queries
+with all keys together: rows of the softmax are whole, and no weight leaves the chip. The backward kernel recomputes the
+weights.
 """
 
 import dataclasses
@@ -20,13 +21,13 @@ from simplest_vit.errors import UserError
 
 TOKENS = (16, 256)
 HEAD_WIDTHS = (16, 128)
-FASTER_TOKENS = 64  # up to this number it was faster than XLA's form (RESULTS.md); with 196 it was slower
+FASTER_TOKENS = 64  # up to this number it was faster than XLA's (benchmarks/README.md); with 196 it was slower
 _TILE = 8192  # logits in a tile: 64 KB of registers for the two float32 tiles of the backward pass
 _ACCUMULATED = 16384  # entries of the gradient of the keys, and as many of the values: 128 KB of registers
 
 
 def check_sizes(tokens: int, head_width: int) -> None:
-    """Raise a UserError if the kernel cannot compute T tokens with heads of this width."""
+    """Raise a UserError if the kernel does not support T tokens or heads of this width."""
     for name, size, (low, high) in (("tokens", tokens, TOKENS), ("head width", head_width, HEAD_WIDTHS)):
         if not low <= size <= high:
             raise UserError(
@@ -47,7 +48,7 @@ def check_devices(kernel: str, devices: Sequence[jax.Device]) -> None:
 
 
 def choose(kernel: str, devices: Sequence[jax.Device], tokens: int, head_width: int) -> str:
-    """Choose between `xla` and `fused`: `kernel`, or if it is `auto` the faster one on the devices of a run."""
+    """Return `xla` or `fused`: `kernel`, or if that is `auto`, the faster one on the devices of a run."""
     if kernel != "auto":
         return kernel
     fits = TOKENS[0] <= tokens <= FASTER_TOKENS and HEAD_WIDTHS[0] <= head_width <= HEAD_WIDTHS[1]
@@ -55,7 +56,7 @@ def choose(kernel: str, devices: Sequence[jax.Device], tokens: int, head_width: 
 
 
 def _is_recent(device: jax.Device) -> bool:
-    """Return whether it is an NVIDIA GPU from Ampere on; AMD's capabilities are names such as gfx942."""
+    """Return whether a device is an NVIDIA GPU from Ampere on; AMD's capabilities are names such as gfx942."""
     capability = str(getattr(device, "compute_capability", "")).replace(".", "", 1)
     return device.platform == "gpu" and capability.isdigit() and int(capability) >= 80
 
@@ -117,7 +118,7 @@ def fused(
       num_heads: H, a divisor of D, D / H in `HEAD_WIDTHS`.
       attention_bias: Constant float32 [T, T], the same for all heads, or [H, T, T], or None. It gets no gradient.
       row_scale: Constant float32 [T], or None. It gets no gradient.
-      interpret: Run without a GPU, slowly.
+      interpret: Emulate the kernel without a GPU, slowly.
 
     Returns:
       [B, T, D] in the dtype of `qkv`.
@@ -145,7 +146,7 @@ def _fused(
     plan = _Plan(t, width // num_heads, width, qkv.dtype.itemsize)
     return pl.pallas_call(
         functools.partial(attention_forward, plan=plan),
-        grid=(b * num_heads,),  # heads of an image follow each other: they share lines of the cache
+        grid=(b * num_heads,),  # heads of an image are neighbours, because they share cache lines
         out_shape=jax.ShapeDtypeStruct((b, t, width), qkv.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
@@ -258,7 +259,7 @@ def attention_backward(
 
 
 def _whole(plan: _Plan, load: Callable[[], jax.Array]) -> Callable[[], jax.Array]:
-    """Return keys or values of a head: loaded once, or in float32, too large to keep both, at each use."""
+    """Return keys or values of a head: loaded once, or in float32, where both do not fit, at each use."""
     if plan.itemsize == 4:
         return load
     array = load()
@@ -266,7 +267,7 @@ def _whole(plan: _Plan, load: Callable[[], jax.Array]) -> Callable[[], jax.Array
 
 
 def _for_each_tile(plan: _Plan, body: Any, carry: Any) -> Any:
-    """Apply `body` to the tiles of queries and the carry."""
+    """Apply `body` to each tile of queries and the carry."""
     tiles = pl.cdiv(plan.tokens, plan.queries)
     return body(0, carry) if tiles == 1 else jax.lax.fori_loop(0, tiles, body, carry)
 
@@ -277,7 +278,7 @@ def _mask(plan: _Plan, row: Any, rows: int, first: Any, columns: int) -> jax.Arr
 
 
 def _load(ref: Any, plan: _Plan, image: Any, row: Any, rows: int, start: Any, first: Any, columns: int) -> jax.Array:
-    """Load rows of a head that begins at column `start`, from its column `first` on; zeros where there are none."""
+    """Load rows of a head that begins at column `start`, from its column `first` on; zeros outside."""
     tile = ref.at[image, pl.ds(row, rows), pl.ds(start + first, columns)]
     return plgpu.load(tile, mask=_mask(plan, row, rows, first, columns), other=0.0)
 

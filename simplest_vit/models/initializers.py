@@ -14,7 +14,7 @@ gaussian_fan_in = variance_scaling(1.0, "fan_in", "normal")
 
 
 def _orthogonal(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype, scale: float) -> jax.Array:
-    # Stacked blocks would make this a batched QR, and two of those at once deadlock on a CPU of two cores (jaxlib
+    # Stacked blocks would make this a batched QR, and two of those together deadlock on a CPU of two cores (jaxlib
     # 0.10.2: a batched QR blocks a thread of the pool that its parts need).
     draw = jax.custom_batching.sequential_vmap(lambda key: jax.nn.initializers.orthogonal(scale)(key, shape, dtype))
     return draw(key)
@@ -66,7 +66,7 @@ class Init(NamedTuple):
     """Initializers of a network.
 
     Attributes:
-      linear: Kernels with nothing nonlinear behind them: patch embedding, values, output projection.
+      linear: Kernels that no nonlinearity follows: patch embedding, values, output projection.
       keys: Kernels of keys, and of queries that do not start at zero.
       dense: Kernels of MLP and head.
       bias: fan_in -> initializer of a bias.

@@ -112,7 +112,7 @@ def model_arguments(
     kind = attention_kinds.KINDS[arguments["attention"]](**settings)
     kind.check(grid, num_heads)
     arguments |= settings
-    # `auto` means XLA's form here; callers that know the devices call `fused_attention.choose` first.
+    # `auto` means `xla` here; callers that know the devices call `fused_attention.choose` first.
     arguments["attention_kernel"] = "xla"
     if given.get("attention_kernel") == "fused" and kind.has_queries:
         fused_attention.check_sizes(math.prod(grid), width // num_heads)

@@ -1,4 +1,4 @@
-"""The tensors of the PyTorch reference and the arrays here that they are made of.
+"""The tensors of the PyTorch reference, and the arrays in this project that they are made of.
 
 Linear layers are [out, in] there and [in, out] here; the patch convolution is [out, in, row, column] there and
 [(row, column, in), out] here; queries, keys and values are one fused layer there; blocks are stacked here.
@@ -17,7 +17,7 @@ Arrays = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of the reference, and the arrays of one block or outside of the blocks that it is made of.
+    """A tensor of the reference, and the arrays that it is made of, in one block or outside the blocks.
 
     Attributes:
       name: In the reference's state dict.
@@ -122,5 +122,5 @@ def pytorch_layout(params: Any, patch_size: int) -> dict[str, Any]:
     return {
         tensor.name: tensor.there(*tensor.arrays(flat))
         for tensor in tensors(flat, depth, patch_size)
-        if tensor.paths[0] in flat  # constants are no parameters
+        if tensor.paths[0] in flat  # constants are not parameters
     }

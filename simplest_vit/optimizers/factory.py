@@ -48,11 +48,11 @@ class WarmupCosine:
 # evaluate other parameters than they take gradients at; `optimistic_adam` is deprecated.
 _UNUSABLE = {"lbfgs", "momo", "momo_adam", "noisy_sgd", "optimistic_adam", "sophia"}
 _UNUSABLE |= {"schedule_free_adamw", "schedule_free_sgd"}
-# Arguments that come from the run, not from the user. The mask selects the parameters that decay.
+# Arguments that the run sets, not the user. The mask selects the parameters that decay.
 _MASKS = ("mask", "weight_decay_mask")
 _FROM_THE_RUN = {"learning_rate", "weight_decay", "stack_axes", "mesh", "muon_weight_dimension_numbers", *_MASKS}
-# The chain applies their weight decay, so that it can also be L2, and that of optimizers which would decay everything;
-# other optimizers with a weight decay apply their own.
+# The chain applies the weight decay of these, because it may be L2 or because they would decay all parameters; other
+# optimizers with a weight decay apply their own.
 _SHAMPOOS: dict[str, Any] = {"reference_shampoo": reference_shampoo, "shampoo": shampoo, "soap": soap}
 _DECAYED_OUTSIDE = {"muon", *_SHAMPOOS}
 _FUNCTIONS = (types.FunctionType, functools.partial)

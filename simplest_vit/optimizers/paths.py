@@ -1,4 +1,4 @@
-"""Tells parameters apart by their paths in the tree.
+"""Functions that distinguish parameters by their paths in the tree.
 
 Their shapes do not suffice: with stacked blocks a bias is [L, D], which looks like a matrix.
 """

@@ -1,4 +1,4 @@
-"""Moves parameters into stacks of blocks and back: reshapes, transposes and concatenations only.
+"""Functions that move parameters into stacks of blocks and back: reshapes, transposes and concatenations only.
 
 A kernel (12, 400, 300) of 12 layers, in blocks of at most 200:
 

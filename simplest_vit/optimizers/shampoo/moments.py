@@ -13,7 +13,7 @@ import optax
 
 from .options import Diagonal, Number, Options
 
-SecondMoment: TypeAlias = jax.Array | optax.MaskedNode  # nothing for the methods 'none' and 'sgd'
+SecondMoment: TypeAlias = jax.Array | optax.MaskedNode  # empty for the methods 'none' and 'sgd'
 
 
 def accumulate(average: jax.Array, new: jax.Array, decay: Number) -> jax.Array:
@@ -23,7 +23,7 @@ def accumulate(average: jax.Array, new: jax.Array, decay: Number) -> jax.Array:
 
 def bias_correction(decay: Number, count: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Compute 1 - decay^count, accurate to rounding even for few steps; 1 for sums (decay 1)."""
-    wide = jnp.result_type(float)  # float64 if that is enabled
+    wide = jnp.result_type(float)  # float64 if enabled
     if isinstance(decay, jax.Array):
         correction = -jnp.expm1(count.astype(wide) * jnp.log(decay.astype(wide)))
         return jnp.where(decay == 1, 1, correction).astype(dtype)

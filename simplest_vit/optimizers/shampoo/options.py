@@ -24,7 +24,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "statistics": get_args(Statistics),
     "precision": get_args(Precision),
     "preconditioner_dtype": ("float32", "float64"),
-    "mu_dtype": ("bfloat16", "float32", "float64"),  # float16 would overflow, and stay infinite
+    "mu_dtype": ("bfloat16", "float32", "float64"),  # float16 would overflow and stay infinite
 }
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
@@ -87,7 +87,7 @@ class Options(types.SimpleNamespace):
                 setattr(self, name, self._checked(name, value))
 
     def _checked(self, name: str, value: Any) -> Any:
-        """Return the value in Python's own type, because NumPy's numbers would bring theirs into the state."""
+        """Return the value as a Python type, because NumPy scalars would bring their dtype into the state."""
         if name in _NUMBERS:
             valid, allowed = _NUMBERS[name]
             traced = isinstance(value, jax.Array)
@@ -133,7 +133,7 @@ class ShampooOptions(Options):
 
     Attributes:
       number: Of the method, in the version of its state.
-      start: The last step of the grafting method's own: by then every block has its first root.
+      start: The last step that is the grafting method's own; by then every block has its first root.
       first_statistics: Multiple of the identity with which they start.
       whitened: Whether they are KL-Shampoo's.
       refreshes_early: Whether all preconditioners are refreshed in each of the first k steps after `start` as well.

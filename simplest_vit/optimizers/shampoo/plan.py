@@ -171,7 +171,7 @@ class Plan:
         return self._staggered_cubes if self.is_staggered else self.refresh_cubes // self.options.precondition_frequency
 
     def __str__(self) -> str:
-        """Format a table of the parameters, the matrices and the costs."""
+        """Format a table of parameters, matrices and costs."""
         width = max([len(param.path) for param in self.params] + [9])
         lines = [f"{'parameter':{width}}  {'shape':22}  preconditioned as"]
         for param in self.params:
@@ -263,7 +263,7 @@ def _preconditioned_axes(shape: tuple[int, ...], options: AnyOptions) -> tuple[i
     axes = [axis for axis, dim in enumerate(shape) if dim <= options.ignored_dim]
     axes = [
         axis for axis in axes if shape[axis] > 1
-    ] or axes  # an axis of size 1 has no directions, and would change the root
+    ] or axes  # an axis of size 1 has no direction to scale, and would change the root
     return tuple([min(axes, key=lambda axis: shape[axis])] if options.one_sided and axes else axes)
 
 

@@ -54,14 +54,14 @@ def inverse_pth_root(
     damped = unit + eps * jnp.eye(statistics.shape[-1], dtype=statistics.dtype)[None]
 
     def by_eigh(damped: jax.Array) -> jax.Array:
-        # Damped before, not after: rounding then does not reach the eigenvalues that damping makes.
+        # Damp before the decomposition, not after, so that rounding does not reach the eigenvalues that damping makes.
         eigenvalues, vectors = eigh(damped)
         return _spectral_power(jnp.maximum(eigenvalues, eps / 2), vectors, -1 / p)
 
     def by_newton(damped: jax.Array) -> jax.Array:
         return _newton_root(damped, p, eps)
 
-    if root == "auto":  # LAPACK is the faster on a CPU, matrix products elsewhere
+    if root == "auto":  # LAPACK is faster on a CPU, matrix products elsewhere
         roots = jax.lax.platform_dependent(damped, cpu=by_eigh, default=by_newton)
     else:
         roots = {"eigh": by_eigh, "newton": by_newton}[root](damped)
@@ -69,7 +69,7 @@ def inverse_pth_root(
 
 
 def one_by_one(decompose: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
-    """Make a decomposition of stacks that takes one matrix after the other on a CPU.
+    """Make a decomposition of stacks that takes one matrix after another on a CPU.
 
     A batched one of jaxlib blocks a thread of XLA's pool until other threads have done its parts: several at once, of
     two sizes, devices or programs in flight, can deadlock on few cores (QR, jaxlib 0.10.2). `decompose` takes matrices
@@ -100,8 +100,8 @@ def frobenius_norm(matrices: jax.Array) -> jax.Array:
 def backward_error(root: jax.Array, matrix: jax.Array, p: int) -> jax.Array:
     """Compute ||A - A X^p A||_F / ||A||_F for roots X and matrices A (N, n, n): float32 (N,).
 
-    To first order X is the exact root of a matrix that is so far from A. Rounding does not move this, while the forward
-    residual X^p A - I grows with the condition number: 0.15 for a root whose steps are right to 4e-4.
+    To first order, X is the exact root of a matrix at this distance from A. Rounding does not change it, while the
+    forward residual X^p A - I grows with the condition number: 0.15 for a root whose steps are right to 4e-4.
     """
     product = matrix
     if p > 1:
@@ -229,7 +229,7 @@ def refresh_basis(statistics: jax.Array, basis: jax.Array, method: Basis) -> tup
     if method == "eigh":
         new = jnp.where(norm == 0, basis, eigh(unit)[1])
     else:
-        # Along directions without any gradient the product would be rounding errors: they stay as they are.
+        # Along directions without any gradient the product would be rounding errors, so they stay as they are.
         moved = _matmul(unit, basis) + jnp.finfo(unit.dtype).eps * basis
         if method == "auto":
             new = jax.lax.platform_dependent(moved, cpu=qr, default=gram_schmidt)

@@ -1,9 +1,9 @@
-"""Spreads the slots of stacks over the devices of a mesh.
+"""Functions that spread the slots of stacks over the devices of a mesh.
 
-The state knows no devices: its arrays have one slot for each block. In a step they are padded to the devices at hand;
-each device takes in the statistics, computes the preconditioners and preconditions the blocks of its own slots, without
-communication. Gradients come and updates go as parts of blocks that are exchanged (all-to-all), so that parameters
-which are sharded (FSDP) stay so: no device needs a whole gradient.
+The state does not depend on the devices: its arrays have one slot for each block. In a step they are padded to the
+devices at hand; each device updates the statistics, computes the preconditioners and preconditions the blocks of its
+own slots, without communication. Gradients and updates are exchanged as parts of blocks (all-to-all), so that sharded
+parameters (FSDP) stay sharded: no device needs a whole gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,7 +103,7 @@ def shard_over_devices(function: Callable[..., Any], plan: Plan, mesh: Mesh | No
 
     def on_mesh(scalar: jax.Array, *sequences: Any) -> Any:
         padded = jax.tree.map(pad, sequences)
-        # Inside there is nothing but one device's slots.
+        # Inside, there are only one device's slots.
         run = jax.shard_map(
             on_device, mesh=mesh, in_specs=(P(), *[slots] * len(padded)), out_specs=slots, check_vma=False
         )
