@@ -1,10 +1,10 @@
-"""Compare the fused attention kernel with XLA's form on the GPU at hand: errors against float64, and time.
+"""Compare the fused attention kernel with XLA's on the available GPU: errors against float64, and time.
 
 python -m benchmarks.attention_kernel
 
-Errors are those of the output and of the worst gradient. XLA's products of float32 are in TF32 on a GPU, as in
-training; the kernel's are true float32. Time is forward and backward together. Ends with 1 where the kernel is less
-exact than it must be.
+Errors are those of the output and of the worst gradient. XLA computes products of float32 in TF32 on a GPU, as in
+training; the kernel in true float32. Time is forward and backward together. The exit code is 1 if the kernel is not
+accurate enough.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def errors(size: tuple[int, int, int], dtype: Any, interpret: bool) -> dict[str,
 
 
 def milliseconds(size: tuple[int, int, int], batch_size: int, dtype: Any, interpret: bool) -> dict[str, float]:
-    """Time forward and backward of each form: the median of rounds that take turns."""
+    """Time forward and backward of each form: the median over rounds that alternate."""
     tokens, num_heads, head_width = size
     shape = batch_size, tokens, num_heads * head_width
     arrays = [jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 4)]
@@ -85,8 +85,8 @@ def milliseconds(size: tuple[int, int, int], batch_size: int, dtype: Any, interp
 def main() -> None:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch_size", type=int, default=2048, help="images, for the time; fewer of more tokens")
-    parser.add_argument("--interpret", action="store_true", help="without a GPU, for a try")
+    parser.add_argument("--batch_size", type=int, default=2048, help="images to time; fewer if they have more tokens")
+    parser.add_argument("--interpret", action="store_true", help="emulate the GPU, to try the program without one")
     options = parser.parse_args()
     good = True
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
@@ -101,7 +101,7 @@ def main() -> None:
             ms = milliseconds(size, max(1, options.batch_size * 64 // size[0]), dtype, options.interpret)
             line += f"  {ms['xla']:9.3f} {ms['fused']:9.3f}"
         print(line, flush=True)
-    print("fused: exact" if good else "fused: NOT as exact as it must be")
+    print("fused: accurate" if good else "fused: NOT accurate enough")
     sys.exit(not good)
 
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.block_size
 
-For twelve layers of one kernel (width, width): GFLOP a step of the plan (statistics, preconditioning, and the matrix
-products of the roots that are due: 36 of size n for each), as a part of the kernels' gradient at 4,096 tokens (two
-products); that part for all six kernels of a transformer (four square ones and an MLP of 4 x width); MiB of statistics
-and preconditioners, and, for widths up to `--most`, milliseconds of an update, the median of five, as a part of the
-gradient's.
+Prints, for twelve layers of one kernel (width, width): GFLOP per step of the plan (statistics, preconditioning, and the
+matrix products of the roots that are due: 36 of size n for each), as a fraction of the kernels' gradient at 4,096
+tokens (two products); this fraction for all six kernels of a transformer (four square ones and an MLP of 4 x width);
+MiB of statistics and preconditioners; and, for widths up to `--most`, milliseconds per update, the median of five, also
+as a fraction of the gradient's.
 """
 
 import time
@@ -18,13 +18,13 @@ from absl import app, flags
 
 from simplest_vit.optimizers.shampoo import shampoo, shampoo_plan
 
-_MOST = flags.DEFINE_integer("most", 384, "The greatest width that is timed.")
+_MOST = flags.DEFINE_integer("most", 384, "The largest width that is timed.")
 
 LAYERS = 12
 WIDTHS = (192, 384, 768, 1024, 2048, 4096)
 BLOCKS = (128, 256, 384, 512, 1024, 2048)
 TOKENS = 4096
-PRODUCTS_PER_ROOT = 36  # by the matmul-only iteration (docs/shampoo.md)
+PRODUCTS_PER_ROOT = 36  # in the iteration of matrix products (docs/shampoo.md)
 
 
 def milliseconds(function, *arguments) -> float:

@@ -1,4 +1,4 @@
-"""Records as the cells of tables: means over seeds, and differences with their 95 % intervals."""
+"""Records as cells of tables: means over seeds, and differences with 95 % intervals."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ class Cell:
 
     @property
     def basis(self) -> tuple[bool, bool]:
-        """What only runs of the same kind may be compared by: from an old page, on the hold-out."""
+        """Whether runs come from an old page, and whether they are on the hold-out; compared cells agree in both."""
         first = next(iter(self.runs.values()))
         return first.from_page, first.on_hold_out
 
@@ -46,7 +46,7 @@ class Results:
     """The records, as cells of tables."""
 
     def __init__(self, found: Iterable[Record]) -> None:
-        """Group the records by what only differs in the seed."""
+        """Group records that differ only in the seed."""
         self.cells: dict[tuple, Cell] = {}
         for line, record in enumerate(found, start=2):
             self.cells.setdefault(record.setting, Cell({})).runs[line] = record
@@ -62,7 +62,7 @@ class Results:
         like: Cell | None = None,
         hold_out: bool = False,
     ) -> Cell | None:
-        """Find the runs of a network: recorded ones before those of an old page, most seeds, then best rate.
+        """Find the runs of a network: recorded runs before those of an old page, then most seeds, then the best rate.
 
         Args:
           network: Of `NETWORKS`.
@@ -74,7 +74,7 @@ class Results:
           hold_out: Take runs on the hold-out.
 
         Returns:
-          The cell, or None without a run.
+          The cell, or None if there is no run.
         """
         changes = records.changes_text(network.fields)
         wanted = (protocol, data, network.preset, changes, optimizer, steps)
@@ -95,7 +95,7 @@ class Results:
         return self.find(NETWORKS[row], data=data, steps=table.steps_of.get(row, table.steps or 0))
 
     def of_recipe(self, preset: str, data: str, optimizer: str, protocol: str, steps: int) -> Cell | None:
-        """Find the best runs by the recipe itself, whatever else differs in them."""
+        """Find the best runs of the recipe, whatever else they change."""
         wanted = (preset, data, optimizer, protocol, steps, False)
         found = []
         for cell in self.cells.values():
@@ -110,7 +110,7 @@ def _best(cells: list[Cell]) -> Cell | None:
 
 
 def compare(first: Cell | None, second: Cell | None) -> tuple[float, list[intervals.Difference]] | None:
-    """Compare two cells: over the seeds that both have, else by their means.
+    """Compare two cells: over common seeds if there are any, otherwise by their means.
 
     Returns:
       The difference in points with its intervals (paired by seed, Welch) as far as there are seeds for them; None if

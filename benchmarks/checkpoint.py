@@ -3,9 +3,9 @@
 python -m benchmarks.checkpoint --config configs/digits.py
 python -m benchmarks.checkpoint --config configs/cifar10.py --config.batch_size=16 --steps 1
 
-Steps run on fake data. A save is timed as long as the loop waits for it (`blocking`) and to its end on the disk
-(`whole`), which continues beside the next steps. The share of a run is that of `blocking` among
-`config.checkpoint_every` steps. On a CPU the whole save competes with the steps, so the truth is between the two.
+Steps run on fake data. A save is timed while the loop waits for it (`blocking`) and until it is on disk (`whole`); this
+overlaps the next steps. The share of a run is that of `blocking` in `config.checkpoint_every` steps. On a CPU the whole
+save competes with the steps, so the true cost is between the two.
 """
 
 import pathlib

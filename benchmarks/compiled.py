@@ -1,11 +1,11 @@
-"""Estimate a training step on an H200 from what XLA compiles for it, without a GPU: nothing runs or is timed.
+"""Estimate a training step on an H200 from what XLA compiles for it, without a GPU: nothing is run or timed.
 
 python -m benchmarks.compiled --config configs/cifar10.py
 python -m benchmarks.compiled --config configs/cifar10.py --against configs/cifar10.py:model=simple_vit
 
-A row has the estimated least time of a step (`roofline.py`), model FLOPs over the peak of the data sheet in that time,
-launches, bytes moved, temporaries, waits for the host and custom calls. The costliest kernels follow. It needs the CUDA
-plugin of jaxlib's version in a folder of its own (docs/gpu.md).
+A row has the estimated minimum time of a step (`roofline.py`), model FLOPs over the data sheet's peak in that time,
+launches, bytes moved, temporaries, waits for the host and custom calls. The costliest kernels follow. This needs the
+CUDA plugin in jaxlib's version in a separate folder (docs/gpu.md).
 """
 
 import collections
@@ -32,13 +32,13 @@ from simplest_vit.training.sharding import create_mesh
 
 _AGAINST = cli.define_config("against", "Another config, to compare with.")
 _OPTIONS = flags.DEFINE_multi_string("xla", [], "Flags for XLA, e.g. xla_gpu_enable_triton_gemm=false.")
-_TOP = flags.DEFINE_integer("top", 10, "Kernels to list, those of the same shape together.", lower_bound=0)
+_TOP = flags.DEFINE_integer("top", 10, "Number of kernels to list; those of the same shape count once.", lower_bound=0)
 
 DATA_SHEET = 989e12  # bfloat16 FLOP/s, dense
 _HERE = pathlib.Path(__file__).parent
 
 
-@functools.cache  # what is compiled together must be for the same device
+@functools.cache  # programs compiled together must be for the same device
 def target() -> jax.Device:
     """Return the chip to compile for.
 
@@ -50,7 +50,7 @@ def target() -> jax.Device:
     except importlib.metadata.PackageNotFoundError as error:
         version = importlib.metadata.version("jaxlib")
         raise UserError(
-            "compiling for a GPU needs JAX's CUDA plugin; install it in a folder of its own, which PYTHONPATH names: "
+            "compiling for a GPU needs JAX's CUDA plugin; install it in a separate folder and add that to PYTHONPATH: "
             f"pip install --no-deps --target .venv/gpu jax-cuda13-pjrt=={version} jax-cuda13-plugin=={version}"
         ) from error
     description = (_HERE / "h200.txtpb").read_text()
@@ -98,7 +98,7 @@ def describe(settings: Any, options: dict[str, Any]) -> tuple[dict[str, Any], An
 
 
 def costliest(kernels: list[roofline.Kernel], top: int) -> list[str]:
-    """Describe the costliest kernels, a line for those of one kind, shape and origin."""
+    """Describe the costliest kernels, with one line for those of the same kind, shape and origin."""
     groups: dict[Any, list[roofline.Kernel]] = collections.defaultdict(list)
     for kernel in kernels:
         origin = re.search(r'op_name="([^"]*)"', kernel.instruction.line)
@@ -132,7 +132,7 @@ def _main() -> None:
 
 
 def _parse_option(text: str) -> tuple[str, Any]:
-    """Return a flag of XLA as its compiler expects it."""
+    """Parse a flag of XLA as its compiler expects it."""
     name, _, value = text.lstrip("-").partition("=")
     if value in ("true", "false"):
         return name, value == "true"

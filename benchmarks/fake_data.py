@@ -1,4 +1,4 @@
-"""Fake data in place of a data set: the benchmarks time and compile what does not depend on the pixels."""
+"""Fake data in place of a data set, for timing and compiling what does not depend on the pixels."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from simplest_vit.data.augment import Batch
 from simplest_vit.data.dataset import DatasetInfo
 
-# Height and width, channels and classes; folders of images have those of ImageNet.
+# Height and width, channels and classes; image folders have those of ImageNet.
 _SHAPES = {
     "digits": (8, 1, 10),
     "cifar10": (32, 3, 10),

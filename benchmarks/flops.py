@@ -1,4 +1,4 @@
-"""Count what a model computes, by the shapes of its parameters."""
+"""Count what a model computes, from the shapes of its parameters."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ def forward_flops(params: Any, tokens: int) -> float:
 
     Args:
       params: The model's parameters, or their shapes.
-      tokens: T; the head sees one, everything else all of them.
+      tokens: T; the head sees one token, everything else all of them.
 
     Returns:
       Twice the multiplications.

@@ -4,13 +4,13 @@
     python -m benchmarks.gpu --workdir results --data_dir ~/tensorflow_datasets --minutes 30
 
 1. kernel: is the fused attention kernel exact, and faster than XLA's form?
-2. step: a step of the isometric network at S/4 and batch 2,048 beside SimpleViT's.
+2. step: a step of the isometric network at S/4 and batch 2,048, compared with SimpleViT's.
 3. s4: `benchmarks.reproduce s4`, three runs at a time: 30 epochs on the hold-out for each rate, then 90 for each seed.
 4. optimizers: what Shampoo and SOAP add to a step.
 5. headline: `benchmarks.reproduce headline`, whose steps leave most of the GPU idle: eight runs at a time.
 
-Each part writes WORKDIR/NAME.log and prints the last lines. When the time is over, the part under way is told to stop;
-rerun the command to resume it. `--toy` tries the whole plan at tiny sizes, on any machine.
+Each part writes WORKDIR/NAME.log and prints the last lines. When time is up, the current part is stopped; rerun the
+command to resume it. `--toy` tries the whole plan at tiny sizes, on any machine.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 
 from benchmarks.protocols import recipe_arguments
 
-# Sizes that only show that a part works.
+# Sizes that only show that each part works.
 _TOY = ["model.depth=7", "model.width=64", "model.num_heads=2", "model.mlp_dim=128", "batch_size=32"]
 
 
@@ -52,7 +52,7 @@ def plan(folder: pathlib.Path, data_dir: str, toy: bool) -> dict[str, list[str]]
 
 
 def run(name: str, command: list[str], folder: pathlib.Path, end: float) -> bool:
-    """Run a part until it ends or the time is over, and return whether it ended well."""
+    """Run a part until it ends or time is up; return whether it succeeded."""
     print(f"== {name}: {shlex.join(command)}", flush=True)
     log, begin = folder / f"{name}.log", time.monotonic()
     with log.open("a") as file:
@@ -60,7 +60,7 @@ def run(name: str, command: list[str], folder: pathlib.Path, end: float) -> bool
     try:
         code = process.wait(max(end - begin, 0))
     except subprocess.TimeoutExpired:
-        process.terminate()  # a run saves its step
+        process.terminate()  # the run saves its step
         try:
             code = process.wait(60)
         except subprocess.TimeoutExpired:
@@ -76,8 +76,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workdir", default="results", type=pathlib.Path, help="folder of the logs and runs")
     parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="prepared CIFAR-10 and CIFAR-100")
-    parser.add_argument("--minutes", type=float, default=30, help="time for all of it")
-    parser.add_argument("--parts", nargs="*", help="some of the parts, by name")
+    parser.add_argument("--minutes", type=float, default=30, help="time limit for all parts")
+    parser.add_argument("--parts", nargs="*", help="parts to run, by name")
     parser.add_argument("--plan", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to try it on any machine")
     options = parser.parse_args()
@@ -96,7 +96,7 @@ def main() -> None:
         name = left.pop(0)
         good &= run(name, parts[name], options.workdir, end)
     for name in left:
-        print(f"== {name}: not begun, the time is over")
+        print(f"== {name}: not started, time is up")
     sys.exit(not good or bool(left))
 
 

@@ -1,11 +1,11 @@
-"""Measure images/s of each stage of the input, beside a PIL pipeline in the same run.
+"""Measure images/s of each stage of the input pipeline, and of a PIL pipeline in the same run.
 
 python -m benchmarks.input_pipeline cifar10 --data_dir=/data/tfds
 python -m benchmarks.input_pipeline imagenet --data_dir=/data/tfds --num_workers=2
 python -m benchmarks.input_pipeline cifar10 --data_dir=/data/tfds --train_step_s=1.2 --batch_size=128
 
 The peer is what the PyTorch reference does with each image, on all cores: decode, crop, flip, RandAugment in PIL,
-then normalize and mixup in NumPy. It reads images that are in memory already. (PyTorch's DataLoader was faster here
+then normalize and mixup in NumPy. It reads images that are already in memory. (PyTorch's DataLoader was faster here
 than Grain.) `--train_step_s` (from benchmarks/train_step.py) gives the share of a step that the input takes.
 """
 
@@ -30,7 +30,7 @@ from simplest_vit.data import streaming
 from simplest_vit.data.decode import decode_image
 from simplest_vit.errors import UserError
 
-# Stages, each with all before it.
+# Stages; each includes all previous ones.
 STAGES = {
     "sampling, normalization": {},
     "+ crop, flip": {"flip": True},
@@ -48,12 +48,12 @@ def rate(batches: Iterator[input_pipeline.Batch], batch_size: int, seconds: floa
         start = time.perf_counter()
         jax.block_until_ready(next(batches))
         times.append(time.perf_counter() - start)
-    # Streamed batches come in bursts, so the mean; on the device each takes as long as the others.
+    # Streamed batches come in bursts, so take the mean; on the device all batches take equally long.
     return batch_size / (statistics.median(times) if len(times) > 20 else statistics.mean(times))
 
 
 def alternate(stages: list[Callable[[], object]], images: int, seconds: float) -> np.ndarray:
-    """Return images/s of each stage and round, [stages, rounds >= 5]; they take turns, after one round to warm up."""
+    """Return images/s of each stage and round, [stages, rounds >= 5]; they alternate, after one round to warm up."""
     rounds: list[list[float]] = []
     begin = time.perf_counter()
     while len(rounds) < 6 or time.perf_counter() - begin < len(stages) * seconds:
@@ -100,7 +100,7 @@ def pil_operations(image: Image.Image, sign: int) -> list[Callable[[], Image.Ima
 def pil_example(
     content: bytes | np.ndarray, rng: np.random.Generator, size: int | None, augment: bool, mean: tuple, std: tuple
 ) -> np.ndarray:
-    """Return one example as the reference makes it: pad-4 crop of an array, or random resized crop of a file."""
+    """Return one example as the reference makes it: a pad-4 crop of an array, or a random resized crop of a file."""
     if isinstance(content, bytes):
         with Image.open(io.BytesIO(content)) as file:
             image = file.convert("RGB")
@@ -148,7 +148,7 @@ class PilExamples:
 
 
 def loaded_batches(contents: list, batch_size: int, **options: object) -> Iterator[np.ndarray]:
-    """Return batches of the peer: made and stacked by PyTorch's DataLoader, a worker process a core."""
+    """Return batches of the peer: made and stacked by PyTorch's DataLoader, with one worker process per core."""
     from torch.utils.data import DataLoader
 
     workers = os.cpu_count() or 1
@@ -162,7 +162,7 @@ def loaded_batches(contents: list, batch_size: int, **options: object) -> Iterat
 
 
 def config_of(arguments: argparse.Namespace, **data: object) -> ConfigDict:
-    """Return `config.data` with everything off but what is given."""
+    """Return `config.data` with everything off except what is given."""
     config = default().data
     fields = {"name": arguments.name, "dir": arguments.data_dir, "manual_dir": arguments.manual_dir}
     config.update({**fields, "num_workers": arguments.num_workers, "crop_padding": 0, "flip": False, **data})
@@ -180,7 +180,7 @@ def report(name: str, value: float, extra: str = "") -> None:
 
 
 def benchmark_device(arguments: argparse.Namespace) -> None:
-    """Measure a data set that lives on the device."""
+    """Measure a data set that is kept on the device."""
     start = time.perf_counter()
     dataset = input_pipeline.load(config_of(arguments))
     print(f"  loading {time.perf_counter() - start:.1f} s")
@@ -201,7 +201,7 @@ def benchmark_device(arguments: argparse.Namespace) -> None:
             name = f"peer: PIL and NumPy by DataLoader, {os.cpu_count()} workers"
             report(name, peer, f"ours is {ours / peer:.1f} times as fast")
         except ImportError:
-            print("  without PyTorch, whose DataLoader is the peer")
+            print("  without the peer, PyTorch's DataLoader, because PyTorch is missing")
     if arguments.train_step_s:
         share = arguments.batch_size / ours / arguments.train_step_s
         print(f"  share of a train step of {arguments.train_step_s:.3f} s: {share:.1%}")

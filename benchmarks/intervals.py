@@ -14,8 +14,8 @@ class Difference(NamedTuple):
     """A difference of two means.
 
     Attributes:
-      mean: Of the first group less that of the second.
-      half_width: Of the 95 % interval.
+      mean: Mean of the first group minus that of the second.
+      half_width: Half the width of the 95 % interval.
       p: Two-sided p value of no difference.
       paired: Whether runs of equal seeds were compared.
     """
@@ -45,7 +45,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Difference | None:
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference | None:
-    """Compare values pair by pair, each pair of one seed; None for fewer than two pairs."""
+    """Compare values pair by pair, each pair from one seed; None for fewer than two pairs."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
     if len(differences) < 2:
         return None
@@ -54,7 +54,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference | None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p values of several tests so that one false finding among all stays as rare as claimed (Holm)."""
+    """Adjust p values by Holm's method, which bounds the probability of any false finding among several tests."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):

@@ -32,11 +32,11 @@ _MEASURED = flags.DEFINE_integer("measured_batch_size", 16, "Batch size of the m
 _DIRECT = flags.DEFINE_bool("direct", False, "Time whole steps at the batch size of the config.")
 
 FREQUENCY = 25
-LEAST_STEPS = 10  # timed for each optimizer
+LEAST_STEPS = 10  # steps timed for each optimizer
 
 
 def optimizers() -> dict[str, tuple[int, optax.GradientTransformation]]:
-    """Name -> steps between two refreshes, and the transformation. The others are a ratio to the first."""
+    """Name -> steps between two refreshes, and the transformation. Times are reported as ratios to the first."""
     stacked: dict[str, Any] = {"stack_axes": paths.stack_axes}
     often = {"precondition_frequency": FREQUENCY} | stacked
     return {
@@ -52,7 +52,7 @@ class Times(NamedTuple):
     """Seconds of an optimizer's update.
 
     Attributes:
-      compile: Until the end of the first step.
+      compile: Time until the end of the first step.
       steps: Each step after the first period.
     """
 
@@ -61,14 +61,14 @@ class Times(NamedTuple):
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """Return the seconds of one call, to the end of its work."""
+    """Return the seconds of one call, until its work is done."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
 
 
 class Run:
-    """One optimizer, whose steps change its own copy of the parameters."""
+    """One optimizer, which updates its own copy of the parameters."""
 
     def __init__(
         self, frequency: int, tx: optax.GradientTransformation, params: Any, gradient_of: Callable[..., Any]
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether the steps after the first period are enough, and whole periods."""
+        """Whether there are enough steps after the first period, in whole periods."""
         return len(self.seconds) >= self.frequency + max(self.frequency, LEAST_STEPS)
 
     def step(self, data: Any) -> None:
@@ -102,7 +102,7 @@ class Run:
 
 
 def measure(runs: dict[str, Run], data: Any) -> dict[str, Times]:
-    """Time every optimizer, one step of each after the other."""
+    """Time every optimizer, one step of each in turn."""
     while waiting := [run for run in runs.values() if not run.is_done]:
         for run in waiting:
             run.step(data)

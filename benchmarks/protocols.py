@@ -1,4 +1,4 @@
-"""The protocols of the evidence: how runs are made, by which networks, and the tables that are made of them.
+"""The protocols of the results: how runs are made, their networks, and the tables made from them.
 
 `benchmarks.reproduce` runs a table, `benchmarks.records` keeps its runs, `benchmarks.results_page` prints it.
 """
@@ -6,7 +6,7 @@
 import importlib
 from typing import Any, NamedTuple
 
-# Protocol -> what differs from the recipe of the data set. `small` takes nine minutes of one core: 12 blocks of width
+# Protocol -> fields that differ from the data set's recipe. `small` takes nine minutes on one core: 12 blocks of width
 # 64, batches of 64, 1,500 steps (1.9 epochs of CIFAR).
 SMALL = {
     "batch_size": 64,
@@ -18,7 +18,7 @@ SMALL = {
 }
 PROTOCOLS: dict[str, dict[str, Any]] = {"small": SMALL, "recipe": {}}
 
-# Choices are made on images that are neither trained on nor reported.
+# Choices are made on images that are used neither for training nor for reported results.
 HOLD_OUT = {"data.train_split": "train[:45000]", "data.validation_split": "train[45000:]"}
 CHOOSING_SEED, CHOOSING_EPOCHS = 1, 30
 FRESH_SEEDS = (11, 12, 13, 14, 15)
@@ -29,8 +29,8 @@ class Network(NamedTuple):
 
     Attributes:
       preset: `config.model.name`.
-      fields: What differs from the preset and the protocol.
-      learning_rates: To choose from, in place of the table's.
+      fields: Fields that differ from the preset and the protocol.
+      learning_rates: Rates to choose from, in place of the table's.
     """
 
     preset: str
@@ -44,7 +44,7 @@ class Table(NamedTuple):
     Attributes:
       title: What it shows.
       rows: Of `NETWORKS`.
-      learning_rates: To choose from, by optimizer.
+      learning_rates: Rates to choose from, by optimizer.
       data: Data sets.
       protocol: Of `PROTOCOLS`.
       steps: Of every run, also to choose a rate: a rate that is best after 500 steps is too high for 1,500. None for
@@ -91,7 +91,7 @@ NETWORKS: dict[str, Network] = {
     "SimpleViT, orthogonal": Network("simple_vit", {"model.init": "orthogonal"}),
     "SimpleViT, warm-up 200": Network("simple_vit", {"warmup_steps": 200}),
     "SimpleViT, no clipping": Network("simple_vit", {"grad_clip": 0.0}),
-    # The number of heads decides the time of a step.
+    # The number of heads determines the time of a step.
     "isometric, 2 heads": Network("isometric_vit"),
     "isometric, 4 heads": _isometric(num_heads=4),
     "SimpleViT, 4 heads": Network("simple_vit", {"model.num_heads": 4}),
@@ -126,7 +126,7 @@ NETWORKS |= {
         ("SimpleViT", of_skips),
     )
 }
-# At the default fraction, 0.01, half of what tells tokens apart is lost in 64 blocks.
+# At the default fraction, 0.01, half of the difference between tokens is lost in 64 blocks.
 NETWORKS["isometric, 64 blocks, uniform fraction 0.002"] = NETWORKS["isometric, 64 blocks"]._replace(
     fields=_isometric(depth=64, uniform_fraction=0.002).fields
 )
@@ -157,7 +157,7 @@ RECIPE_NETWORKS = {
     "E-SPA + TAT": Network("simplest_vit"),
 }
 
-# The steps that take as long as 1,500 of SimpleViT: times of steps by turns are in benchmarks/README.md.
+# The steps that take as long as 1,500 of SimpleViT: benchmarks/README.md has the times of alternating steps.
 _EQUAL_TIME = {"isometric, attention frozen": 2700, "isometric, 4 heads": 1700, "SimpleViT, constant shifts": 1900}
 
 _SOAP: dict[str, tuple[float, ...]] = {"soap": (1e-3, 2e-3, 4e-3, 8e-3)}
@@ -242,7 +242,7 @@ def networks(protocol: str) -> dict[str, Network]:
 
 
 def recipe_arguments(preset: str, optimizer: str, augmentation: str = "basic") -> str:
-    """Return what stands behind the colon of `--config configs/DATA.py:`."""
+    """Return the text after the colon of `--config configs/DATA.py:`."""
     return f"model={preset},optimizer={optimizer},augmentation={augmentation}"
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.records runs/headline --selected_on hold-out
 
-Adds a row for each run below the folders, or updates the row of the same run. A run that is not finished, or was made
+Adds a row for each run below the folders, or updates the row of the same run. A run that is unfinished, or was made
 by uncommitted code, is refused. The columns:
 
   protocol ... seed        What was run: `changes` are the fields that differ from the protocol and the preset
@@ -11,7 +11,7 @@ by uncommitted code, is refused. The columns:
                            In TFDS's syntax; an empty validation split is the data set's own (of CIFAR the test images)
   selected_on              The images by which the learning rate and the network were chosen
   validation_accuracy      At the end
-  train_loss               At the end, the mean since the report before
+  train_loss               At the end, the mean since the previous report
   accuracy_at, train_loss_at
                            `STEP:VALUE ...`, at the evaluations of the run, at most six
   step_time_s              Median seconds of a step, whatever else ran on the device
@@ -49,7 +49,7 @@ _COLUMNS_OF_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A row; None where a value is not known."""
+    """A row; None for an unknown value."""
 
     protocol: str
     data: str
@@ -74,7 +74,7 @@ class Record:
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """What runs that differ only in their seed have in common; rows of an old page stay apart from runs."""
+        """The settings that runs differing only in their seed share; rows of an old page stay apart from runs."""
         own = (self.network, self.changes, self.optimizer, self.learning_rate, self.steps)
         return (self.protocol, self.data, self.on_hold_out, *own, self.from_page)
 
@@ -85,7 +85,7 @@ class Record:
 
     @property
     def on_hold_out(self) -> bool:
-        """Whether the accuracy is that of a part of the training images."""
+        """Whether the accuracy was measured on a part of the training images."""
         return self.validation_split.startswith("train")
 
 
@@ -93,7 +93,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 
 
 def read_curves(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Read the curves of a run: for each tag of its `metrics.jsonl` steps and values, without those not finite.
+    """Read the curves of a run: for each tag in its `metrics.jsonl`, the steps and the finite values.
 
     Raises:
       UserError: If it has none.
@@ -115,7 +115,7 @@ def from_run(run: Run, selected_on: str) -> Record:
 
     Args:
       run: From `find_runs`.
-      selected_on: The images by which its settings were chosen; of a run on the hold-out these are the hold-out.
+      selected_on: The images by which its settings were chosen; for a run on the hold-out, the hold-out itself.
 
     Returns:
       The row.
@@ -159,7 +159,7 @@ def from_run(run: Run, selected_on: str) -> Record:
 
 
 def describe(flat: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name the protocol that is nearest to a config, and what differs from it.
+    """Name the protocol closest to a config, and the fields that differ from it.
 
     Args:
       flat: The config by dotted names, as `modernize` returns it.
@@ -191,7 +191,7 @@ def describe(flat: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return protocol + ", strong augmentation" * (augmentation == "strong"), found[protocol]
 
 
-# Fields and values of commit 884f800 and before, and what they are called now.
+# Fields and values of commit 884f800 and earlier, and their current names.
 _RENAMED = {
     "model.shift_eps": "model.uniform_fraction",
     "model.shift_in_place": "model.identity_head_fraction",
@@ -211,11 +211,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def modernize(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return a config in today's names: one of four networks, with None for what its preset decides."""
+    """Return a config in current names: one of four networks, with None for fields that its preset decides."""
     if "model.shift_eps" not in flat:
         return flat
     flat = {_RENAMED.get(name, name): value for name, value in flat.items() if _GONE.get(name, ...) != value}
-    # Their settings stood at None for the default.
+    # Their settings were None for the default.
     flat = {name: value for name, value in flat.items() if value is not None or not name.startswith("optimizer.")}
     if flat.pop("optimizer.preset", "fast") == "reference":
         flat["optimizer.name"] = "reference_shampoo"
@@ -290,7 +290,7 @@ def _parse(row: dict[str, str], place: str) -> Record:
 
 
 def render(records: Iterable[Record]) -> str:
-    """Return the text of the file: sorted, so that seeds stand together and a new run adds one line to a diff."""
+    """Return the text of the file, sorted so that seeds are adjacent and a new run adds one line to a diff."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(FIELDS)
@@ -309,7 +309,7 @@ def merge(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
 
 
 def write(records: Iterable[Record], path: pathlib.Path = PATH) -> None:
-    """Write the file whole or not at all."""
+    """Write the file atomically."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, render(records).encode())

@@ -1,14 +1,14 @@
-"""Rerun a table of the evidence, from the choice of the learning rates to the accuracy on the test images.
+"""Rerun a table of results, from the choice of learning rates to the accuracy on the test images.
 
     python -m benchmarks.reproduce headline --workdir runs/headline --data_dir ~/tensorflow_datasets
     python -m benchmarks.reproduce headline --workdir runs/headline --optimizer soap --row isometric --row SimpleViT
     python -m benchmarks.reproduce controls --workdir runs/check --check
 
-The rate of each row is chosen on a hold-out of 5,000 training images, by seed 1, in as many steps as the table has (30
-epochs of a recipe). Then fresh seeds train on all training images, and the test images are read once, at the end.
+The rate of each row is chosen on a hold-out of 5,000 training images, with seed 1, after as many steps as the table has
+(30 epochs of a recipe). Then fresh seeds train on all training images, and the test images are read once, at the end.
 Tables without seeds end with the choice. Rerun the command to resume; `python -m benchmarks.records WORKDIR
---selected_on hold-out` keeps the runs.
---check makes two steps of each row and reads a hundred images, with the first data set, rate and seed.
+--selected_on hold-out` records the runs.
+--check takes two steps of each row and reads a hundred images, with the first data set, rate and seed.
 """
 
 import json
@@ -60,7 +60,7 @@ def part(table: Table, **named: list[str]) -> Table:
 
 
 def smallest(table: Table) -> Table:
-    """Return the version of a table that only shows that it runs: one data set, rate and seed, two steps."""
+    """Return the smallest version of a table, to show that it runs: one data set, rate and seed, two steps."""
     rates = {optimizer: rates[:1] for optimizer, rates in table.learning_rates.items()}
     return table._replace(data=table.data[:1], learning_rates=rates, seeds=table.seeds[:1], steps=2, steps_of={})
 
@@ -124,7 +124,7 @@ def reported(
 
 
 def _length(steps: int | None) -> dict[str, Any]:
-    """Return the fields of a run of so many steps, or of the recipe's epochs, that is evaluated once."""
+    """Return the fields of a run of this many steps, or of the recipe's epochs, that is evaluated once."""
     if steps is None:
         return {"eval_every": 2**31 - 1, "checkpoint_every": 240}
     return {"steps": steps, "eval_every": steps, "checkpoint_every": min(steps, 500), "log_every": min(steps, 100)}
@@ -155,8 +155,8 @@ def best_rates(found: dict[Key, list[Point]]) -> dict[Key, float]:
 def main() -> None:
     """Run as a program."""
     data_dir = flags.DEFINE_string("data_dir", "~/tensorflow_datasets", "Folder of the prepared data sets.")
-    check = flags.DEFINE_bool("check", False, "Make two steps of each row.")
-    at_once = flags.DEFINE_integer("at_once", 1, "Runs at the same time.", lower_bound=1)
+    check = flags.DEFINE_bool("check", False, "Take only two steps of each row.")
+    at_once = flags.DEFINE_integer("at_once", 1, "Number of simultaneous runs.", lower_bound=1)
     named = {
         "data": flags.DEFINE_multi_string("data", [], "Data set to rerun, such as cifar10; repeatable."),
         "optimizer": flags.DEFINE_multi_string("optimizer", [], "Optimizer to rerun, such as soap; repeatable."),

@@ -20,7 +20,7 @@ BLOCKS = (12, 24, 64)
 
 
 def draw(results: Results) -> Figure:
-    """Draw two panels: every seed in equal time and in equal steps, and the mean accuracy after 500 steps by depth."""
+    """Draw two panels: every seed in equal time and in equal steps; and mean accuracy after 500 steps, by depth."""
     figure = figures.create(height=3.4)
     seeds, depth = figure.subplots(1, 2, width_ratios=(3, 2))
     every = [(data, optimizer) for data in DATA for optimizer in ("soap", "muon", "adam")]

@@ -3,8 +3,8 @@
     python -m benchmarks.results_page          # rewrite the blocks
     python -m benchmarks.results_page --check  # fail if a page is out of date
 
-`<!-- results: NAME -->` and `<!-- results: end -->` enclose a block; `BLOCKS` has the names. Measured numbers stand
-only in blocks, so that all are recomputed.
+`<!-- results: NAME -->` and `<!-- results: end -->` enclose a block; `BLOCKS` has the names. Measured numbers appear
+only in blocks, so that all of them are recomputed.
 """
 
 import argparse
@@ -44,7 +44,7 @@ ISOMETRIC, FROZEN, SIMPLE_VIT = (NETWORKS[row] for row in ("isometric", "isometr
 
 
 def headline(results: Results, page: str) -> str:
-    """Compare the isometric network with SimpleViT and with itself without attention, by data and optimizer."""
+    """Compare the isometric network with SimpleViT and with its frozen attention, by data and optimizer."""
     rows, tests = [], []
     for data in DATA:
         for optimizer in ("soap", "muon", "adam"):
@@ -71,7 +71,7 @@ def _p_text(p: float) -> str:
 
 
 def controls(results: Results, page: str) -> str:
-    """List every control, also those that were not run, with its distance to the isometric network."""
+    """List every control, including those not run, with its difference to the isometric network."""
     rows = []
     for row in TABLES["controls"].rows:
         line = [row]
@@ -84,7 +84,7 @@ def controls(results: Results, page: str) -> str:
 
 
 def summary(results: Results, page: str) -> str:
-    """Set three networks side by side, in equal steps and in equal time."""
+    """Compare three networks in equal steps and in equal time."""
     base = results.find(SIMPLE_VIT)
     rows = []
     for row in ("isometric", "isometric, attention frozen", "SimpleViT"):
@@ -175,7 +175,7 @@ def choosing(results: Results, page: str) -> str:
 
 
 def reference(results: Results, page: str) -> str:
-    """Set our runs by the recipe of the PyTorch reference beside what it publishes, single runs."""
+    """Compare single runs of the PyTorch reference's recipe with its published results."""
     published = json.loads((ROOT / "results" / "reference.json").read_text())
     rows = []
     for augmentation, setup in (("basic", "tat"), ("strong", "simple_vit")):
@@ -203,7 +203,7 @@ def reference(results: Results, page: str) -> str:
 
 
 def judged(results: Results, page: str) -> str:
-    """Judge the claim in one sentence."""
+    """Return the verdict in one sentence."""
     del page
     return verdict.sentence(verdict.criteria(results))
 

@@ -1,8 +1,8 @@
-"""Estimate the least time of a program that XLA compiled for a GPU from its optimized HLO.
+"""Estimate the minimum time of a program that XLA compiled for a GPU from its optimized HLO.
 
-Every kernel takes its FLOPs over the rate of the unit that does them, or its bytes, each operand read once and each
-result written once, over the bandwidth of the memory, whichever is longer. Launches, tails and waiting come on top. The
-rates are those that large products and copies reach, not the data sheet's, which nothing reaches.
+The time of a kernel is its FLOPs over the rate of the unit that computes them, or its bytes (each operand read once,
+each result written once) over the memory bandwidth, whichever is longer. Launches, tails and waits are not included.
+The rates are those that large products and copies reach, not the data sheet's, which nothing reaches.
 """
 
 import collections
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import jaxprs_in_params
 
-# Of an H200: bfloat16 and bandwidth were measured on such a chip, TF32 is half of the former, float32 the data sheet's
-# less a tenth.
+# For an H200: bfloat16 and bandwidth were measured on such a chip, TF32 is half of the former, and float32 is 10 %
+# below the data sheet's.
 FLOPS_PER_S = {"bf16": 790e12, "tf32": 395e12, "f32": 60e12}
 BYTES_PER_S = 4.3e12
 
@@ -58,8 +58,8 @@ class Kernel(NamedTuple):
 
     Attributes:
       instruction: Its line.
-      kind: What makes it: a fusion's kind, or the target of a custom call.
-      times: How often it runs, by the trip counts of the loops around it.
+      kind: The kind of a fusion, or the target of a custom call.
+      times: Number of runs, from the trip counts of the loops around it.
       flops: By unit, of the matrix products.
       bytes: Read and written.
     """
@@ -72,7 +72,7 @@ class Kernel(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The least time of all its runs."""
+        """The minimum time of all its runs."""
         compute = sum(flops / FLOPS_PER_S[unit] for unit, flops in self.flops.items())
         return self.times * max(compute, self.bytes / BYTES_PER_S)
 
@@ -89,7 +89,7 @@ def read(text: str, flops_of_calls: dict[str, dict[str, float]] | None = None) -
 
     Args:
       text: `compiled.as_text()`.
-      flops_of_calls: What `pallas_flops` says of kernels that are no HLO, by name.
+      flops_of_calls: From `pallas_flops`, for kernels that are not HLO, by name.
 
     Returns:
       The program.
@@ -140,7 +140,7 @@ def _dot_flops(jaxpr: Any) -> collections.Counter:
             lhs = equation.invars[0].aval
             ((contracted,), _), _ = equation.params["dimension_numbers"]
             flops = 2 * math.prod(equation.outvars[0].aval.shape) * lhs.shape[contracted]
-            # Float32 operands are products of three parts of bfloat16 each, of which six count.
+            # Float32 operands are split into three bfloat16 parts each; six of the nine products are computed.
             total["bf16"] += flops * (6 if lhs.dtype == jax.numpy.float32 else 1)
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         for inner in jaxprs_in_params(equation.params):
@@ -190,7 +190,7 @@ def _product(i: Instruction, computation: dict[str, Instruction]) -> dict[str, f
 
 
 def _traffic(i: Instruction, computation: dict[str, Instruction], computations: Any) -> float:
-    """Count bytes read and written: of a slice or gather its result, of an update in place the update."""
+    """Count bytes read and written: for a slice or gather, its result; for an update in place, the update."""
     written = float(i.bytes)
     if i.op in _SLICES:
         return 2 * written
@@ -208,14 +208,14 @@ def _traffic(i: Instruction, computation: dict[str, Instruction], computations: 
 
 
 def _update(i: Instruction) -> str:
-    """Return the operand that holds what is written."""
+    """Return the operand that holds the written values."""
     return i.operands[1] if i.op == "dynamic-update-slice" else i.operands[-1]
 
 
 def _needed(body: dict[str, Instruction]) -> dict[str, float]:
     """Return, by name, the part in [0, 1] of each instruction of a fusion that its results need.
 
-    What a slice leaves out of an elementwise chain is neither computed nor read.
+    The part of an elementwise chain that a slice leaves out is neither computed nor read.
     """
     numbers: collections.defaultdict[str, float] = collections.defaultdict(float)
     parts = {}

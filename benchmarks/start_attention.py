@@ -2,9 +2,9 @@
 
     python -m benchmarks.start_attention runs/headline/test/cifar10/soap/isometric/0.002/seed=11
 
-With queries at zero, only the constant bias determines where a head looks, as at initialization. The accuracy that is
-lost is what the learned attention contributes. The control "attention frozen", trained without queries and keys, shows
-what the network learns otherwise.
+With queries at zero, only the constant bias determines where a head looks, as at initialization. The accuracy lost
+is what the learned attention contributes. The control "attention frozen", trained without queries and keys, shows
+what the network learns without it.
 """
 
 import dataclasses

@@ -1,10 +1,9 @@
-"""How many steps each optimizer needs to a goal: SOAP beside the published SOAP, Adam, Muon and Shampoo.
+"""Compare the steps that SOAP, the published SOAP, Adam, Muon and Shampoo need to reach a loss.
 
     taskset -c 0 python -m benchmarks.steps_to_goal
 
-Three small problems on scikit-learn's digits, three seeds, each optimizer at the best of three learning rates. It
-prints a table in Markdown: for each problem and goal the mean of three seeds' steps, and takes about ten minutes on one
-core.
+Three small problems on scikit-learn's digits, three seeds, each optimizer at the best of three learning rates. Prints a
+Markdown table with the mean number of steps for each problem and goal, in about ten minutes on one core.
 """
 
 import argparse
@@ -39,8 +38,8 @@ class PublishedSoap(NamedTuple):
 def scale_by_published_soap(b1: float = 0.95, b2: float = 0.95, eps: float = 1e-8) -> optax.GradientTransformation:
     """SOAP in the order of its authors' code (github.com/nikhilvyas/SOAP, soap.py), for vectors and matrices.
 
-    The first gradient makes the first basis and takes no step. Then each step projects, averages both moments, projects
-    back, and takes the gradient into the statistics. Every k-th step sorts the basis by its eigenvalues, the second
+    The first gradient only determines the first basis. Then each step projects, averages both moments, projects
+    back, and adds the gradient to the statistics. Every k-th step sorts the basis by its eigenvalues, the second
     moment with it, and refreshes it by a power iteration and QR.
     """
 
@@ -88,7 +87,7 @@ def scale_by_published_soap(b1: float = 0.95, b2: float = 0.95, eps: float = 1e-
     return optax.GradientTransformation(init, update)
 
 
-# Name -> the transformation of gradients but for the learning rate, and the rates to try.
+# Name -> the transformation of gradients without the learning rate, and the rates to try.
 SETTINGS = {"precondition_frequency": FREQUENCY, "max_preconditioner_dim": 128}
 OPTIMIZERS: dict[str, tuple[optax.GradientTransformation, tuple[float, ...]]] = {
     "Adam": (optax.scale_by_adam(), (3e-3, 1e-2, 3e-2)),
@@ -103,7 +102,7 @@ class Problem(NamedTuple):
     """A problem.
 
     Attributes:
-      sizes: Of the layers of a perceptron.
+      sizes: Sizes of the layers of a perceptron.
       activation: Of its hidden layers.
       loss: Of its outputs and a batch of images and labels.
       goals: Losses of all examples to reach.
@@ -165,7 +164,7 @@ def make_run(problem: Problem, scale: optax.GradientTransformation) -> Callable[
 
 
 def steps_to(curve: np.ndarray, goal: float) -> int:
-    """Count the steps until a loss is below a goal; one more than all if it never is."""
+    """Count the steps until a loss is below a goal; one more than `STEPS` if it never is."""
     return int(np.argmax(curve < goal)) + 1 if np.any(curve < goal) else len(curve) + 1
 
 

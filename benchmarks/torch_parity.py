@@ -4,8 +4,8 @@
         --config.data.dir=DIR --config.compute_dtype=float32 --config.model.attention=espa_reference \
         --config.model.init=reference
 
-Prints every tenth loss of both and their distance, beside the distance of this project from itself when its first
-weights change by a relative 1e-7, because training amplifies any rounding.
+Prints every tenth loss of both and their difference. For comparison, it also prints how far this project's own loss
+moves if the initial weights change by a relative 1e-7, because training amplifies any rounding.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from simplest_vit import cli
 from simplest_vit.data import input_pipeline
 from simplest_vit.training.run import build
 
-_STEPS = flags.DEFINE_integer("steps", 100, "Steps of both.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 100, "Number of steps.", lower_bound=1)
 
 
 def _main() -> None:

@@ -1,12 +1,12 @@
-"""Time a training step against another config's and plain PyTorch's, alternating in one run, and print ratios.
+"""Time a training step, another config's and plain PyTorch's, alternating in one run, and print ratios.
 
 python -m benchmarks.train_step --config configs/cifar10.py --config.batch_size=64 --config.compute_dtype=float32
 python -m benchmarks.train_step --config configs/cifar10.py --against configs/cifar10.py:model=isometric_vit --notorch
 
-The batch is fake data on the device: forward, backward and optimizer are timed. Ours is the train step of `main.py`
-with every setting of the config. The peer (`tests/torch_reference.py`) is there for E-SPA + TAT, for the isometric
-network and for SimpleViT, with the config's sizes, gradient clipping and weight decay, and always PyTorch's fused Adam:
-a config with another optimizer is compared with that.
+The batch is fake data on the device; forward, backward and optimizer are timed. Ours is the training step of `main.py`
+with every setting of the config. The peer (`tests/torch_reference.py`) covers E-SPA + TAT, the isometric network and
+SimpleViT, with the config's sizes, gradient clipping and weight decay. It always uses PyTorch's fused Adam, even if the
+config has another optimizer.
 """
 
 import os
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves PyTorch its part of a GPU's memory
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU memory for PyTorch
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from simplest_vit.models import fused_attention, model_arguments
 from simplest_vit.training.run import Run, build
 
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed steps of each program.", lower_bound=1)
-_TORCH = flags.DEFINE_bool("torch", True, "Time PyTorch too.")
+_TORCH = flags.DEFINE_bool("torch", True, "Time PyTorch, too.")
 _AGAINST = cli.define_config("against", "Another config, to compare with.")
 
 
@@ -35,10 +35,10 @@ class Program(NamedTuple):
     """A program to time.
 
     Attributes:
-      name: For the table.
+      name: Name in the table.
       step: Makes one training step and waits for its end.
-      compile_s: Seconds until the first step was possible.
-      memory: Bytes at the peak, or None where they cannot be told.
+      compile_s: Seconds until the first step can start.
+      memory: Bytes at the peak, or None if unknown.
       images: Images of a step.
       flops: Model FLOPs of a step.
     """
@@ -52,7 +52,7 @@ class Program(NamedTuple):
 
 
 def ours(name: str, run: Run) -> Program:
-    """Compile the train step of `main.py`."""
+    """Compile the training step of `main.py`."""
     batch = fake_data.batch(run.data, run.config.batch_size)
     state = run.create_state()
     start = time.perf_counter()
@@ -79,7 +79,7 @@ def pytorch(run: Run, compiled: bool) -> Program:
 
     options = run.config
     batch = fake_data.batch(run.data, options.batch_size)
-    image, label = np.array(batch["image"]), np.array(batch["label"])  # copies: PyTorch wants to write
+    image, label = np.array(batch["image"]), np.array(batch["label"])  # copies, because PyTorch needs writable arrays
     torch.set_float32_matmul_precision("high")  # on a GPU TF32, as JAX's default is
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     arguments = model_arguments(**options.model, image_shape=image.shape[1:])

@@ -12,22 +12,22 @@ from benchmarks.protocols import NETWORKS, TABLES
 
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 ADD_BACK = tuple(row for row in TABLES["controls"].rows if row.startswith("isometric + "))
-SEEDS, ENOUGH = 5, 3  # of a lead, and of a refutation
-# Steps, whether on the hold-out, and a note. Those with a note are only shown.
+SEEDS, ENOUGH = 5, 3  # needed for a lead, and for a refutation
+# Steps, whether on the hold-out, and a note. Runs with a note are shown but refute nothing.
 RUNS = ((1500, False, ""), (1500, True, ", on the hold-out"), (500, True, ", 500 steps on the hold-out"))
 
-# What a criterion does when it holds.
+# The effect of a criterion that holds.
 REFUTES, NARROWS, SUPPORTS = "refutes the claim", "narrows the claim", "supports the claim"
 
 
 class Criterion(NamedTuple):
-    """A condition, and how it stands.
+    """A condition and its state.
 
     Attributes:
       text: The condition.
-      effect: What it does when it holds: `REFUTES`, `NARROWS` or `SUPPORTS`.
+      effect: Its effect if it holds: `REFUTES`, `NARROWS` or `SUPPORTS`.
       found: The measured differences in points.
-      holds: None where it was not measured.
+      holds: None if it was not measured.
     """
 
     text: str
@@ -37,17 +37,17 @@ class Criterion(NamedTuple):
 
     @property
     def state(self) -> str:
-        """How it stands, for the table."""
+        """The state, for the table."""
         if self.holds is None:
             return "open"
         return self.effect if self.holds else "does not hold"
 
 
 def criteria(results: Results) -> list[Criterion]:
-    """Measure every criterion on CIFAR-10 and CIFAR-100; it holds if it does on one of them, a support on both."""
+    """Measure every criterion on CIFAR-10 and CIFAR-100. One data set is enough, but support needs both."""
 
     def measure(row: str, data: str) -> tuple[float, int, str] | None:
-        """Return the distance of a row to the isometric network, the seeds of both, and what runs they are."""
+        """Return the difference of a row to the isometric network, the seeds of both, and the note on their runs."""
         for steps, hold_out, note in RUNS:
             theirs, ours = (
                 results.find(NETWORKS[name], data=data, steps=steps, hold_out=hold_out) for name in (row, "isometric")

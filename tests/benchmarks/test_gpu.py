@@ -38,7 +38,7 @@ def test_parts_that_are_not_reached_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gpu", "--workdir", str(tmp_path), "--minutes", "0"])
     with pytest.raises(SystemExit, match="True"):
         gpu.main()
-    assert capsys.readouterr().out.splitlines() == [f"== {name}: not begun, the time is over" for name in "ab"]
+    assert capsys.readouterr().out.splitlines() == [f"== {name}: not started, time is up" for name in "ab"]
     monkeypatch.setattr("sys.argv", ["gpu", "--workdir", str(tmp_path), "--parts", "c"])
     with pytest.raises(SystemExit, match="2"):
         gpu.main()
