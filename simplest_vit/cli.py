@@ -132,7 +132,7 @@ def _require_config(config: flags.FlagHolder) -> None:
     """Read a config file now; absl reads it only when the flag is first used."""
     getattr(config.value, "to_dict", None)
     if not isinstance(config.value, ConfigDict):
-        raise UserError(f"--{config.name}: get_config of the file returns no ConfigDict; see configs/digits.py")
+        raise UserError(f"--{config.name}: get_config in the file must return a ConfigDict; see configs/digits.py")
 
 
 def run(
@@ -206,12 +206,12 @@ def _run_program(program: Callable[..., None], *arguments: list[str]) -> None:
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
     except MemoryError as error:
-        raise TrainingError("the process is out of memory; end what else uses it, or raise its limit") from error
+        raise TrainingError("the process is out of memory; stop other programs or raise its limit") from error
     except (RuntimeError, AssertionError) as error:
         reason = (str(error).splitlines() or ["there is no such device"])[0]
         if reason.startswith("RESOURCE_EXHAUSTED"):
             raise TrainingError(
-                f"the device is out of memory ({reason}); end what else uses it, or choose another: JAX_PLATFORMS=cpu"
+                f"the device is out of memory ({reason}); stop what else uses it, or choose another: JAX_PLATFORMS=cpu"
             ) from error
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if frame.f_globals["__name__"] != "jax._src.xla_bridge":

@@ -114,13 +114,13 @@ FIELDS = {
     ),
     "accumulation_steps": Field(1, _integer(1), "micro-batches per step, to save memory; the result is the same"),
     "compute_dtype": Field(
-        "bfloat16", _one_of("float32", "bfloat16"), "of the model; parameters, softmax, logits and loss are float32"
+        "bfloat16", _one_of("float32", "bfloat16"), "of activations; parameters, softmax, logits and loss are float32"
     ),
     "eval_every": Field(240, _INTERVAL, "interval between evaluations"),
     "checkpoint_every": Field(
         240, _INTERVAL, "interval between checkpoints, which are evaluated, too; new bests are also saved"
     ),
-    "checkpoint_minutes": Field(None, _optional(_positive(1e6)), "save at the next report after so many minutes"),
+    "checkpoint_minutes": Field(None, _optional(_positive(1e6)), "save at the next report after this many minutes"),
     "log_every": Field(24, _INTERVAL, "interval between reports of training loss, accuracy and speed"),
     "patience": Field(0, _integer(0), "stop after this many evaluations in a row without a new best; 0: never"),
     "sam.rho": Field(0.0, _number(0, 100), "radius of sharpness-aware minimization (SAM); 0: off; reference: 0.05"),
@@ -130,7 +130,7 @@ FIELDS = {
     ),
     "ema.every": Field(5, _integer(1), "steps between updates of the moving average"),
     "compilation_cache": Field(
-        True, _FLAG, "cache accelerator programs in JAX_COMPILATION_CACHE_DIR (~/.cache/simplest_vit)"
+        True, _FLAG, "cache compiled accelerator programs in JAX_COMPILATION_CACHE_DIR (~/.cache/simplest_vit)"
     ),
     "wandb": Field(None, _NAME, "project of Weights & Biases that the run is logged to as well"),
     "profile.first_step": Field(0, _integer(0), "profile the steps after this one; 0: no profile"),
@@ -159,9 +159,9 @@ FIELDS = {
     "model.rho_max_depth": Field(0.8, _number(1e-9, 0.999999), "U-SPA: correlation at the last block"),
     # At 0, no query could ever attend to another token.
     "model.uniform_fraction": Field(0.01, _inside(0, 1), "shift attention: weight of uniform attention"),
-    "model.identity_head_fraction": Field(0.75, _positive(1), "shift attention: share of heads that start in place"),
+    "model.identity_head_fraction": Field(0.75, _positive(1), "shift attention: share of heads that start unshifted"),
     "model.mlp": Field(None, _NAME, "MLP: tat, looks_linear (orthogonal at initialization) or plain"),
-    "model.activation": Field(None, _NAME, "tailored_relu or relu for mlp='tat'; else gelu, silu or relu"),
+    "model.activation": Field(None, _NAME, "tailored_relu or relu for mlp='tat'; otherwise gelu, silu or relu"),
     "model.c_val_0_target": Field(0.9, _number(1e-6, 0.9999), "TAT: eta, the target of the C-map at 0"),
     "model.init": Field(
         None, _NAME, "espa_tat, reference (the reference's scale), orthogonal (all but queries and keys) or pytorch"
@@ -192,7 +192,7 @@ FIELDS = {
     ),
     "data.mixup_mode": Field("batch", _one_of("batch", "example"), "one weight or box per batch, or per example"),
     "data.device_budget_bytes": Field(
-        2 * 10**9, _integer(0, 2**60), "keep a split on the device if it takes at most so many bytes"
+        2 * 10**9, _integer(0, 2**60), "keep a split on the device if it takes at most this many bytes"
     ),
     "data.num_workers": Field(
         None,

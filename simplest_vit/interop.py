@@ -153,7 +153,7 @@ class Checkpoint:
         except Exception as error:  # a damaged archive may raise anything
             raise self._error("is not a checkpoint written by torch.save") from error
         if len(pickles) != 1:
-            raise self._error("is a zip archive, but no checkpoint of torch.save (it has no data.pkl)")
+            raise self._error("is a zip archive, but not a checkpoint of torch.save (it has no data.pkl)")
         self._root = pickles[0].removesuffix("data.pkl")
         try:
             if self._archive.getinfo(pickles[0]).file_size > _MAX_PICKLE_BYTES:
@@ -161,7 +161,7 @@ class Checkpoint:
             with self._open(pickles[0]) as file:
                 content = _Unpickler(file).load()
         except _RefusedError as error:
-            raise self._error(f"is refused: it wants to run {error}, which no checkpoint needs") from error
+            raise self._error(f"is refused: it tries to run {error}, which no checkpoint needs") from error
         except Exception as error:  # a damaged pickle may, too
             raise self._error(f"is damaged ({type(error).__name__} in its data.pkl)") from error
         state = content.get("model_state_dict") if isinstance(content, dict) else None
@@ -259,7 +259,7 @@ def from_reference(
     expected = {t.name: t for t in _tensors(model, shapes)}
     superfluous = [name for name in checkpoint.tensors if name not in expected]
     if superfluous:
-        raise _mismatch(checkpoint, f"holds {superfluous[0]}, which a {model.name} of this config has not")
+        raise _mismatch(checkpoint, f"holds {superfluous[0]}, which a {model.name} of this config does not have")
     arrays = {path: np.empty(leaf.shape, np.float32) for path, leaf in shapes.items()}
     for name, tensor in expected.items():
         parts = tensor.arrays(arrays)

@@ -15,7 +15,7 @@ def test_a_device_out_of_memory_is_told_in_one_line():
     def program():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.\nmore")
 
-    with pytest.raises(TrainingError, match=r"of memory \(RESOURCE_EXHAUSTED: .* 12 bytes.\); end what else uses it"):
+    with pytest.raises(TrainingError, match=r"of memory \(RESOURCE_EXHAUSTED: .* 12 bytes.\); stop what else uses it"):
         cli._run_program(program)
 
 
@@ -32,7 +32,7 @@ def test_other_errors_keep_their_traceback():
     ("source", "arguments", "message"),
     [
         ("{}['muon']", [], r"^--config cannot be loaded: KeyError: 'muon'$"),
-        ("None", [], "get_config of the file returns no ConfigDict"),
+        ("None", [], "get_config in the file must return a ConfigDict"),
         ("default()", ["--config.epoch=3"], r"names 'epoch', which is not a field; did you mean config.epochs\?"),
         ("default()", ["--config.learning_rate=1"], r"did you mean config.optimizer.learning_rate\?"),
         (

@@ -275,6 +275,6 @@ def test_a_sweep_that_is_stopped_has_its_runs_save_their_step(tmp_path, signals)
     saved = re.findall(r"^config/seed=(\d+): interrupted: step (\d+) of 100000 is saved", said, re.MULTILINE)
     assert len(saved) == 2, said
     assert process.returncode == os.EX_TEMPFAIL
-    assert said.endswith("\ninterrupted: rerun the command to resume what is not finished\n")
+    assert said.endswith("\ninterrupted: rerun the command to resume unfinished runs\n")
     found = {(path.parents[2].name, path.parent.name) for path in tmp_path.glob("sweep/**/record.json")}
     assert found == {(f"seed={seed}", step) for seed, step in saved}

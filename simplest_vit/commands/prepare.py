@@ -25,7 +25,7 @@ def main() -> None:
         from simplest_vit.data.prepare import describe, prepare
 
         if len(arguments) != 1:
-            raise UserError(f"{len(arguments)} data sets named, expected one of {', '.join(BUILDERS)}; usage: {usage}")
+            raise UserError(f"{len(arguments)} data sets given, expected one of {', '.join(BUILDERS)}; usage: {usage}")
         builder = prepare(arguments[0], data_dir.value, manual_dir.value, skip_corrupt=skip_corrupt.value)
         print(describe(builder))
 

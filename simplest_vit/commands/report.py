@@ -16,7 +16,7 @@ def main() -> None:
 
     def report(arguments: list[str]) -> None:
         if not arguments:
-            raise UserError(f"no runs named; usage: {usage}")
+            raise UserError(f"no folder given; usage: {usage}")
         from simplest_vit.analysis.report import find_runs, group_runs, markdown
 
         runs, problems = find_runs([local_path(folder) for folder in arguments])

@@ -181,7 +181,7 @@ def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
                     process.terminate()
                 for process in running.values():
                     process.end()
-                raise Interrupted("rerun the command to resume what is not finished")
+                raise Interrupted("rerun the command to resume unfinished runs")
             time.sleep(0.1)
     return failed
 
@@ -270,7 +270,7 @@ def main() -> None:
     def program() -> None:
         config = cli.CONFIG.value
         if (pathlib.Path(str(cli.WORKDIR.value)) / CONFIG).exists():
-            raise UserError(f"--workdir={cli.WORKDIR.value} is the folder of a run; a sweep needs one of its own")
+            raise UserError(f"--workdir={cli.WORKDIR.value} is the folder of a run; a sweep needs its own folder")
         check_workdir(str(cli.WORKDIR.value), {})
         grid = parse_grid(axes.value, config)
         points = plan(grid, seeds.value, config.seed, str(cli.WORKDIR.value), cli.config_arguments(sys.argv[1:]))

@@ -153,5 +153,5 @@ def _orientation(image: Image.Image) -> int:
 
 def _reason(error: Exception, content: bytes) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return HEIC_REMEDY if content[4:12] in _HEIC and not pillow_heif else "of no format that is known"
+        return HEIC_REMEDY if content[4:12] in _HEIC and not pillow_heif else "unknown format"
     return first_line(error)

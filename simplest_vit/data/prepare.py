@@ -104,7 +104,7 @@ def _check_originals(name: str, manual_dir: str | None, originals: Path) -> None
     """Raise a UserError if the given folder is empty, or if none is given although the data set needs one."""
     if manual_dir and not (originals.is_dir() and any(originals.iterdir())):
         problem = "an empty folder" if originals.is_dir() else "no such folder"
-        raise UserError(f"data.manual_dir={manual_dir}: {problem}; give the one with the original files")
+        raise UserError(f"data.manual_dir={manual_dir}: {problem}; give the folder with the original files")
     if name == "image_folder" and not manual_dir:
         raise UserError("data.manual_dir: not set; image_folder needs the folder with your images")
 

@@ -234,7 +234,7 @@ class Prepared:
                 measured |= {"mean": mean.round(4), "std": np.sqrt(square - mean**2).round(4)}
         for split in sizes.keys() - {train}:
             if known := np.isin(hashes[split], hashes[train]).sum():
-                _LOG.warning("%d of the %s images of %s are in %s, too", known, f"{sizes[split]:,}", split, train)
+                _LOG.warning("%d of the %s images of %s are also in %s", known, f"{sizes[split]:,}", split, train)
         measured["fingerprint"] = np.array(digest.hexdigest())
         return measured, pixels
 

@@ -31,7 +31,7 @@ def check_sizes(tokens: int, head_width: int) -> None:
     for name, size, (low, high) in (("tokens", tokens, TOKENS), ("head width", head_width, HEAD_WIDTHS)):
         if not low <= size <= high:
             raise UserError(
-                f"config.model.attention_kernel='fused' does {name} of {low} to {high}, not {size}; "
+                f"config.model.attention_kernel='fused' supports {name} of {low} to {high}, not {size}; "
                 "choose xla or another model"
             )
 

@@ -56,8 +56,8 @@ def initialize(
         return
     if detect and len(missing) < len(given):
         raise UserError(
-            "--config.distributed=auto asks the cluster for what --coordinator_address, --num_processes and "
-            "--process_id say; give it or them"
+            "--config.distributed=auto gets --coordinator_address, --num_processes and --process_id from the "
+            "cluster; give it or them, not both"
         )
     if not detect and missing:
         raise UserError(
@@ -164,7 +164,7 @@ def abort_together() -> Iterator[None]:
                 "config.batch_size, raise config.accumulation_steps or set config.model.remat=True"
             )
         elif several:
-            what = "another process of the run has gone" if _GONE.search(reason) else "the computation failed"
+            what = "another process of the run was lost" if _GONE.search(reason) else "the computation failed"
             line = (
                 f"{what} ({reason}); the last checkpoint is intact: rerun the command for all processes to "
                 "resume from it"

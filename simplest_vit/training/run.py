@@ -139,8 +139,8 @@ def reference_layout(config: ConfigDict) -> Callable[[Any], Any]:
     """
     if config.optimizer.name == "reference_shampoo" and config.model.attention == "value_skipinit":
         raise UserError(
-            "config.optimizer.name='reference_shampoo' has no layout for model.attention='value_skipinit'; choose "
-            "another of them"
+            "config.optimizer.name='reference_shampoo' has no layout for model.attention='value_skipinit'; change "
+            "one of them"
         )
     return functools.partial(pytorch_layout, patch_size=config.model.patch_size)
 

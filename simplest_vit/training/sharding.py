@@ -53,8 +53,8 @@ def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> No
     part = batch_size // accumulation_steps
     if part % mesh.size:
         raise UserError(
-            f"config.accumulation_steps={accumulation_steps} makes parts of {part} examples, which cannot be split "
-            f"over {mesh.size} devices; choose parts that are a multiple of {mesh.size}"
+            f"config.accumulation_steps={accumulation_steps} makes micro-batches of {part} examples, which cannot be "
+            f"split over {mesh.size} devices; choose a size that is a multiple of {mesh.size}"
         )
 
 

@@ -219,7 +219,7 @@ def test_bad_image_folders_are_told(photos, tmp_path, capfd):
         (photos / "train/dog" / name).write_bytes(content)
     fails(r"2 unreadable images, listed above")
     errors = capfd.readouterr().err
-    assert "unreadable image train/dog/a.jpg: not a complete image (of no format that is known)" in errors
+    assert "unreadable image train/dog/a.jpg: not a complete image (unknown format)" in errors
     assert "unreadable image train/dog/b.jpg: not a complete image (the JPEG is truncated)" in errors
     shutil.rmtree(photos / "val")
     fails(r"no class folders in .*val; expected CLASS/\*.jpg in it")

@@ -298,6 +298,6 @@ def test_images_of_another_split_that_are_in_train_are_counted(tmp_path, caplog)
     splits = {"train": examples[:4], "test": [*examples[3:5], other_label], "validation": examples[4:6]}
     write_set(tmp_path, "set", {"image": IMAGE, "label": TWO}, splits)
     prepare("set", tmp_path)
-    assert [record.message for record in caplog.records if "are in" in record.message] == [
-        "2 of the 3 images of test are in train, too"
+    assert [record.message for record in caplog.records if "also in" in record.message] == [
+        "2 of the 3 images of test are also in train"
     ]

@@ -20,7 +20,7 @@ from simplest_vit.training import distributed
         ((False, "localhost", 2, 0), "--coordinator_address=localhost must be HOST:PORT"),
         ((False, "localhost:65536", 2, 0), "--coordinator_address=localhost:65536 must be HOST:PORT"),
         ((False, "localhost:0", 2, 0), "--coordinator_address=localhost:0 must be HOST:PORT"),
-        ((True, "localhost:1", None, None), "--config.distributed=auto asks the cluster.*give it or them"),
+        ((True, "localhost:1", None, None), "--config.distributed=auto gets .*give it or them, not both"),
         ((False, "localhost:1", 2, 1), "--coordinator_address=localhost:1 does not answer.*start process 0 there"),
         ((False, "nowhere.invalid:1", 2, 1), "--coordinator_address=nowhere.invalid:1 does not answer"),
     ],
@@ -55,7 +55,7 @@ def test_auto_says_why_it_fails(monkeypatch, error, message):
         distributed.initialize(True, None, None, None)
 
 
-GONE = "another process of the run has gone"
+GONE = "another process of the run was lost"
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def assert_same_results(one, two):
 def assert_stopped_for_the_other(code, said):
     """By our line, or by JAX's where it finds first that no heartbeat comes."""
     assert code in (3, -signal.SIGABRT)
-    assert "another process of the run has gone" in said or "another task died" in said, said
+    assert "another process of the run was lost" in said or "another task died" in said, said
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -119,7 +119,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, function):
     victim = tmp_path / "victim"
     argument = {os.system: f"mkdir {victim}", exec: f"import os; os.mkdir({str(victim)!r})"}.get(function, str(victim))
     path = archive(tmp_path / "model.pth", {"model_state_dict": {"x": Runs(function, argument)}})
-    with pytest.raises(UserError, match=r"is refused: it wants to run .*, which no checkpoint needs"):
+    with pytest.raises(UserError, match=r"is refused: it tries to run .*, which no checkpoint needs"):
         Checkpoint(path)
     assert not victim.exists()
 
@@ -246,7 +246,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line_and_nothing_is_written(tmp_pat
         ({"model__mlp_dim": 64}, "has transformer.layers.1.layer1.lin.weight [32, 16], expected [64, 16]"),
         ({"model__depth": 1, "model__c_val_0_target": 0.1}, "holds transformer.layers.2"),
         ({"model__depth": 3}, "lacks transformer.layers.4.d [1, 1, 16, 1]"),
-        ({"model__name": "simple_vit"}, "which a simple_vit of this config has not"),
+        ({"model__name": "simple_vit"}, "which a simple_vit of this config does not have"),
         ({"model__attention": "softmax"}, "config.model.attention='softmax' is not in the PyTorch reference"),
         (
             {"model__mlp": "looks_linear", "model__activation": "gelu"},

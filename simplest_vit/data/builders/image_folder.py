@@ -154,7 +154,7 @@ def _images(root: Path, folder: Path) -> list[_File]:
         odd = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in path.name)  # control, no UTF-8, breaks
         if odd or path.name != path.name.strip():
             raise UserError(
-                f"{str(path)!a}: a class name that TFDS cannot store (surrounding blanks, a control character or no "
+                f"{str(path)!a}: a class name that TFDS cannot store (surrounding blanks, a control character or not "
                 "UTF-8); rename the folder"
             )
         found = image_files(path)

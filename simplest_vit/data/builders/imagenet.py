@@ -59,7 +59,7 @@ def _members(file: BinaryIO, where: str) -> list[tarfile.TarInfo]:
                 raise tarfile.ReadError(f"{size:,} bytes, without the end of a tar")
         for member in members:
             if member.offset_data + member.size > size:
-                raise tarfile.ReadError(f"{member.name!a} goes on past the end")
+                raise tarfile.ReadError(f"{member.name!a} extends past the end")
     except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a complete tar ({error}); download it again") from error
     return members

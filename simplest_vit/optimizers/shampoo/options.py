@@ -149,7 +149,7 @@ class ShampooOptions(Options):
         self.require(
             "root",
             self.relative_eps or self.root != "newton",
-            "'eigh' or 'auto' where relative_eps is False (the length of 'newton' is fixed by a relative one)",
+            "'eigh' or 'auto' if relative_eps is False (the length of 'newton' is set by a relative eps)",
         )
         self.whitened = self.statistics == "kl"
         self.require("exponent_override", not (self.whitened and self.exponent_override), "0 with KL (p is 2)")
@@ -158,7 +158,7 @@ class ShampooOptions(Options):
             self.require(
                 "eps",
                 self.eps >= least,
-                f"at least {least:g} where relative_eps is True: rounding in {self.preconditioner_dtype} drowns less",
+                f"at least {least:g} if relative_eps is True: {self.preconditioner_dtype} cannot resolve less",
             )
         self.start = max(self.start_preconditioning_step, self.precondition_frequency)
         self.statistics_decay = self.b2

@@ -237,7 +237,7 @@ def test_nnx_state_and_types(alias):
         ({"grafting_b2": 1.0}, r"grafting_b2=1.0: it must be in \(0, 1\)"),
         ({"eps": 0.0}, r"eps=0.0: it must be finite and > 0"),
         ({"eps": -1e-3}, r"eps=-0.001: it must be finite and > 0"),
-        ({"eps": 1e-7}, r"eps=1e-07: it must be at least 1e-06 where relative_eps is True: rounding in float32 drowns"),
+        ({"eps": 1e-7}, r"eps=1e-07: it must be at least 1e-06 if relative_eps is True: float32 cannot resolve"),
         ({"grafting_eps": 0.0}, r"grafting_eps=0.0: it must be finite and > 0"),
         ({"precondition_frequency": 0}, r"precondition_frequency=0: it must be an integer >= 1"),
         ({"precondition_frequency": 2.5}, r"precondition_frequency=2.5: it must be an integer >= 1"),
