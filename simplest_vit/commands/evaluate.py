@@ -7,10 +7,8 @@
 The run's own config is used; pass --config only if the data have moved.
 """
 
-import contextlib
 import json
 import pathlib
-from collections.abc import Iterator
 
 from absl import flags
 
@@ -44,8 +42,16 @@ def main() -> None:
             other_data["validation_split"] = split.value
         # JAX would handle SIGTERM so that all processes stop after the same step, but an evaluation has no steps.
         jax.config.update("jax_enable_preemption_service", False)
-        with processes.connected(config), _naming_flags(image_folder=image_folder.value, split=split.value):
-            outcome = evaluate.evaluate(str(cli.WORKDIR.value), config, other_data)
+        with processes.connected(config):
+            try:
+                outcome = evaluate.evaluate(str(cli.WORKDIR.value), config, other_data)
+            except UserError as error:  # name the flag that was given instead of the field that it sets
+                message = str(error)
+                if image_folder.value:
+                    message = message.replace("data.manual_dir=", "--image_folder=")
+                if split.value:
+                    message = message.replace("data.validation_split=", "--split=")
+                raise UserError(message) from error
         if not distributed.is_primary():
             return
         print(json.dumps({name: evaluation.summary() for name, evaluation in outcome.items()}, indent=2))
@@ -56,17 +62,3 @@ def main() -> None:
             write_classification(outcome["best"], output.value)
 
     cli.run(evaluate, "simplest-vit evaluate --workdir FOLDER", required=("workdir",), optional=("config",))
-
-
-@contextlib.contextmanager
-def _naming_flags(image_folder: str | None, split: str | None) -> Iterator[None]:
-    """Let an error name the flag that was given instead of the field of `config.data` that it sets."""
-    try:
-        yield
-    except UserError as error:
-        message = str(error)
-        if image_folder:
-            message = message.replace("data.manual_dir=", "--image_folder=")
-        if split:
-            message = message.replace("data.validation_split=", "--split=")
-        raise UserError(message) from error

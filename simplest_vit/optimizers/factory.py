@@ -39,10 +39,6 @@ class WarmupCosine:
         total_steps = max(self.total_steps, warmup_steps + 1)
         return optax.warmup_cosine_decay_schedule(0.0, self.peak, warmup_steps, total_steps)(step + 1)
 
-    def at_peak(self, peak: float) -> "WarmupCosine":
-        """Return the same schedule with another peak."""
-        return dataclasses.replace(self, peak=peak)
-
 
 # optax optimizers that a run cannot use: in each update they need the loss, its Hessian or a random key, or they
 # evaluate other parameters than they take gradients at; `optimistic_adam` is deprecated.
@@ -181,5 +177,5 @@ def _of_muon(learning_rate: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Choose the parameters that Muon updates; Adam's learning rate follows the run's schedule with its own peak."""
     peak = given.get("adam_learning_rate")
     if peak is not None and isinstance(learning_rate, WarmupCosine):
-        peak = learning_rate.at_peak(peak)
+        peak = dataclasses.replace(learning_rate, peak=peak)
     return {"adam_learning_rate": peak, "muon_weight_dimension_numbers": paths.muon_dimension_numbers}

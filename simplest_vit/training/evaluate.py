@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from simplest_vit.training.distributed import Interruption
 from simplest_vit.training.metrics import Classification, Sums, classification, mean_metrics
 from simplest_vit.training.run import Run, build
 from simplest_vit.training.sharding import batch_sharding, create_mesh
-from simplest_vit.training.state import ModelState
+from simplest_vit.training.state import ModelState, RunProgress
 from simplest_vit.training.step import make_eval_step
 from simplest_vit.training.workdir import check_data, read_run
 
@@ -129,14 +129,22 @@ def evaluate(
     outcome: dict[str, Evaluation] = {}
     with Checkpoints(path, create=False) as checkpoints:
         for name, choose in (("latest", checkpoints.newest), ("best", checkpoints.best)):
-            state = run.model_state(checkpoints.load(choose, run.abstract_model)[0])
+            state, _ = _load_model(run, checkpoints, choose)
             step = int(state.step)
-            if any(done.step == step for done in outcome.values()):
+            if outcome and outcome["latest"].step == step:
                 outcome[name] = outcome["latest"]
                 continue
             sums = _sum_batches(run, dataset, state, eval_step) or []
             outcome[name] = Evaluation(step, mean_metrics(sums)["loss"], classification(sums), data.class_names)
     return outcome
+
+
+def _load_model(run: Run, checkpoints: Checkpoints, choose: Callable[[], int | None]) -> tuple[ModelState, RunProgress]:
+    """Load the model of the checkpoint that `choose` finds, without the optimizer's state."""
+    params = "params" if run.abstract.ema_params is None else "ema_params"
+    fields = {name: getattr(run.abstract, name) for name in ("step", "constants", params)}
+    found, progress = checkpoints.load(choose, fields)
+    return ModelState(step=found["step"], params=found[params], constants=found["constants"]), progress
 
 
 def restore_best(workdir: str, mesh: Mesh | None = None) -> tuple[Run, ModelState, float | None]:
@@ -158,8 +166,7 @@ def restore_best(workdir: str, mesh: Mesh | None = None) -> tuple[Run, ModelStat
     config.compute_dtype, config.model.attention_kernel = "float32", "xla"  # on any device
     run = build(config, data, mesh)
     with Checkpoints(path, create=False) as checkpoints:
-        found, progress = checkpoints.load(checkpoints.best, run.abstract_model)
-    state = run.model_state(found)
+        state, progress = _load_model(run, checkpoints, checkpoints.best)
     accuracy = progress.accuracy_at(int(state.step))
     if accuracy is None:
         log.warning("%s: no checkpoint was evaluated yet; using the latest, step %d", path, state.step)

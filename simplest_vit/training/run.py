@@ -103,17 +103,6 @@ class Run:
             if self.config[name] > self.total_steps:
                 yield f"config.{name}={config[name]} exceeds the run; due only at the end, step {self.total_steps}"
 
-    @property
-    def abstract_model(self) -> dict[str, Any]:
-        """The shapes of the fields of the state that make up the model, so that the optimizer state is not read."""
-        params = "params" if self.abstract.ema_params is None else "ema_params"
-        return {name: getattr(self.abstract, name) for name in ("step", "constants", params)}
-
-    def model_state(self, found: dict[str, Any]) -> ModelState:
-        """Convert the fields that `abstract_model` describes to a `ModelState`."""
-        params = found["params"] if self.abstract.ema_params is None else found["ema_params"]
-        return ModelState(step=found["step"], params=params, constants=found["constants"])
-
     def model(self, state: ModelState) -> ViT:
         """Build the model with the given arrays."""
         return nnx.merge(self.graphdef, state.params, state.constants)

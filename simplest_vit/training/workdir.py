@@ -1,6 +1,7 @@
 """The folder of a run: its config, facts about its data, checkpoints (`checkpoint.py`), metrics and results."""
 
 import contextlib
+import copy
 import importlib.metadata
 import json
 import logging
@@ -50,7 +51,6 @@ RESUMABLE_FIELDS = (
     "profile",
     "wandb",
 )
-_FOLDERS = ("data.dir", "data.manual_dir", "init_from")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -199,16 +199,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def with_absolute_folders(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def with_absolute_folders(settings: dict[str, Any]) -> dict[str, Any]:
     """Return a config with absolute folders, because a run may be resumed from another current folder."""
-    found = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            value = with_absolute_folders(value, f"{prefix}{key}.")
-        elif value and prefix + key in _FOLDERS:
-            value = os.path.abspath(local_path(value))
-        found[key] = value
-    return found
+    settings = copy.deepcopy(settings)
+    for section, key in ((settings, "init_from"), (settings["data"], "dir"), (settings["data"], "manual_dir")):
+        if section[key]:
+            section[key] = os.path.abspath(local_path(section[key]))
+    return settings
 
 
 def _commit() -> str | None:
