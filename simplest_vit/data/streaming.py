@@ -195,9 +195,6 @@ def _start_workers(iterator: grain.DatasetIterator) -> None:
     the blocked signals of the thread that starts it, so they are blocked even while the process imports its modules.
     """
     iterator.get_state()  # creates the queues between processes, which makes multiprocessing unblock SIGINT and SIGTERM
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        iterator.start_prefetch()
-        return
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
     try:
         iterator.start_prefetch()

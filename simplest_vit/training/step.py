@@ -1,5 +1,6 @@
 """The two jitted functions of a run: a training step and an evaluation step. Pure, traced once each."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simplest_vit.data.augment import Batch
-from simplest_vit.optimizers.sam import sam
 from simplest_vit.optimizers.shampoo import shampoo_metrics
 from simplest_vit.training.metrics import Sums, classification_sums, confusion_sums
 from simplest_vit.training.state import TrainState, apply_model
@@ -72,8 +72,12 @@ def make_train_step(
             sums, total = _accumulate(of_part, batch, dropout_key, accumulation_steps)
             return sums, jax.tree.map(lambda g: g / sums["count"], total)
 
-        gradient = sam(mean_gradient, sam_rho, sam_every, state.step) if sam_rho else mean_gradient
-        sums, gradients = gradient(state.params)
+        at_worst_point = functools.partial(_gradient_at_worst_point, mean_gradient, sam_rho)
+        if sam_rho and sam_every > 1:
+            is_due = state.step % sam_every == 0
+            sums, gradients = jax.lax.cond(is_due, at_worst_point, mean_gradient, state.params)
+        else:
+            sums, gradients = (at_worst_point if sam_rho else mean_gradient)(state.params)
         grad_norm = optax.tree.norm(gradients)
 
         # 2. The update, and the average of the parameters.
@@ -112,6 +116,13 @@ def make_train_step(
     # Metrics are replicated, so that each process can read them.
     out = None if shardings is None else (shardings, shardings.step)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out)
+
+
+def _gradient_at_worst_point(gradient: Callable[[Any], tuple[Sums, Any]], rho: float, params: Any) -> tuple[Sums, Any]:
+    """Take the gradient at params + rho * g / |g|, and the sums at params: SAM (Foret et al., arXiv 2010.01412)."""
+    sums, gradients = gradient(params)
+    scale = rho / (optax.tree.norm(gradients) + 1e-12)
+    return sums, gradient(jax.tree.map(lambda p, g: p + scale * g, params, gradients))[1]
 
 
 def _accumulate(of_part: _GradientOfPart, batch: Batch, key: jax.Array, steps: int) -> tuple[Sums, Any]:
