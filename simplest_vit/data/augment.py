@@ -50,7 +50,7 @@ class Preprocessing:
         return cls(**fields)
 
 
-def train_batch(key: jax.Array, images: jax.Array, labels: jax.Array, preprocessing: Preprocessing) -> Batch:
+def augment_batch(key: jax.Array, images: jax.Array, labels: jax.Array, preprocessing: Preprocessing) -> Batch:
     """Augment a batch of raw examples: images uint8 [B, H, W, C], labels int32 [B].
 
     Returns:
@@ -76,8 +76,8 @@ def train_batch(key: jax.Array, images: jax.Array, labels: jax.Array, preprocess
     return {"image": x, "label": y, "weight": jnp.ones(len(labels))}
 
 
-def eval_batch(images: jax.Array, labels: jax.Array, weight: jax.Array, preprocessing: Preprocessing) -> Batch:
-    """Normalize a batch; `weight` float32 [B] is 0 for padding. Shapes as in `train_batch`."""
+def normalize_batch(images: jax.Array, labels: jax.Array, weight: jax.Array, preprocessing: Preprocessing) -> Batch:
+    """Normalize a batch; `weight` float32 [B] is 0 for padding. Shapes as in `augment_batch`."""
     return {
         "image": normalize(images, preprocessing.mean, preprocessing.std),
         "label": jax.nn.one_hot(labels, preprocessing.num_classes),

@@ -142,7 +142,7 @@ def train_batch(
     batch_size: int,
     sharding: NamedSharding | None,
 ) -> Batch:
-    """Make the training batch of a step, as `augment.train_batch` returns it.
+    """Make the training batch of a step, as `augment.augment_batch` returns it.
 
     Images uint8 [N, H, W, C] and labels int32 [N] are the whole split; seed and step are uint32 scalars; `batch_size`
     is at most N.
@@ -152,7 +152,7 @@ def train_batch(
     position = step_of_epoch * batch_size + jnp.arange(batch_size, dtype=jnp.uint32)
     index = constrain(shuffled(position, size, seed, epoch), sharding)
     key = jax.random.fold_in(jax.random.key(seed), step)
-    return constrain(augment.train_batch(key, images[index], labels[index], preprocessing), sharding)
+    return constrain(augment.augment_batch(key, images[index], labels[index], preprocessing), sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("preprocessing", "batch_size", "sharding"))
@@ -168,4 +168,4 @@ def eval_batch(
     """Make a batch of the examples from `start` on; arguments as in `train_batch`, weight 0 past the last example."""
     index = constrain(start + jnp.arange(batch_size), sharding)
     weight = (index < len(labels)).astype(jnp.float32)
-    return constrain(augment.eval_batch(images[index], labels[index], weight, preprocessing), sharding)
+    return constrain(augment.normalize_batch(images[index], labels[index], weight, preprocessing), sharding)

@@ -223,10 +223,11 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
     from array_record.python.array_record_module import ArrayRecordReader
 
     features = tfds.features.FeaturesDict(content.features)
+    template = tfds.core.ShardedFileTemplate(folder, dataset_name=builder.name, filetype_suffix="array_record")
     files: dict[str, dict[Path, Shard]] = {}
     for split, shards in content.splits.items():
-        stem = folder / f"{builder.name}-{split}.array_record"
-        files[split] = {Path(f"{stem}-{i:05d}-of-{len(shards):05d}"): shard for i, shard in enumerate(shards)}
+        paths = template.replace(split=split).sharded_filepaths(len(shards))
+        files[split] = dict(zip(map(Path, paths), shards, strict=True))
     for partial in set(folder.iterdir()).difference(*files.values()):
         partial.unlink()
     missing = {file: shard for written in files.values() for file, shard in written.items() if not file.exists()}
@@ -246,7 +247,6 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
         raise UserError(
             f"{unreadable} unreadable images, listed above; repair or delete them, or prepare with --skip_corrupt"
         )
-    template = tfds.core.ShardedFileTemplate(folder, dataset_name=builder.name, filetype_suffix="array_record")
     splits = []
     for split, written in files.items():
         lengths = [ArrayRecordReader(str(file)).num_records() for file in written]

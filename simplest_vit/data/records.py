@@ -91,11 +91,8 @@ class DiskSplit:
             except RuntimeError as error:
                 raise _explain(error, Path(shard.filename)) from error
 
-        if len(places) == 1:
-            records = [read_shard(number) for number in places]
-        else:
-            with ThreadPoolExecutor(min(len(places), _MAX_THREADS)) as pool:
-                records = list(pool.map(read_shard, places))
+        with ThreadPoolExecutor(_MAX_THREADS) as pool:  # starts as many threads as there are shards
+            records = list(pool.map(read_shard, places))
         found = dict(zip(itertools.chain(*places.values()), itertools.chain(*records), strict=True))
         return [self._parse(index, found[place]) for place, index in enumerate(indices)]
 

@@ -252,9 +252,9 @@ def _augment(
     batch: Batch, seed: jax.Array, step: jax.Array, *, preprocessing: Preprocessing, sharding: NamedSharding | None
 ) -> Batch:
     key = jax.random.fold_in(jax.random.key(seed), step)
-    return constrain(augment.train_batch(key, batch["image"], batch["label"], preprocessing), sharding)
+    return constrain(augment.augment_batch(key, batch["image"], batch["label"], preprocessing), sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("preprocessing", "sharding"))
 def _normalize(batch: Batch, *, preprocessing: Preprocessing, sharding: NamedSharding | None) -> Batch:
-    return constrain(augment.eval_batch(batch["image"], batch["label"], batch["weight"], preprocessing), sharding)
+    return constrain(augment.normalize_batch(batch["image"], batch["label"], batch["weight"], preprocessing), sharding)

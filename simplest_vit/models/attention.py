@@ -87,8 +87,8 @@ class Attention(nnx.Module):
         rows = self.kind.mix(eye, softmax_attention, self.num_heads, self._arrays())
         return rows.reshape(b, t, self.num_heads, t).swapaxes(1, 2)
 
-    def concatenate_qkv(self) -> QKV | None:
-        """Concatenate the projections for `fused_attention`; None if the kind has no queries.
+    def concatenate_qkv(self) -> QKV:
+        """Concatenate the projections for `fused_attention`.
 
         Call it on the whole stack of blocks: layer by layer, it and its gradient took 55 more kernel launches in a step
         of 12 blocks.
@@ -96,8 +96,6 @@ class Attention(nnx.Module):
         Returns:
           [..., D, 3 D], and [..., 3 D] or None.
         """
-        if not self.kind.has_queries:
-            return None
         parts = self.query, self.key, self.value
         biases = [layer.bias[...] for layer in parts if layer.bias is not None]
         kernel = jnp.concatenate([layer.kernel[...] for layer in parts], axis=-1)

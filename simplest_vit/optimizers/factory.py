@@ -153,16 +153,14 @@ def create_optimizer(
     if name == "muon":
         given |= _of_muon(learning_rate, given)
     if decays_itself:
-        given["weight_decay"] = weight_decay
+        given["weight_decay"], weight_decay = weight_decay, 0.0
     try:
         tx = function(learning_rate, **given)
     except (TypeError, ValueError) as error:  # its message begins with the field
         raise UserError(f"config.optimizer.{error}") from error
     # Which dimensions the reference merges depends on its layout: q, k and v fused, layers separate, [out, in].
     chain = [view_as(layout, tx) if name == "reference_shampoo" and layout is not None else tx]
-    if decays_itself:
-        pass
-    elif weight_decay and decoupled_weight_decay:
+    if weight_decay and decoupled_weight_decay:
         # After the optimizer, whose updates already include the learning rate and its sign.
         rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
         chain.append(optax.add_decayed_weights(lambda step: -weight_decay * rate(step), paths.decay_mask))

@@ -13,12 +13,12 @@ import tempfile
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from simplest_vit.errors import CheckpointError, UserError
 from simplest_vit.training import distributed
@@ -57,12 +57,12 @@ class Checkpoints:
         if not create and not self.directory.is_dir():
             raise UserError(f"--workdir={workdir} holds no checkpoint; train there first, or name another folder")
         self._writable = create
-        self._best = _Best()
+        self._policy = AnyPreservationPolicy([LatestN(2)])  # not `BestN`, which assumes that metrics never change
         self._saving = (-1, RunProgress())
         self._intact: set[int] = set()  # steps whose checkpoint was found intact
         self._damaged: set[int] = set()  # or damaged, and reported
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(2), self._best]),
+            preservation_policy=self._policy,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_record, barrier_sync_fn=_barrier),
             cleanup_tmp_directories=create,
             create=create,
@@ -146,7 +146,8 @@ class Checkpoints:
                 if distributed.is_primary():
                     rewrite_progress(self.directory / str(step), dataclasses.asdict(progress))
                 return
-            self._best.step = max([*self.steps(), step], key=self._rank)
+            best = max([*self.steps(), step], key=self._rank)
+            self._policy.policies = [LatestN(2), CustomSteps([best])]
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True)
 
     def wait(self) -> None:
@@ -303,15 +304,6 @@ class _Manager(ocp.CheckpointManager):
 
     def reached_preemption(self, step: int) -> bool:
         return False
-
-
-class _Best:
-    """A preservation policy for one step. Orbax's own `BestN` assumes that metrics never change."""
-
-    step: int | None = None
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:

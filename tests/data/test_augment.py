@@ -8,7 +8,7 @@ from jax.extend.core import jaxprs_in_params
 from scipy import stats
 
 from simplest_vit.data import augment
-from simplest_vit.data.augment import Preprocessing, normalize, random_crop_and_flip, train_batch
+from simplest_vit.data.augment import Preprocessing, augment_batch, normalize, random_crop_and_flip
 
 RNG = np.random.default_rng(0)
 
@@ -106,7 +106,7 @@ def test_cutmix_pastes_a_box_and_weighs_the_labels_by_its_area(per_example):
 def test_with_mixup_and_cutmix_batches_draw_one_of_them():
     images = RNG.integers(1, 256, (8, 8, 8, 1)).astype(np.uint8)
     preprocessing = Preprocessing((0.0,), (1.0,), 8, mixup_alpha=1.0, cutmix_alpha=1.0)
-    augmented = jax.jit(lambda key: train_batch(key, images, jnp.arange(8), preprocessing)["image"])
+    augmented = jax.jit(lambda key: augment_batch(key, images, jnp.arange(8), preprocessing)["image"])
     kinds = set()
     for seed in range(12):
         pixels = np.asarray(augmented(jax.random.key(seed))) * 255
@@ -131,7 +131,7 @@ def test_symmetric_beta_is_that_of_scipy(alpha):
 def test_no_loop_and_no_condition_makes_a_gpu_wait_for_its_host(kinds):
     preprocessing = Preprocessing((0.0,), (1.0,), 8, **kinds)
     batch = jax.random.key(0), np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32)
-    jaxpr = jax.make_jaxpr(train_batch, static_argnums=3)(*batch, preprocessing)
+    jaxpr = jax.make_jaxpr(augment_batch, static_argnums=3)(*batch, preprocessing)
     names = set(primitive_names(jaxpr.jaxpr))
     assert "random_bits" in names
     assert not names & {"while", "cond"}

@@ -12,7 +12,7 @@ from conftest import jpeg, smooth_image, train_batches
 import input_pipeline
 from simplest_vit.config import FIELDS
 from simplest_vit.data import augment, rand_augment, streaming
-from simplest_vit.data.augment import Preprocessing, train_batch
+from simplest_vit.data.augment import Preprocessing, augment_batch
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.data.decode import encode_png
 
@@ -160,7 +160,7 @@ def test_the_steps_of_augmentation_come_in_order_with_a_key_each(monkeypatch):
         mixup_mode="example",
     )  # fmt: skip
     key = jax.random.key(0)
-    train_batch(key, jnp.zeros((4, 8, 8, 1), jnp.uint8), jnp.arange(4) % 3, preprocessing)
+    augment_batch(key, jnp.zeros((4, 8, 8, 1), jnp.uint8), jnp.arange(4) % 3, preprocessing)
     assert [(name, dtype) for name, _, dtype, _ in calls] == [
         ("random_crop_and_flip", "uint8"),
         ("rand_augment", "uint8"),
@@ -187,7 +187,7 @@ def test_no_two_draws_of_a_batch_share_a_key(monkeypatch, cutmix_alpha):
         monkeypatch.setattr(jax.random, name, draw)
     options = {"crop_padding": 2, "flip": True, "num_ops": 1, "mixup_alpha": 0.3, "cutmix_alpha": cutmix_alpha}
     preprocessing = Preprocessing((0.5,), (0.2,), 3, **options)
-    train_batch(jax.random.key(0), jnp.zeros((4, 8, 8, 1), jnp.uint8), jnp.arange(4) % 3, preprocessing)
+    augment_batch(jax.random.key(0), jnp.zeros((4, 8, 8, 1), jnp.uint8), jnp.arange(4) % 3, preprocessing)
     assert len(keys) == (9 if cutmix_alpha else 5)
     assert len(set(keys)) == len(keys)
 
@@ -195,7 +195,7 @@ def test_no_two_draws_of_a_batch_share_a_key(monkeypatch, cutmix_alpha):
 def test_without_flip_no_image_is_mirrored():
     image = np.broadcast_to(np.arange(1, 9, dtype=np.uint8)[:, None] * 20, (64, 8, 8, 1)).transpose(0, 2, 1, 3)
     preprocessing = Preprocessing((0.0,), (1 / 255,), 2, crop_padding=1, flip=False)
-    batch = jax.jit(train_batch, static_argnums=3)(jax.random.key(0), image, np.zeros(64, np.int32), preprocessing)
+    batch = jax.jit(augment_batch, static_argnums=3)(jax.random.key(0), image, np.zeros(64, np.int32), preprocessing)
     rising = np.diff(np.asarray(batch["image"])[:, 4, 1:-1, 0], axis=1)
     assert np.all(rising >= 0)
 
@@ -226,7 +226,7 @@ def test_rand_augment_draws_an_operation_and_a_sign_for_each_image(monkeypatch, 
 def test_grey_images_are_augmented_too():
     images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1)).astype(np.uint8)
     preprocessing = Preprocessing((0.0,), (1 / 255,), 2, num_ops=2, magnitude=20)
-    batch = jax.jit(train_batch, static_argnums=3)(jax.random.key(0), images, np.zeros(32, np.int32), preprocessing)
+    batch = jax.jit(augment_batch, static_argnums=3)(jax.random.key(0), images, np.zeros(32, np.int32), preprocessing)
     changed = np.any(np.abs(np.asarray(batch["image"]) - images) > 0.5, axis=(1, 2, 3))
     assert changed.sum() > 20
 
