@@ -135,7 +135,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
     return Tensor(dtype, key, offset, tuple(shape), tuple(strides))
 
 
-class Checkpoint:
+class PthFile:
     """A `.pth` file opened for reading: names and shapes immediately, the numbers of a tensor on request."""
 
     def __init__(self, path: str | os.PathLike[str] | IO[bytes]):
@@ -241,7 +241,7 @@ def to_reference(model: Any, state: ModelState) -> dict[str, np.ndarray]:
 
 
 def from_reference(
-    model: Any, abstract: ModelState, checkpoint: Checkpoint, image_shape: tuple[int, int, int]
+    model: Any, abstract: ModelState, checkpoint: PthFile, image_shape: tuple[int, int, int]
 ) -> tuple[Any, Any]:
     """Read the parameters and constants of a model from a checkpoint of the reference.
 
@@ -279,7 +279,7 @@ def from_reference(
     )
 
 
-def _mismatch(checkpoint: Checkpoint, reason: str) -> UserError:
+def _mismatch(checkpoint: PthFile, reason: str) -> UserError:
     return UserError(
         f"--checkpoint={checkpoint.path} {reason}; set config.model (name, depth, width, mlp_dim, patch_size) and "
         "config.data to what it was trained with"

@@ -16,7 +16,7 @@ import numpy as np
 from simplest_vit import cli
 from simplest_vit.data import input_pipeline
 from simplest_vit.errors import UserError
-from simplest_vit.interop import Checkpoint, from_reference
+from simplest_vit.interop import PthFile, from_reference
 from simplest_vit.training.checkpoint import Checkpoints, has_checkpoint
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import build
@@ -38,7 +38,7 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
         written then.
     """
     folder = check_workdir(workdir, config.to_dict())
-    source = Checkpoint(path)
+    source = PthFile(path)
     run = build(config, input_pipeline.load(config.data).info)
     params, constants = from_reference(config.model, run.abstract.model_state, source, run.data.image_shape)
     if has_checkpoint(folder):

@@ -37,7 +37,7 @@ _REMEDIES = {
 }
 
 
-class Example(NamedTuple):
+class Record(NamedTuple):
     """An example as stored: the bytes of its image, its labels, and its name for messages."""
 
     image: bytes
@@ -72,7 +72,7 @@ class DiskSplit:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def read(self, indices: Sequence[int]) -> list[Example]:
+    def read(self, indices: Sequence[int]) -> list[Record]:
         """Read examples.
 
         Raises:
@@ -129,13 +129,11 @@ class DiskSplit:
             raise RuntimeError(f"{reader.num_records():,} examples; dataset_info.json says {shard.examples_in_shard:,}")
         return reader
 
-    def _parse(self, index: int, record: bytes) -> Example:
+    def _parse(self, index: int, record: bytes) -> Record:
         feature = tf_example_pb2.Example.FromString(record).features.feature
         names = [feature[name].bytes_list.value[0].decode(errors="replace") for name in _NAMES if name in feature]
         labels = [feature[label].int64_list.value[0] for label in self.labels]
-        return Example(
-            feature[self.image].bytes_list.value[0], labels, f"example {index} {' '.join(names[:1])}".strip()
-        )
+        return Record(feature[self.image].bytes_list.value[0], labels, f"example {index} {' '.join(names[:1])}".strip())
 
 
 def system_error(error: Exception) -> OSError | None:

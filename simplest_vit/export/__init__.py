@@ -29,7 +29,7 @@ from simplest_vit.data.augment import normalize
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.errors import TrainingError, UserError
 from simplest_vit.files import write_file
-from simplest_vit.interop import Checkpoint, from_reference, to_reference
+from simplest_vit.interop import PthFile, from_reference, to_reference
 from simplest_vit.models import ViT, model_arguments
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import Run
@@ -209,7 +209,7 @@ def _pth(run: Run, state: ModelState, metadata: Metadata) -> tuple[bytes, Classi
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     file = io.BytesIO()
     torch.save({"step": int(state.step), "model_state_dict": tensors}, file)
-    loaded = from_reference(run.config.model, run.abstract.model_state, Checkpoint(file), run.data.image_shape)
+    loaded = from_reference(run.config.model, run.abstract.model_state, PthFile(file), run.data.image_shape)
     model = nnx.merge(run.graphdef, *jax.tree.map(jnp.asarray, loaded))
     return file.getvalue(), jax.jit(_classifier(model, run.data))
 

@@ -201,14 +201,14 @@ class Checkpoints:
         Raises:
           UserError: If there is no intact checkpoint, or it holds another state.
         """
-        for tries_left in reversed(range(_TRIES)):
-            step = choose() or 0
+        tries = 0
+        while True:
+            step, tries = choose() or 0, tries + 1
             try:
                 return self.restore(abstract, step)
             except (UserError, CheckpointError):
-                if tries_left == 0 or not self._is_removed(step):
+                if tries == _TRIES or not self._is_removed(step):
                     raise
-        raise AssertionError("unreachable")
 
     def _is_removed(self, step: int) -> bool:
         """Return whether a training run that owns this folder has just removed a checkpoint."""

@@ -15,7 +15,7 @@ import pytest
 from simplest_vit.commands.import_reference import import_reference
 from simplest_vit.errors import UserError
 from simplest_vit.export import export
-from simplest_vit.interop import Checkpoint
+from simplest_vit.interop import PthFile
 from simplest_vit.training import evaluate, train
 from simplest_vit.training.evaluate import restore_best
 from tests.tiny import tiny_config
@@ -65,7 +65,7 @@ def test_there_and_back_is_the_same_file(tmp_path, data_dir, name):
     config = config_of(name, data_dir)
     import_reference(config, str(tmp_path / "run"), str(FIXTURES / f"{name}.pth"))
     export(str(tmp_path / "run"), str(tmp_path / "back.pth"), "pth")
-    first, back = Checkpoint(FIXTURES / f"{name}.pth"), Checkpoint(tmp_path / "back.pth")
+    first, back = PthFile(FIXTURES / f"{name}.pth"), PthFile(tmp_path / "back.pth")
     assert first.tensors.keys() == back.tensors.keys()
     for tensor in first.tensors:
         np.testing.assert_array_equal(back[tensor], first[tensor], err_msg=tensor)
@@ -92,7 +92,7 @@ def test_views_and_dtypes_are_read_as_pytorch_reads_them(tmp_path):
         "parameter": torch.nn.Parameter(base),
     }
     torch.save({"model_state_dict": tensors}, tmp_path / "model.pth")
-    checkpoint = Checkpoint(tmp_path / "model.pth")
+    checkpoint = PthFile(tmp_path / "model.pth")
     for name, tensor in tensors.items():
         assert checkpoint.tensors[name].shape == tuple(tensor.shape)
         np.testing.assert_array_equal(checkpoint[name].astype(np.float64), tensor.detach().double().numpy())
@@ -120,7 +120,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, function):
     argument = {os.system: f"mkdir {victim}", exec: f"import os; os.mkdir({str(victim)!r})"}.get(function, str(victim))
     path = archive(tmp_path / "model.pth", {"model_state_dict": {"x": Runs(function, argument)}})
     with pytest.raises(UserError, match=r"is refused: it tries to run .*, which no checkpoint needs"):
-        Checkpoint(path)
+        PthFile(path)
     assert not victim.exists()
 
 
@@ -159,7 +159,7 @@ def test_a_small_file_cannot_ask_for_much_time_or_memory(tmp_path, name):
     path = archive(tmp_path / "model.pth", BOMBS[name])
     tracemalloc.start()
     try:
-        assert Checkpoint(path).tensors == {}
+        assert PthFile(path).tensors == {}
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
     peak = tracemalloc.get_traced_memory()[1]
@@ -168,16 +168,16 @@ def test_a_small_file_cannot_ask_for_much_time_or_memory(tmp_path, name):
 
 
 def test_a_tensor_is_no_larger_than_its_storage_and_nothing_is_compressed(tmp_path):
-    good = Checkpoint(FIXTURES / "simplest_vit.pth")
+    good = PthFile(FIXTURES / "simplest_vit.pth")
     name = "linear_head.bias"
     for changes in ({"shape": (2**30,), "strides": (0,)}, {"offset": 2**40}, {"key": "missing"}):
-        good.tensors[name] = Checkpoint(good.path).tensors[name]._replace(**changes)
+        good.tensors[name] = PthFile(good.path).tensors[name]._replace(**changes)
         with pytest.raises(UserError, match=r"is damaged: .*linear_head.bias"):
             good[name]
     with zipfile.ZipFile(tmp_path / "model.pth", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("model/data.pkl", bytes(2**20))
     with pytest.raises(UserError, match="is damaged"):
-        Checkpoint(tmp_path / "model.pth")
+        PthFile(tmp_path / "model.pth")
 
 
 def test_damaged_files_are_one_line_or_a_checkpoint(tmp_path):
@@ -202,7 +202,7 @@ def test_damaged_files_are_one_line_or_a_checkpoint(tmp_path):
         else:
             path.write_bytes(data)
         try:
-            checkpoint = Checkpoint(path)
+            checkpoint = PthFile(path)
             for name in checkpoint.tensors:
                 checkpoint[name]
         except UserError as error:
@@ -280,6 +280,6 @@ def test_an_import_that_was_stopped_is_repeated_and_another_run_is_left_alone(tm
     for _ in range(2):
         import_reference(config, str(tmp_path), path)
         assert restore_best(str(tmp_path))[1].step == 1
-    monkeypatch.setattr(Checkpoint, "__getitem__", lambda self, name: np.zeros(self.tensors[name].shape, np.float32))
+    monkeypatch.setattr(PthFile, "__getitem__", lambda self, name: np.zeros(self.tensors[name].shape, np.float32))
     with pytest.raises(UserError, match="already holds another run"):
         import_reference(config, str(tmp_path), path)

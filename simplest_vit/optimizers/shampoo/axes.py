@@ -43,11 +43,6 @@ def init_axes(stack: BlockStack, options: AnyOptions) -> Axes:
     return tuple(axis(n) for n in stack.sizes)
 
 
-def without_statistics(state: AxisState) -> AxisState:
-    """Drop the statistics; what remains changes only when a slot is refreshed."""
-    return state._replace(statistics=None)  # type: ignore[arg-type]
-
-
 def update_statistics(stack: BlockStack, axes: Axes, blocks: jax.Array, finite: jax.Array, options: AnyOptions) -> Axes:
     """Update the statistics of each axis with gradients: L <- b L + (1 - b) G G^T, and so on; b = 1 sums.
 

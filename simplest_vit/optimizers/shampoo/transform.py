@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from . import sharding
-from .axes import Axes, init_axes, refresh_staggered, refresh_together, update_statistics, without_statistics
+from .axes import Axes, init_axes, refresh_staggered, refresh_together, update_statistics
 from .blocks import as_updates, from_blocks, gradient_leaves, to_blocks
 from .moments import SecondMoment, diagonal_step, init_moments
 from .options import AnyOptions
@@ -151,8 +151,9 @@ def _step_stacks(
         for stack, s, (g, f) in zip(plan.stacks, states, split, strict=True)
     ]
     statistics = [tuple(axis.statistics for axis in stack) for stack in axes]
+    none: Any = None  # without its statistics, an axis changes only when a slot is refreshed
     changing: Any = [
-        ((s.mu, s.nu) if options.rotates_moments else None, tuple(map(without_statistics, stack)))
+        ((s.mu, s.nu) if options.rotates_moments else None, tuple(axis._replace(statistics=none) for axis in stack))
         for s, stack in zip(states, axes, strict=True)
     ]
     refresh_slots = functools.partial(refresh, plan, count)
