@@ -1,4 +1,4 @@
-"""The door to data, as this project's users know it: `simplest_vit.data.input_pipeline`."""
+"""A shortcut in the clone to `simplest_vit.data.input_pipeline`."""
 
 from simplest_vit.data.input_pipeline import Batch as Batch
 from simplest_vit.data.input_pipeline import Dataset as Dataset

@@ -40,7 +40,7 @@ from simplest_vit.training.workdir import METRICS, is_resumable, read_metrics
 PATH = pathlib.Path(__file__).parent.parent / "results" / "runs.csv"
 FORMAT = 1
 _MARKS = 6
-# Fields with columns of their own, and the seed.
+# Fields that have their own columns, and the seed.
 _COLUMNS_OF_FIELDS = (
     *("seed", "steps", "epochs", "data.name", "data.train_split", "data.validation_split"),
     *("model.name", "optimizer.name", "optimizer.learning_rate"),

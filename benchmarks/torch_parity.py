@@ -26,7 +26,7 @@ def _main() -> None:
     dataset = input_pipeline.load(config.data)
     ours, theirs, rounded = losses_side_by_side(build(config, dataset.info), dataset, _STEPS.value)
     apart, by_rounding = np.abs(theirs - ours) / ours, np.abs(rounded - ours) / ours
-    print("step       ours    PyTorch  apart so far  by a rounding")
+    print("step       ours    PyTorch   diff so far  from rounding")
     for step in sorted({*range(9, len(ours), 10), len(ours) - 1}):
         so_far = apart[: step + 1].max(), by_rounding[: step + 1].max()
         print(f"{step + 1:4} {ours[step]:10.6f} {theirs[step]:10.6f} {so_far[0]:13.1e} {so_far[1]:14.1e}")

@@ -82,7 +82,7 @@ def initialize(
         reason = first_line(error).rstrip(".")
         if detect and isinstance(error, ValueError):  # JAX found no cluster that provides the arguments
             raise UserError(
-                f"config.distributed=auto: no cluster was found ({reason}); it knows SLURM, Open MPI, Kubernetes and "
+                f"config.distributed=auto: no cluster was found ({reason}); supported are SLURM, Open MPI, Kubernetes, "
                 f"TPU; elsewhere give {', '.join(f'--{name}' for name in given)}"
             ) from error
         if detect:

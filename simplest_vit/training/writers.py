@@ -3,7 +3,7 @@
 TensorBoard files are written by clu's writers without TensorFlow.
 
 `clu.metric_writers` imports TensorFlow for one class, its `SummaryWriter` (CommonLoopUtils issue 358). A writer that
-needs only the `tensorboard` package replaces that class before the first import, and the rest of clu works as it is.
+needs only the `tensorboard` package replaces that class before the first import, and the rest of clu works unchanged.
 Import `metric_writers` from here, never from clu.
 """
 

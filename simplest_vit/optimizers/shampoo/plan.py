@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def is_staggered(self) -> bool:
-        """Whether blocks are recomputed in turns; False if recomputing all together costs less than half as much.
+        """Whether recomputation is staggered; False if recomputing all blocks together costs less than half as much.
 
         It depends on shapes alone, not on devices, so that a run takes the same steps on any number of devices.
         """
@@ -186,7 +186,7 @@ class Plan:
             f"{parameters:,} parameters; state {self.state_bytes / 2**20:.1f} MiB, of which "
             f"statistics and preconditioners {self.stack_bytes / 2**20:.1f}\n"
             f"{self.step_flops / 1e9:.3g} GFLOP a step; sum of n^3 for a refresh {self.refresh_cubes:.3g}, "
-            f"in a step {self.step_cubes:.3g} ({'in turns' if self.is_staggered else 'all together'})"
+            f"in a step {self.step_cubes:.3g} ({'staggered' if self.is_staggered else 'all together'})"
         )
         return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from .options import LEAST_EPS, Basis, Number, Root
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 _PANEL = 32  # columns that are orthogonalized one by one
-# The iteration must not push large eigenvalues below this part of the largest, or rounding drowns them.
+# The iteration must not push large eigenvalues below this fraction of the largest, or rounding swamps them.
 _LEAST_IMAGE = 0.8
 
 
@@ -158,14 +158,14 @@ def _newton_root(matrix: jax.Array, p: int, eps: Number) -> jax.Array:
 def newton_coefficients(p: int, lowest: float) -> np.ndarray:
     """Choose the coefficients (a, b) of each step of the coupled iteration.
 
-    An eigenvalue m = y^p of M becomes (y (a - b y^p))^p. For y in [l, 1] the best step makes the least image as large
-    as it can be with the greatest equal to 1. Both ends then map to the same, nearly zero value, and rounding would
-    drown the largest eigenvalues: so the image of 1 is kept above a bound. The new l is known exactly, which fixes the
+    An eigenvalue m = y^p of M becomes (y (a - b y^p))^p. For y in [l, 1] the best step makes the smallest image as
+    large as possible while the largest is 1. Both ends then map to the same, nearly zero value, and rounding would
+    swamp the largest eigenvalues, so the image of 1 is kept above a bound. The new l is known exactly, which fixes the
     number of steps in advance. A last step of Newton's own makes the convergence quadratic.
 
     Args:
       p: The root, >= 1.
-      lowest: The least eigenvalue of M over the greatest, in (0, 1).
+      lowest: The smallest eigenvalue of M over the largest, in (0, 1).
 
     Returns:
       (steps, 2) in float64: 11 steps for p = 4 and lowest = 1e-6.
@@ -175,7 +175,7 @@ def newton_coefficients(p: int, lowest: float) -> np.ndarray:
     def greatest_image(c: float) -> float:  # max over y of y (1 - c y^p)
         return (1 / ((p + 1) * c)) ** (1 / p) * p / (p + 1)
 
-    # 1 - c falls and the ratio to the greatest image falls with it: bisect for the bound.
+    # 1 - c falls, and so does its ratio to the largest image: bisect for the bound.
     least_c, most_c = 1 / (p + 1), 1.0
     for _ in range(60):
         middle = (least_c + most_c) / 2
@@ -243,8 +243,8 @@ def gram_schmidt(matrices: jax.Array) -> jax.Array:
     """Compute the Q of QR decompositions (with a positive diagonal of R) by matrix products alone.
 
     The matrices (N, n, n) must have full rank. Panels of columns are projected twice against all columns before them
-    ("twice is enough"), and within a panel each column against those before it. A last step of Newton-Schulz repairs
-    what rounding left. All loops have a known length, because the host controls batched QR decompositions on
+    ("twice is enough"), and within a panel each column against those before it. A last step of Newton-Schulz removes
+    the remaining rounding errors. All loops have a known length, because the host controls batched QR decompositions on
     accelerators, which are bound by latency.
     """
     n = matrices.shape[-1]

@@ -124,9 +124,9 @@ def shampoo(
       relative_eps: Whether `eps` is in units of the statistics' Frobenius norm.
       precondition_frequency: Steps between two computations of a preconditioner, k >= 1.
       start_preconditioning_step: Steps up to and including this one, and up to the k-th, are the grafting method's.
-      stagger: Whether preconditioners are computed in turns, each once in k steps, so that all steps take the same
-        time. They are all computed together, at multiples of k, if this is False or if turns cost more than twice as
-        much.
+      stagger: Whether the computation of preconditioners is spread over steps, each once in k steps, so that all steps
+        take the same time. They are all computed together, at multiples of k, if this is False or if spreading costs
+        more than twice as much.
       max_preconditioner_dim: Longer dimensions are cut into blocks of at most this size, >= 1.
       even_blocks: True cuts a dimension into the fewest blocks, as even as possible; False into full ones and a
         remainder.

@@ -139,7 +139,7 @@ def soap(
       mask: Mask of the weight decay, as in `optax.add_decayed_weights`.
       shampoo_beta: Decay of the statistics, in (0, 1]; 1 sums them.
       precondition_frequency: Steps between two refreshes of a basis, k >= 1.
-      start_preconditioning_step: Steps before this one are Adam's; in it, only blocks whose turn it is have a basis.
+      start_preconditioning_step: Steps before this one are Adam's; in it, only the blocks that are due get a basis.
       max_preconditioner_dim: Longer dimensions are cut into the fewest even blocks of at most this size, >= 1.
       precondition_1d: Whether vectors get a basis. Otherwise, and for scalars, the step is Adam's.
       basis: How an eigenbasis follows its statistics: one power iteration, orthogonalized by 'qr' (LAPACK or cuSOLVER)

@@ -124,7 +124,7 @@ def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) ->
 
 
 def _split_finite(gradient: jax.Array, axes: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
-    """Return the gradient with zeros for what is not finite, and where it is finite, over whole blocks along `axes`."""
+    """Return the gradient with zeros where it is not finite, and where it is finite, by whole blocks along `axes`."""
     finite = jnp.isfinite(gradient).all(axes, keepdims=True)
     return jnp.where(finite, gradient, 0), finite
 
