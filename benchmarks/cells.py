@@ -28,7 +28,7 @@ class Cell:
 
     @property
     def basis(self) -> tuple[bool, bool]:
-        """Whether runs come from an old page, and whether they are on the hold-out; compared cells agree in both."""
+        """True if runs come from an old page, and if they are on the hold-out; compared cells agree in both."""
         first = next(iter(self.runs.values()))
         return first.from_page, first.on_hold_out
 
@@ -65,11 +65,11 @@ class Results:
         """Find the runs of a network: recorded runs before those of an old page, then most seeds, then the best rate.
 
         Args:
-          network: Of `NETWORKS`.
+          network: One of `NETWORKS`.
           data: Data set.
           optimizer: Its name.
-          steps: Of the run.
-          protocol: Of `PROTOCOLS`.
+          steps: Number of steps of the run.
+          protocol: One of `PROTOCOLS`.
           like: Take only runs that may be compared with these.
           hold_out: Take runs on the hold-out.
 

@@ -84,7 +84,7 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether there are enough steps after the first period, in whole periods."""
+        """True if there are enough steps after the first period, in whole periods."""
         return len(self.seconds) >= self.frequency + max(self.frequency, LEAST_STEPS)
 
     def step(self, data: Any) -> None:

@@ -42,14 +42,14 @@ class Table(NamedTuple):
     """Runs that belong together.
 
     Attributes:
-      title: What it shows.
-      rows: Of `NETWORKS`.
+      title: Subject of the table.
+      rows: Names in `NETWORKS`.
       learning_rates: Rates to choose from, by optimizer.
       data: Data sets.
-      protocol: Of `PROTOCOLS`.
-      steps: Of every run, also to choose a rate: a rate that is best after 500 steps is too high for 1,500. None for
+      protocol: One of `PROTOCOLS`.
+      steps: Steps of every run, also to choose a rate: the best rate after 500 steps is too high for 1,500. None for
         the recipe's epochs.
-      seeds: Of the reported runs, on the test images. Empty: the table itself is made on the hold-out.
+      seeds: Seeds of the runs on the test images. If empty, the table itself is made on the hold-out.
       steps_of: Steps of single rows, in place of `steps`.
     """
 

@@ -80,12 +80,12 @@ class Record:
 
     @property
     def from_page(self) -> bool:
-        """Whether the numbers were taken from a page, before runs were recorded."""
+        """True if the numbers were taken from a page, before runs were recorded."""
         return ".md" in self.source.partition(":")[0]
 
     @property
     def on_hold_out(self) -> bool:
-        """Whether the accuracy was measured on a part of the training images."""
+        """True if the accuracy was measured on a part of the training images."""
         return self.validation_split.startswith("train")
 
 

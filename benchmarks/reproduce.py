@@ -42,7 +42,7 @@ def part(table: Table, **named: list[str]) -> Table:
 
     Args:
       table: The table.
-      **named: What to keep of `data`, `optimizer` and `row`; an empty list keeps all.
+      **named: Values of `data`, `optimizer` and `row` to keep; an empty list keeps all.
 
     Raises:
       UserError: If the table has no such name.
@@ -79,7 +79,7 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
     Args:
       table: The table.
       key: Data set, optimizer and row.
-      network: Of the row.
+      network: The row's network.
       rate: Learning rate.
       seeds: One run each.
       **run: `stage`, the name of a folder; `root`, the folder of the table; `fields`, which differ from the protocol.

@@ -103,8 +103,8 @@ class Problem(NamedTuple):
 
     Attributes:
       sizes: Sizes of the layers of a perceptron.
-      activation: Of its hidden layers.
-      loss: Of its outputs and a batch of images and labels.
+      activation: Activation of the hidden layers.
+      loss: Function of the outputs and a batch of images and labels.
       goals: Losses of all examples to reach.
     """
 

@@ -151,7 +151,7 @@ def run(
       program: The command. It takes the list of positional arguments if these are allowed, otherwise nothing.
       usage: An example of the command, printed when a flag is missing.
       required: Names of flags that must be given.
-      optional: Which of --config and --workdir may also be given.
+      optional: Those of --config and --workdir that may also be given.
       positional: Whether arguments without a flag are allowed.
     """
     preemption.install()

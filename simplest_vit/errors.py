@@ -1,4 +1,4 @@
-"""How a program ends when it cannot continue: one line on standard error, no traceback, and an exit code."""
+"""Errors that end a program: one line on standard error, no traceback, and an exit code."""
 
 import difflib
 import sys

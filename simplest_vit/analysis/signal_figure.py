@@ -39,7 +39,7 @@ def draw(results: list[Propagation], title: str) -> Figure:
 
     Args:
       results: The models; the first panel shows the first model.
-      title: What was measured on what.
+      title: The subject of the measurement.
 
     Returns:
       A figure with the axes of the tokens, of `PANELS` and of the Jacobian, in that order.

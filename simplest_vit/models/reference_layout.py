@@ -77,7 +77,7 @@ def tensors(paths: Collection[str], depth: int, patch_size: int) -> Iterator[Ten
     """Yield the tensors of a model of the reference.
 
     Args:
-      paths: Of all parameters and constants here. With normalizations, the layout is that of the reference's SimpleViT.
+      paths: Paths of all parameters and constants here. With norms, the layout is that of the reference's SimpleViT.
 
     Yields:
       Tensors that together hold all parameters and, but for the position embedding, all constants.

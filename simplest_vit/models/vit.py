@@ -1,6 +1,6 @@
 """Vision transformers, with or without normalization and skip connections: one class and one forward pass.
 
-`presets` names the networks. SimpleViT has normalization and skip connections. The vanilla networks have neither; their
+`presets` names the networks. SimpleViT has normalization and skip connections. The other networks have neither; their
 initialization preserves the signal at any depth:
 
 - SimplEsT-ViT: E-SPA (`espa.py`) shapes attention and TAT (`tat.py`) shapes the activation, which controls the kernel

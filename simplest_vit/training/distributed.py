@@ -213,7 +213,7 @@ class Interruption:
 
     @property
     def pending(self) -> bool:
-        """Whether a signal was received; always False with several processes, which must stop together."""
+        """True if a signal was received; always False with several processes, which must stop together."""
         return self._alone and preemption.received() is not None
 
     def reached(self) -> bool:

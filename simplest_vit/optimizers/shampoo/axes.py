@@ -145,9 +145,9 @@ def refresh_staggered(
       refresh: From (fixed, changing) of some slots to the new changing ones.
       fixed: For each stack a tree of arrays with N slots each; so is `changing`.
       phase: int32, from 0.
-      phases: How many phases are due: 1, or a traced number up to k.
+      phases: Number of phases that are due: 1, or a traced number up to k.
       k: The period in steps.
-      device: Which part of the slots these are.
+      device: Number of the device, which holds this part of the slots.
     """
 
     def rows_of(tree: Any, phase: jax.Array) -> jax.Array:

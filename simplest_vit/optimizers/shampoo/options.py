@@ -68,7 +68,7 @@ class Diagonal(NamedTuple):
 
     @property
     def has_second_moment(self) -> bool:
-        """Whether the method divides by the root of a second moment."""
+        """True if the method divides by the root of a second moment."""
         return self.method in ("adagrad", "rmsprop", "adam")
 
 
@@ -132,7 +132,7 @@ class ShampooOptions(Options):
     """The arguments of Shampoo, and what they imply.
 
     Attributes:
-      number: Of the method, in the version of its state.
+      number: Number of the method in the version of its state.
       start: The last step that is the grafting method's own; by then every block has its first root.
       first_statistics: Multiple of the identity with which they start.
       whitened: Whether they are KL-Shampoo's.

@@ -37,7 +37,7 @@ class Region:
     """A region of a parameter that is cut into equal blocks.
 
     Attributes:
-      starts: Where the region begins on each (merged) axis.
+      starts: Start of the region on each (merged) axis.
       counts: Blocks along each axis.
       stack: Index of the stack that holds them.
       slot: Slot of the first block in the stack.
@@ -54,7 +54,7 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class ParamPlan:
-    """How one parameter is preconditioned.
+    """The preconditioning of one parameter.
 
     Attributes:
       path: Its path in the tree, such as 'blocks/mlp/kernel', for messages.
@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def is_staggered(self) -> bool:
-        """Whether recomputation is staggered; False if recomputing all blocks together costs less than half as much.
+        """True if recomputation is staggered; False if recomputing all blocks together costs less than half as much.
 
         It depends on shapes alone, not on devices, so that a run takes the same steps on any number of devices.
         """

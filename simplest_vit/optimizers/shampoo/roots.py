@@ -214,7 +214,7 @@ def refresh_basis(statistics: jax.Array, basis: jax.Array, method: Basis) -> tup
     Args:
       statistics: A (N, n, n), symmetric positive semi-definite.
       basis: Q (N, n, n), orthogonal, eigenvectors in columns.
-      method: How the product is orthogonalized, or 'eigh'; 'auto' is 'qr' on a CPU, else 'gram_schmidt'.
+      method: Orthogonalization of the product, or 'eigh'; 'auto' is 'qr' on a CPU, else 'gram_schmidt'.
 
     Returns:
       The new Q (N, n, n), and how far it is from orthogonal, ||Q^T Q - I||_F / sqrt(n) (N,), in float32. A zero matrix

@@ -146,7 +146,7 @@ def shampoo(
       grafting_eps: Added to the root of that second moment, > 0.
       preconditioner_dtype: float32, or float64 with x64 enabled.
       mu_dtype: Type of the stored momentum, such as bfloat16.
-      precision: Of the products that make and apply the preconditioners: 'default' (TF32 on a GPU), 'high', 'highest',
+      precision: Precision of products that make and apply preconditioners: 'default' (TF32 on a GPU), 'high', 'highest'
         or 'jax' for `jax.default_matmul_precision`. Roots and bases always take 'highest'.
       stack_axes: The number of leading axes of each parameter that stack layers, each preconditioned separately: a tree
         of integers, a prefix of one, or a function from the parameters to it; None for no such axes.

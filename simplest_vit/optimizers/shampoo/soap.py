@@ -142,7 +142,7 @@ def soap(
       start_preconditioning_step: Steps before this one are Adam's; in it, only the blocks that are due get a basis.
       max_preconditioner_dim: Longer dimensions are cut into the fewest even blocks of at most this size, >= 1.
       precondition_1d: Whether vectors get a basis. Otherwise, and for scalars, the step is Adam's.
-      basis: How an eigenbasis follows its statistics: one power iteration, orthogonalized by 'qr' (LAPACK or cuSOLVER)
+      basis: Update of an eigenbasis: one power iteration, orthogonalized by 'qr' (LAPACK or cuSOLVER)
         or by 'gram_schmidt' (matrix products only), or 'eigh'; 'auto': 'qr' on a CPU, else 'gram_schmidt', decided when
         the program is lowered.
 
