@@ -92,8 +92,8 @@ def map_by_size(
 ) -> list[list[tuple[jax.Array, jax.Array]]]:
     """Apply a function to all matrices of one size and root together.
 
-    It takes matrices (M, n, n), one for each of `stacks`, and p, and returns two results with M slots. `stacks` have an
-    array (m, n, n) for each stack and axis; returned is its part of the two results.
+    It takes matrices (M, n, n), one argument for each of `stacks`, and p, and returns two results with M slots. Each of
+    `stacks` has an array (m, n, n) for each stack and axis; each gets its part of the two results.
     """
     results: list[list[Any]] = [[None] * len(stack.axes) for stack in plan.stacks]
     for (_, p), places in plan.sizes.items():
@@ -108,9 +108,9 @@ def map_by_size(
 def update_if_valid(
     old: AxisState, new: jax.Array, error: jax.Array, most: float, counts: jax.typing.ArrayLike = True
 ) -> AxisState:
-    """Take new preconditioners (m, n, n), or keep the old one if the new is not finite or its error (m,) above `most`.
+    """Take new preconditioners (m, n, n), except those that are not finite or have an error (m,) above `most`.
 
-    The state keeps the error and counts the rejection; if `counts` is False, this step's results are not taken at all.
+    The state records the error and counts the rejection; if `counts` is False, this step's results are ignored.
     """
     good = jnp.isfinite(new).all((1, 2)) & jnp.isfinite(error) & (error <= most)
     return old._replace(
@@ -138,12 +138,12 @@ def refresh_staggered(
     """Refresh the slots i with i = phase (modulo k), and those of the next phases if there is more than one.
 
     The rows of the ceil(N / k) slots that may be due are gathered at a traced offset and scattered back, without a
-    branch: all steps take the same time. A number of phases that is traced makes a loop, whose length a GPU's host
-    reads.
+    branch, so that all steps take the same time. A traced number of phases makes a loop, whose length the host of a GPU
+    has to read.
 
     Args:
-      refresh: From (fixed, changing) of some slots to the new changing ones.
-      fixed: For each stack a tree of arrays with N slots each; so is `changing`.
+      refresh: Function from (fixed, changing) of some slots to the new `changing`.
+      fixed: A tree for each stack, of arrays with N slots; so is `changing`.
       phase: int32, from 0.
       phases: Number of phases that are due: 1, or a traced number up to k.
       k: The period in steps.
@@ -152,7 +152,7 @@ def refresh_staggered(
 
     def rows_of(tree: Any, phase: jax.Array) -> jax.Array:
         slots = len(jax.tree.leaves(tree)[0])
-        return (phase - device * slots) % k + k * jnp.arange(-(-slots // k))  # those beyond the last are dropped
+        return (phase - device * slots) % k + k * jnp.arange(-(-slots // k))  # rows beyond the last are dropped
 
     def take(tree: Any, rows: jax.Array) -> Any:
         return jax.tree.map(lambda x: x.at[rows].get(mode="clip", unique_indices=True, indices_are_sorted=True), tree)

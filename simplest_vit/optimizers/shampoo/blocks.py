@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from .plan import ParamPlan, Plan, Region
 
-# Says how the blocks (layers, k1, b1, k2, b2, ...) of a region are laid out over devices.
+# Lays out the blocks (layers, k1, b1, k2, b2, ...) of a region over devices.
 Constrain = Callable[[jax.Array], jax.Array]
 
 
@@ -40,7 +40,7 @@ def gradient_leaves(plan: Plan, updates: Any, params: Any) -> list[jax.Array]:
     A missing gradient (None) becomes infinite, which leaves its statistics and moments as they are.
 
     Raises:
-      ValueError: For gradients whose tree or shapes are not the parameters'.
+      ValueError: If the gradients' tree or shapes differ from the parameters'.
     """
     try:
         given = _flatten_up_to(params, updates)
@@ -89,7 +89,7 @@ def _join(param: ParamPlan, stacks: Sequence[jax.Array], constrain: Constrain) -
         interleaved = (0, *(axis for i in range(1, order + 1) for axis in (i, order + i)))
         sizes = (k * b for k, b in zip(region.counts, region.block_shape, strict=True))
         regions.append((region.starts, constrain(value.transpose(interleaved)).reshape(param.num_layers, *sizes)))
-    # Regions are in row-major order: join those that differ in the last axis alone, and so on up.
+    # Regions are in row-major order: join those that differ only in the last axis, then in the last two, and so on.
     for axis in reversed(range(order)):
         rows: dict[tuple[int, ...], list[jax.Array]] = {}
         for starts, value in regions:

@@ -134,8 +134,8 @@ class ShampooOptions(Options):
     Attributes:
       number: Number of the method in the version of its state.
       start: The last step that is the grafting method's own; by then every block has its first root.
-      first_statistics: Multiple of the identity with which they start.
-      whitened: Whether they are KL-Shampoo's.
+      first_statistics: Multiple of the identity with which the statistics start.
+      whitened: Whether the statistics are KL-Shampoo's.
       refreshes_early: Whether all preconditioners are refreshed in each of the first k steps after `start` as well.
       rotates_moments: Whether a refresh changes the moments.
     """
@@ -165,7 +165,7 @@ class ShampooOptions(Options):
         self.first_statistics = 0.0 if self.relative_eps else self.eps  # eps I as in the PyTorch reference
 
     def diagonal(self, preconditioned: bool) -> Diagonal:
-        """Choose the grafting method; what is neither preconditioned nor grafted is Adam's."""
+        """Choose the grafting method, or Adam for what is neither preconditioned nor grafted."""
         method: Grafting = "adam" if self.grafting == "none" and not preconditioned else self.grafting
         return Diagonal(method, 1.0 if method == "adagrad" else self.grafting_b2, self.grafting_eps)
 

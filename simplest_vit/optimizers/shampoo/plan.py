@@ -1,4 +1,4 @@
-"""The static plan: how parameters are cut into blocks, and the cost.
+"""The static plan: the division of parameters into blocks, and its cost.
 
 The plan depends on shapes alone. Blocks of one shape are stacked in one array (N, *block_shape), so that statistics and
 preconditioning are one batched product per axis of each block shape, however deep the model is. Matrices of the same
@@ -107,7 +107,7 @@ class Plan:
 
     @property
     def sizes(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
-        """Map (n, p) to the (stack, axis) pairs whose n x n matrices have inverse p-th roots; decomposed together."""
+        """Map (n, p) to the (stack, axis) pairs whose n x n matrices have inverse p-th roots, decomposed together."""
         sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for index, stack in enumerate(self.stacks):
             for axis, n in enumerate(stack.sizes):

@@ -1,7 +1,7 @@
 """Inverse p-th roots and eigenbases of stacks of symmetric positive semi-definite matrices (N, n, n).
 
-`eigh` is exact and what the PyTorch reference uses. `newton` and `gram_schmidt` are made of matrix products alone, of a
-length fixed in advance, for accelerators, where latency bounds decompositions.
+`eigh` is exact, and used by the PyTorch reference. `newton` and `gram_schmidt` consist of a fixed number of matrix
+products, for accelerators, where latency bounds decompositions.
 """
 
 import functools
@@ -25,10 +25,10 @@ _LEAST_IMAGE = 0.8
 def inverse_pth_root(
     statistics: jax.Array, p: int, *, eps: Number, relative_eps: bool = True, root: Root = "auto"
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute (A + d I)^(-1/p) for each matrix of a stack, and how well that holds.
+    """Compute (A + d I)^(-1/p) for each matrix of a stack, and its error.
 
-    The damping d is eps, or with a relative eps, eps ||A||_F. With an absolute one, which may be below rounding, the
-    smallest eigenvalue is first subtracted if it is negative, and eps added then, as in the PyTorch reference.
+    The damping d is eps or, if relative, eps ||A||_F. An absolute eps may be below rounding, so the smallest eigenvalue
+    is subtracted first if it is negative, and then eps is added, as in the PyTorch reference.
 
     Args:
       statistics: A (N, n, n), symmetric positive semi-definite, float32 or float64.
@@ -71,9 +71,9 @@ def inverse_pth_root(
 def one_by_one(decompose: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
     """Make a decomposition of stacks that takes one matrix after another on a CPU.
 
-    A batched one of jaxlib blocks a thread of XLA's pool until other threads have done its parts: several at once, of
-    two sizes, devices or programs in flight, can deadlock on few cores (QR, jaxlib 0.10.2). `decompose` takes matrices
-    (..., n, n), the result a stack (N, n, n), also within `jax.vmap`.
+    A batched decomposition of jaxlib blocks a thread of XLA's pool until other threads have done its parts. Several
+    together, of two sizes, devices or programs, can deadlock on few cores (QR, jaxlib 0.10.2). `decompose` takes
+    matrices (..., n, n), the result a stack (N, n, n), also within `jax.vmap`.
     """
     single = jax.vmap(jax.custom_batching.sequential_vmap(decompose))
     return lambda matrices: jax.lax.platform_dependent(matrices, cpu=single, default=decompose)
@@ -116,7 +116,7 @@ def backward_error(root: jax.Array, matrix: jax.Array, p: int) -> jax.Array:
 
 def _shifted_eigh_root(matrix: jax.Array, p: int, eps: Number) -> jax.Array:
     eigenvalues, vectors = eigh(matrix)
-    # In two steps: in one sum of both, rounding of a large smallest eigenvalue would swallow eps.
+    # In two steps, because in a single sum the rounding of a large smallest eigenvalue would absorb eps.
     eigenvalues = (eigenvalues - jnp.minimum(eigenvalues[:, :1], 0)) + eps
     return _spectral_power(eigenvalues, vectors, -1 / p)
 
@@ -150,7 +150,7 @@ def _newton_root(matrix: jax.Array, p: int, eps: Number) -> jax.Array:
     # I is made from the matrix, so that within `jax.shard_map` it varies over the same devices.
     start = (jnp.zeros_like(matrix) + identity, matrix / bound)
     (root, _), _ = jax.lax.scan(body, start, coefficients)
-    # Rounding leaves an asymmetry, which applying the root on two sides would not forgive.
+    # Remove the asymmetry left by rounding, which would matter when the root is applied on two sides.
     return bound ** (-1 / p) * (root + root.mT) / 2
 
 
@@ -217,8 +217,8 @@ def refresh_basis(statistics: jax.Array, basis: jax.Array, method: Basis) -> tup
       method: Orthogonalization of the product, or 'eigh'; 'auto' is 'qr' on a CPU, else 'gram_schmidt'.
 
     Returns:
-      The new Q (N, n, n), and how far it is from orthogonal, ||Q^T Q - I||_F / sqrt(n) (N,), in float32. A zero matrix
-      keeps its basis, but for signs.
+      The new Q (N, n, n), and its distance from orthogonality, ||Q^T Q - I||_F / sqrt(n) (N,), in float32. A zero
+      matrix keeps its basis, up to signs.
 
     References:
       SOAP, arXiv 2409.11321, algorithms 3 and 4.
@@ -240,7 +240,7 @@ def refresh_basis(statistics: jax.Array, basis: jax.Array, method: Basis) -> tup
 
 
 def gram_schmidt(matrices: jax.Array) -> jax.Array:
-    """Compute the Q of QR decompositions (with a positive diagonal of R) by matrix products alone.
+    """Compute the Q of QR decompositions (with a positive diagonal of R) with matrix products only.
 
     The matrices (N, n, n) must have full rank. Panels of columns are projected twice against all columns before them
     ("twice is enough"), and within a panel each column against those before it. A last step of Newton-Schulz removes

@@ -172,7 +172,7 @@ def shampoo(
     return with_learning_rate(scale_by_shampoo, dict(locals()))  # all arguments, so that none can be forgotten
 
 
-# Shampoo with the settings of the PyTorch reference (richardcepka/SimplEsT-ViT, train.py), whose trajectory it follows.
+# Shampoo with the settings of the PyTorch reference (richardcepka/SimplEsT-ViT, train.py), whose steps it reproduces.
 reference_shampoo = functools.partial(
     shampoo,
     eps=1e-12,

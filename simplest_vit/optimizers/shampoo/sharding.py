@@ -1,7 +1,7 @@
 """Functions that spread the slots of stacks over the devices of a mesh.
 
-The state does not depend on the devices: its arrays have one slot for each block. In a step they are padded to the
-devices at hand; each device updates the statistics, computes the preconditioners and preconditions the blocks of its
+The state does not depend on the devices: its arrays have one slot for each block. In a step they are padded for the
+current devices; each device updates the statistics, computes the preconditioners and preconditions the blocks of its
 own slots, without communication. Gradients and updates are exchanged as parts of blocks (all-to-all), so that sharded
 parameters (FSDP) stay sharded: no device needs a whole gradient.
 """
@@ -23,7 +23,7 @@ except ImportError:  # JAX 0.11
 
 
 def slots_spec(shape: tuple[int, ...], mesh: Any) -> P:
-    """Lay out an array of slots (N, ...) over all devices along its first axis that they divide; whole without one."""
+    """Lay out an array of slots (N, ...) over all devices along its first axis that they divide; whole if none."""
     axes = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
     return _over(axes[0], mesh) if axes else P()
 
@@ -36,7 +36,7 @@ def shard_state(stacks: Any, mesh: Mesh | None) -> Any:
 
 
 def as_auto(mesh: Mesh | None) -> Mesh | None:
-    """Take a mesh with all its axes Auto: inside `in_auto_axes` there are no others."""
+    """Return the mesh with all axes Auto, the only kind inside `in_auto_axes`."""
     if mesh is None:
         return None
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
@@ -45,7 +45,7 @@ def as_auto(mesh: Mesh | None) -> Mesh | None:
 def in_auto_axes(function: Callable[..., Any], updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
     """Call a function of updates, state and parameters; the compiler chooses the layouts in between.
 
-    Arrays on a mesh with Explicit axes carry their layout in their types; new updates and state get those of the old.
+    Arrays on a mesh with Explicit axes carry their layout in their types; new updates and state keep the layouts.
     """
     layouts = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
     axes = {name for layout in jax.tree.leaves(layouts) for name in layout.mesh.explicit_axes}
@@ -56,10 +56,10 @@ def in_auto_axes(function: Callable[..., Any], updates: Any, state: Any, params:
 
 
 def match_sharding(leaves: Sequence[jax.Array], params: Any, mesh: Mesh | None, count: jax.Array) -> list[jax.Array]:
-    """Lay out leaves as the parameters, so that the exchange of blocks does not reach into the model's own program.
+    """Lay out leaves as the parameters, so that the exchange of blocks does not affect the layout of the model.
 
-    JAX 0.11 has no `shard_alike`. There an elementwise choice, by a count of steps that is never negative, brings the
-    layout of split parameters; that of whole ones does not hold against the split blocks that updates come from.
+    JAX 0.11 has no `shard_alike`. There, an elementwise selection by the step count, which is never negative, transfers
+    the layout of split parameters. For whole parameters, the split blocks of their updates prevail.
     """
     if mesh is None or params is None:
         return list(leaves)
@@ -72,13 +72,13 @@ def match_sharding(leaves: Sequence[jax.Array], params: Any, mesh: Mesh | None, 
 def split_blocks(blocks: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Split blocks (layers, k1, b1, k2, b2, ...) along one of their own axes.
 
-    Between a parameter's layout and that of the slots: from here one all-to-all leads to either.
+    This layout is between a parameter's and that of the slots: one all-to-all leads to either.
     """
     return _split(blocks, range(2, blocks.ndim, 2), mesh)
 
 
 def shard_over_devices(function: Callable[..., Any], plan: Plan, mesh: Mesh | None) -> Callable[..., Any]:
-    """Run a function of slots on each device's own; without a mesh it is run as it is.
+    """Run a function of slots on each device's own slots; without a mesh, on all.
 
     It maps a scalar, sequences of trees for each stack, and the number of the device to such sequences. The returned
     function takes the scalar and the sequences.
@@ -123,7 +123,7 @@ def _over(axis: int, mesh: Any) -> P:
 
 
 def _split(x: jax.Array, axes: Sequence[int], mesh: Mesh | None) -> jax.Array:
-    """Split along the last of some axes that the devices divide, if there is one."""
+    """Split along the last of the given axes that the devices divide, if there is one."""
     if mesh is None or mesh.size == 1:
         return x
     fitting = [axis for axis in sorted(axes) if x.shape[axis] and x.shape[axis] % mesh.size == 0]

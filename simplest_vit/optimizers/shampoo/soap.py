@@ -48,7 +48,7 @@ def scale_by_soap(**arguments: Any) -> optax.GradientTransformation:
       Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321. Differences here:
       second moments are carried over to a refreshed basis (`rotate_moments`); a basis is refreshed before the step, not
       after it, and in each of the first k steps; the first basis is iterated from the identity, while the authors' code
-      decomposes.
+      decomposes the statistics.
     """
     return precondition(SoapOptions(soap, arguments), _refresh, _direction)
 
@@ -142,9 +142,9 @@ def soap(
       start_preconditioning_step: Steps before this one are Adam's; in it, only the blocks that are due get a basis.
       max_preconditioner_dim: Longer dimensions are cut into the fewest even blocks of at most this size, >= 1.
       precondition_1d: Whether vectors get a basis. Otherwise, and for scalars, the step is Adam's.
-      basis: Update of an eigenbasis: one power iteration, orthogonalized by 'qr' (LAPACK or cuSOLVER)
-        or by 'gram_schmidt' (matrix products only), or 'eigh'; 'auto': 'qr' on a CPU, else 'gram_schmidt', decided when
-        the program is lowered.
+      basis: Update of an eigenbasis: one power iteration, orthogonalized by 'qr' (LAPACK or cuSOLVER) or 'gram_schmidt'
+        (matrix products only); or 'eigh'. 'auto' is 'qr' on a CPU, otherwise 'gram_schmidt', chosen when the program is
+        lowered.
 
     Raises:
       ValueError: As `scale_by_shampoo`.

@@ -24,7 +24,7 @@ class StackState(NamedTuple):
     Attributes:
       mu: (N, *block_shape), the momentum without bias correction; SOAP's is in the eigenbases.
       nu: (N, *block_shape), the second moment, likewise; `optax.MaskedNode` if the grafting method has none.
-      axes: For each preconditioned axis its statistics and preconditioners.
+      axes: Statistics and preconditioners for each preconditioned axis.
     """
 
     mu: jax.Array
@@ -41,7 +41,7 @@ class PreconditionedState(NamedTuple):
         other shape.
       mu: The parameters' tree: the momentum of those that are not preconditioned, `optax.MaskedNode` for the others.
       nu: Likewise, the second moment.
-      stacks: For each stack of the plan its `StackState`; a leaf if there are no parameters, as in a call by
+      stacks: A `StackState` for each stack of the plan; a leaf if there are no parameters, as in a call by
         `optax.tree.map_params`.
     """
 
@@ -193,7 +193,7 @@ def _check(state: PreconditionedState, expected: Any) -> None:
         if given != needed:
             raise ValueError(
                 f"state.{name}: it has {given}: it must have {needed}. The state was made with other parameters or "
-                "stack_axes, or with another of the arguments that decide shapes and types (max_preconditioner_dim, "
+                "stack_axes, or a different value of an argument that sets shapes and types (max_preconditioner_dim, "
                 "even_blocks, merge_dims, precondition_1d, one_sided, ignored_dim, grafting, preconditioner_dtype, "
                 "mu_dtype)."
             )
