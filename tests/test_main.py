@@ -81,7 +81,7 @@ def test_a_folder_of_photos_from_training_to_a_table(main, tmp_path):
     data += ["--config.data.validation_split=train[90%:]+validation"]
     trained = main("train", "--config", "photos", "--workdir", tmp_path / "run", *TINY, *data)
     assert trained.returncode == 0, trained.stderr
-    assert "of each class 80 % train and 20 % validate" in trained.stderr
+    assert "80 % of each class for training, 20 % for validation" in trained.stderr
     predicted = main(
         "predict", "--workdir", tmp_path / "run", "--images", tmp_path / "new", "--csv", tmp_path / "t.csv"
     )

@@ -107,7 +107,7 @@ def _reach(address: str, process_id: int) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"--coordinator_address={address} does not answer ({error}); start process 0 there, open the port"
+                    f"--coordinator_address={address} does not answer ({error}); start process 0 and open its port"
                 ) from error
         time.sleep(1)
 

@@ -1,8 +1,8 @@
 """The layout of a run over devices: one mesh, and one rule for each kind of array.
 
 The mesh has two axes. `fsdp` counts the devices that share one copy of the parameters and of the optimizer's state;
-`data` counts the copies. A batch is split over both. With `fsdp` 1 every device holds everything except its share of
-the stacks of Shampoo and SOAP.
+`data` counts the copies. A batch is split over both. With `fsdp` 1 every device holds everything, but only its share
+of the stacks of Shampoo and SOAP.
 """
 
 import math

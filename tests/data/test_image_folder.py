@@ -66,13 +66,13 @@ def test_a_flat_folder_is_split_80_to_20_in_each_class_and_says_so(tmp_path, mak
         dataset = input_pipeline.load(config.data)
     np.testing.assert_array_equal(np.bincount(dataset.train.labels), [1, 8, 6, 1])
     np.testing.assert_array_equal(np.bincount(dataset.validation.labels), [1, 2, 1])
-    assert "of each class 80 % train and 20 % validate" in dataset.info.to_json()["description"]
+    assert "80 % of each class for training, 20 % for validation" in dataset.info.to_json()["description"]
     assert len(set(np.asarray(dataset.train.labels[:8]))) > 1, "the classes are mixed"
-    assert caplog.text.count("80 % train and 20 % validate") == 1
+    assert caplog.text.count("for training, 20 % for validation") == 1
     assert "label: 4 classes: bee, cat, dog, eel" in caplog.text
     config.seed = 5  # has no part in it
     prepared = prepare("image_folder", tmp_path / "tfds", tmp_path / "photos")
-    assert "80 % train and 20 % validate" in describe(prepared)
+    assert "for training, 20 % for validation" in describe(prepared)
     before = set(originals(prepared, "validation"))
     (tmp_path / "photos/cat/new.jpg").write_bytes(jpeg(smooth_image(50, 16, 16)))
     after = set(originals(prepare("image_folder", tmp_path / "tfds", tmp_path / "photos"), "validation"))

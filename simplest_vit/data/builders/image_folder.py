@@ -22,7 +22,7 @@ _VALIDATION_FOLDERS = ("val", "validation", "valid", "test")  # the first that e
 _SPLIT_NAMES = {"train", "training", "test", "testing", *_VALIDATION_FOLDERS}
 _HELD_OUT = 0.2  # of each class, if one folder holds both splits
 _RULE = (
-    "Images in CLASS/; of each class 80 % train and 20 % validate, chosen by a hash of the file's name: the same for "
+    "Images in CLASS/; 80 % of each class for training, 20 % for validation, by a hash of the file name: the same for "
     "every seed."
 )
 
