@@ -3,7 +3,7 @@
     python -m benchmarks.gpu --plan
     python -m benchmarks.gpu --workdir results --data_dir ~/tensorflow_datasets --minutes 30
 
-1. kernel: is the fused attention kernel exact, and faster than XLA's form?
+1. kernel: is the fused attention kernel accurate, and faster than XLA's form?
 2. step: a step of the isometric network at S/4 and batch 2,048, compared with SimpleViT's.
 3. s4: `benchmarks.reproduce s4`, three runs at a time: 30 epochs on the hold-out for each rate, then 90 for each seed.
 4. optimizers: what Shampoo and SOAP add to a step.

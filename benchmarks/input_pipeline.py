@@ -204,7 +204,7 @@ def benchmark_device(arguments: argparse.Namespace) -> None:
             print("  without the peer, PyTorch's DataLoader, because PyTorch is missing")
     if arguments.train_step_s:
         share = arguments.batch_size / ours / arguments.train_step_s
-        print(f"  share of a train step of {arguments.train_step_s:.3f} s: {share:.1%}")
+        print(f"  share of a training step of {arguments.train_step_s:.3f} s: {share:.1%}")
 
 
 def benchmark_host(arguments: argparse.Namespace) -> None:
@@ -229,7 +229,7 @@ def benchmark_host(arguments: argparse.Namespace) -> None:
     report(f"whole pipeline, {arguments.num_workers} workers, {cores} cores", whole)
     if arguments.train_step_s:
         share = max(0.0, arguments.batch_size / whole / arguments.train_step_s - 1)
-        print(f"  waiting beyond a train step of {arguments.train_step_s:.3f} s: {share:.1%}")
+        print(f"  waiting beyond a training step of {arguments.train_step_s:.3f} s: {share:.1%}")
 
 
 def main() -> None:
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement")
-    parser.add_argument("--train_step_s", type=float, help="time of a train step of this batch size")
+    parser.add_argument("--train_step_s", type=float, help="time of a training step of this batch size")
     try:
         arguments = parser.parse_args()
         print(f"{arguments.name}, batch {arguments.batch_size}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores")

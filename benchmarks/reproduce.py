@@ -181,7 +181,7 @@ def main() -> None:
             failed += execute(reported(table, chosen, root, fields, check.value), environments)
         if failed:
             raise TrainingError(f"{failed} runs failed, see above; rerun the command for these")
-        print(f"done; keep the runs: python -m benchmarks.records {root} --selected_on hold-out")
+        print(f"done; record the runs: python -m benchmarks.records {root} --selected_on hold-out")
 
     cli.run(program, usage, required=("workdir",), positional=True)
 

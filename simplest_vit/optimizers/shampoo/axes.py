@@ -175,7 +175,7 @@ def refresh_staggered(
 def shampoo_metrics(opt_state: Any) -> dict[str, jax.Array]:
     """Find Shampoo or SOAP anywhere in an optimizer state and compute metrics of its preconditioners.
 
-    Call it within the jitted train step: it reduces arrays and never reads their values.
+    Call it within the jitted training step: it reduces arrays and never reads their values.
 
     Args:
       opt_state: Any optax state, however nested.
