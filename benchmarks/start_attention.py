@@ -37,14 +37,14 @@ def start_state(run: Run, state: ModelState) -> ModelState:
 
 def _main(folders: list[str]) -> None:
     if not folders:
-        raise UserError("no runs named; usage: python -m benchmarks.start_attention FOLDER...")
+        raise UserError("no folder given; usage: python -m benchmarks.start_attention FOLDER...")
     for folder in folders:
         run, state, _ = restore_best(folder, mesh=create_mesh())
         dataset = input_pipeline.load(run.config.data)
         trained, put_back = (validate(run, dataset, each) or {} for each in (state, start_state(run, state)))
         print(
             f"{folder}: trained {trained['validation_accuracy']:.2%} (loss {trained['validation_loss']:.4f}), with the "
-            f"start's attention {put_back['validation_accuracy']:.2%} (loss {put_back['validation_loss']:.4f})",
+            f"initial attention {put_back['validation_accuracy']:.2%} (loss {put_back['validation_loss']:.4f})",
             flush=True,
         )
 

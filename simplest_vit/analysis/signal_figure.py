@@ -11,12 +11,12 @@ from simplest_vit.analysis.propagation import Propagation
 
 # Quantity -> title, label of the y axis, logarithmic.
 PANELS = {
-    "token_cosine": ("How different tokens of an image are", "1 - cosine of two tokens, mean", True),
-    "image_cosine": ("How different images are", "1 - cosine of two images, mean", True),
+    "token_cosine": ("Difference between tokens of an image", "1 - cosine of two tokens, mean", True),
+    "image_cosine": ("Difference between images", "1 - cosine of two images, mean", True),
     "mean_square": ("Size of the signal", "mean squared activation q", True),
-    "kernel_error": ("Distance of token cosines from theory", "greatest |cosine - theory|", True),
-    "attention_entropy": ("How wide attention looks", "entropy of a row (nats)", False),
-    "attention_distance": ("Distance of attention from its start", "$\\|A - A_0\\| \\, / \\, \\|A_0\\|$", True),
+    "kernel_error": ("Distance of token cosines from theory", "largest |cosine - theory|", True),
+    "attention_entropy": ("Width of attention", "entropy of a row (nats)", False),
+    "attention_distance": ("Distance of attention from initialization", "$\\|A - A_0\\| \\, / \\, \\|A_0\\|$", True),
     "token_gradient": ("Gradient at the tokens", "gradient norm", True),
     "parameter_gradient": ("Gradient at the parameters", "gradient norm", True),
 }
