@@ -266,9 +266,7 @@ def parse_arguments(arguments: str | None, **choices: str | tuple[str, ...]) -> 
         if key not in choices:
             raise UserError(f"config argument {item!r} is unknown; expected key=value with one of {', '.join(choices)}")
         if not value or (not isinstance(choices[key], str) and value not in options[key]):
-            raise UserError(
-                f"config argument {key}={value} is unknown; expected {key}= one of {', '.join(options[key])}"
-            )
+            raise UserError(f"config argument {key}={value} is unknown; expected one of {', '.join(options[key])}")
         chosen[key] = value
     return chosen
 
