@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import shlex
 import sys
 import types
 
@@ -19,6 +20,7 @@ from simplest_vit.data import input_pipeline, prepare
 from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import UserError
 from simplest_vit.training import evaluate
+from simplest_vit.training.workdir import RESULTS
 from tests.tiny import tiny_config
 
 KINDS = ("string", "bool", "integer", "multi_string")
@@ -65,7 +67,7 @@ def test_predict(run, record, capsys):
     assert json.loads(capsys.readouterr().out) == found
 
 
-def test_evaluate(run, record, monkeypatch):
+def test_evaluate(run, record, monkeypatch, tmp_path):
     latest, best = (types.SimpleNamespace(name=name, summary=dict) for name in ("latest", "best"))
     calls, written = record(evaluate, "evaluate", {"latest": latest, "best": best}), []
     monkeypatch.setattr(classification_files, "write_classification", lambda *a: written.append(a))
@@ -74,6 +76,10 @@ def test_evaluate(run, record, monkeypatch):
     run("evaluate", config="config", split="test[:9]", output="report")
     assert calls == [("runs/mine", "config", {"validation_split": "test[:9]"})]
     assert written == [(best, "report")]
+    for folder, split in (("cat", "train+validation"), ("train", None)):  # all images, or those of val/
+        (tmp_path / folder).mkdir()
+        run("evaluate", image_folder=str(tmp_path))
+        assert calls.pop()[2] == {"name": "image_folder", "manual_dir": str(tmp_path), "validation_split": split}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +129,7 @@ def test_signal_propagation(run, record):
     assert calls == [("config", "runs/mine", True, 4)]
 
 
-def test_sweep(run, record, tmp_path, monkeypatch):
+def test_sweep(run, record, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sweep", "--config=digits", "--seeds=2"])
     record(sweep, "find_devices", ("gpu", [0, 1]))
     checked, calls = record(sweep, "check_points"), record(sweep, "execute", 0)
@@ -134,3 +140,9 @@ def test_sweep(run, record, tmp_path, monkeypatch):
     assert "--config=digits" in points[0].commands[0]
     assert [[path.name for path in point.workdirs] for point in points] == [["seed=7", "seed=8"]] * 2
     assert [share["JAX_CUDA_VISIBLE_DEVICES"] for share in shares] == ["0", "1", "0"]
+    capsys.readouterr()
+    (finished := points[0].workdirs[0]).mkdir(parents=True)
+    (finished / RESULTS).write_text("{}")
+    run("sweep", config=tiny_config(seed=7), workdir=str(tmp_path / "sweep"), print_commands=True, **axes)
+    unfinished = [command for point in points for command in point.commands][1:]
+    assert capsys.readouterr().out.splitlines() == list(map(shlex.join, unfinished))

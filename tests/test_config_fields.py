@@ -342,8 +342,9 @@ def _worst(weights, rho):
 
 
 def sam_rho(**_):
-    before, after, _, _ = stepped(sam__rho=0.5)
+    before, after, _, metrics = stepped(sam__rho=0.5)
     assert_close(after, descend(before, gradient_of(_worst(before, 0.5), 0)[1]))
+    assert metrics["loss"] / 64 == pytest.approx(gradient_of(before, 0)[0]), "at the plain point"
 
 
 def sam_every(**_):

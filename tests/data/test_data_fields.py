@@ -110,6 +110,13 @@ def test_a_field_changes_what_it_should_and_nothing_else(observe, make_config, f
     assert {what for what in one if not equal(one[what], other[what])} == changes
 
 
+def test_images_of_the_size_of_the_model_are_cropped_for_evaluation_in_memory_as_streamed(observe, make_config):
+    settings = {"name": "digits", "image_size": 8, "validation_split": "validation[:9]", "random_resized_crop": True}
+    places = (settings | {"device_budget_bytes": budget} for budget in (10**9, 0))
+    in_memory, streamed = (observe(make_config, place)[EVALUATION] for place in places)
+    assert equal(in_memory, streamed)
+
+
 @pytest.mark.parametrize(
     ("budget", "augmentation"),
     [

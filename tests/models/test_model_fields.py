@@ -176,6 +176,8 @@ def test_dropout_needs_a_key_and_is_on_the_tokens(name):
     model, plain = tiny.vit(name, dropout=0.5), tiny.vit(name)
     np.testing.assert_array_equal(model(image), plain(image))
     assert not np.allclose(model(image, dropout_key=jax.random.key(2)), plain(image))
+    features = model.features(image, dropout_key=jax.random.key(2))
+    assert (features == 0).mean() < 0.1, "a mean of tokens is not dropped"
     tokens = jax.random.normal(jax.random.key(3), (2, 6, 16))
     kept = model.dropout(tokens, deterministic=False, rngs=jax.random.key(2)) / tokens
     assert set(np.unique(kept)) == {0, 2}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.extend.core import jaxprs_in_params
 
 from simplest_vit.models import PRESETS, VARIANTS, create_model
@@ -159,3 +159,13 @@ def test_initialization():
         np.testing.assert_allclose(np.linalg.svd(kernel, compute_uv=False), scale, rtol=1e-5)
     flat = jax.tree.leaves_with_path(params)
     assert all((array == 0).all() for path, array in flat if path[-1].key == "bias")
+
+
+def test_simple_vit_starts_as_in_pytorch():
+    """Kernel and bias of a linear layer are uniform up to 1 / sqrt(inputs)."""
+    _, params, _ = tiny.split(tiny.vit("simple_vit", num_classes=40))
+    flat = traverse_util.flatten_dict(params)
+    kernels = [path for path in flat if path[-1] == "kernel"]
+    for path in (*kernels, *(path for path in flat if path[-1] == "bias" and "norm" not in path)):
+        inputs = flat[*path[:-1], "kernel"].shape[-2]
+        assert 0.9 < np.abs(flat[path]).max() * inputs**0.5 <= 1, path
