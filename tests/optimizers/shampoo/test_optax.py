@@ -20,26 +20,26 @@ STEPS = 6  # steps 3 to 6 are preconditioned
 
 def parameters():
     """Three blocks of one shape in two kernels, and a vector, which is not preconditioned."""
-    a, b, c = jax.random.split(jax.random.key(0), 3)
-    return {
-        "a": jax.random.normal(a, (6, 4)),
-        "b": {"c": jax.random.normal(b, (3, 4)), "d": jax.random.normal(c, (4,))},
-    }
+    rng = np.random.default_rng(0)
+    a, c, d = (np.float32(rng.normal(size=shape)) for shape in ((6, 4), (3, 4), (4,)))
+    return {"a": a, "b": {"c": c, "d": d}}
 
 
-@jax.jit
 def gradient(params, t):
     """Of an ill-conditioned quadratic, with noise of this step."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), t), 3)
-    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
-    scale = lambda x: (1 + jnp.arange(x.size, dtype=x.dtype) % 5).reshape(x.shape)  # noqa: E731
-    return jax.tree.map(lambda x, key: scale(x) * (x + jax.random.normal(key, x.shape)), params, keys)
+    rng = np.random.default_rng(t)
+    scale = lambda x: np.float32(1 + np.arange(x.size) % 5).reshape(x.shape)  # noqa: E731
+    return jax.tree.map(lambda x: scale(x) * (x + np.float32(rng.normal(size=x.shape))), params)
+
+
+def apply(params, updates):
+    return jax.tree.map(lambda x, update: x + np.asarray(update), params, updates)
 
 
 def loop(update, params, state, steps=STEPS, gradient=gradient):
     for t in steps if isinstance(steps, range) else range(steps):
         updates, state = update(gradient(params, t), state, params)
-        params = optax.apply_updates(params, updates)
+        params = apply(params, updates)
     return params, state
 
 
@@ -87,15 +87,24 @@ SOAPS = {"shampoo_beta": 0.8}  # SOAP's own
     ids=["shampoo", "soap"],
 )
 def test_scheduled_numbers_are_those_of_each_step(method, numbers):
-    """A plain loop makes the transformation with the numbers of the first steps, and anew with those of the others."""
+    """A plain loop gives the transformation the numbers of the first steps, then those of the others.
+
+    Axes and masks are static: else `inject_hyperparams` would call them with a count of steps, as a schedule.
+    """
     half = STEPS - 2
     schedules = {name: lambda t, value=value: jnp.where(t < half, value, value / 2) for name, value in numbers.items()}
-    tx = optax.inject_hyperparams(method, static_args=static_args(method))(**schedules, **SETTINGS)
+    static = SETTINGS | {
+        "stack_axes": lambda params: jax.tree.map(lambda x: int(x.ndim > 1), params),
+        "mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    }
+    tx = optax.inject_hyperparams(method, static_args=static_args(method))(**schedules, **static)
     params = parameters()
     ours, state = loop(jax.jit(tx.update), params, tx.init(params))
-    first, second = (method(**{k: v / n for k, v in numbers.items()}, **SETTINGS) for n in (1, 2))
-    plain, inner = loop(jax.jit(first.update), params, first.init(params), steps=half)
-    plain, _ = loop(jax.jit(second.update), plain, inner, steps=range(half, STEPS))
+    update = jax.jit(lambda numbers, *arguments: method(**numbers, **static).update(*arguments))
+    plain, inner = params, method(**numbers, **static).init(params)
+    for n, steps in ((1, range(half)), (2, range(half, STEPS))):
+        given = {name: value / n for name, value in numbers.items()}
+        plain, inner = loop(functools.partial(update, given), plain, inner, steps=steps)
     assert_close(ours, plain)
     for name, value in numbers.items():
         np.testing.assert_allclose(state.hyperparams[name], value / 2, rtol=1e-6)
@@ -109,40 +118,17 @@ def test_a_scheduled_decay_of_one_sums(method):
 
 
 @every_method
-def test_axes_and_masks_are_static(method):
-    """Else `inject_hyperparams` would call them with a count of steps, as a schedule."""
-    given = {
-        "stack_axes": lambda params: jax.tree.map(lambda x: int(x.ndim > 1), params),
-        "mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-        "weight_decay": 0.1,
-    }
-    tx = optax.inject_hyperparams(method, static_args=static_args(method))(0.1, **SETTINGS, **given)
-    assert_close(train(tx), train(method(0.1, **SETTINGS, **given)))
-
-
-@every_method
-def test_masked_and_multi_transform_are_the_methods_alone(method):
-    """What others do to other parameters changes nothing."""
+def test_multi_transform_is_the_method_alone(method):
+    """What others do to other parameters changes nothing; each is an `optax.masked` of its own."""
     tx = alone(method)
     params = parameters()
-    expected = train(tx, params["b"], gradient=lambda p, t: gradients(p, t)["b"])
-    labels = {"a": "sgd", "b": {"c": "ours", "d": "ours"}}
-    multi = optax.multi_transform({"ours": tx, "sgd": optax.sgd(0.01)}, labels)
-    masked = optax.chain(
-        optax.masked(tx, {"a": False, "b": True}), optax.masked(optax.scale(-0.01), {"a": True, "b": False})
-    )
+    of_b = lambda b, t: gradient(params | {"b": b}, t)["b"]  # noqa: E731
+    trained = train(optax.multi_transform({"ours": tx, "sgd": optax.sgd(0.01)}, {"a": "sgd", "b": "ours"}))
+    assert_close(trained["b"], train(tx, params["b"], gradient=of_b))
     by_sgd = params["a"]
     for t in range(STEPS):
         by_sgd = by_sgd - 0.01 * gradient(params | {"a": by_sgd}, t)["a"]
-    for wrapped in (multi, masked):
-        trained = train(wrapped)
-        assert_close(trained["b"], expected)
-        assert_close(trained["a"], by_sgd)
-
-
-def gradients(b, t):
-    """Of the whole tree, given its part b: that of b does not depend on the rest."""
-    return gradient(parameters() | {"b": b}, t)
+    assert_close(trained["a"], by_sgd)
 
 
 @every_method
@@ -158,7 +144,7 @@ def test_apply_if_finite_skips_bad_steps_alone(method):
     tx = alone(method)
     bad = {3, 5}
     good = [t for t in range(STEPS + len(bad)) if t not in bad]
-    spoil = lambda p, t: jax.tree.map(lambda g: g * (jnp.nan if t in bad else 1), gradient(p, t))  # noqa: E731
+    spoil = lambda p, t: jax.tree.map(lambda g: g * np.float32(np.nan if t in bad else 1), gradient(p, t))  # noqa: E731
     trained = train(optax.apply_if_finite(tx, 3), steps=STEPS + len(bad), gradient=spoil)
     assert_close(trained, train(tx, gradient=lambda p, t: gradient(p, good[t])))
 
@@ -166,7 +152,7 @@ def test_apply_if_finite_skips_bad_steps_alone(method):
 @every_method
 def test_schedule_free_is_its_formula(method):
     """z <- z + step(gradient at y), x <- the mean of all z so far, y <- 0.9 x + 0.1 z, at a constant rate."""
-    tx = method(0.1, b1=0.0, **SETTINGS)
+    tx = alone(method)
     wrapped = optax.contrib.schedule_free(tx, 0.1, b1=0.9)
     params = parameters()
     y, state = loop(jax.jit(wrapped.update), params, wrapped.init(params))
@@ -177,38 +163,45 @@ def test_schedule_free_is_its_formula(method):
     expected = params
     for t in range(STEPS):
         updates, inner = update(gradient(expected, t), inner, expected)
-        z = optax.apply_updates(z, updates)
+        z = apply(z, updates)
         x = mix(1 / (t + 1), x, z)
         expected = mix(0.1, x, z)
     assert_close((y, evaluated), (expected, x), rtol=1e-3, atol=1e-4)
 
 
+def stacked(trees):
+    return jax.tree.map(lambda *x: np.stack(x), *trees)
+
+
 @every_method
 def test_seeds_can_be_mapped_over(method):
     tx = alone(method)
+    apart = [jax.tree.map(lambda x, seed=seed: np.float32(1 + seed) * x, parameters()) for seed in range(3)]
 
-    apart = [jax.tree.map(lambda x, seed=seed: (1 + seed) * x, parameters()) for seed in range(3)]
-    params = jax.tree.map(lambda *x: jnp.stack(x), *apart)
-    state = jax.vmap(tx.init)(params)
-    together, _ = loop(jax.jit(jax.vmap(tx.update)), params, state, gradient=jax.vmap(gradient, (0, None)))
-    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *(train(tx, params) for params in apart)))
+    def gradients(params, t):
+        return stacked(gradient(jax.tree.map(lambda x, seed=seed: x[seed], params), t) for seed in range(3))
+
+    params = stacked(apart)
+    together, _ = loop(jax.jit(jax.vmap(tx.update)), params, jax.jit(jax.vmap(tx.init))(params), gradient=gradients)
+    assert_close(together, stacked(train(tx, params) for params in apart))
 
 
 @every_method
 def test_state_and_parameters_can_be_donated(method):
     tx = alone(method)
+    of_start = lambda _, t: gradient(parameters(), t)  # noqa: E731
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    donating, params = jax.jit(step, donate_argnums=(0, 1)), parameters()
+    donating, params = jax.jit(step, donate_argnums=(0, 1)), jax.device_put(parameters())
     state = jax.jit(tx.init)(params)
     for t in range(STEPS):
         old = jax.tree.leaves((params, state))
-        params, state = donating(params, state, gradient(params, t))
+        params, state = donating(params, state, of_start(params, t))
         assert all(leaf.is_deleted() for leaf in old if leaf.size > 2)  # but for the layout's version
-    assert_close(params, train(tx))
+    assert_close(params, train(tx, gradient=of_start))
 
 
 @every_method

@@ -1,5 +1,6 @@
 """What holds whatever the numbers: turns, robustness, layouts and bad input."""
 
+import functools
 import importlib
 import re
 
@@ -31,18 +32,21 @@ METHODS = {"shampoo": scale_by_shampoo, "soap": scale_by_soap}
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-def scale(method, stack_axes=None, **settings):
-    return METHODS[method](stack_axes=stack_axes, **settings)
+PARAMS = {"kernel": np.ones((6, 4), np.float32), "other": np.ones((4, 4), np.float32), "bias": np.ones(4, np.float32)}
+
+
+@functools.cache  # so that tests of the same settings compile one program
+def scale(method, **settings):
+    return METHODS[method](**settings)
 
 
 def normal(seed, tree):
-    keys = jax.random.split(jax.random.key(seed), len(jax.tree.leaves(tree)))
-    keys = jax.tree.unflatten(jax.tree.structure(tree), list(keys))
-    return jax.tree.map(lambda key, leaf: jax.random.normal(key, leaf.shape, leaf.dtype), keys, tree)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), tree)
 
 
 def run(tx, params, steps, gradients=normal, state=None):
-    state = tx.init(params) if state is None else state
+    state = jax.jit(tx.init)(params) if state is None else state
     update, history = jax.jit(tx.update), []
     for seed in range(steps):
         updates, state = update(gradients(seed, params), state)
@@ -56,12 +60,11 @@ def assert_same(a, b, rtol=1e-5, atol=1e-6):
 
 
 @every_method
-@pytest.mark.parametrize("frequency", [1, 2, 3])
-def test_as_many_slots_take_their_turn_in_every_step(method, frequency):
+def test_as_many_slots_take_their_turn_in_every_step(method):
     """Five blocks: by the end of each period every one of them was recomputed once; of SOAP all in the first period."""
-    params, changed = {"kernel": jnp.zeros((5, 4, 4))}, []
+    params, changed, frequency = {"kernel": np.zeros((5, 4, 4), np.float32)}, [], 3
     tx = scale(method, stack_axes=1, precondition_frequency=frequency)
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     for seed in range(3 * frequency):
         before = state.stacks[0].axes[0].preconditioner
         _, state = update(normal(seed, params), state)
@@ -75,12 +78,13 @@ def test_as_many_slots_take_their_turn_in_every_step(method, frequency):
 @every_method
 def test_few_blocks_of_many_shapes_are_refreshed_together(method):
     """An MLP of 784-256-128-10 in turns of 10 would recompute 5 of its 8 matrices in each step."""
-    params = {"a": jnp.zeros((10, 8)), "b": jnp.zeros((8, 6)), "c": jnp.zeros((6, 2))}
+    shapes = {"a": (10, 8), "b": (8, 6), "c": (6, 2)}
+    params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     plan = (soap_plan if method == "soap" else shampoo_plan)(params, precondition_frequency=4)
     assert not plan.is_staggered
     assert plan.step_cubes == plan.refresh_cubes // 4
     tx = scale(method, precondition_frequency=4)
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     for step in range(1, 10):
         before = [stack.axes[0].preconditioner for stack in state.stacks]
         _, state = update(normal(step, params), state)
@@ -122,11 +126,10 @@ def statistics_of(state, shape):
 @every_method
 @pytest.mark.parametrize("bad", [1e30, jnp.nan])
 def test_a_bad_gradient_does_not_enter_the_state(method, bad):
-    params = {"kernel": jnp.ones((6, 4)), "other": jnp.ones((4, 4)), "bias": jnp.ones(4)}
     tx = scale(method, precondition_frequency=1)
-    _, state = run(tx, params, 2)
-    grads = jax.tree.map(jnp.ones_like, params)
-    grads["kernel"] = grads["kernel"].at[1, 2].set(bad)
+    _, state = run(tx, PARAMS, 2)
+    grads = jax.tree.map(np.array, PARAMS)
+    grads["kernel"][1, 2] = bad
     updates, after = jax.jit(tx.update)(grads, state)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, after)))
     assert_same(statistics_of(after, (6, 4)), statistics_of(state, (6, 4)), 0, 0)
@@ -135,23 +138,23 @@ def test_a_bad_gradient_does_not_enter_the_state(method, bad):
 
 def test_a_gradient_that_overflows_only_when_whitened_does_not_enter_the_statistics():
     """After small ones: KL-Shampoo multiplies it by a root of 1e6 before it is squared."""
-    params = {"kernel": jnp.ones((4, 4))}
+    params = {"kernel": np.ones((4, 4), np.float32)}
     tx = scale("shampoo", precondition_frequency=1, statistics="kl")
-    small = lambda seed, tree: jax.tree.map(lambda x: 1e-6 * x, normal(seed, tree))  # noqa: E731
+    small = lambda seed, tree: jax.tree.map(lambda x: np.float32(1e-6) * x, normal(seed, tree))  # noqa: E731
     _, state = run(tx, params, 3, small)
-    huge = {"kernel": 1e18 * normal(3, params)["kernel"]}
-    assert np.all(np.isfinite(jnp.square(huge["kernel"])))
+    huge = {"kernel": np.float32(5e18) * normal(3, params)["kernel"]}
+    assert np.all(np.isfinite(np.square(huge["kernel"])))
     _, after = jax.jit(tx.update)(huge, state)
     assert_same(statistics_of(after, (4, 4)), statistics_of(state, (4, 4)), 0, 0)
 
 
 @every_method
 def test_a_missing_gradient_leaves_statistics_and_moments_as_they_are(method):
-    params = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4), "other": jnp.ones(3)}
+    params = {"kernel": np.ones((6, 4), np.float32), "bias": np.ones(4, np.float32), "other": np.ones(3, np.float32)}
     # Two steps before the first basis, with which SOAP's moments would turn.
     tx = scale(method, precondition_frequency=1, start_preconditioning_step=9)
     _, state = run(tx, params, 2)
-    given = {"kernel": None, "bias": None, "other": jnp.ones(3)}
+    given = {"kernel": None, "bias": None, "other": params["other"]}
     updates, after = jax.jit(tx.update)(given, state, params)
     assert (updates["kernel"], updates["bias"]) == (None, None)
     kept = [
@@ -182,8 +185,8 @@ def test_the_worst_residual_is_that_of_all_stacks():
 def test_a_rejected_preconditioner_keeps_the_old_one_and_is_counted(method, monkeypatch):
     module = {"shampoo": shampoo_module, "soap": soap_module}[method]
     monkeypatch.setattr(module, "MOST_ERROR", 1e-12)
-    params = {"kernel": jnp.ones((6, 4))}
-    tx = scale(method, precondition_frequency=1)
+    params = {"kernel": np.ones((6, 4), np.float32)}
+    tx = METHODS[method](precondition_frequency=1)  # a program of its own, because the limit is compiled in
     history, state = run(optax.chain(optax.clip(1.0), tx), params, 3)
     metrics = jax.jit(shampoo_metrics)(state)
     assert metrics["rejected_roots"] == 6
@@ -195,7 +198,8 @@ def test_a_rejected_preconditioner_keeps_the_old_one_and_is_counted(method, monk
 
 def test_view_is_the_transformation_in_that_layout():
     """Unstacked, transposed and fused, as in PyTorch."""
-    params = {name: jnp.zeros((2, 4, 4)) for name in ("query", "key", "value")} | {"head": jnp.zeros((4, 3))}
+    params = {name: np.zeros((2, 4, 4), np.float32) for name in ("query", "key", "value")}
+    params["head"] = np.zeros((4, 3), np.float32)
 
     def view(tree):
         fused = [jnp.concatenate([tree[k][i].T for k in ("query", "key", "value")]) for i in range(2)]
@@ -211,8 +215,8 @@ def test_view_is_the_transformation_in_that_layout():
 
 def test_a_view_passes_further_arguments_on():
     tx = view_as(lambda tree: {"x": tree["x"].T}, optax.chain(shampoo(0.1), optax.scale_by_polyak()))
-    params = {"x": jnp.ones((3, 2))}
-    updates, _ = tx.update(params, tx.init(params), params, value=0.0)
+    params = {"x": np.ones((3, 2), np.float32)}
+    updates, _ = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params, value=0.0)
     np.testing.assert_array_equal(updates["x"], np.zeros((3, 2)))  # Polyak's step at the optimal value
 
 
@@ -272,7 +276,7 @@ def test_bad_settings_of_soap_are_named(setting):
 
 def test_numpy_numbers_are_numbers():
     """And bring no type of their own into the state."""
-    params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    params = {"kernel": np.ones((4, 4), np.float32), "bias": np.ones(4, np.float32)}
     given = {"b1": np.float64(0.5), "b2": np.float32(0.5), "eps": np.float64(1e-3), "grafting_b2": np.float64(0.5)}
     counts = {"precondition_frequency": 2, "start_preconditioning_step": 2, "max_preconditioner_dim": 3}
     expected, _ = run(scale("shampoo", **{k: float(v) for k, v in given.items()}, **counts), params, 3)
@@ -329,45 +333,42 @@ class Twins:
 
 @pytest.mark.parametrize("make", [lambda x, y: {"a/b": x, "a": {"b": y}}, Twins], ids=["paths", "keys"])
 def test_parameters_that_are_called_the_same_are_told_apart(make):
-    params, grads = make(jnp.ones((2, 2)), jnp.ones((2, 2))), make(jnp.ones((2, 2)), -jnp.ones((2, 2)))
+    ones = np.ones((2, 2), np.float32)
+    params, grads = make(ones, ones), make(ones, -ones)
     tx = shampoo(0.1)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
     assert_same(updates, jax.tree.map(lambda x: -0.1 * x, grads))
 
 
-@pytest.mark.parametrize("grafting", ["none", "sgd", "adagrad", "rmsprop", "adam"])
+@pytest.mark.parametrize("grafting", ["none", "sgd", "adam"])
 def test_gradients_whose_norm_overflows_have_finite_steps(grafting):
     """Of 1e18 each: their squares are finite, and the sums of squares are not. Adam takes steps of its usual size."""
-    params = {"kernel": jnp.zeros((48, 32))}
+    params = {"kernel": np.zeros((48, 32), np.float32)}
     tx = scale("shampoo", grafting=grafting, precondition_frequency=2)
-    history, _ = run(tx, params, 5, lambda seed, tree: {"kernel": 1e18 * normal(seed, tree)["kernel"]})
+    history, _ = run(tx, params, 5, lambda seed, tree: {"kernel": np.float32(1e18) * normal(seed, tree)["kernel"]})
     assert all(np.all(np.isfinite(updates["kernel"])) for updates in history)
     assert np.all(np.abs(history[-1]["kernel"]).max() > 0.1)
 
 
 @every_method
-@pytest.mark.parametrize("bad", [None, jnp.inf])
-def test_a_bad_gradient_is_not_multiplied(method, bad, monkeypatch):
+def test_a_bad_gradient_is_not_multiplied(method):
     """With JAX_DEBUG_NANS and without jit, where 0 x inf would be an error."""
-    params = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
     tx = scale(method, precondition_frequency=1)
+    params = {"kernel": PARAMS["other"], "bias": PARAMS["bias"]}
     _, state = run(tx, params, 2)
-    grads = {name: None if bad is None else jnp.full(x.shape, bad) for name, x in params.items()}
     with jax.debug_nans(True):
-        tx.update(grads, state, params)
+        for bad in (None, np.inf):
+            tx.update({name: bad and np.full_like(x, bad) for name, x in params.items()}, state, params)
 
 
-@every_method
-@pytest.mark.parametrize("stagger", [True, False])
+@pytest.mark.parametrize(("method", "stagger"), [("shampoo", True), ("soap", False)])
 def test_devices_may_have_gradients_of_their_own_in_shard_map(method, stagger):
     """Each steps as it would alone."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     given = {"root": "newton"} if method == "shampoo" else {"basis": "gram_schmidt"}
     tx = scale(method, precondition_frequency=2, stagger=stagger, **given)
-    params = {"kernel": jnp.ones((6, 6))}
-    state = tx.init(params)
-    for seed in range(2):
-        _, state = jax.jit(tx.update)(normal(seed, params), state)
+    params = {"kernel": np.ones((6, 6), np.float32)}
+    _, state = run(tx, params, 2)
     grads = [normal(10 + seed, params)["kernel"] for seed in range(2)]
 
     def update(grads):
@@ -375,7 +376,7 @@ def test_devices_may_have_gradients_of_their_own_in_shard_map(method, stagger):
         return updates["kernel"][None]
 
     spec = jax.sharding.PartitionSpec("data")
-    together = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=spec, out_specs=spec))(jnp.stack(grads))
+    together = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=spec, out_specs=spec))(np.stack(grads))
     for ours, grad in zip(together, grads, strict=True):
         assert_same(ours, jax.jit(tx.update)({"kernel": grad}, state)[0]["kernel"], rtol=1e-4)
 
@@ -437,14 +438,14 @@ def test_a_state_of_another_method_or_version_is_refused():
 
 @every_method
 def test_renaming_and_nesting_parameters_leaves_their_stacks_usable(method):
+    """The program is the same."""
     tx = scale(method, precondition_frequency=2)
-    params = {name: jnp.ones((4, 4)) for name in "ab"}
-    _, state = run(tx, params, 3)
+    params = {name: np.ones((4, 4), np.float32) for name in "ab"}
+    state = tx.init(params)
     renamed = {"layers": [params["a"], params["b"]]}
     masked = jax.tree.map(lambda _: optax.MaskedNode(), renamed)
-    expected, _ = jax.jit(tx.update)(params, state)
-    updates, _ = jax.jit(tx.update)(renamed, state._replace(mu=masked, nu=masked))
-    assert_same(jax.tree.leaves(updates), jax.tree.leaves(expected))
+    expected = jax.make_jaxpr(tx.update)(params, state)
+    assert str(jax.make_jaxpr(tx.update)(renamed, state._replace(mu=masked, nu=masked))) == str(expected)
 
 
 @every_method
