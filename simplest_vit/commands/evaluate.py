@@ -29,7 +29,8 @@ def main() -> None:
         import jax
 
         from simplest_vit.data.builders.image_folder import has_splits
-        from simplest_vit.training import distributed, evaluate
+        from simplest_vit.primary import is_primary
+        from simplest_vit.training import evaluate
 
         config = cli.CONFIG.value
         other_data: dict[str, str | None] = {}
@@ -52,7 +53,7 @@ def main() -> None:
                 if split.value:
                     message = message.replace("data.validation_split=", "--split=")
                 raise UserError(message) from error
-        if not distributed.is_primary():
+        if not is_primary():
             return
         print(json.dumps({name: evaluation.summary() for name, evaluation in outcome.items()}, indent=2))
         if output.value:

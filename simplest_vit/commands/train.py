@@ -25,7 +25,8 @@ def main() -> None:
 
     def train() -> None:
         # Imported here so that a mistyped flag is reported immediately; the other commands do the same.
-        from simplest_vit.training import distributed, train
+        from simplest_vit.primary import is_primary
+        from simplest_vit.training import train
         from simplest_vit.training.workdir import read_run
 
         workdir = cli.WORKDIR.value
@@ -37,7 +38,7 @@ def main() -> None:
             return
         with processes.connected(config):
             outcome = train.train(config, workdir)
-        if distributed.is_primary():
+        if is_primary():
             results = {name: value for name, value in outcome.items() if not isinstance(value, dict)}
             streams.print_saved(json.dumps(results, indent=2))
 

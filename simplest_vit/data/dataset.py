@@ -1,7 +1,6 @@
 """Load a data set: the facts that a run needs, and the examples, on the device or on disk."""
 
 import dataclasses
-import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -10,19 +9,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from simplest_vit import preemption
 from simplest_vit.data.builders import find_builder
 from simplest_vit.data.decode import eval_image
 from simplest_vit.data.prepare import open_prepared, prepare
 from simplest_vit.data.prepared import Prepared, Split
 from simplest_vit.data.records import DiskSplit
-from simplest_vit.errors import UserError, first_line
+from simplest_vit.errors import UserError
+from simplest_vit.primary import broadcast_from_primary
 
 _LOG = logging.getLogger(__name__)
-_LOADED = itertools.count()  # number of the data set, the same in all processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,26 +197,9 @@ def _prepare_once(data: Any) -> Prepared:
 
     Afterwards the others open it, or prepare their own copy if they do not share its disk.
     """
-    several, key = jax.process_count() > 1, f"simplest_vit/prepared/{next(_LOADED)}"
-    client: Any = ocp.multihost.get_jax_distributed_client() if several else None
-    while several and jax.process_index() > 0:
-        preemption.check()  # preparation may take hours
-        try:
-            if error := client.blocking_key_value_get(key, 1000):
-                raise UserError(error)
-            break
-        except jax.errors.JaxRuntimeError as problem:
-            if "DEADLINE_EXCEEDED" not in str(problem):
-                raise
-    error = ""
-    try:
-        return prepare(data.name, data.dir, data.manual_dir)
-    except BaseException as problem:  # the others must neither keep waiting nor assume that the data are ready
-        error = first_line(problem)
-        raise
-    finally:
-        if several and jax.process_index() == 0:
-            client.key_value_set(key, error)
+    prepared: list[Prepared] = []
+    broadcast_from_primary(lambda: prepared.append(prepare(data.name, data.dir, data.manual_dir)))
+    return prepared[0] if prepared else prepare(data.name, data.dir, data.manual_dir)
 
 
 def _check_splits(train: Split, validation: Split, classes: np.ndarray, class_names: tuple[str, ...]) -> None:

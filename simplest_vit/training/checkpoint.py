@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from simplest_vit.errors import CheckpointError, UserError
-from simplest_vit.training import distributed
+from simplest_vit.primary import broadcast_from_primary, is_primary
 from simplest_vit.training.integrity import UNREADABLE, find_damage, read_record, rewrite_progress, write_record
 from simplest_vit.training.state import RunProgress, TrainState
 
@@ -113,7 +113,7 @@ class Checkpoints:
         Raises:
           UserError: If all are damaged, or there is none.
         """
-        step = distributed.broadcast_from_primary(lambda: self._first_intact(reversed(self.steps())))
+        step = broadcast_from_primary(lambda: self._first_intact(reversed(self.steps())))
         self._manager.reload()
         return step
 
@@ -123,9 +123,7 @@ class Checkpoints:
         Raises:
           UserError: If all checkpoints are damaged.
         """
-        return distributed.broadcast_from_primary(
-            lambda: self._first_intact(sorted(self.steps(), key=self._rank, reverse=True))
-        )
+        return broadcast_from_primary(lambda: self._first_intact(sorted(self.steps(), key=self._rank, reverse=True)))
 
     def progress(self, step: int) -> RunProgress:
         """Read the progress of an intact checkpoint."""
@@ -143,7 +141,7 @@ class Checkpoints:
         with self._translate_errors("cannot be written"):
             self._saving = step, dataclasses.replace(progress)
             if step in self.steps():
-                if distributed.is_primary():
+                if is_primary():
                     rewrite_progress(self.directory / str(step), dataclasses.asdict(progress))
                 return
             best = max([*self.steps(), step], key=self._rank)
@@ -173,7 +171,7 @@ class Checkpoints:
           UserError: If the checkpoint is damaged or holds another state.
           CheckpointError: If it cannot be read.
         """
-        reason = distributed.broadcast_from_primary(lambda: self._damage(step))
+        reason = broadcast_from_primary(lambda: self._damage(step))
         if reason is None:
             with self._translate_errors("cannot be read", "check the disk and rerun the command"):
                 found = self._manager.item_metadata(step)["state"].tree
@@ -192,7 +190,7 @@ class Checkpoints:
                 partial_restore=isinstance(abstract, dict),
             )
             restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
-        record = distributed.broadcast_from_primary(lambda: read_record(self.directory / str(step)))
+        record = broadcast_from_primary(lambda: read_record(self.directory / str(step)))
         return restored["state"], RunProgress(**record["progress"])
 
     def load(self, choose: Callable[[], int | None], abstract: dict[str, Any]) -> tuple[dict[str, Any], RunProgress]:
@@ -223,7 +221,7 @@ class Checkpoints:
 
     def _write_record(self) -> None:
         """Write the record; Orbax calls this when all files are written, before the folder gets its final name."""
-        if distributed.is_primary():
+        if is_primary():
             step, progress = self._saving
             (folder,) = self.directory.glob(f"{step}.*tmp*")
             write_record(folder, dataclasses.asdict(progress))

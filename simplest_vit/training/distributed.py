@@ -5,7 +5,6 @@ connect, and the only one that logs and writes results. All processes write chec
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -14,11 +13,10 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -110,36 +108,6 @@ def _reach(address: str, process_id: int) -> None:
                     f"--coordinator_address={address} does not answer ({error}); start process 0 and open its port"
                 ) from error
         time.sleep(1)
-
-
-def is_primary() -> bool:
-    """Return whether this process writes logs and results."""
-    return jax.process_index() == 0
-
-
-def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
-    """Call `ask` on process 0 and broadcast its result, because each process may see a different state of the disk.
-
-    Args:
-      ask: Returns plain JSON.
-
-    Raises:
-      UserError: In all processes, if `ask` raises it.
-    """
-    if jax.process_count() == 1:
-        return ask()
-    content = b""
-    if is_primary():
-        try:
-            content = json.dumps({"answer": ask()}).encode()
-        except UserError as error:
-            content = json.dumps({"error": str(error)}).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    characters = np.frombuffer(content.ljust(size), np.uint8)  # the same shape in all processes
-    received = json.loads(multihost_utils.broadcast_one_to_all(characters).tobytes())
-    if "error" in received:
-        raise UserError(received["error"])
-    return received["answer"]
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import Interrupted
 from simplest_vit.files import read_json
 from simplest_vit.models import fused_attention
+from simplest_vit.primary import broadcast_from_primary, is_primary
 from simplest_vit.training import distributed
 from simplest_vit.training.checkpoint import Checkpoints, has_checkpoint
 from simplest_vit.training.evaluate import validate
@@ -57,9 +58,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     if config.wandb:
         import_wandb()
     path = check_workdir(workdir, settings)
-    if distributed.broadcast_from_primary((path / RESULTS).exists):  # even if the data no longer exist
+    if broadcast_from_primary((path / RESULTS).exists):  # even if the data no longer exist
         log.info("%s has finished; this is its %s", path, RESULTS)
-        return distributed.broadcast_from_primary(lambda: read_json(path / RESULTS))
+        return broadcast_from_primary(lambda: read_json(path / RESULTS))
 
     # 2. Data, model, optimizer and schedule; nothing is computed or written yet.
     dataset = input_pipeline.load(config.data)
@@ -68,13 +69,13 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         log.info(remark)
     check_batch_size(run.config.batch_size, config.accumulation_steps, mesh)  # now fitted to the training split
     initial_params = None
-    if config.init_from and not distributed.broadcast_from_primary(lambda: has_checkpoint(path)):
+    if config.init_from and not broadcast_from_primary(lambda: has_checkpoint(path)):
         initial_params = load_initial_params(run, config.init_from)
 
     with contextlib.ExitStack() as stack:
         # 3. The state, from the newest checkpoint or at step 0.
         lock = lock_workdir(path, settings, run.data)
-        distributed.broadcast_from_primary(lambda: stack.enter_context(lock))
+        broadcast_from_primary(lambda: stack.enter_context(lock))
         interrupted = stack.enter_context(distributed.interruption())
         checkpoints = stack.enter_context(Checkpoints(path, create=True))
         first_step = checkpoints.newest() or 0
@@ -83,7 +84,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             log.info("resuming at step %d of %d in %s", first_step, run.total_steps, path)
         else:
             state, progress = run.create_state(initial_params), RunProgress()
-        writer = create_writer(path, first_step, primary=distributed.is_primary(), wandb=config.wandb)
+        writer = create_writer(path, first_step, primary=is_primary(), wandb=config.wandb)
         stack.callback(writer.close)
         writer.write_hparams(flatten(config.to_dict()))  # for a resumed run, too, which may not have used W&B before
         log.info(memory_line(run.abstract))
@@ -116,7 +117,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         def overdue() -> bool:
             if not (minutes := config.checkpoint_minutes):
                 return False
-            return distributed.broadcast_from_primary(lambda: time.monotonic() - saved_time > 60 * minutes)
+            return broadcast_from_primary(lambda: time.monotonic() - saved_time > 60 * minutes)
 
         def stop(step: int) -> NoReturn:
             if step > saved_step:
@@ -139,7 +140,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             start_step=first_step,
             sharding=batch_sharding(mesh),
         )
-        bar = stack.enter_context(progress_bar(first_step, run.total_steps, primary=distributed.is_primary()))
+        bar = stack.enter_context(progress_bar(first_step, run.total_steps, primary=is_primary()))
         for step, batch in zip(range(first_step + 1, run.total_steps + 1), batches, strict=False):
             if out_of_patience():
                 log.info(
@@ -186,7 +187,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             "config": with_absolute_folders(run.config.to_dict()),
             **environment(),
         }
-        if distributed.is_primary():
+        if is_primary():
             write_results(path, outcome)
     return outcome
 

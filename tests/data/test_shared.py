@@ -1,6 +1,7 @@
 """Preparing by several processes at once, on file systems where flock does not exclude; and what the killed leave."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -148,7 +149,7 @@ class Store:
 @pytest.mark.parametrize("told", ["", "data.manual_dir=/nowhere: no such folder"])
 def test_process_0_prepares_while_the_others_wait(tmp_path, make_config, monkeypatch, told):
     store, prepared = Store(), []
-    store.told = told
+    store.told = json.dumps({"error": told} if told else {"answer": None})
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(ocp.multihost, "get_jax_distributed_client", lambda: store)
     original = prepare.prepare
@@ -167,11 +168,11 @@ def test_process_0_prepares_while_the_others_wait(tmp_path, make_config, monkeyp
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     store.values.clear()
     dataset._prepare_once(data)
-    assert list(store.values.values()) == [""]
+    assert list(store.values.values()) == ['{"answer": null}']
     data.name = "mnist"
     with pytest.raises(UserError, match="no such data set"):
         dataset._prepare_once(data)
-    assert list(store.values.values())[1].startswith("data.name=mnist: no such data set")
+    assert list(store.values.values())[1].startswith('{"error": "data.name=mnist: no such data set')
     assert len(store.values) == 2
 
 
@@ -189,7 +190,7 @@ def test_whatever_ends_process_0_is_told_to_the_others(tmp_path, make_config, mo
     monkeypatch.setattr(dataset, "prepare", fail)
     with pytest.raises(type(problem)):
         dataset._prepare_once(make_config("digits", dir=tmp_path).data)
-    assert list(store.values.values()) == [told]
+    assert list(store.values.values()) == [json.dumps({"error": told})]
 
 
 # What is prepared there already may be damaged.

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError
+from simplest_vit.primary import is_primary
 from simplest_vit.training import distributed
 
 
@@ -35,7 +36,7 @@ def test_what_does_not_fit_is_told(monkeypatch, arguments, message):
 def test_without_flags_there_is_one_process(monkeypatch):
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_, **__: pytest.fail("asked JAX"))
     distributed.initialize(False, None, None, None)
-    assert distributed.is_primary()
+    assert is_primary()
 
 
 @pytest.mark.parametrize(

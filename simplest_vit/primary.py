@@ -1,0 +1,54 @@
+"""Process 0 of a run, which decides for all, because each process may see a different state of the disk."""
+
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from simplest_vit import preemption
+from simplest_vit.errors import UserError, first_line
+
+_CALLS = itertools.count()  # number of the call, the same in all processes
+_POLL_MS = 1000
+
+
+def is_primary() -> bool:
+    """Return whether this process writes logs and results."""
+    return jax.process_index() == 0
+
+
+def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
+    """Call `ask` on process 0 and return its result in all processes, which wait for it, perhaps for hours.
+
+    Args:
+      ask: Returns plain JSON.
+
+    Raises:
+      UserError: In the other processes, if `ask` raises anything.
+      Interrupted: In the other processes, if a signal was received.
+    """
+    if jax.process_count() == 1:
+        return ask()
+    client: Any = ocp.multihost.get_jax_distributed_client()
+    key, received = f"simplest_vit/{next(_CALLS)}", {}
+    if is_primary():
+        try:
+            received["answer"] = ask()
+        except BaseException as error:  # the others must neither keep waiting nor assume that all is well
+            received["error"] = first_line(error)
+            raise
+        finally:
+            client.key_value_set(key, json.dumps(received))
+    while not received:
+        preemption.check()
+        try:
+            received = json.loads(client.blocking_key_value_get(key, _POLL_MS))
+        except jax.errors.JaxRuntimeError as problem:
+            if "DEADLINE_EXCEEDED" not in str(problem):
+                raise
+    if "error" in received:
+        raise UserError(received["error"])
+    return received["answer"]
