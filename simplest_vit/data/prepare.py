@@ -190,7 +190,7 @@ def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) 
         shutil.rmtree(left, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     try:
-        _write(builder, content, folder, path, skip_corrupt)
+        _write(builder, content, folder, skip_corrupt)
         folder.rename(path)
     except BaseException:
         if not builder.resumable:
@@ -214,7 +214,7 @@ def _name_old_copies(folder: Path) -> None:
         )
 
 
-def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_corrupt: bool) -> None:
+def _write(builder: Builder, content: Content, folder: Path, skip_corrupt: bool) -> None:
     """Write all files of a data set to a folder.
 
     Raises:
@@ -265,7 +265,7 @@ def _write(builder: Builder, content: Content, folder: Path, path: Path, skip_co
             version=tfds.core.Version(builder.version),
             data_dir=str(folder),
             module_name="",
-            config_name=path.parent.name if builder.config else None,
+            config_name=folder.parent.name if builder.config else None,
         ),
         description=content.description or builder.description,
         features=features,

@@ -1,6 +1,5 @@
 """The state of a run: everything that changes from step to step, as arrays and as plain numbers."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from simplest_vit.models.layers import Constant, all_gather_params
+from simplest_vit.models.layers import Constant
 
 
 @jax.tree_util.register_dataclass
@@ -140,22 +139,3 @@ def state_initializer(
         )
 
     return nnx.graphdef(nnx.eval_shape(create_seeded)), initialize
-
-
-def apply_model(
-    graphdef: nnx.GraphDef,
-    params: Any,
-    constants: Any,
-    image: jax.Array,
-    dropout_key: jax.Array | None = None,
-    *,
-    mesh: jax.sharding.Mesh | None = None,
-) -> jax.Array:
-    """Compute the logits of images [B, H, W, C] with the given parameters: float32 [B, num_classes].
-
-    A `dropout_key` turns dropout on; the devices of `mesh` shard the parameters.
-    """
-    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        # The parameters of the blocks are gathered layer by layer.
-        params = {name: tree if name == "blocks" else all_gather_params(tree) for name, tree in params.items()}
-        return nnx.merge(graphdef, params, constants)(image, dropout_key=dropout_key)

@@ -1,5 +1,6 @@
 """The two jitted functions of a run: a training step and an evaluation step. Pure, traced once each."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from simplest_vit.data.augment import Batch
+from simplest_vit.models.layers import all_gather_params
 from simplest_vit.optimizers.shampoo import shampoo_metrics
 from simplest_vit.training.metrics import Sums, classification_sums, confusion_sums
-from simplest_vit.training.state import TrainState, apply_model
+from simplest_vit.training.state import TrainState
 
 # Separates the random keys of dropout from those of augmentation, which fold the step number into the seed; no step has
 # this number.
@@ -23,29 +26,32 @@ _DROPOUT = 2**32 - 1
 _GradientOfPart = Callable[[Batch, jax.Array], tuple[Sums, Any]]
 
 
-def make_train_step(
+def apply_model(
     graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformation,
+    params: Any,
+    constants: Any,
+    image: jax.Array,
+    dropout_key: jax.Array | None = None,
     *,
-    seed: int,
-    label_smoothing: float = 0.0,
-    accumulation_steps: int = 1,
-    sam_rho: float = 0.0,
-    sam_every: int = 1,
-    ema_decay: float = 0.0,
-    ema_every: int = 1,
-    shardings: Any = None,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Compute the logits of images [B, H, W, C] with the given parameters: float32 [B, num_classes].
+
+    A `dropout_key` turns dropout on; the devices of `mesh` shard the parameters.
+    """
+    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        # The parameters of the blocks are gathered layer by layer.
+        params = {name: tree if name == "blocks" else all_gather_params(tree) for name, tree in params.items()}
+        return nnx.merge(graphdef, params, constants)(image, dropout_key=dropout_key)
+
+
+def make_train_step(
+    config: ConfigDict, graphdef: nnx.GraphDef, tx: optax.GradientTransformation, shardings: Any
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """Create the training step.
+    """Create the training step of a config.
 
     Args:
-      seed: Determines the masks of dropout.
-      accumulation_steps: Micro-batches in a step.
-      sam_rho: Radius of sharpness-aware minimization; 0 turns it off.
-      sam_every: Period in steps of sharpness-aware minimization.
-      ema_decay: Decay of the average of the parameters.
-      ema_every: Period in steps of the average.
-      shardings: From `state_shardings`, so that the new state is sharded like the old one; None on one device.
+      shardings: From `state_shardings`, so that the new state is sharded like the old one.
 
     Returns:
       A jitted function of the state, which it consumes, and a batch. It returns the new state and metrics: the sums of
@@ -53,15 +59,14 @@ def make_train_step(
       metrics of Shampoo or SOAP. If the loss or the gradient is not finite, the step is skipped: the sums are 0, and
       only `step` and the counts of the state change.
     """
-    mesh = None if shardings is None else shardings.step.mesh
 
     def loss(params: Any, constants: Any, batch: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Sums]:
-        logits = apply_model(graphdef, params, constants, batch["image"], dropout_key, mesh=mesh)
-        sums = classification_sums(logits, batch["label"], batch["weight"], label_smoothing)
+        logits = apply_model(graphdef, params, constants, batch["image"], dropout_key, mesh=shardings.step.mesh)
+        sums = classification_sums(logits, batch["label"], batch["weight"], config.label_smoothing)
         return sums["loss"], sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
+        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _DROPOUT), state.step)
 
         # 1. The gradient of the mean loss; with SAM, at the worst point nearby.
         def mean_gradient(params: Any) -> tuple[Sums, Any]:
@@ -69,15 +74,15 @@ def make_train_step(
                 gradient, sums = jax.grad(loss, has_aux=True)(params, state.constants, part, key)
                 return sums, gradient
 
-            sums, total = _accumulate(of_part, batch, dropout_key, accumulation_steps)
+            sums, total = _accumulate(of_part, batch, dropout_key, config.accumulation_steps)
             return sums, jax.tree.map(lambda g: g / sums["count"], total)
 
-        at_worst_point = functools.partial(_gradient_at_worst_point, mean_gradient, sam_rho)
-        if sam_rho and sam_every > 1:
-            is_due = state.step % sam_every == 0
+        at_worst_point = functools.partial(_gradient_at_worst_point, mean_gradient, config.sam.rho)
+        if config.sam.rho and config.sam.every > 1:
+            is_due = state.step % config.sam.every == 0
             sums, gradients = jax.lax.cond(is_due, at_worst_point, mean_gradient, state.params)
         else:
-            sums, gradients = (at_worst_point if sam_rho else mean_gradient)(state.params)
+            sums, gradients = (at_worst_point if config.sam.rho else mean_gradient)(state.params)
         grad_norm = optax.tree.norm(gradients)
 
         # 2. The update, and the average of the parameters.
@@ -86,7 +91,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_params is not None:
-            rate = jnp.where(step % ema_every == 0, 1.0 - ema_decay, 0.0)
+            rate = jnp.where(step % config.ema.every == 0, 1.0 - config.ema.decay, 0.0)
             ema_params = optax.incremental_update(params, ema_params, rate)
 
         # 3. Skip the step if loss or gradient is not finite. Both are sums over all devices, so all devices decide
@@ -114,8 +119,7 @@ def make_train_step(
         return new_state, metrics
 
     # Metrics are replicated, so that each process can read them.
-    out = None if shardings is None else (shardings, shardings.step)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=out)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
 def _gradient_at_worst_point(gradient: Callable[[Any], tuple[Sums, Any]], rho: float, params: Any) -> tuple[Sums, Any]:
@@ -141,9 +145,7 @@ def _accumulate(of_part: _GradientOfPart, batch: Batch, key: jax.Array, steps: i
     return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
-def make_eval_step(
-    graphdef: nnx.GraphDef, mesh: Mesh | None = None, *, detailed: bool = False
-) -> Callable[[Any, Any, Batch], Sums]:
+def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, detailed: bool = False) -> Callable[[Any, Any, Batch], Sums]:
     """Create a jitted function of parameters, constants and a batch that returns `classification_sums`, unsmoothed.
 
     If `detailed`, it returns `confusion_sums` as well.
@@ -154,4 +156,4 @@ def make_eval_step(
         sums = classification_sums(logits, batch["label"], batch["weight"])
         return sums | confusion_sums(logits, batch["label"], batch["weight"]) if detailed else sums
 
-    return jax.jit(eval_step, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))

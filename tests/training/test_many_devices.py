@@ -200,7 +200,7 @@ def test_evaluation_counts_each_example_once_on_any_number_of_devices(shape):
     alone = Run("adam", ONE)
     state = alone.create().model_state
     real = {"image": image[:19], "label": label[:19], "weight": weight[:19]}
-    expected = make_eval_step(alone.graphdef)(state.params, state.constants, real)
+    expected = make_eval_step(alone.graphdef, alone.mesh)(state.params, state.constants, real)
     assert int(sums["count"]) == 19
     assert int(sums["correct"]) == int(expected["correct"])
     np.testing.assert_allclose(sums["loss"], expected["loss"], rtol=1e-5)

@@ -7,8 +7,7 @@ from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.training import run as run_module
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import batch_sharding, create_mesh
-from simplest_vit.training.state import apply_model
-from simplest_vit.training.step import make_eval_step
+from simplest_vit.training.step import apply_model, make_eval_step
 from tests.tiny import DIGITS, tiny_config
 
 
@@ -125,7 +124,7 @@ def test_dropout_changes_training_but_not_evaluation():
     sums = []
     for config in (dry, wet):
         made, state = start(config, optax.sgd(0.1))
-        sums.append(make_eval_step(made.graphdef)(state.params, state.constants, batch_of()))
+        sums.append(make_eval_step(made.graphdef, made.mesh)(state.params, state.constants, batch_of()))
     assert_close(*sums)
 
 

@@ -34,7 +34,7 @@ from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.integrity import read_record, rewrite_progress
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
-from simplest_vit.training.state import apply_model
+from simplest_vit.training.step import apply_model
 from simplest_vit.training.workdir import read_metrics, read_run
 from tests.tiny import tiny_config
 
@@ -85,9 +85,9 @@ def built_once(monkeypatch):
             BUILT[key] = build(config, data, mesh)
         return dataclasses.replace(BUILT[key])  # whose steps are made when they are asked for
 
-    def make_once(graphdef, tx, **named):
+    def make_once(config, graphdef, tx, shardings):
         if tx not in TRAIN_STEPS:
-            TRAIN_STEPS[tx] = make_train_step(graphdef, tx, **named)
+            TRAIN_STEPS[tx] = make_train_step(config, graphdef, tx, shardings)
         return TRAIN_STEPS[tx]
 
     monkeypatch.setattr(train, "build", build_once)
