@@ -298,7 +298,7 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, but it does not ask JAX whether to stop: `Interruption` asks once after each step."""
+    """Orbax's manager, but it does not ask JAX whether to stop: `interruption` asks once after each step."""
 
     def reached_preemption(self, step: int) -> bool:
         return False

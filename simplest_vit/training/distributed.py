@@ -5,6 +5,7 @@ connect, and the only one that logs and writes results. All processes write chec
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -168,39 +169,28 @@ def _report_and_exit(error: BaseException) -> NoReturn:
     preemption.exit_now(code)
 
 
-class Interruption:
-    """Reports whether the run should stop.
+@contextlib.contextmanager
+def interruption() -> Iterator[Callable[[], bool]]:
+    """Defer signals, so that they stop the run only at the end of a step.
 
     With several processes, JAX handles SIGTERM and makes all of them stop after the same step; other signals are
     forwarded as SIGTERM.
+
+    Yields:
+      A function that returns whether the run must stop; all processes must call it once after each step.
     """
-
-    def __init__(self) -> None:
-        self._alone = jax.process_count() == 1
-        self._calls = 0
-
-    @property
-    def pending(self) -> bool:
-        """True if a signal was received; always False with several processes, which must stop together."""
-        return self._alone and preemption.received() is not None
-
-    def reached(self) -> bool:
-        """Return whether the run must stop here. All processes must call this once after each step."""
-        if self._alone:
-            return self.pending
-        # JAX stops all processes at a call that none has made yet. It counts calls, and the steps of a resumed run
-        # would never match that count.
-        self._calls += 1
-        return multihost_utils.reached_preemption_sync_point(self._calls)
-
-
-@contextlib.contextmanager
-def interruption() -> Iterator[Interruption]:
-    """Defer signals, so that they stop the run only at the end of a step."""
+    # JAX stops all processes at a call that none has made yet. It counts calls, and the steps of a resumed run would
+    # never match that count.
+    calls = itertools.count(1)
 
     def forward(number: signal.Signals) -> None:
         if jax.process_count() > 1 and number != signal.SIGTERM:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def reached() -> bool:
+        if jax.process_count() == 1:
+            return preemption.received() is not None
+        return multihost_utils.reached_preemption_sync_point(next(calls))
+
     with preemption.deferred(forward):
-        yield Interruption()
+        yield reached

@@ -16,7 +16,6 @@ from simplest_vit.data.dataset import Dataset
 from simplest_vit.errors import UserError
 from simplest_vit.models import fused_attention
 from simplest_vit.training.checkpoint import Checkpoints
-from simplest_vit.training.distributed import Interruption
 from simplest_vit.training.metrics import Classification, Sums, classification, mean_metrics
 from simplest_vit.training.run import Run, build
 from simplest_vit.training.sharding import batch_sharding, create_mesh
@@ -52,24 +51,20 @@ class Evaluation:
         }
 
 
-def validate(
-    run: Run, dataset: Dataset, state: ModelState, interrupted: Interruption | None = None
-) -> dict[str, float] | None:
+def validate(run: Run, dataset: Dataset, state: ModelState) -> dict[str, float] | None:
     """Compute validation loss and accuracy; every example counts once.
 
     Returns:
       `validation_loss` and `validation_accuracy`, or None if a signal was received.
     """
-    sums = _sum_batches(run, dataset, state, run.eval_step, interrupted)
+    sums = _sum_batches(run, dataset, state, run.eval_step)
     if sums is None:
         return None
     mean = mean_metrics(sums)
     return {"validation_loss": mean["loss"], "validation_accuracy": mean["accuracy"]}
 
 
-def _sum_batches(
-    run: Run, dataset: Dataset, state: ModelState, eval_step: Any, interrupted: Interruption | None = None
-) -> list[dict[str, Any]] | None:
+def _sum_batches(run: Run, dataset: Dataset, state: ModelState, eval_step: Any) -> list[dict[str, Any]] | None:
     """Evaluate the batches of the validation split; return None if a signal is received."""
     part = run.config.batch_size / run.config.accumulation_steps  # examples in memory at a time
     batch_size = math.ceil(part / run.mesh.size) * run.mesh.size
@@ -77,7 +72,7 @@ def _sum_batches(
     sums: list[Sums] = []
     for batch in batches:
         preemption.check()
-        if interrupted and interrupted.pending:
+        if preemption.received() and jax.process_count() == 1:  # several processes stop together, after a step
             return None
         sums.append(eval_step(state.params, state.constants, batch))
         jax.block_until_ready(sums[-2:-1])  # at most one batch is queued while one is computed

@@ -76,7 +76,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         # 3. The state, from the newest checkpoint or at step 0.
         lock = lock_workdir(path, settings, run.data)
         broadcast_from_primary(lambda: stack.enter_context(lock))
-        interrupted = stack.enter_context(distributed.interruption())
+        must_stop = stack.enter_context(distributed.interruption())
         checkpoints = stack.enter_context(Checkpoints(path, create=True))
         first_step = checkpoints.newest() or 0
         if first_step:
@@ -94,7 +94,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
         def evaluate(step: int) -> bool:
             """Evaluate, and return whether to save these weights; the best ones so far are always saved."""
-            result = validate(run, dataset, state.model_state, interrupted)
+            result = validate(run, dataset, state.model_state)
             if result is None:
                 stop(step)
             check_finite(result, step)
@@ -127,7 +127,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             raise Interrupted(f"{reached}; rerun the command to resume")
 
         # 4. Train, after catching up on an evaluation that was interrupted.
-        if interrupted.reached():
+        if must_stop():
             stop(first_step)
         if run.should_evaluate(first_step) and progress.last_evaluation < first_step and evaluate(first_step):
             save(first_step)
@@ -159,7 +159,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 profile.enter_context(jax.profiler.trace(path))
             elif step == config.profile.first_step + config.profile.num_steps:
                 profile.close()
-            stopped = interrupted.reached()
+            stopped = must_stop()
             if run.should_log(step):
                 scalars = meter.report(step) | {"epoch": step / run.steps_per_epoch}
                 # A skipped step does not advance the schedule.

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -29,7 +30,6 @@ from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, Use
 from simplest_vit.training import evaluate, train
 from simplest_vit.training import run as run_module
 from simplest_vit.training.checkpoint import Checkpoints
-from simplest_vit.training.distributed import Interruption
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.integrity import read_record, rewrite_progress
 from simplest_vit.training.run import build
@@ -275,11 +275,11 @@ def test_an_interrupted_run_ends_bit_equal(finished, data_dir, tmp_path, monkeyp
     validate, progress_bar = train.validate, train.progress_bar
     calls, bars = [], []
 
-    def interrupted(run, dataset, state, interruption):
+    def interrupted(run, dataset, state):
         calls.append(int(state.step))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return validate(run, dataset, state, interruption)
+        return validate(run, dataset, state)
 
     monkeypatch.setattr(train, "validate", interrupted)
     monkeypatch.setattr(train, "progress_bar", lambda *a, **b: [bars.append(a), progress_bar(*a, **b)][1])
@@ -347,10 +347,10 @@ def test_a_signal_saves_the_step_reached_and_the_run_ends_bit_equal(
         while not preemption.received() and time.monotonic() < deadline:
             time.sleep(0.001)
 
-    def validate_and_signal(run, dataset, state, interruption):
+    def validate_and_signal(run, dataset, state):
         if kind == "evaluation" and int(state.step) == int(step):
             send()
-        return validate(run, dataset, state, interruption)
+        return validate(run, dataset, state)
 
     handlers = [signal.getsignal(number) for number in preemption.SIGNALS]
     with monkeypatch.context() as patch:
@@ -403,7 +403,7 @@ def test_a_kill_while_the_interrupted_evaluation_is_saved_loses_nothing(finished
 @share_programs
 def test_a_save_that_fails_while_a_signal_comes_is_not_told_as_saved(data_dir, tmp_path, monkeypatch):
     failing, save = threading.Event(), Checkpoints.save
-    monkeypatch.setattr(Interruption, "reached", lambda self: failing.is_set())
+    monkeypatch.setattr(train.distributed, "interruption", lambda: contextlib.nullcontext(failing.is_set))
 
     def save_on_a_full_disk(self, *arguments):
         self._manager._finalize_checkpoint = lambda step: write_nothing()
@@ -424,7 +424,7 @@ def test_the_weights_of_the_best_validation_are_kept(data_dir, tmp_path, monkeyp
     accuracies = {1: 0.2, 2: 0.9, 3: 0.6, 4: 0.8, 5: 0.7, 6: 0.5}
     config = tiny_config(data__dir=data_dir, eval_every=1)
 
-    def validate(run, dataset, state, interruption=None):
+    def validate(run, dataset, state):
         return {"validation_loss": 1.0, "validation_accuracy": accuracies[int(state.step)]}
 
     with monkeypatch.context() as patch:
@@ -444,7 +444,7 @@ def test_patience_ends_at_the_same_step_wherever_the_run_was_killed(data_dir, tm
     config = tiny_config(data__dir=data_dir, eval_every=1, checkpoint_every=4, patience=3)
     killed = []
 
-    def validate(run, dataset, state, interruption=None):
+    def validate(run, dataset, state):
         if state.step == killed_at and not killed:
             killed.append(True)
             raise KeyboardInterrupt
