@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from simplest_vit.primary import is_primary
 from simplest_vit.training.metrics import report_text, train_line
 
 log = logging.getLogger("simplest_vit")
@@ -33,12 +34,12 @@ ProgressBar.set_lock(threading.RLock())  # tqdm's own lock is shared with other 
 
 
 @contextlib.contextmanager
-def progress_bar(first_step: int, total_steps: int, *, primary: bool) -> Iterator[ProgressBar]:
+def progress_bar(first_step: int, total_steps: int) -> Iterator[ProgressBar]:
     """Open the bar; it is disabled if standard error is not a terminal, in other processes, and if `CI` is set.
 
     Its `update` counts a step, which may still be running on the device. Log lines are printed above it.
     """
-    disable = not (primary and _width() and not os.environ.get("CI"))
+    disable = not (is_primary() and _width() and not os.environ.get("CI"))
     options: dict[str, Any] = {"unit": "step", "file": sys.stderr, "dynamic_ncols": True, "disable": disable}
     bar = ProgressBar(initial=first_step, total=total_steps, **options)
     with contextlib.nullcontext() if disable else logging_redirect_tqdm([log], ProgressBar), bar:

@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             log.info("resuming at step %d of %d in %s", first_step, run.total_steps, path)
         else:
             state, progress = run.create_state(initial_params), RunProgress()
-        writer = create_writer(path, first_step, primary=is_primary(), wandb=config.wandb)
+        writer = create_writer(path, first_step, config.wandb)
         stack.callback(writer.close)
         writer.write_hparams(flatten(config.to_dict()))  # for a resumed run, too, which may not have used W&B before
         log.info(memory_line(run.abstract))
@@ -140,7 +140,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             start_step=first_step,
             sharding=batch_sharding(mesh),
         )
-        bar = stack.enter_context(progress_bar(first_step, run.total_steps, primary=is_primary()))
+        bar = stack.enter_context(progress_bar(first_step, run.total_steps))
         for step, batch in zip(range(first_step + 1, run.total_steps + 1), batches, strict=False):
             if out_of_patience():
                 log.info(

@@ -28,6 +28,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from simplest_vit.data.decode import encode_png
 from simplest_vit.errors import UserError, first_line
 from simplest_vit.files import write_file
+from simplest_vit.primary import is_primary
 from simplest_vit.training.workdir import METRICS, read_metrics
 
 log = logging.getLogger("simplest_vit")
@@ -215,14 +216,12 @@ sys.modules.setdefault(_substitute.__name__, _substitute)
 from clu import metric_writers  # noqa: E402
 
 
-def create_writer(
-    folder: pathlib.Path, first_step: int, *, primary: bool, wandb: str | None = None
-) -> metric_writers.MetricWriter:
+def create_writer(folder: pathlib.Path, first_step: int, wandb: str | None = None) -> metric_writers.MetricWriter:
     """Create the writers of a run that starts from `first_step`; processes other than the primary only log.
 
     The run is also logged to the project `wandb` of Weights & Biases, if there is one.
     """
-    if not primary:
+    if not is_primary():
         return metric_writers.create_default_writer(just_logging=True)
     # Weights & Biases comes first, because it may fail after the others have opened files.
     others = [WandbWriter(folder, wandb)] if wandb else []

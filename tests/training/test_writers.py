@@ -3,6 +3,7 @@ import json
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -110,5 +111,6 @@ def test_weights_and_biases_that_do_not_start_are_one_line(tmp_path, monkeypatch
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=dict))
     with pytest.raises(UserError, match=r"^config.wandb=mine: .* \(api_key not .*\); run `wandb login`, set [^\n]*$"):
-        create_writer(tmp_path, 0, primary=True, wandb="mine")
-    create_writer(tmp_path, 0, primary=False, wandb="mine").close()
+        create_writer(tmp_path, 0, "mine")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    create_writer(tmp_path, 0, "mine").close()
