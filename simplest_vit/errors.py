@@ -23,10 +23,6 @@ class TrainingError(RuntimeError):
     exit_code = 3
 
 
-class DivergenceError(TrainingError):
-    """A loss or gradient that is no longer finite."""
-
-
 class CheckpointError(TrainingError):
     """A checkpoint that cannot be written or read, perhaps by only one of several processes."""
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simplest_vit.errors import DivergenceError
+from simplest_vit.errors import TrainingError
 
 # `loss` and `correct` are sums over examples, `count` the sum of their weights; all float32 [].
 Sums = dict[str, jax.Array]
@@ -152,11 +152,11 @@ def check_finite(values: dict[str, Any], step: int) -> None:
     """Stop a run whose validation loss is not finite.
 
     Raises:
-      DivergenceError: Names the metric and the step.
+      TrainingError: Names the metric and the step.
     """
     for name, value in values.items():
         if not math.isfinite(value):
-            raise DivergenceError(
+            raise TrainingError(
                 f"{name} is not finite at step {step}: the run stops, its last checkpoint is intact; "
                 "lower config.optimizer.learning_rate or set config.grad_clip, in a new --workdir"
             )
@@ -206,7 +206,7 @@ class Meter:
           seconds, `steps_per_second`, `images_per_second`.
 
         Raises:
-          DivergenceError: If `max_skipped_steps` steps in a row were skipped.
+          TrainingError: If `max_skipped_steps` steps in a row were skipped.
         """
         total = self.pending_sums()
         steps = [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(self._steps)]
@@ -215,7 +215,7 @@ class Meter:
         self._earlier, self._steps = [], []
         self.start()
         if total["skipped_in_a_row"] >= self._max_skipped_steps:
-            raise DivergenceError(
+            raise TrainingError(
                 f"{self._max_skipped_steps} steps in a row up to step {step} were skipped because their loss or "
                 "gradient is not finite: the run stops, its last checkpoint is intact; lower "
                 "config.optimizer.learning_rate or set config.grad_clip, in a new --workdir"
