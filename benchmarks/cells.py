@@ -70,8 +70,8 @@ class Results:
           optimizer: Its name.
           steps: Number of steps of the run.
           protocol: One of `PROTOCOLS`.
-          like: Take only runs that may be compared with these.
-          hold_out: Take runs on the hold-out.
+          like: Prefer runs that may be compared with these.
+          hold_out: Take runs on the hold-out; `like` decides if it is given.
 
         Returns:
           The cell, or None if there is no run.
@@ -82,10 +82,10 @@ class Results:
         for cell in self.cells.values():
             run = next(iter(cell.runs.values()))
             own = (run.protocol, run.data, run.network, run.changes, run.optimizer, run.steps)
-            same_basis = cell.basis == like.basis if like else cell.basis[1] == hold_out
-            if own == wanted and same_basis:
+            if own == wanted and cell.basis[1] == (like.basis[1] if like else hold_out):
                 found.append(cell)
-        return _best(found)
+        comparable = [cell for cell in found if like and cell.basis == like.basis]
+        return _best(comparable or found)
 
     def in_equal_time(self, row: str, data: str = "cifar10") -> Cell | None:
         """Find the runs of a row of the table `equal_time`, in its own number of steps; None for any other row."""

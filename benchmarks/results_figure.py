@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import records
-from benchmarks.cells import Cell, Results
+from benchmarks.cells import Results
 from benchmarks.protocols import NETWORKS
 from benchmarks.results_page import OPTIMIZERS, ROOT
 from benchmarks.verdict import DATA
@@ -24,25 +24,30 @@ def draw(results: Results) -> Figure:
     figure = figures.create(height=3.4)
     seeds, depth = figure.subplots(1, 2, width_ratios=(3, 2))
     every = [(data, optimizer) for data in DATA for optimizer in ("soap", "muon", "adam")]
-    settings = [pair for pair in every if results.find(NETWORKS[ROWS[0]], data=pair[0], optimizer=pair[1])]
+    found = {pair: results.find(NETWORKS[ROWS[0]], data=pair[0], optimizer=pair[1]) for pair in every}
+    settings = {pair: cell for pair, cell in found.items() if cell}
+    equal_time = [data for data in DATA if results.in_equal_time(ROWS[1], data)]
     for row, color, marker in figures.styled(ROWS):
         shift = 0.16 * (ROWS.index(row) - 1.5)
         style: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "none", "markersize": 5}
         label = row
-        cells = [results.find(NETWORKS[row], data=data, optimizer=optimizer) for data, optimizer in settings]
-        cells.insert(0, results.in_equal_time(row))
+        cells = [
+            results.find(NETWORKS[row], data=data, optimizer=optimizer, like=ours)
+            for (data, optimizer), ours in settings.items()
+        ]
+        cells = [results.in_equal_time(row, data) for data in equal_time] + cells
         for at, cell in enumerate(cells):
             if cell:
                 values = list(cell.values.values())
                 seeds.plot([at + shift] * len(values), values, label=label, alpha=0.8, **style)
                 label = ""
         deep = [NETWORKS[row if blocks == BLOCKS[0] else f"{row}, {blocks} blocks"] for blocks in BLOCKS]
-        found: list[Cell | None] = [results.find(network, steps=500) for network in deep]
-        points = [(blocks, cell.mean) for blocks, cell in zip(BLOCKS, found, strict=True) if cell]
+        means = [(blocks, results.find(network, steps=500)) for blocks, network in zip(BLOCKS, deep, strict=True)]
+        points = [(blocks, cell.mean) for blocks, cell in means if cell]
         if points:
             depth.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5)
     names = [f"{DATA[data]}\n{OPTIMIZERS[optimizer]}" for data, optimizer in settings]
-    ticks = ["CIFAR-10\nSOAP,\nequal time", *names]
+    ticks = [*(f"{DATA[data]}\nSOAP,\nequal time" for data in equal_time), *names]
     seeds.set_xticks(range(len(ticks)), ticks, fontsize=7.5)
     seeds.set(title="Each point is a seed", ylabel="test accuracy (%)")
     depth.set_xscale("log")

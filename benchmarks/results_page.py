@@ -48,8 +48,9 @@ def headline(results: Results, page: str) -> str:
     rows, tests = [], []
     for data in DATA:
         for optimizer in ("soap", "muon", "adam"):
-            ours, frozen, theirs = (
-                results.find(network, data=data, optimizer=optimizer) for network in (ISOMETRIC, FROZEN, SIMPLE_VIT)
+            ours = results.find(ISOMETRIC, data=data, optimizer=optimizer)
+            frozen, theirs = (
+                results.find(network, data=data, optimizer=optimizer, like=ours) for network in (FROZEN, SIMPLE_VIT)
             )
             if not ours and not theirs:
                 continue
@@ -77,7 +78,7 @@ def controls(results: Results, page: str) -> str:
         line = [row]
         for data in DATA:
             ours = results.find(ISOMETRIC, data=data)
-            cell = results.find(NETWORKS[row], data=data)
+            cell = results.find(NETWORKS[row], data=data, like=ours)
             line += [_text(cell, page), "" if row == "isometric" else difference_text(cell, ours)]
         rows.append(line)
     return table(["SOAP", *(text for name in DATA.values() for text in (name, "to isometric"))], rows)
@@ -85,14 +86,15 @@ def controls(results: Results, page: str) -> str:
 
 def summary(results: Results, page: str) -> str:
     """Compare three networks in equal steps and in equal time."""
-    base = results.find(SIMPLE_VIT)
-    rows = []
-    for row in ("isometric", "isometric, attention frozen", "SimpleViT"):
-        line = [row]
-        for cell in (results.find(NETWORKS[row]), results.in_equal_time(row)):
-            line += [_text(cell, page), "" if row == "SimpleViT" else difference_text(cell, base)]
-        rows.append(line)
-    return table(["CIFAR-10, SOAP", "equal steps", "over SimpleViT", "equal time", "over SimpleViT"], rows)
+    names = ("isometric", "isometric, attention frozen", "SimpleViT")
+    columns = {"CIFAR-10, equal steps": [results.find(NETWORKS[name]) for name in names]}
+    for data in TABLES["equal_time"].data:
+        columns[f"{DATA[data]}, equal time"] = [results.in_equal_time(name, data) for name in names]
+    rows = [[name] for name in names]
+    for cells in columns.values():
+        for row, cell in zip(rows, cells, strict=True):
+            row += [_text(cell, page), "" if row[0] == "SimpleViT" else difference_text(cell, cells[-1])]
+    return table(["SOAP", *(text for name in columns for text in (name, "over SimpleViT"))], rows)
 
 
 def equal_time(results: Results, page: str) -> str:

@@ -181,7 +181,21 @@ def test_equal_time_takes_each_network_at_its_own_steps():
     assert lines[3].endswith("|+7.0±0.0|not run||")
     short = results_page.summary(found, "README.md").splitlines()
     assert short[3].startswith(f"|{frozen}|[90.0](results/runs.csv?plain=1#L4)|+21.0|[76.0±0.0 (2)]")
-    assert short[2] == "|isometric|not run||not run||"
+    assert short[2] == "|isometric|not run||not run||not run||"
+
+
+def test_an_old_run_is_compared_with_old_runs_as_long_as_there_are_any():
+    old = both(
+        rows("isometric", 0.7, source="RESULTS.md@884f800: x"), rows("SimpleViT", 0.6, source="RESULTS.md@884f800: x")
+    )
+    found = Results(
+        [*old, *rows("SimpleViT", 0.69, 0.69, data="cifar100"), *rows("isometric + skip", 0.5, data="cifar100")]
+    )
+    (line,) = (line for line in results_page.headline(found, "RESULTS.md").splitlines() if "CIFAR-100" in line)
+    assert [part[:6] for part in line.split("|")[2:5]] == ["[70.0†", "not ru", "[60.0†"]
+    assert "|+10.0|" in line
+    (line,) = (line for line in results_page.controls(found, "RESULTS.md").splitlines() if "|isometric + skip|" in line)
+    assert line.endswith("|[50.0](results/runs.csv?plain=1#L8)||")
 
 
 def test_the_figure_has_the_seeds_of_equal_time_and_of_each_optimizer():
