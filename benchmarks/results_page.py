@@ -94,7 +94,7 @@ def summary(results: Results, page: str) -> str:
     for cells in columns.values():
         for row, cell in zip(rows, cells, strict=True):
             row += [_text(cell, page), "" if row[0] == "SimpleViT" else difference_text(cell, cells[-1])]
-    return table(["SOAP", *(text for name in columns for text in (name, "over SimpleViT"))], rows)
+    return table(["SOAP", *(text for name in columns for text in (name, "lead"))], rows)
 
 
 def equal_time(results: Results, page: str) -> str:
