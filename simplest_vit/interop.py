@@ -22,6 +22,7 @@ from simplest_vit.errors import UserError, one_line
 from simplest_vit.models import PRESETS, reference_layout
 from simplest_vit.models.layers import sincos_position_embedding, token_grid
 from simplest_vit.models.mlp import MLPS
+from simplest_vit.training.run import Run
 from simplest_vit.training.state import ModelState
 
 _DTYPES: dict[str, Any] = {
@@ -240,14 +241,8 @@ def to_reference(model: Any, state: ModelState) -> dict[str, np.ndarray]:
     return {t.name: np.ascontiguousarray(t.there(*t.arrays(flat))) for t in _tensors(model, flat)}
 
 
-def from_reference(
-    model: Any, abstract: ModelState, checkpoint: PthFile, image_shape: tuple[int, int, int]
-) -> tuple[Any, Any]:
-    """Read the parameters and constants of a model from a checkpoint of the reference.
-
-    Args:
-      model: `config.model`.
-      abstract: Shapes, from `Run.abstract`.
+def from_reference(run: Run, checkpoint: PthFile) -> tuple[Any, Any]:
+    """Read the parameters and constants of a run's model from a checkpoint of the reference.
 
     Returns:
       Parameters and constants as nested dicts of float32 arrays. The constants of E-SPA are those of the file.
@@ -255,6 +250,7 @@ def from_reference(
     Raises:
       UserError: If a tensor is missing, superfluous or of another shape.
     """
+    model, abstract = run.config.model, run.abstract.model_state
     shapes = _flat(abstract)
     expected = {t.name: t for t in _tensors(model, shapes)}
     superfluous = [name for name in checkpoint.tensors if name not in expected]
@@ -271,7 +267,7 @@ def from_reference(
             raise _mismatch(checkpoint, f"has {name} {list(found)}, expected {list(shape)}")
         for part, array in zip(parts, tensor.here(checkpoint[name]), strict=True):
             part[...] = array
-    grid = token_grid(image_shape, model.patch_size)
+    grid = token_grid(run.data.image_shape, model.patch_size)
     arrays["position_embedding"] = sincos_position_embedding(grid, shapes["position_embedding"].shape[1])
     return tuple(
         traverse_util.unflatten_dict({path: arrays[path] for path in traverse_util.flatten_dict(tree, sep="/")}, "/")

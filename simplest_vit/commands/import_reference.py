@@ -38,9 +38,9 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
         written then.
     """
     folder = check_workdir(workdir, config.to_dict())
-    source = PthFile(path)
+    checkpoint = PthFile(path)
     run = build(config, input_pipeline.load(config.data).info)
-    params, constants = from_reference(config.model, run.abstract.model_state, source, run.data.image_shape)
+    params, constants = from_reference(run, checkpoint)
     if has_checkpoint(folder):
         if not jax.tree.all(jax.tree.map(np.array_equal, restore_best(workdir)[1].params, params)):
             raise UserError(f"--workdir={workdir} already holds another run; choose another folder")

@@ -209,7 +209,7 @@ def _pth(run: Run, state: ModelState, metadata: Metadata) -> tuple[bytes, Classi
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     file = io.BytesIO()
     torch.save({"step": int(state.step), "model_state_dict": tensors}, file)
-    loaded = from_reference(run.config.model, run.abstract.model_state, PthFile(file), run.data.image_shape)
+    loaded = from_reference(run, PthFile(file))
     model = nnx.merge(run.graphdef, *jax.tree.map(jnp.asarray, loaded))
     return file.getvalue(), jax.jit(_classifier(model, run.data))
 
