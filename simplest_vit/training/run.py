@@ -64,7 +64,19 @@ class Run:
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The jitted training step: see `make_train_step`."""
-        return make_train_step(self.config, self.graphdef, self.tx, self._shardings)
+        config = self.config
+        return make_train_step(
+            self.graphdef,
+            self.tx,
+            seed=config.seed,
+            label_smoothing=config.label_smoothing,
+            accumulation_steps=config.accumulation_steps,
+            sam_rho=config.sam.rho,
+            sam_every=config.sam.every,
+            ema_decay=config.ema.decay,
+            ema_every=config.ema.every,
+            shardings=self._shardings,
+        )
 
     @functools.cached_property
     def eval_step(self) -> Callable[[Any, Any, Batch], Sums]:

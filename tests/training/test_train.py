@@ -85,9 +85,9 @@ def built_once(monkeypatch):
             BUILT[key] = build(config, data, mesh)
         return dataclasses.replace(BUILT[key])  # whose steps are made when they are asked for
 
-    def make_once(config, graphdef, tx, shardings):
+    def make_once(graphdef, tx, **named):
         if tx not in TRAIN_STEPS:
-            TRAIN_STEPS[tx] = make_train_step(config, graphdef, tx, shardings)
+            TRAIN_STEPS[tx] = make_train_step(graphdef, tx, **named)
         return TRAIN_STEPS[tx]
 
     monkeypatch.setattr(train, "build", build_once)
@@ -464,7 +464,7 @@ def test_patience_ends_at_the_same_step_wherever_the_run_was_killed(data_dir, tm
 
 def test_a_finished_run_is_not_trained_again(finished, data_dir, monkeypatch):
     workdir, outcome = finished
-    monkeypatch.setattr(run_module, "make_train_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(run_module, "make_train_step", lambda *_, **__: pytest.fail("trained again"))
     again = train.train(tiny_config(data__dir=data_dir, ema__decay=0.9), str(workdir))
     assert again == json.loads(json.dumps(outcome))
 
