@@ -58,6 +58,12 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session")
+def data_dir():
+    """The folder of prepared digits, for all workers."""
+    return str(pathlib.Path(os.environ["SIMPLEST_VIT_TEST_CACHE"]).with_name("tfds"))
+
+
+@pytest.fixture(scope="session")
 def server():
     """Runs command lines as processes of their own."""
     with ForkServer(pathlib.Path(__file__).parents[1]) as server:

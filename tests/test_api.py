@@ -20,10 +20,10 @@ from tests.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, data_dir):
     """A finished run of six steps, its data, and what training printed."""
     folder = tmp_path_factory.mktemp("api")
-    config = tiny_config(data__dir=str(folder / "tfds"))
+    config = tiny_config(data__dir=data_dir)
     results = simplest_vit.train(config, folder / "run")
     return folder / "run", input_pipeline.load(config.data), results
 
@@ -89,11 +89,11 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, use):
     assert not list(tmp_path.iterdir())
 
 
-def test_training_logs_to_standard_output_and_leaves_logging_as_it_was(run, capsys):
+def test_training_logs_to_standard_output_and_leaves_logging_as_it_was(run, capsys, data_dir):
     log = logging.getLogger("simplest_vit")
     before = (log.handlers[:], log.level, log.propagate)
     workdir, _, results = run
-    again = simplest_vit.train(tiny_config(data__dir=str(workdir.parent / "tfds")), workdir)
+    again = simplest_vit.train(tiny_config(data__dir=data_dir), workdir)
     assert again == results  # a finished run stays finished
     assert "has finished" in capsys.readouterr().out
     assert (log.handlers, log.level, log.propagate) == before

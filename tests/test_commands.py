@@ -113,9 +113,9 @@ def test_prepare(run, record, skips):
     assert (calls, described) == ([("digits", "data", "tars", skips)], [("prepared",)])
 
 
-def test_preview(run, tmp_path):
+def test_preview(run, tmp_path, data_dir):
     """The first batch of the run, which is fitted to the data as in training."""
-    config = tiny_config(data__dir=str(tmp_path), seed=5, batch_size=2400, accumulation_steps=3)
+    config = tiny_config(data__dir=data_dir, seed=5, batch_size=2400, accumulation_steps=3)
     run("preview", config=config, output=str(tmp_path / "a.png"))
     dataset = input_pipeline.load(config.data)
     options = {"batch_size": 96, "seed": 5, "start_step": 0, "sharding": None}

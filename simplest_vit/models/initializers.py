@@ -13,6 +13,7 @@ from jax.nn.initializers import variance_scaling, zeros
 gaussian_fan_in = variance_scaling(1.0, "fan_in", "normal")
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # so that the next model does not compile the loop again
 def _orthogonal(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype, scale: float) -> jax.Array:
     # Stacked blocks would make this a batched QR, and two of those together deadlock on a CPU of two cores (jaxlib
     # 0.10.2: a batched QR blocks a thread of the pool that its parts need).

@@ -17,10 +17,10 @@ CHECKPOINT = pathlib.Path(__file__).parents[1] / "interop" / "fixtures" / "simpl
 
 
 @pytest.fixture(scope="module")
-def analysed(tmp_path_factory):
+def analysed(tmp_path_factory, data_dir):
     """A trained run, analysed beside its initialization."""
     folder = tmp_path_factory.mktemp("signals")
-    config = tiny_config(data__dir=str(folder / "tfds"), eval_every="1 epoch", log_every="0.5 epochs")  # as in recipes
+    config = tiny_config(data__dir=data_dir, eval_every="1 epoch", log_every="0.5 epochs")  # as in recipes
     import_reference(config, str(folder / "run"), str(CHECKPOINT))
     spectra = (
         (np.geomspace(1e-5, most, 8), np.full(8, 1 / 8)) for most in (2.0, 3.0)
@@ -105,7 +105,7 @@ def test_contrasts_that_do_not_fit_are_told_before_anything_is_done(tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_for_each_seed_sees_the_images_and_a_split_of_few_is_not_filled_up(tmp_path, monkeypatch):
+def test_a_model_for_each_seed_sees_the_images_and_a_split_of_few_is_not_filled_up(tmp_path, data_dir, monkeypatch):
     seen, titles = [], []
     monkeypatch.setattr(signal_propagation, "CONTRASTS", {"E-SPA + TAT": {"name": "simplest_vit"}})
     monkeypatch.setattr(signal_propagation, "initial_models", lambda config, data, seeds: range(seeds))
@@ -113,7 +113,7 @@ def test_a_model_for_each_seed_sees_the_images_and_a_split_of_few_is_not_filled_
         signal_propagation, "analyse", lambda name, models, image, _: seen.append((models, image.shape))
     )
     monkeypatch.setattr(signal_propagation, "write", lambda results, folder, title: titles.append(title))
-    config = tiny_config(data__dir=str(tmp_path / "tfds"), data__validation_split="validation[:5]")
+    config = tiny_config(data__dir=data_dir, data__validation_split="validation[:5]")
     signal_propagation.signal_propagation(config, str(tmp_path / "run"), seeds=3)
     assert seen == [(range(3), (5, 8, 8, 1))]
     assert titles == ["depth 2, width 16, 5 images of digits, initializations: 3"]

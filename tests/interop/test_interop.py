@@ -28,11 +28,6 @@ def need_torch():
         pytest.importorskip("torch")
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("tfds"))
-
-
 def config_of(name, data_dir, **overrides):
     return tiny_config(f"optimizer=adam,model={name}", data__dir=data_dir, **overrides)
 

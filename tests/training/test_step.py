@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -26,20 +28,11 @@ def start(config, tx, devices=1):
     return made, made.create_state()
 
 
-def run(config, tx, steps=3, devices=1, batch=None):
-    """The state and the metrics after some steps."""
-    made, state = start(config, tx, devices)
-    for i in range(steps):
-        part = batch_of(seed=i) if batch is None else batch
-        state, metrics = made.train_step(state, jax.device_put(part, batch_sharding(made.mesh)))
-    return made, state, metrics, made.train_step
-
-
-def mean_loss(made, config, state, batch):
+def mean_loss(made, state, batch):
     def loss(params):
         logits = apply_model(made.graphdef, params, state.constants, batch["image"])
-        label = (1 - config.label_smoothing) * batch["label"] + config.label_smoothing / 10
-        return optax.softmax_cross_entropy(logits, label).mean()
+        smoothing = made.config.label_smoothing
+        return optax.softmax_cross_entropy(logits, (1 - smoothing) * batch["label"] + smoothing / 10).mean()
 
     return loss
 
@@ -48,84 +41,50 @@ def assert_close(actual, expected, rtol=2e-5, atol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected)
 
 
+@functools.cache
+def plain():
+    """The state at the start and after each of three steps, the run, and the last metrics."""
+    made, state = start(tiny_config(label_smoothing=0.1), optax.sgd(0.1))
+    states = [jax.tree.map(np.array, state)]
+    for i in range(3):
+        kernel = state.params["head"]["kernel"]
+        state, metrics = made.train_step(state, batch_of(seed=i))
+        assert kernel.is_deleted(), "the state is donated"
+        states.append(jax.tree.map(np.array, state))
+    return states, made, metrics
+
+
 def test_a_step_is_plain_gradient_descent_on_the_smoothed_loss():
-    config = tiny_config(label_smoothing=0.1)
-    made, state = start(config, optax.sgd(0.1))
-    loss, gradient = jax.jit(jax.value_and_grad(mean_loss(made, config, state, batch_of())))(state.params)
-    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
-    _, after, metrics, _ = run(config, optax.sgd(0.1), steps=1, batch=batch_of())
-    assert_close(after.params, expected)
+    states, made, metrics = plain()
+    before, after = states[-2:]
+    loss, gradient = jax.jit(jax.value_and_grad(mean_loss(made, before, batch_of(seed=2))))(before.params)
+    assert_close(after.params, jax.tree.map(lambda p, g: p - 0.1 * g, before.params, gradient))
     np.testing.assert_allclose(metrics["loss"] / metrics["count"], loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
-    assert after.step == 1
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    assert after.step == 3
 
 
-def test_the_whole_run_traces_once():
-    *_, train_step = run(tiny_config(), optax.adam(1e-3), steps=5)
-    assert train_step._cache_size() == 1
-
-
-def test_the_state_is_donated():
-    config = tiny_config()
-    made, state = start(config, optax.adam(1e-3))
-    kernel = state.params["head"]["kernel"]
-    made.train_step(state, batch_of())
-    assert kernel.is_deleted()
-
-
-def test_accumulation_equals_the_whole_batch():
-    _, whole, whole_metrics, _ = run(tiny_config(), optax.sgd(0.1))
-    _, parts, parts_metrics, _ = run(tiny_config(accumulation_steps=4), optax.sgd(0.1))
-    assert_close(parts.params, whole.params)
-    assert_close(parts_metrics, whole_metrics, rtol=1e-4)
-
-
-def test_eight_devices_equal_one():
-    _, one, _, _ = run(tiny_config(), optax.sgd(0.1))
-    _, eight, _, _ = run(tiny_config(), optax.sgd(0.1), devices=8)
-    assert_close(eight.params, one.params)
-
-
-def test_sam_descends_from_the_worst_point_near_by_every_second_step():
-    config = tiny_config(sam__rho=0.05, sam__every=2)
-    made, state = start(config, optax.sgd(0.1))
-    params = jax.device_get(state.params)
-    gradient_of = jax.jit(jax.grad(mean_loss(made, config, state, batch_of())))
-    for step in range(2):
-        gradient = jax.device_get(gradient_of(params))
-        if step % 2 == 0:
-            norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradient)))
-            worst = jax.tree.map(lambda p, g: p + 0.05 * g / norm, params, gradient)  # noqa: B023
-            gradient = jax.device_get(gradient_of(worst))
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
-    _, after, _, _ = run(config, optax.sgd(0.1), steps=2, batch=batch_of())
-    assert_close(after.params, params, rtol=1e-4, atol=1e-5)
-
-
-def test_the_average_moves_every_second_step():
-    made, state = start(tiny_config(ema__decay=0.9, ema__every=2), optax.sgd(0.1))
-    average = jax.device_get(state.params)
-    for step in range(1, 6):
-        state, _ = made.train_step(state, batch_of(seed=step))
-        if step % 2 == 0:
-            average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, jax.device_get(state.params))
-        assert_close(state.ema_params, average)
-    assert_close(state.model_state.params, state.ema_params)
+@pytest.mark.parametrize(("accumulation_steps", "devices"), [(4, 1), (1, 8)])
+def test_parts_and_devices_equal_the_whole_batch(accumulation_steps, devices):
+    states, _, whole_metrics = plain()
+    config = tiny_config(label_smoothing=0.1, accumulation_steps=accumulation_steps)
+    made, state = start(config, optax.sgd(0.1), devices)
+    for i in range(3):
+        state, metrics = made.train_step(state, jax.device_put(batch_of(seed=i), batch_sharding(made.mesh)))
+    assert_close(state.params, states[-1].params)
+    assert_close(metrics, whole_metrics, rtol=1e-4)
 
 
 def test_dropout_changes_training_but_not_evaluation():
-    dry, wet = tiny_config(), tiny_config(model__dropout=0.5)
-    losses = [run(config, optax.sgd(0.1), steps=1, batch=batch_of())[2]["loss"] for config in (dry, wet)]
-    assert losses[0] != losses[1]
-    # Each step has a mask of its own.
-    made, state = start(wet, optax.sgd(0.0))
-    state, first = made.train_step(state, batch_of())
-    assert first["loss"] != made.train_step(state, batch_of())[1]["loss"]
-    sums = []
-    for config in (dry, wet):
-        made, state = start(config, optax.sgd(0.1))
-        sums.append(make_eval_step(made.graphdef, made.mesh)(state.params, state.constants, batch_of()))
+    dry, _ = start(tiny_config(), optax.sgd(0.0))
+    wet, state = start(tiny_config(model__dropout=0.5), optax.sgd(0.0))
+    batch = batch_of()
+    sums = [make_eval_step(made.graphdef, made.mesh)(state.params, state.constants, batch) for made in (dry, wet)]
     assert_close(*sums)
+    # Each step has a mask of its own.
+    state, first = wet.train_step(state, batch)
+    assert len({float(sums[0]["loss"]), float(first["loss"]), float(wet.train_step(state, batch)[1]["loss"])}) == 3
 
 
 @pytest.mark.parametrize(("optimizer", "devices"), [("adam", 8), ("shampoo", 1)])

@@ -56,12 +56,6 @@ RESULT_KEYS = {
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """Digits, prepared once for all tests of this module."""
-    return str(tmp_path_factory.mktemp("tfds"))
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir):
     """A run that was never interrupted: its folder and results."""
     workdir = tmp_path_factory.mktemp("finished")
