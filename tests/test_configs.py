@@ -55,6 +55,7 @@ def test_every_choice_of_every_config_describes_a_run(name):
         ("imagenet", "model=simple_vit,optimizer=soap", {"optimizer.start_preconditioning_step": 0}),
         ("tiny_imagenet", None, {"epochs": 90, "batch_size": 2048, "model.patch_size": 8, "warmup_steps": 75}),
         ("imagenet", None, {"epochs": 90, "batch_size": 1024, "warmup_steps": 10_000, "weight_decay": 1e-5}),
+        ("imagenet", "optimizer=shampoo", {"optimizer.learning_rate": 3e-4}),
         ("imagenet", None, {"model.patch_size": 16, "model.variant": "S", "compute_dtype": "bfloat16"}),
     ],
 )
