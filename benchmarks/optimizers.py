@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
+from flax import nnx
 
 from benchmarks import fake_data
 from simplest_vit import cli
@@ -26,7 +27,6 @@ from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.shampoo import shampoo, shampoo_plan, soap
 from simplest_vit.training.metrics import classification_sums
 from simplest_vit.training.run import build
-from simplest_vit.training.step import apply_model
 
 _MEASURED = flags.DEFINE_integer("measured_batch_size", 16, "Batch size of the measured gradient.", lower_bound=1)
 _DIRECT = flags.DEFINE_bool("direct", False, "Time whole steps at the batch size of the config.")
@@ -123,7 +123,7 @@ def _main() -> None:
     batch = fake_data.batch(run.data, size)
 
     def loss(params: Any, batch: Batch) -> jax.Array:
-        logits = apply_model(run.graphdef, params, state.constants, batch["image"], jax.random.key(0))
+        logits = nnx.merge(run.graphdef, params, state.constants)(batch["image"], dropout_key=jax.random.key(0))
         return classification_sums(logits, batch["label"], batch["weight"], config.label_smoothing)["loss"] / size
 
     gradient_of = jax.grad(loss)

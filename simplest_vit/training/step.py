@@ -1,6 +1,5 @@
 """The two jitted functions of a run: a training step and an evaluation step. Pure, traced once each."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,24 +20,20 @@ from simplest_vit.training.state import TrainState
 # this number.
 _DROPOUT = 2**32 - 1
 
-# (part of a batch, dropout key) -> (sums over its examples, gradient of the summed loss)
-_GradientOfPart = Callable[[Batch, jax.Array], tuple[Sums, Any]]
 
-
-def apply_model(
+def _apply_model(
     graphdef: nnx.GraphDef,
+    mesh: Mesh,
     params: Any,
     constants: Any,
     image: jax.Array,
     dropout_key: jax.Array | None = None,
-    *,
-    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Compute the logits of images [B, H, W, C] with the given parameters: float32 [B, num_classes].
 
     A `dropout_key` turns dropout on; the devices of `mesh` shard the parameters.
     """
-    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         # The parameters of the blocks are gathered layer by layer.
         params = {name: tree if name == "blocks" else all_gather_params(tree) for name, tree in params.items()}
         return nnx.merge(graphdef, params, constants)(image, dropout_key=dropout_key)
@@ -76,7 +71,7 @@ def make_train_step(
     """
 
     def loss(params: Any, constants: Any, batch: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Sums]:
-        logits = apply_model(graphdef, params, constants, batch["image"], dropout_key, mesh=shardings.step.mesh)
+        logits = _apply_model(graphdef, shardings.step.mesh, params, constants, batch["image"], dropout_key)
         sums = classification_sums(logits, batch["label"], batch["weight"], label_smoothing)
         return sums["loss"], sums
 
@@ -144,7 +139,9 @@ def _gradient_at_worst_point(gradient: Callable[[Any], tuple[Sums, Any]], rho: f
     return sums, gradient(jax.tree.map(lambda p, g: p + scale * g, params, gradients))[1]
 
 
-def _accumulate(of_part: _GradientOfPart, batch: Batch, key: jax.Array, steps: int) -> tuple[Sums, Any]:
+def _accumulate(
+    of_part: Callable[[Batch, jax.Array], tuple[Sums, Any]], batch: Batch, key: jax.Array, steps: int
+) -> tuple[Sums, Any]:
     """Add up sums and gradients over `steps` micro-batches, with one at a time in memory."""
     if steps == 1:
         return of_part(batch, key)
@@ -167,7 +164,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, detailed: bool = False
     """
 
     def eval_step(params: Any, constants: Any, batch: Batch) -> Sums:
-        logits = apply_model(graphdef, params, constants, batch["image"], mesh=mesh)
+        logits = _apply_model(graphdef, mesh, params, constants, batch["image"])
         sums = classification_sums(logits, batch["label"], batch["weight"])
         return sums | confusion_sums(logits, batch["label"], batch["weight"]) if detailed else sums
 

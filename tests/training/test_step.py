@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from simplest_vit.optimizers.factory import create_optimizer
 from simplest_vit.training import run as run_module
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import batch_sharding, create_mesh
-from simplest_vit.training.step import apply_model, make_eval_step
+from simplest_vit.training.step import make_eval_step
 from tests.tiny import DIGITS, tiny_config
 
 
@@ -30,7 +31,7 @@ def start(config, tx, devices=1):
 
 def mean_loss(made, state, batch):
     def loss(params):
-        logits = apply_model(made.graphdef, params, state.constants, batch["image"])
+        logits = nnx.merge(made.graphdef, params, state.constants)(batch["image"])
         smoothing = made.config.label_smoothing
         return optax.softmax_cross_entropy(logits, (1 - smoothing) * batch["label"] + smoothing / 10).mean()
 

@@ -34,7 +34,6 @@ from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.integrity import read_record, rewrite_progress
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
-from simplest_vit.training.step import apply_model
 from simplest_vit.training.workdir import read_metrics, read_run
 from tests.tiny import tiny_config
 
@@ -211,10 +210,9 @@ def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
     run = build_from(workdir)
     dataset = input_pipeline.load(run.config.data)
     image = (np.asarray(dataset.validation.images) / 255 - run.data.mean) / run.data.std
-    graphdef = run.graphdef
 
     def accuracy(params):
-        logits = apply_model(graphdef, params, state.constants, jnp.asarray(image, jnp.float32))
+        logits = nnx.merge(run.graphdef, params, state.constants)(jnp.asarray(image, jnp.float32))
         return np.mean(np.argmax(logits, axis=-1) == dataset.validation.labels)
 
     assert accuracy(state.ema_params) == pytest.approx(outcome["validation_accuracy"])
