@@ -14,7 +14,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
 
 from simplest_vit.errors import UserError
 
@@ -69,6 +68,8 @@ def solve_negative_slope(compositions: int, c_val_0_target: float = 0.9) -> floa
             f"({compositions} activations): even ReLU gives only {highest:.4f}; "
             f"lower c_val_0_target below that{deeper}"
         )
+    from scipy import optimize  # slow to import, and few networks solve for a slope
+
     return optimize.brentq(
         lambda slope: float(composed_c_map(0.0, slope, compositions)) - c_val_0_target,
         0.0,

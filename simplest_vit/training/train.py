@@ -132,6 +132,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         if run.should_evaluate(first_step) and progress.last_evaluation < first_step and evaluate(first_step):
             save(first_step)
         profile = stack.enter_context(contextlib.ExitStack())  # an unfinished profile is also written
+        learning_rate = jax.jit(run.learning_rate)  # else each of its operations is compiled
         batches = input_pipeline.train_batches(
             dataset,
             config.data,
@@ -163,7 +164,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             if run.should_log(step):
                 scalars = meter.report(step) | {"epoch": step / run.steps_per_epoch}
                 # A skipped step does not advance the schedule.
-                scalars["learning_rate"] = float(run.learning_rate(step - 1 - scalars["skipped_steps"]))
+                scalars["learning_rate"] = float(learning_rate(step - 1 - scalars["skipped_steps"]))
                 progress.record_training(scalars)
                 bar.report(step, scalars)
                 writer.write_scalars(step, tagged(scalars))

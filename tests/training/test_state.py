@@ -26,6 +26,12 @@ def test_initialization_is_a_function_of_the_seed(run):
     assert not np.array_equal(first.params["head"]["kernel"], other.params["head"]["kernel"])
 
 
+def test_initialization_is_compiled_fast_to_the_same_bits(run, monkeypatch):
+    expected = jax.jit(run.initialize, compiler_options={"xla_backend_optimization_level": 3})()
+    monkeypatch.delenv("XLA_FLAGS")  # the level of the tests
+    jax.tree.map(np.testing.assert_array_equal, run.create_state(), expected)
+
+
 def test_the_state_is_on_every_device_as_announced(run):
     for leaf, announced in zip(jax.tree.leaves(run.create_state()), jax.tree.leaves(run.abstract), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (announced.shape, announced.dtype, announced.sharding)
