@@ -2,13 +2,20 @@
 
 python -m benchmarks.optimizers --config configs/cifar10.py --config.compute_dtype=float32
 python -m benchmarks.optimizers --config configs/imagenet.py
+python -m benchmarks.optimizers --network=cnn
 
 On a device that is fast enough, `--direct` times whole steps at the batch size of the config. Otherwise the step is
 composed of parts measured in this run: the gradient at `--measured_batch_size`, times the ratio of the batch sizes (its
 cost is proportional to them), plus the update, over whole periods of steps after the first. Parts alternate, so that a
 slow minute of the machine affects all of them.
+
+`--network` times whole steps of a small network on a batch of 128 in seconds of CPU time, which other processes on the
+same core hardly change.
 """
 
+import functools
+import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,9 +37,11 @@ from simplest_vit.training.run import build
 
 _MEASURED = flags.DEFINE_integer("measured_batch_size", 16, "Batch size of the measured gradient.", lower_bound=1)
 _DIRECT = flags.DEFINE_bool("direct", False, "Time whole steps at the batch size of the config.")
+_NETWORK = flags.DEFINE_enum("network", None, ["cnn", "mlp"], "Time a small network in place of a config.")
 
+_USAGE = "python -m benchmarks.optimizers --config configs/cifar10.py"
 FREQUENCY = 25
-LEAST_STEPS = 10  # steps timed for each optimizer
+LEAST_STEPS, LEAST_STEPS_SMALL = 10, 100  # steps timed for each optimizer
 
 
 def optimizers() -> dict[str, tuple[int, optax.GradientTransformation]]:
@@ -44,7 +53,8 @@ def optimizers() -> dict[str, tuple[int, optax.GradientTransformation]]:
         f"Shampoo@{FREQUENCY}": (FREQUENCY, shampoo(1e-3, **often)),
         f"Shampoo@{FREQUENCY}, all at once": (FREQUENCY, shampoo(1e-3, stagger=False, **often)),
         "Shampoo@1": (1, shampoo(1e-3, precondition_frequency=1, **stacked)),
-        "SOAP@10": (10, soap(1e-3, precondition_frequency=10, **stacked)),
+        "SOAP@10": (10, soap(1e-3, **stacked)),
+        "SOAP@10, all at once": (10, soap(1e-3, stagger=False, **stacked)),
     }
 
 
@@ -60,24 +70,31 @@ class Times(NamedTuple):
     steps: np.ndarray
 
 
-def timed(function: Callable[[], Any]) -> float:
+def timed(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the seconds of one call, until its work is done."""
-    start = time.perf_counter()
+    start = clock()
     jax.block_until_ready(function())
-    return time.perf_counter() - start
+    return clock() - start
 
 
 class Run:
     """One optimizer, which updates its own copy of the parameters."""
 
     def __init__(
-        self, frequency: int, tx: optax.GradientTransformation, params: Any, gradient_of: Callable[..., Any]
+        self,
+        frequency: int,
+        tx: optax.GradientTransformation,
+        params: Any,
+        gradient_of: Callable[..., Any],
+        least_steps: int = LEAST_STEPS,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         def update(params: Any, state: Any, data: Any) -> tuple[Any, Any]:
             updates, state = tx.update(gradient_of(params, data), state, params)
             return optax.apply_updates(params, updates), state
 
-        self.frequency = frequency
+        self.frequency, self.clock = frequency, clock
+        self.steps = frequency + math.ceil(least_steps / frequency) * frequency  # whole periods
         self.state = jax.tree.map(jnp.copy, params), jax.jit(tx.init)(params)
         self.update = jax.jit(update, donate_argnums=(0, 1))
         self.seconds: list[float] = []
@@ -85,7 +102,7 @@ class Run:
     @property
     def is_done(self) -> bool:
         """True if there are enough steps after the first period, in whole periods."""
-        return len(self.seconds) >= self.frequency + max(self.frequency, LEAST_STEPS)
+        return len(self.seconds) >= self.steps
 
     def step(self, data: Any) -> None:
         """Take a step and record its time."""
@@ -94,7 +111,7 @@ class Run:
             self.state = self.update(*self.state, data)
             return self.state
 
-        self.seconds.append(timed(call))
+        self.seconds.append(timed(call, self.clock))
 
     def times(self) -> Times:
         """Return the seconds of the first step and of those after the first period."""
@@ -109,13 +126,43 @@ def measure(runs: dict[str, Run], data: Any) -> dict[str, Times]:
     return {name: run.times() for name, run in runs.items()}
 
 
-def make_runs(params: Any, gradient_of: Callable[..., Any]) -> dict[str, Run]:
+def make_runs(params: Any, gradient_of: Callable[..., Any], **settings: Any) -> dict[str, Run]:
     """Make a run for each optimizer."""
-    return {name: Run(frequency, tx, params, gradient_of) for name, (frequency, tx) in optimizers().items()}
+    return {name: Run(frequency, tx, params, gradient_of, **settings) for name, (frequency, tx) in optimizers().items()}
 
 
-def _main() -> None:
-    """Print a table and the plan."""
+def small_network(name: str) -> nnx.Sequential:
+    """Build a small network for 10 classes: an MLP of 784-256-128-10, or a CNN for images of 8 x 8 pixels."""
+    rngs, pool = nnx.Rngs(0), functools.partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2))
+    convolutions = [
+        *(nnx.Conv(1, 32, (3, 3), rngs=rngs), nnx.relu, pool),
+        *(nnx.Conv(32, 64, (3, 3), rngs=rngs), nnx.relu, pool),
+    ]
+    sizes = (784, 256, 128, 10) if name == "mlp" else (256, 128, 10)
+    layers = [] if name == "mlp" else convolutions
+    layers.append(lambda x: x.reshape(len(x), -1))
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nnx.Linear(inputs, outputs, rngs=rngs), nnx.relu]
+    return nnx.Sequential(*layers[:-1])
+
+
+def measure_network(name: str) -> dict[str, Times]:
+    """Print the plan of a small network and measure its steps."""
+    graphdef, params = nnx.split(small_network(name))
+    shape = (128, 28, 28, 1) if name == "mlp" else (128, 8, 8, 1)
+    images, labels = jax.random.normal(jax.random.key(0), shape), jnp.arange(128) % 10
+
+    def loss(params: Any, images: jax.Array) -> jax.Array:
+        logits = nnx.merge(graphdef, params)(images)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    print(shampoo_plan(params))
+    runs = make_runs(params, jax.grad(loss), least_steps=LEAST_STEPS_SMALL, clock=time.process_time)
+    return measure(runs, images)
+
+
+def measure_config() -> tuple[dict[str, Times], float]:
+    """Print the plan of the config's network; return the times of updates, and of the gradient that they leave out."""
     config = cli.CONFIG.value
     run = build(config, fake_data.info_of(config))
     state = run.create_state()
@@ -129,18 +176,28 @@ def _main() -> None:
     gradient_of = jax.grad(loss)
     print(shampoo_plan(state.params, stack_axes=paths.stack_axes))
     if _DIRECT.value:
-        times, model_s = measure(make_runs(state.params, gradient_of), batch), 0.0
+        return measure(make_runs(state.params, gradient_of), batch), 0.0
+    compiled = jax.jit(gradient_of)
+    gradient = jax.block_until_ready(compiled(state.params, batch))
+    seconds = [timed(lambda: compiled(state.params, batch)) for _ in range(5)]
+    times = measure(make_runs(state.params, lambda _, gradient: gradient), gradient)
+    seconds += [timed(lambda: compiled(state.params, batch)) for _ in range(5)]
+    model_s = float(np.median(seconds)) * config.batch_size / size
+    print(
+        f"gradient: {np.median(seconds):.3f} s at batch {size} ({min(seconds):.3f} .. {max(seconds):.3f}), "
+        f"so {model_s:.2f} s at {config.batch_size}"
+    )
+    return times, model_s
+
+
+def _main() -> None:
+    """Print a table."""
+    if _NETWORK.value:
+        times, model_s = measure_network(_NETWORK.value), 0.0
+    elif cli.CONFIG.present:
+        times, model_s = measure_config()
     else:
-        compiled = jax.jit(gradient_of)
-        gradient = jax.block_until_ready(compiled(state.params, batch))
-        seconds = [timed(lambda: compiled(state.params, batch)) for _ in range(5)]
-        times = measure(make_runs(state.params, lambda _, gradient: gradient), gradient)
-        seconds += [timed(lambda: compiled(state.params, batch)) for _ in range(5)]
-        model_s = float(np.median(seconds)) * config.batch_size / size
-        print(
-            f"gradient: {np.median(seconds):.3f} s at batch {size} ({min(seconds):.3f} .. {max(seconds):.3f}), "
-            f"so {model_s:.2f} s at {config.batch_size}"
-        )
+        raise cli.missing("config", _USAGE)
     adam = model_s + np.median(times["Adam"].steps)
     print(f"{'update, seconds':26} compile    p50     p99 | step / Adam's: p50     p99    mean")
     for name, entry in times.items():
@@ -156,4 +213,4 @@ def _p99(values: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage="python -m benchmarks.optimizers --config configs/cifar10.py", required=("config",))
+    cli.run(_main, usage=_USAGE, required=(), optional=("config",))
