@@ -25,7 +25,7 @@ from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer
 from simplest_vit.training.metrics import Sums
 from simplest_vit.training.sharding import create_mesh, state_shardings
-from simplest_vit.training.state import ModelState, TrainState, state_initializer
+from simplest_vit.training.state import ModelState, TrainState
 from simplest_vit.training.step import Batch, make_eval_step, make_train_step
 
 _MANY_TOKENS = 1024  # four times as many as in an image of 256 pixels with patches of 16
@@ -39,7 +39,8 @@ class Run:
       config: The config, whose batch size fits the data and whose intervals are in steps.
       data: Facts about the data set; the examples are not needed.
       steps_per_epoch: Steps in a pass over the training split.
-      initialize: See `state_initializer`.
+      initialize: Pure function that creates the state at step 0. Its optional arguments are parameters by module that
+        replace the model's own, and a seed that replaces the config's.
       abstract: Shapes, dtypes and shardings of the state.
     """
 
@@ -182,16 +183,18 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
         head_width=sizes["width"] // sizes["num_heads"],
     )
 
-    def create(rngs: nnx.Rngs) -> ViT:
+    def create(seed: Any = config.seed) -> ViT:
         return create_model(
             **{**config.model, "attention_kernel": kernel},
             image_shape=data.image_shape,
             num_classes=data.num_classes,
             dtype=jnp.dtype(config.compute_dtype),
-            rngs=rngs,
+            rngs=nnx.Rngs(jax.random.key(seed)),
         )
 
-    graphdef, initialize = state_initializer(create, tx, seed=config.seed, average=bool(config.ema.decay))
+    def initialize(initial_params: dict[str, Any] | None = None, seed: Any = config.seed) -> TrainState:
+        return TrainState.create(create(seed), tx, initial_params or {}, average=bool(config.ema.decay))
+
     shapes = jax.eval_shape(initialize)
     return Run(
         config=config,
@@ -201,7 +204,7 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
         total_steps=total_steps,
         learning_rate=learning_rate,
         tx=tx,
-        graphdef=graphdef,
+        graphdef=nnx.graphdef(nnx.eval_shape(create)),
         initialize=initialize,
         abstract=jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -1,7 +1,6 @@
 """The state of a run: everything that changes from step to step, as arrays and as plain numbers."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,6 +49,27 @@ class TrainState:
     ema_params: Any
     skipped_steps: jax.Array
     skipped_in_a_row: jax.Array
+
+    @classmethod
+    def create(
+        cls, model: nnx.Module, tx: optax.GradientTransformation, initial_params: dict[str, Any], *, average: bool
+    ) -> "TrainState":
+        """Create the state at step 0; `initial_params`, by module, replace those of the model.
+
+        If `average`, it has a moving average of the parameters.
+        """
+        params, constants = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, Constant))
+        params |= initial_params
+        zero = jnp.zeros((), jnp.int32)
+        return cls(
+            step=zero,
+            params=params,
+            constants=constants,
+            opt_state=tx.init(params),
+            ema_params=params if average else None,
+            skipped_steps=zero,
+            skipped_in_a_row=zero,
+        )
 
     @property
     def model_state(self) -> ModelState:
@@ -103,39 +123,3 @@ class RunProgress:
         """Return the values for `results.json`."""
         own = ("last_evaluation", "evaluations_without_gain", "pending_sums")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in own}
-
-
-def state_initializer(
-    create: Callable[[nnx.Rngs], nnx.Module], tx: optax.GradientTransformation, *, seed: int, average: bool
-) -> tuple[nnx.GraphDef, Callable[..., TrainState]]:
-    """Describe the model and the state without computing anything.
-
-    Args:
-      average: Whether the state has a moving average of the parameters.
-
-    Returns:
-      The model's graph definition, and a pure function that creates the state at step 0. Its optional arguments are
-      parameters by module that replace the model's own, and a seed that replaces `seed`.
-
-    Raises:
-      UserError: If the arguments of the model are invalid.
-    """
-
-    def create_seeded(seed: Any = seed) -> nnx.Module:
-        return create(nnx.Rngs(jax.random.key(seed)))
-
-    def initialize(initial_params: dict[str, Any] | None = None, seed: Any = seed) -> TrainState:
-        model = create_seeded(seed)
-        params, constants = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, Constant))
-        params |= initial_params or {}
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            constants=constants,
-            opt_state=tx.init(params),
-            ema_params=params if average else None,
-            skipped_steps=jnp.zeros((), jnp.int32),
-            skipped_in_a_row=jnp.zeros((), jnp.int32),
-        )
-
-    return nnx.graphdef(nnx.eval_shape(create_seeded)), initialize
