@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import protocols
-from simplest_vit.analysis.report import Run, find_runs
+from simplest_vit.analysis.report import FinishedRun, find_runs
 from simplest_vit.config import flatten
 from simplest_vit.errors import UserError, print_error
 from simplest_vit.files import write_file
@@ -110,7 +110,7 @@ def read_curves(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {tag: (np.array([*values]), np.array([*values.values()])) for tag, values in points.items()}
 
 
-def from_run(run: Run, selected_on: str) -> Record:
+def from_run(run: FinishedRun, selected_on: str) -> Record:
     """Describe a finished run.
 
     Args:

@@ -17,7 +17,7 @@ _NEEDED = ("validation_accuracy", "best_validation_accuracy", "steps", "seed", "
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run: its folder and the content of its `results.json`."""
 
     path: pathlib.Path
@@ -44,18 +44,18 @@ class Run:
             return str(self.config.get("data.name"))
 
 
-def mean(runs: list[Run], name: str = "validation_accuracy") -> float:
+def mean(runs: list[FinishedRun], name: str = "validation_accuracy") -> float:
     """Compute the mean of a result over seeds."""
     return statistics.fmean(run.results[name] for run in runs)
 
 
-def summary(runs: list[Run], name: str = "validation_accuracy") -> str:
+def summary(runs: list[FinishedRun], name: str = "validation_accuracy") -> str:
     """Format mean, sample standard deviation and number of seeds, such as `0.9741 ± 0.0021 (n = 3)`."""
     spread = f" ± {statistics.stdev(run.results[name] for run in runs):.4f}" if len(runs) > 1 else ""
     return f"{mean(runs, name):.4f}{spread} (n = {len(runs)})"
 
 
-def find_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
+def find_runs(folders: Iterable[str]) -> tuple[list[FinishedRun], list[str]]:
     """Find runs in folders and their subfolders.
 
     Returns:
@@ -84,17 +84,17 @@ def find_runs(folders: Iterable[str]) -> tuple[list[Run], list[str]]:
             if missing := [name for name in _NEEDED if name not in results]:
                 problems.append(f"{path}: of another version, its {RESULTS} lacks {', '.join(missing)}")
             else:
-                runs.append(Run(path, results))
+                runs.append(FinishedRun(path, results))
     return runs, problems
 
 
-def group_runs(runs: Iterable[Run]) -> tuple[list[list[Run]], list[str]]:
+def group_runs(runs: Iterable[FinishedRun]) -> tuple[list[list[FinishedRun]], list[str]]:
     """Group runs of the same data set and config that differ only in their seed, in their order of appearance.
 
     Returns:
       The groups, in which a seed counts once, and one line for each run that repeats a seed.
     """
-    groups: dict[str, dict[int, Run]] = {}
+    groups: dict[str, dict[int, FinishedRun]] = {}
     repeated = []
     for run in runs:
         members = groups.setdefault(json.dumps([run.data, run.settings], sort_keys=True), {})
@@ -115,7 +115,7 @@ def _each(values: Iterable[Any]) -> str:
     return " / ".join(dict.fromkeys(map(str, values)))
 
 
-def differences(groups: list[list[Run]]) -> list[dict[str, Any]]:
+def differences(groups: list[list[FinishedRun]]) -> list[dict[str, Any]]:
     """Return, for each group, the fields that are not the same in all groups, by dotted name.
 
     Two seeds of each of two rates: `[{"optimizer.learning_rate": 1e-3}, {"optimizer.learning_rate": 2e-3}]`.
@@ -126,7 +126,7 @@ def differences(groups: list[list[Run]]) -> list[dict[str, Any]]:
     return [{name: config[name] for name in varying if name in config} for config in configs]
 
 
-def markdown(groups: list[list[Run]], problems: list[str]) -> str:
+def markdown(groups: list[list[FinishedRun]], problems: list[str]) -> str:
     """Return the report: a row for each group, the best first, and a line for each run that is not in it."""
     header = ["network, optimizer", "differs in", "accuracy", "best", "steps", "time", "device", "commit"]
     rows = []
