@@ -50,7 +50,7 @@ BINGET LONG_BINGET BINPUT LONG_BINPUT GLOBAL REDUCE NEWOBJ BUILD BINPERSID
 _CODES = {getattr(pickle, name)[0] for name in _OPCODES.split()}
 
 
-class Tensor(NamedTuple):
+class TensorView(NamedTuple):
     """A tensor whose bytes have not been read: a view of a storage, sizes in elements."""
 
     dtype: np.dtype
@@ -126,14 +126,14 @@ class _Unpickler(_PythonUnpickler):
     dispatch[pickle.SETITEMS[0]] = load_setitems
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor | None:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorView | None:
     if storage is None:
         return None
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(isinstance(n, int) and 0 <= n < 2**48 for n in numbers):
         raise pickle.UnpicklingError("a tensor of impossible sizes")
     dtype, key = storage
-    return Tensor(dtype, key, offset, tuple(shape), tuple(strides))
+    return TensorView(dtype, key, offset, tuple(shape), tuple(strides))
 
 
 class PthFile:
@@ -168,9 +168,9 @@ class PthFile:
         state = content.get("model_state_dict") if isinstance(content, dict) else None
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
             raise self._error("has no model_state_dict")
-        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in state.items() if isinstance(value, TensorView)}
         # torch.compile adds this prefix to every name.
-        self.tensors: dict[str, Tensor] = {name.removeprefix("_orig_mod."): t for name, t in tensors.items()}
+        self.tensors: dict[str, TensorView] = {name.removeprefix("_orig_mod."): t for name, t in tensors.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Read the numbers of a tensor, in its dtype and shape.
