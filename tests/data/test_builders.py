@@ -57,6 +57,7 @@ def test_cifar100_has_fine_and_coarse_labels(cifar100, tmp_path, make_config):
     config.data.label = "coarse_label"
     coarse = input_pipeline.load(config.data)
     assert (fine.num_classes, coarse.num_classes) == (100, 20)
+    assert fine.std == (0.2675, 0.2565, 0.2761), "not CIFAR-10's"
     np.testing.assert_array_equal(fine.train.labels, content["train"][1]["label"])
     np.testing.assert_array_equal(coarse.train.labels, content["train"][1]["coarse_label"])
     np.testing.assert_array_equal(fine.validation.images, content["test"][0])
@@ -209,7 +210,10 @@ def test_a_set_prepared_as_tfrecord_says_how_to_convert(tmp_path, make_config):
 
 
 def test_describe_names_splits_classes_and_checksums(tmp_path):
-    text = describe(prepare("digits", tmp_path))
+    prepared = prepare("digits", tmp_path)
+    pixels = np.stack([example["image"] for example in read(prepared, "train")]) / 255
+    assert (round(pixels.mean(), 4), round(pixels.std(), 4)) == (0.3058, 0.3761)
+    text = describe(prepared)
     assert "train: 1,437 examples" in text
     assert "label: 10 classes: 0, 1, 2" in text
     assert "mean (0.3058,), deviation (0.3761,)" in text
@@ -376,6 +380,7 @@ def tars(tmp_path, monkeypatch):
 def test_imagenet(tars, tmp_path):
     builder = prepare("imagenet", tmp_path / "tfds", tars)
     assert builder.info.full_name == "imagenet2012/5.1.0"
+    assert prepare("imagenet2012", tmp_path / "tfds", tars).mean == builder.mean, "by TFDS's name as well"
     names = builder.info.features["label"].names
     train = read(builder, "train", image=tfds.decode.SkipDecoding())
     assert [names[e["label"]] for e in train] == [WNIDS[0]] * 4 + [WNIDS[1]] * 4 + [WNIDS[2]] * 2
