@@ -10,7 +10,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from simplest_vit.config import check
-from simplest_vit.files import local_path
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
     check(config)
     with _logging():
-        return training.train(config, local_path(os.fspath(workdir)))
+        return training.train(config, os.fspath(workdir))
 
 
 @contextlib.contextmanager

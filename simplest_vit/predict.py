@@ -17,7 +17,7 @@ from simplest_vit.data.augment import normalize
 from simplest_vit.data.builders.image_folder import image_files, name_others
 from simplest_vit.data.decode import eval_image
 from simplest_vit.errors import UserError, one_line
-from simplest_vit.files import local_path, write_csv, writing
+from simplest_vit.files import write_csv, writing
 from simplest_vit.training.evaluate import restore_best
 
 log = logging.getLogger("simplest_vit")
@@ -47,7 +47,7 @@ class Predictor:
         Raises:
           UserError: If there is no checkpoint.
         """
-        run, state, self.accuracy = restore_best(local_path(os.fspath(workdir)))
+        run, state, self.accuracy = restore_best(os.fspath(workdir))
         self._network, self._data = run.config.model.name, run.data
         self.class_names, self.image_shape, self.step = run.data.class_names, run.data.image_shape, int(state.step)
         self.model = run.model(state)

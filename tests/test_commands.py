@@ -62,8 +62,8 @@ def record(monkeypatch):
 
 def test_predict(run, record, capsys):
     calls = record(predict, "predict", iter([found := {"image": "a.jpg", "top": []}]))
-    run("predict", "b.jpg", images=["a.jpg"], json=True, attention_rollout="rollouts")
-    assert calls == [("runs/mine", ["a.jpg", "b.jpg"], "rollouts")]
+    run("predict", "file:///b.jpg", images=["a.jpg"], json=True, attention_rollout="rollouts")
+    assert calls == [("runs/mine", ["a.jpg", "/b.jpg"], "rollouts")]
     assert json.loads(capsys.readouterr().out) == found
 
 
