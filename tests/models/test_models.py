@@ -65,7 +65,8 @@ def test_every_variant_gives_float32_logits(name, variant):
 
 @pytest.mark.parametrize("attention", ["espa_causal", "shift", "fixed_shift", "value_skipinit", "softmax"])
 def test_attention_computes_finite_logits_and_gradients(attention):
-    graphdef, params, constants = tiny.split(tiny.vit(attention=attention, dtype=jnp.bfloat16))
+    model = tiny.vit(attention=attention, dtype=jnp.bfloat16, depth=1, c_val_0_target=0.3)
+    graphdef, params, constants = tiny.split(model)
 
     def loss(params):
         logits = nnx.merge(graphdef, params, constants)(IMAGE)
@@ -121,7 +122,7 @@ def test_depth_64_traces_the_program_of_depth_12(remat):
 @pytest.mark.parametrize("name", ["simplest_vit", "simple_vit"])
 def test_remat_changes_nothing_but_memory(name):
     def gradient(remat):
-        graphdef, params, constants = tiny.split(tiny.vit(name, remat=remat))
+        graphdef, params, constants = tiny.split(tiny.vit(name, remat=remat, depth=1, c_val_0_target=0.3))
         return jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p, constants)(IMAGE).mean()))(params)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient(False), gradient(True))

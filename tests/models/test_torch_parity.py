@@ -71,7 +71,7 @@ def test_live(name):
     from tests import torch_reference
 
     torch.manual_seed(0)
-    sizes = tiny.SIZES | {"depth": 12, "width": 48, "num_heads": 3, "mlp_dim": 96, "patch_size": 2}
+    sizes = tiny.SIZES | {"depth": 4, "width": 48, "num_heads": 3, "mlp_dim": 96, "patch_size": 2}
     sizes = {field: value for field, value in sizes.items() if field not in SHAPING}
     model = create(name, **sizes)
     bias = torch.tensor(np.asarray(model.blocks.attention.attention_bias[...])) if name == "isometric_vit" else None
