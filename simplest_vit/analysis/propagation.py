@@ -13,7 +13,6 @@ several images, A_h acts on every pair of images alike.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -191,18 +190,13 @@ def measure_propagation(
         token_gradient: [L + 1], norm of the loss's gradient at the tokens.
         parameter_gradient: [L], norm of the loss's gradient at the parameters of the block.
     """
-    graphdef, state = nnx.split(model)
     with jax.default_matmul_precision("float32"):
-        matrices = None if start is None else jnp.asarray(start, jnp.float32)
-        measured = _measure(graphdef, nnx.to_pure_dict(state), image, label, matrices)
+        measured = _measure(model, image, label, None if start is None else jnp.asarray(start, jnp.float32))
     return jax.tree.map(np.asarray, measured)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _measure(
-    graphdef: nnx.GraphDef, state: Any, image: jax.Array, label: jax.Array, start: jax.Array | None
-) -> dict[str, jax.Array]:
-    model = nnx.merge(graphdef, state)
+@nnx.jit
+def _measure(model: ViT, image: jax.Array, label: jax.Array, start: jax.Array | None) -> dict[str, jax.Array]:
     blocks_def, *parts = nnx.split(model.blocks, nnx.Param, ...)
     params, constants = (nnx.as_pure(part) for part in parts)
     x = model.embed(image)

@@ -4,7 +4,6 @@ The attention matrices of all blocks are averaged over heads and multiplied. If 
 first averaged with the identity. The head reads the mean over tokens, so the rows of the product are averaged.
 """
 
-import functools
 import pathlib
 from typing import Any
 
@@ -24,14 +23,12 @@ def attention_rollout(model: ViT, image: jax.Array) -> np.ndarray:
 
     Images are normalized, [B, H, W, C].
     """
-    graphdef, state = nnx.split(model)
     grid = token_grid(image.shape[1:], model.patch_size)
-    return np.asarray(_rollout(graphdef, nnx.to_pure_dict(state), image)).reshape(len(image), *grid)
+    return np.asarray(_rollout(model, image)).reshape(len(image), *grid)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _rollout(graphdef: nnx.GraphDef, state: Any, image: jax.Array) -> jax.Array:
-    model = nnx.merge(graphdef, state)
+@nnx.jit
+def _rollout(model: ViT, image: jax.Array) -> jax.Array:
     blocks_def, blocks = nnx.split(model.blocks)
     x = model.embed(image)
     eye = jnp.eye(x.shape[1])[None]
