@@ -117,6 +117,25 @@ def test_flops_of_a_step_are_those_of_its_program(alias, given):
     assert flops == PLANS[alias](params, **given).step_flops
 
 
+@pytest.mark.parametrize(
+    ("blocks", "others", "soap_is_staggered", "shampoo_is_staggered"),
+    [
+        ([(384, 1536), (1536, 384), *[(384, 384)] * 4], [(48, 384), (384, 10)], True, True),
+        ([(64, 256), (256, 64), *[(64, 64)] * 4], [(48, 64), (64, 10)], True, False),
+        ([], [(784, 256), (256, 128), (128, 10)], False, False),
+        ([], [(3, 3, 1, 32), (3, 3, 32, 64), (256, 128), (128, 10)], False, False),
+    ],
+    ids=["S/4", "small protocol", "MLP", "CNN"],
+)
+def test_networks_that_are_staggered(blocks, others, soap_is_staggered, shampoo_is_staggered):
+    """A change would alter the recorded runs of the first two, and slow down the last two."""
+    params = {"blocks": [jax.ShapeDtypeStruct((12, *shape), jnp.float32) for shape in blocks]}
+    params["others"] = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in others]
+    stack_axes = {"blocks": 1, "others": 0}
+    assert soap_plan(params, stack_axes=stack_axes).is_staggered == soap_is_staggered
+    assert shampoo_plan(params, stack_axes=stack_axes).is_staggered == shampoo_is_staggered
+
+
 @pytest.mark.parametrize(("stagger", "blocks"), [(True, 3), (False, 2.5)])
 def test_cubes_of_a_step(stagger, blocks):
     """Five blocks, with a matrix of 4 x 4 and one of 2 x 2 each, in turns of two steps."""
