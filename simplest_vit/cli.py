@@ -128,6 +128,20 @@ def config_arguments(arguments: list[str]) -> list[str]:
     return given
 
 
+def seeds_from(first: int, count: int) -> range:
+    """Return the seeds of --seeds: `count` of them, from `first` up.
+
+    Raises:
+      UserError: If the last one is too large.
+    """
+    seeds, allowed = range(first, first + count), FIELDS["seed"].values
+    if not allowed.allows(seeds[-1]):
+        raise UserError(
+            f"--seeds={count}: the last seed is {seeds[-1]}, expected {allowed.expected}; lower config.seed"
+        )
+    return seeds
+
+
 def _require_config(config: flags.FlagHolder) -> None:
     """Read a config file now; absl reads it only when the flag is first used."""
     getattr(config.value, "to_dict", None)

@@ -315,6 +315,7 @@ COMMANDS = [
     (SWEEP + " --workdir {new}/run --grid config.depth=3", "no field 'depth' to vary"),
     (SWEEP + " --workdir {new}/run --grid seed", "expected config.FIELD=VALUE,VALUE"),
     (SWEEP + " --workdir {new}/run --seeds 0", "--seeds=0"),
+    (SWEEP + " --workdir {new}/run --config.seed 4294967295 --seeds 2", "--seeds=2: the last seed is 4294967296"),
     (
         SWEEP + " --workdir {new}/run --grid config.model.depth=12,-3",
         "at config.model.depth=-3: config.model.depth=-3 m",
@@ -332,6 +333,10 @@ COMMANDS = [
     ("benchmarks.reproduce nothing --workdir {new}/run", "unknown table nothing; usage: "),
     ("benchmarks.reproduce headline", "--workdir is missing"),
     ("simplest_vit signal_propagation --config configs/digits.py --workdir {new}/run --seeds=0", "--seeds=0"),
+    (
+        "simplest_vit signal_propagation --config digits --workdir {new}/run --seeds=2 --config.seed=4294967295",
+        "--seeds=2: the last seed is 4294967296",
+    ),
     (IMPORT, "--checkpoint is missing"),
     (IMPORT + " --checkpoint={new}/x.pth", "x.pth cannot be read"),
     (IMPORT + " --checkpoint={old}/text.jpg", "text.jpg"),

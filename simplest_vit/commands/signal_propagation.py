@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -64,13 +64,13 @@ def with_contrast(config: Any, name: str) -> Any:
     return config
 
 
-def initial_models(config: Any, data: DatasetInfo, seeds: int) -> Iterator[ViT]:
-    """Yield the float32 model of a config at initialization for `seeds` seeds from `config.seed` on."""
+def initial_models(config: Any, data: DatasetInfo, seeds: Iterable[int]) -> Iterator[ViT]:
+    """Yield the float32 model of a config at initialization for each seed."""
     config = config.copy_and_resolve_references()
     config.compute_dtype = "float32"
     run = build(config, data)
     initialize = jax.jit(lambda seed: run.initialize(seed=seed).model_state)
-    for seed in range(config.seed, config.seed + seeds):
+    for seed in seeds:
         yield run.model(initialize(np.uint32(seed)))
 
 
@@ -88,6 +88,7 @@ def signal_propagation(config: Any, workdir: str, *, trained: bool = False, seed
       UserError: If the config does not fit, or `trained` finds no checkpoint.
     """
     path = check_workdir(workdir, config.to_dict())
+    all_seeds = cli.seeds_from(config.seed, seeds)
     dataset = input_pipeline.load(config.data)
     count = min(NUM_IMAGES, dataset.validation_size)  # a larger batch would be padded with copies
     batch = next(input_pipeline.eval_batches(dataset, batch_size=count, sharding=None))
@@ -104,7 +105,7 @@ def signal_propagation(config: Any, workdir: str, *, trained: bool = False, seed
         results.append(analyse(f"{own}, trained", [run.model(state)], batch["image"], batch["label"]))
     for name, variant in variants.items():
         log.info("signal propagation: %s", name)
-        models = initial_models(variant, dataset.info, seeds)
+        models = initial_models(variant, dataset.info, all_seeds)
         results.append(analyse(name, models, batch["image"], batch["label"]))
     images = f"{count} images of {dataset.name}"
     write(

@@ -84,7 +84,7 @@ def plan(grid: dict[str, list[str]], seeds: int, first_seed: int, workdir: str, 
                 "possible; vary fewer fields at a time"
             )
         point = Point(values, [], [])
-        for seed in range(first_seed, first_seed + seeds):
+        for seed in cli.seeds_from(first_seed, seeds):
             folder = pathlib.Path(workdir, name, f"seed={seed}")
             overrides = [f"--config.{field}={value}" for field, value in {**values, "seed": str(seed)}.items()]
             point.workdirs.append(folder)

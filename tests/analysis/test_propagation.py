@@ -159,7 +159,7 @@ def test_cosines_are_those_of_an_image_and_the_next():
 
 
 def test_any_seed_of_a_run_gives_the_models_of_that_run():
-    _, model = initial_models(tiny_config(seed=2**32 - 2), DIGITS, 2)
+    _, model = initial_models(tiny_config(), DIGITS, [0, 2**32 - 1])
     expected = build(tiny_config(seed=2**32 - 1), DIGITS).create_state().params["head"]["kernel"]
     np.testing.assert_array_equal(model.head.kernel[...], expected)
 
@@ -189,7 +189,7 @@ def test_the_isometric_network_follows_its_recursion(monkeypatch):
     )
     image = jnp.cumsum(jax.random.normal(jax.random.key(3), (4, 8, 8, 1)), axis=2)
     label = jax.nn.one_hot(jnp.arange(4), 10)
-    (model,) = initial_models(config, DIGITS, 1)
+    (model,) = initial_models(config, DIGITS, [config.seed])
     result = propagation.analyse("isometric", [model], image, label)
     tokens = np.asarray(model.embed(image), np.float64)
     unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)

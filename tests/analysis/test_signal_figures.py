@@ -108,14 +108,14 @@ def test_contrasts_that_do_not_fit_are_told_before_anything_is_done(tmp_path, mo
 def test_a_model_for_each_seed_sees_the_images_and_a_split_of_few_is_not_filled_up(tmp_path, data_dir, monkeypatch):
     seen, titles = [], []
     monkeypatch.setattr(signal_propagation, "CONTRASTS", {"E-SPA + TAT": {"name": "simplest_vit"}})
-    monkeypatch.setattr(signal_propagation, "initial_models", lambda config, data, seeds: range(seeds))
+    monkeypatch.setattr(signal_propagation, "initial_models", lambda config, data, seeds: seeds)
     monkeypatch.setattr(
         signal_propagation, "analyse", lambda name, models, image, _: seen.append((models, image.shape))
     )
     monkeypatch.setattr(signal_propagation, "write", lambda results, folder, title: titles.append(title))
     config = tiny_config(data__dir=data_dir, data__validation_split="validation[:5]")
     signal_propagation.signal_propagation(config, str(tmp_path / "run"), seeds=3)
-    assert seen == [(range(3), (5, 8, 8, 1))]
+    assert seen == [(range(config.seed, config.seed + 3), (5, 8, 8, 1))]
     assert titles == ["depth 2, width 16, 5 images of digits, initializations: 3"]
 
 

@@ -58,7 +58,7 @@ def test_it_is_trained(tmp_path, data_dir):
 
 def test_it_is_analysed_by_its_own_matrix(monkeypatch):
     monkeypatch.setattr(propagation, "jacobian_spectrum", lambda *_: (np.ones(1), np.ones(1)))  # of blocks of any kind
-    (model,) = initial_models(config(model__width=256, model__mlp_dim=256), DIGITS, 1)
+    (model,) = initial_models(config(model__width=256, model__mlp_dim=256), DIGITS, [1])
     image = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     result = propagation.analyse("near", [model], image, jax.nn.one_hot(jnp.arange(2), 10))
     np.testing.assert_allclose(result.measured["attention_distance"][1:], 0, atol=1e-6)
