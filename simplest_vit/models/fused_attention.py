@@ -28,10 +28,10 @@ _ACCUMULATED = 16384  # entries of the gradient of the keys, and as many of the 
 
 def check_sizes(tokens: int, head_width: int) -> None:
     """Raise a UserError if the kernel does not support T tokens or heads of this width."""
-    for name, size, (low, high) in (("tokens", tokens, TOKENS), ("head width", head_width, HEAD_WIDTHS)):
+    for name, size, (low, high) in (("number of tokens", tokens, TOKENS), ("head width", head_width, HEAD_WIDTHS)):
         if not low <= size <= high:
             raise UserError(
-                f"config.model.attention_kernel='fused' supports {name} of {low} to {high}, not {size}; "
+                f"config.model.attention_kernel='fused' needs a {name} from {low} to {high}, not {size}; "
                 "choose xla or another model"
             )
 

@@ -22,7 +22,10 @@ from simplest_vit.training import distributed
         ((False, "localhost:65536", 2, 0), "--coordinator_address=localhost:65536 must be HOST:PORT"),
         ((False, "localhost:0", 2, 0), "--coordinator_address=localhost:0 must be HOST:PORT"),
         ((True, "localhost:1", None, None), "--config.distributed=auto gets .*give it or them, not both"),
-        ((False, "localhost:1", 2, 1), "--coordinator_address=localhost:1 does not answer.*start process 0 there"),
+        (
+            (False, "localhost:1", 2, 1),
+            "--coordinator_address=localhost:1 does not answer.*start process 0 and open its port",
+        ),
         ((False, "nowhere.invalid:1", 2, 1), "--coordinator_address=nowhere.invalid:1 does not answer"),
     ],
 )

@@ -97,10 +97,10 @@ def test_the_kernel_for_attention_is_xla_unless_it_is_named():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"patch_size": 16}, "does tokens of 16 to 256, not 6"),
-        ({"patch_size": 1}, "does tokens of 16 to 256, not 1536"),
-        ({"num_heads": 48}, "does head width of 16 to 128, not 8"),
-        ({"num_heads": 2}, "does head width of 16 to 128, not 192"),
+        ({"patch_size": 16}, "a number of tokens from 16 to 256, not 6"),
+        ({"patch_size": 1}, "a number of tokens from 16 to 256, not 1536"),
+        ({"num_heads": 48}, "a head width from 16 to 128, not 8"),
+        ({"num_heads": 2}, "a head width from 16 to 128, not 192"),
     ],
 )
 def test_the_fused_kernel_says_what_it_cannot_do(fields, message):
