@@ -68,10 +68,7 @@ class Checkpoints:
             create=create,
         )
         with self._translate_errors("cannot be opened"):
-            # Cutting a small array into a slice for each device that has a copy compiles one program a slice.
-            arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
-            registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-            handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
+            handlers = {"state": ocp.PyTreeCheckpointHandler()}
             self._manager = _Manager(self._alias(), options=options, item_handlers=handlers)
 
     def _alias(self) -> pathlib.Path:

@@ -53,17 +53,6 @@ def workdir(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "run")
 
 
-def test_saving_copies_of_small_arrays_compiles_nothing(tmp_path, caplog):
-    """Orbax would cut each into slices, with a program for each device."""
-    mesh = jax.make_mesh((8,), ("data",))
-    state = jax.device_put(
-        {"kernel": STATE["kernel"][:96]}, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    )
-    with jax.log_compiles(), Checkpoints(tmp_path, create=True) as checkpoints:
-        checkpoints.save(state, RunProgress(), 3)
-    assert "Compiling" not in caplog.text
-
-
 def largest(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
