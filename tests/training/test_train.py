@@ -231,7 +231,7 @@ def test_a_profile_is_written_also_where_the_run_ends_within_it(data_dir, tmp_pa
 
 def test_evaluation_needs_the_devices_of_the_attention_kernel(finished, data_dir, monkeypatch):
     config = tiny_config(data__dir=data_dir, ema__decay=0.9, model__attention_kernel="fused")
-    with pytest.raises(UserError, match=r"^config.model.attention_kernel='fused' supports head width of 16 to 128"):
+    with pytest.raises(UserError, match=r"^config.model.attention_kernel='fused' needs a head width from 16 to 128"):
         evaluate.evaluate(str(finished[0]), config)
     monkeypatch.setattr("simplest_vit.models.fused_attention.check_sizes", lambda *_: None)
     with pytest.raises(UserError, match=r"'fused' needs NVIDIA GPUs .* not cpu; choose xla"):
