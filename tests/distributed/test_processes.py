@@ -290,6 +290,7 @@ def test_damaged_checkpoints_are_told_by_both(tmp_path):
     records = list((workdir / "checkpoints").glob("*/record.json"))
     for record in records:
         record.write_text("{")
+    (workdir / "results.json").unlink()  # a finished run reads no checkpoint
     running = start(workdir, SHORT, 2, 2)
     assert [process.wait(TIMEOUT) for process in running] == [2, 2]
     for index in range(2):

@@ -26,7 +26,8 @@ def test_initialization_is_a_function_of_the_seed(run):
     assert not np.array_equal(first.params["head"]["kernel"], other.params["head"]["kernel"])
 
 
-def test_initialization_is_compiled_fast_to_the_same_bits(run, monkeypatch):
+def test_initialization_is_compiled_fast_to_the_same_bits(monkeypatch):
+    run = build(tiny_config(model__depth=1), DIGITS, create_mesh(devices=jax.devices()[:1]))
     expected = jax.jit(run.initialize, compiler_options={"xla_backend_optimization_level": 3})()
     monkeypatch.delenv("XLA_FLAGS")  # the level of the tests
     jax.tree.map(np.testing.assert_array_equal, run.create_state(), expected)
