@@ -90,9 +90,7 @@ class Results:
     def in_equal_time(self, row: str, data: str = "cifar10") -> Cell | None:
         """Find the runs of a row of the table `equal_time`, in its own number of steps; None for any other row."""
         table = TABLES["equal_time"]
-        if row not in table.rows:
-            return None
-        return self.find(NETWORKS[row], data=data, steps=table.steps_of.get(row, table.steps or 0))
+        return self.find(NETWORKS[row], data=data, steps=table.row_steps(row)) if row in table.rows else None
 
     def of_recipe(self, preset: str, data: str, optimizer: str, protocol: str, steps: int) -> Cell | None:
         """Find the best runs of the recipe, whatever else they change."""

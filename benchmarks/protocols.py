@@ -62,6 +62,10 @@ class Table(NamedTuple):
     seeds: tuple[int, ...] = FRESH_SEEDS
     steps_of: dict[str, int] = {}  # noqa: RUF012 (never changed)
 
+    def row_steps(self, row: str) -> int | None:
+        """Return the steps of a row's runs; None for the recipe's epochs."""
+        return self.steps_of.get(row, self.steps)
+
 
 _EIGHT = {"model.num_heads": 8}
 

@@ -88,7 +88,7 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
       The runs.
     """
     data, optimizer, row = key
-    length = _length(table.steps_of.get(row, table.steps))
+    length = _length(table.row_steps(row))
     fields = PROTOCOLS[table.protocol] | network.fields | {"optimizer.learning_rate": rate} | length | run["fields"]
     result = Point({"data": data, "optimizer": optimizer, "row": row, "learning rate": f"{rate:g}"}, [], [])
     for seed in seeds:

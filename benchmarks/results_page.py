@@ -102,7 +102,7 @@ def equal_time(results: Results, page: str) -> str:
     plan = TABLES["equal_time"]
     rows = []
     for row in plan.rows:
-        line = [row, f"{plan.steps_of.get(row, plan.steps):,}"]
+        line = [row, f"{plan.row_steps(row):,}"]
         for data in plan.data:
             cell, base = (results.in_equal_time(name, data) for name in (row, "SimpleViT"))
             line += [_text(cell, page), "" if row == "SimpleViT" else difference_text(cell, base)]

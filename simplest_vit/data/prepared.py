@@ -232,8 +232,8 @@ class Prepared:
             if is_measured:
                 mean, square = moments / len(range(0, sizes[train], every))
                 measured |= {"mean": mean.round(4), "std": np.sqrt(square - mean**2).round(4)}
-        for split in sizes.keys() - {train}:
-            if known := np.isin(hashes[split], hashes[train]).sum():
+        for split in sizes:
+            if split != train and (known := np.isin(hashes[split], hashes[train]).sum()):
                 _LOG.warning("%d of the %s images of %s are also in %s", known, f"{sizes[split]:,}", split, train)
         measured["fingerprint"] = np.array(digest.hexdigest())
         return measured, pixels
