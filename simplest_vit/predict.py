@@ -52,8 +52,11 @@ class Predictor:
         self.class_names, self.image_shape, self.step = run.data.class_names, run.data.image_shape, int(state.step)
         self.model = run.model(state)
         self._size = 1
-        self._classify = nnx.jit(lambda model, image: jax.nn.softmax(model(image)))
-        self._embed = nnx.jit(lambda model, image: model.features(image))
+        # Not `nnx.jit`, which copies all parameters in each call.
+        graphdef, arrays = nnx.split(self.model)
+        self._arrays = nnx.as_pure(arrays)
+        self._classify = jax.jit(lambda arrays, image: jax.nn.softmax(nnx.merge(graphdef, arrays)(image)))
+        self._embed = jax.jit(lambda arrays, image: nnx.merge(graphdef, arrays).features(image))
 
     def __repr__(self) -> str:
         """Describe the network, its data and its accuracy."""
@@ -115,7 +118,7 @@ class Predictor:
         self._size = max(self._size, min(len(pixels), _BATCH))
         parts = [pixels[start : start + self._size] for start in range(0, len(pixels), self._size)]
         padded = [np.pad(part, ((0, self._size - len(part)), (0, 0), (0, 0), (0, 0))) for part in parts]
-        return np.concatenate([function(self.model, self.normalize(part)) for part in padded])[: len(pixels)]
+        return np.concatenate([function(self._arrays, self.normalize(part)) for part in padded])[: len(pixels)]
 
 
 def load(workdir: str | os.PathLike[str]) -> Predictor:
