@@ -85,8 +85,12 @@ def criteria(results: Results) -> list[Criterion]:
         for data, name in DATA.items():
             cells = [(row, cell) for row in rows if (cell := find(row, data))]
             ours, theirs = (
-                max((cell for row, cell in cells if row.startswith(kind)), key=lambda cell: cell.mean, default=None)
-                for kind in ("isometric", "SimpleViT")
+                max(
+                    (cell for row, cell in cells if (NETWORKS[row].preset == "simple_vit") is baseline),
+                    key=lambda cell: cell.mean,
+                    default=None,
+                )
+                for baseline in (False, True)
             )
             compared = compare(ours, theirs)
             if compared and ours and theirs:

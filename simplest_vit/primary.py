@@ -9,10 +9,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from simplest_vit import preemption
-from simplest_vit.errors import UserError, first_line
+from simplest_vit.errors import Interrupted, TrainingError, UserError, first_line
 
 _CALLS = itertools.count()  # number of the call, the same in all processes
 _POLL_MS = 1000
+_BY_EXIT_CODE = {error.exit_code: error for error in (UserError, TrainingError, Interrupted)}
 
 
 def is_primary() -> bool:
@@ -27,8 +28,9 @@ def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
       ask: Returns plain JSON.
 
     Raises:
-      UserError: In the other processes, if `ask` raises anything.
-      Interrupted: In the other processes, if a signal was received.
+      UserError: In the other processes, if `ask` raises anything except TrainingError or Interrupted; those they raise
+        as well.
+      Interrupted: In a process that received a signal.
     """
     if jax.process_count() == 1:
         return ask()
@@ -38,7 +40,7 @@ def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
         try:
             received["answer"] = ask()
         except BaseException as error:  # the others must neither keep waiting nor assume that all is well
-            received["error"] = first_line(error)
+            received |= {"error": first_line(error), "exit_code": getattr(error, "exit_code", None)}
             raise
         finally:
             client.key_value_set(key, json.dumps(received))
@@ -50,5 +52,5 @@ def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
             if "DEADLINE_EXCEEDED" not in str(problem):
                 raise
     if "error" in received:
-        raise UserError(received["error"])
+        raise _BY_EXIT_CODE.get(received["exit_code"], UserError)(received["error"])
     return received["answer"]

@@ -6,6 +6,7 @@ import sys
 import jax
 import pytest
 
+from simplest_vit import primary
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError
 from simplest_vit.primary import is_primary
 from simplest_vit.training import distributed
@@ -57,6 +58,40 @@ def test_auto_says_why_it_fails(monkeypatch, error, message):
     monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match="config.distributed=auto: .*" + message):
         distributed.initialize(True, None, None, None)
+
+
+class Coordinator(dict):
+    """The store of JAX's coordinator, for processes that run one after the other."""
+
+    key_value_set = dict.__setitem__
+
+    def blocking_key_value_get(self, key, _):
+        return self[key]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (UserError("no such folder"), UserError),
+        (CheckpointError("the disk is full"), TrainingError),
+        (Interrupted("step 3 is saved"), Interrupted),
+        (OSError("EIO"), UserError),
+    ],
+)
+def test_all_processes_end_with_the_exit_code_of_process_0(monkeypatch, error, raised):
+    coordinator = Coordinator()
+    monkeypatch.setattr(primary.ocp.multihost, "get_jax_distributed_client", lambda: coordinator)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def ask():
+        raise error
+
+    for process, expected in enumerate((type(error), raised)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(primary, "_CALLS", iter([7]))
+        with pytest.raises(expected, match=str(error)) as caught:
+            primary.broadcast_from_primary(ask if process == 0 else None)
+        assert type(caught.value) is expected
 
 
 GONE = "another process of the run was lost"
