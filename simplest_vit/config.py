@@ -11,9 +11,8 @@ A config file is Python: its `get_config(arguments)` starts from `default()` and
         return config
 """
 
-import numbers
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -21,14 +20,7 @@ from ml_collections.config_dict import FieldReference, placeholder
 
 from simplest_vit.errors import UserError, did_you_mean
 from simplest_vit.files import local_path
-
-
-class Values(NamedTuple):
-    """The allowed values of a field and their description; `kind` is their type if the default is None."""
-
-    allows: Callable[[Any], bool]
-    expected: str
-    kind: Any = str
+from simplest_vit.ranges import DECAY, FLAG, MODEL, Values, integer, number, one_of, optional, positive
 
 
 class Field(NamedTuple):
@@ -39,35 +31,10 @@ class Field(NamedTuple):
     meaning: str
 
 
-def _is_number(value: Any, kind: type = numbers.Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _integer(low: int, high: int = 2**31 - 1) -> Values:  # steps and sizes are int32 on the device
-    text = f"an integer from {low:,} to {high:,}"
-    return Values(lambda value: _is_number(value, numbers.Integral) and low <= value <= high, text, int)
-
-
-def _number(low: float, high: float) -> Values:
-    return Values(lambda value: _is_number(value) and low <= value <= high, f"a number from {low:g} to {high:g}", float)
-
-
-def _positive(high: float) -> Values:
-    return Values(lambda value: _is_number(value) and 0 < value <= high, f"a number above 0, at most {high:g}", float)
-
-
-def _inside(low: float, high: float) -> Values:
-    return Values(lambda value: _is_number(value) and low < value < high, f"a number in ({low:g}, {high:g})", float)
-
-
-def _one_of(*choices: str) -> Values:
-    return Values(lambda value: value in choices, f"one of {', '.join(choices)}")
-
-
 def _is_interval(value: Any) -> bool:
     if isinstance(value, str):
         return bool(re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) epochs?", value)) and 0 < float(value.split()[0]) < 1e6
-    return _integer(1).allows(value)
+    return integer(1).allows(value)
 
 
 def interval_steps(interval: int | str, steps_per_epoch: int) -> int:
@@ -81,88 +48,82 @@ def _folder(path: Any) -> bool:
     return isinstance(path, str) and bool(path) and bool(local_path(path))  # which raises
 
 
-def _optional(values: Values) -> Values:
-    return Values(lambda value: value is None or values.allows(value), f"{values.expected}, or None", values.kind)
-
-
-_DECAY = Values(lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
-_FLAG = Values(lambda value: isinstance(value, bool), "True or False")
 _TEXT = Values(lambda value: isinstance(value, str), "a name")
-_NAME = _optional(_TEXT)
+_NAME = optional(_TEXT)
 INTERVAL = int | str
 _INTERVAL = Values(_is_interval, "a number of steps, an integer from 1, or of epochs, such as '0.5 epochs'", INTERVAL)
-_FOLDER = _optional(Values(_folder, "the path of a folder"))
+_FOLDER = optional(Values(_folder, "the path of a folder"))
 
 # Names, and ranges that depend on other fields, are checked by the functions that use them: `model_arguments`,
 # `image_shape`, `create_optimizer`.
 FIELDS = {
-    "seed": Field(3407, _integer(0, 2**32 - 1), "seed of initialization, example order, augmentation and dropout"),
-    "epochs": Field(90.0, _positive(1e6), "passes over the training split"),
-    "steps": Field(None, _optional(_integer(1)), "number of steps; None: computed from epochs"),
-    "batch_size": Field(2048, _integer(1), "examples in a step, over all devices"),
-    "warmup_steps": Field(75, _integer(0), "steps of linear learning-rate warm-up; a cosine decay to 0 follows"),
-    "grad_clip": Field(1.0, _number(0, 1e9), "clip gradients to this global norm; 0: no clipping"),
-    "weight_decay": Field(0.0, _number(0, 100), "weight decay of kernels; biases and LayerNorm do not decay"),
-    "decoupled_weight_decay": Field(False, _FLAG, "False: L2, added to the gradient; True: decoupled, as in AdamW"),
-    "label_smoothing": Field(0.0, _DECAY, "share of each label's weight that is spread evenly over all classes"),
+    "seed": Field(3407, integer(0, 2**32 - 1), "seed of initialization, example order, augmentation and dropout"),
+    "epochs": Field(90.0, positive(1e6), "passes over the training split"),
+    "steps": Field(None, optional(integer(1)), "number of steps; None: computed from epochs"),
+    "batch_size": Field(2048, integer(1), "examples in a step, over all devices"),
+    "warmup_steps": Field(75, integer(0), "steps of linear learning-rate warm-up; a cosine decay to 0 follows"),
+    "grad_clip": Field(1.0, number(0, 1e9), "clip gradients to this global norm; 0: no clipping"),
+    "weight_decay": Field(0.0, number(0, 100), "weight decay of kernels; biases and LayerNorm do not decay"),
+    "decoupled_weight_decay": Field(False, FLAG, "False: L2, added to the gradient; True: decoupled, as in AdamW"),
+    "label_smoothing": Field(0.0, DECAY, "share of each label's weight that is spread evenly over all classes"),
     "max_skipped_steps": Field(
-        10, _integer(1), "stop after this many steps in a row whose loss or gradient is not finite"
+        10, integer(1), "stop after this many steps in a row whose loss or gradient is not finite"
     ),
-    "fsdp": Field(1, _integer(1), "devices that share one copy of parameters and optimizer state; 1: no sharing"),
+    "fsdp": Field(1, integer(1), "devices that share one copy of parameters and optimizer state; 1: no sharing"),
     "distributed": Field(
-        None, _optional(_one_of("auto")), "auto: connect the processes of the cluster (SLURM, MPI, Kubernetes, TPU)"
+        None, optional(one_of("auto")), "auto: connect the processes of the cluster (SLURM, MPI, Kubernetes, TPU)"
     ),
-    "accumulation_steps": Field(1, _integer(1), "micro-batches per step, to save memory; the result is the same"),
+    "accumulation_steps": Field(1, integer(1), "micro-batches per step, to save memory; the result is the same"),
     "compute_dtype": Field(
-        "bfloat16", _one_of("float32", "bfloat16"), "of activations; parameters, softmax, logits and loss are float32"
+        "bfloat16", one_of("float32", "bfloat16"), "of activations; parameters, softmax, logits and loss are float32"
     ),
     "eval_every": Field(240, _INTERVAL, "interval between evaluations"),
     "checkpoint_every": Field(
         240, _INTERVAL, "interval between checkpoints, which are evaluated, too; new bests are also saved"
     ),
-    "checkpoint_minutes": Field(None, _optional(_positive(1e6)), "save at the next report after this many minutes"),
+    "checkpoint_minutes": Field(None, optional(positive(1e6)), "save at the next report after this many minutes"),
     "log_every": Field(24, _INTERVAL, "interval between reports of training loss, accuracy and speed"),
-    "patience": Field(0, _integer(0), "stop after this many evaluations in a row without a new best; 0: never"),
-    "sam.rho": Field(0.0, _number(0, 100), "radius of sharpness-aware minimization (SAM); 0: off; reference: 0.05"),
-    "sam.every": Field(1, _integer(1), "use SAM in every n-th step"),
+    "patience": Field(0, integer(0), "stop after this many evaluations in a row without a new best; 0: never"),
+    "sam.rho": Field(0.0, number(0, 100), "radius of sharpness-aware minimization (SAM); 0: off; reference: 0.05"),
+    "sam.every": Field(1, integer(1), "use SAM in every n-th step"),
     "ema.decay": Field(
-        0.0, _DECAY, "decay of the average of the parameters, which is evaluated; 0: off; reference: 0.99"
+        0.0, DECAY, "decay of the average of the parameters, which is evaluated; 0: off; reference: 0.99"
     ),
-    "ema.every": Field(5, _integer(1), "steps between updates of the moving average"),
+    "ema.every": Field(5, integer(1), "steps between updates of the moving average"),
     "compilation_cache": Field(
-        True, _FLAG, "cache compiled accelerator programs in JAX_COMPILATION_CACHE_DIR (~/.cache/simplest_vit)"
+        True, FLAG, "cache compiled accelerator programs in JAX_COMPILATION_CACHE_DIR (~/.cache/simplest_vit)"
     ),
     "wandb": Field(None, _NAME, "project of Weights & Biases that the run is logged to as well"),
-    "profile.first_step": Field(0, _integer(0), "profile the steps after this one; 0: no profile"),
-    "profile.num_steps": Field(5, _integer(1), "number of steps to profile"),
+    "profile.first_step": Field(0, integer(0), "profile the steps after this one; 0: no profile"),
+    "profile.num_steps": Field(5, integer(1), "number of steps to profile"),
     "init_from": Field(None, _FOLDER, "fine-tune: start from the best weights of the run in this folder"),
     "model.name": Field("simplest_vit", _TEXT, "network: simplest_vit, isometric_vit, shift_mlp or simple_vit"),
     "model.variant": Field("S", _TEXT, "Ti, S, B or L; sets depth, width, num_heads and mlp_dim if they are None"),
-    "model.depth": Field(None, _optional(_integer(1, 1000)), "number of blocks"),
-    "model.width": Field(None, _optional(_integer(1, 2**16)), "channels of a token"),
-    "model.num_heads": Field(None, _optional(_integer(1, 2**18)), "number of attention heads; a divisor of the width"),
-    "model.mlp_dim": Field(None, _optional(_integer(1, 2**18)), "hidden channels of an MLP"),
-    "model.patch_size": Field(4, _integer(1, 2**14), "side of a patch in pixels; a divisor of the image size"),
-    "model.dropout": Field(0.0, _DECAY, "dropout rate of the activations in training"),
-    "model.remat": Field(False, _FLAG, "recompute blocks in the backward pass, to save memory"),
+    "model.depth": Field(None, optional(MODEL["depth"]), "number of blocks"),
+    "model.width": Field(None, optional(MODEL["width"]), "channels of a token"),
+    "model.num_heads": Field(None, optional(MODEL["num_heads"]), "number of attention heads; a divisor of the width"),
+    "model.mlp_dim": Field(None, optional(MODEL["mlp_dim"]), "hidden channels of an MLP"),
+    "model.patch_size": Field(4, MODEL["patch_size"], "side of a patch in pixels; a divisor of the image size"),
+    "model.dropout": Field(0.0, MODEL["dropout"], "dropout rate of the activations in training"),
+    "model.remat": Field(False, MODEL["remat"], "recompute blocks in the backward pass, to save memory"),
     "model.attention_kernel": Field(
         "auto",
-        _one_of("auto", "xla", "fused"),
+        MODEL["attention_kernel"],
         "fused: attention in one kernel, on NVIDIA GPUs from Ampere on; auto: if that is faster (docs/gpu.md)",
     ),
     # None leaves the choice to the network.
     "model.attention": Field(
         None, _NAME, "espa, espa_causal, espa_2d, espa_reference, uspa, shift, fixed_shift, value_skipinit or softmax"
     ),
-    # Beyond these values, token kernels are singular in float64 or the identity in float32.
-    "model.gamma_max_depth": Field(0.005, _number(1e-9, 10), "E-SPA: decay at the last block"),
-    "model.rho_max_depth": Field(0.8, _number(1e-9, 0.999999), "U-SPA: correlation at the last block"),
-    # At 0, no query could ever attend to another token.
-    "model.uniform_fraction": Field(0.01, _inside(0, 1), "shift attention: weight of uniform attention"),
-    "model.identity_head_fraction": Field(0.75, _positive(1), "shift attention: share of heads that start unshifted"),
+    "model.gamma_max_depth": Field(0.005, MODEL["gamma_max_depth"], "E-SPA: decay at the last block"),
+    "model.rho_max_depth": Field(0.8, MODEL["rho_max_depth"], "U-SPA: correlation at the last block"),
+    "model.uniform_fraction": Field(0.01, MODEL["uniform_fraction"], "shift attention: weight of uniform attention"),
+    "model.identity_head_fraction": Field(
+        0.75, MODEL["identity_head_fraction"], "shift attention: share of heads that start unshifted"
+    ),
     "model.mlp": Field(None, _NAME, "MLP: tat, looks_linear (orthogonal at initialization) or plain"),
     "model.activation": Field(None, _NAME, "tailored_relu or relu for mlp='tat'; otherwise gelu, silu or relu"),
-    "model.c_val_0_target": Field(0.9, _number(1e-6, 0.9999), "TAT: eta, the target of the C-map at 0"),
+    "model.c_val_0_target": Field(0.9, MODEL["c_val_0_target"], "TAT: eta, the target of the C-map at 0"),
     "model.init": Field(
         None, _NAME, "espa_tat, reference (the reference's scale), orthogonal (all but queries and keys) or pytorch"
     ),
@@ -176,42 +137,42 @@ FIELDS = {
     "data.label": Field(None, _NAME, "label to learn, such as coarse_label; None: label, or the only one"),
     "data.train_split": Field("train", _TEXT, "training split in TFDS's syntax, such as train[:45000]"),
     "data.validation_split": Field(None, _NAME, "such as train[45000:]; None: validation if it exists, else test"),
-    "data.image_size": Field(None, _optional(_integer(1, 2**14)), "side in pixels; None: the original size, or 224"),
-    "data.random_resized_crop": Field(False, _FLAG, "crop and resize at random, as for ImageNet, on the host"),
-    "data.crop_padding": Field(4, _integer(0, 2**14), "pad the image by this many pixels and crop at random; 0: off"),
-    "data.flip": Field(True, _FLAG, "mirror a random half of the images"),
-    "data.rand_augment.num_ops": Field(0, _integer(0, 100), "RandAugment: operations per image; 0: off"),
-    "data.rand_augment.magnitude": Field(10, _integer(0, 30), "RandAugment: strength of the operations"),
+    "data.image_size": Field(None, optional(integer(1, 2**14)), "side in pixels; None: the original size, or 224"),
+    "data.random_resized_crop": Field(False, FLAG, "crop and resize at random, as for ImageNet, on the host"),
+    "data.crop_padding": Field(4, integer(0, 2**14), "pad the image by this many pixels and crop at random; 0: off"),
+    "data.flip": Field(True, FLAG, "mirror a random half of the images"),
+    "data.rand_augment.num_ops": Field(0, integer(0, 100), "RandAugment: operations per image; 0: off"),
+    "data.rand_augment.magnitude": Field(10, integer(0, 30), "RandAugment: strength of the operations"),
     "data.mixup_alpha": Field(
-        0.0, _number(0, 1000), "mixup: partner's weight min(z, 1 - z), z ~ Beta(alpha, alpha); 0: off"
+        0.0, number(0, 1000), "mixup: partner's weight min(z, 1 - z), z ~ Beta(alpha, alpha); 0: off"
     ),
     "data.cutmix_alpha": Field(
         0.0,
-        _number(0, 1000),
+        number(0, 1000),
         "CutMix: share 1 - z of the area is pasted, z ~ Beta(alpha, alpha); 0: off; with mixup, each batch draws one",
     ),
-    "data.mixup_mode": Field("batch", _one_of("batch", "example"), "one weight or box per batch, or per example"),
+    "data.mixup_mode": Field("batch", one_of("batch", "example"), "one weight or box per batch, or per example"),
     "data.device_budget_bytes": Field(
-        2 * 10**9, _integer(0, 2**60), "keep a split on the device if it takes at most this many bytes"
+        2 * 10**9, integer(0, 2**60), "keep a split on the device if it takes at most this many bytes"
     ),
     "data.num_workers": Field(
         None,
-        _optional(_integer(0, 1024)),
+        optional(integer(0, 1024)),
         "processes that decode streamed images; 0: threads instead; None: chosen by the number of cores",
     ),
     "optimizer.name": Field("adam", _TEXT, "adam, muon, shampoo, soap, or the name of any other optax optimizer"),
-    "optimizer.learning_rate": Field(1e-3, _positive(1000), "peak learning rate"),
+    "optimizer.learning_rate": Field(1e-3, positive(1000), "peak learning rate"),
 }
 
 INTERVALS = tuple(name for name, field in FIELDS.items() if field.values.kind == INTERVAL)
 
 # An optimizer's own fields come from its signature (`optimizers.factory.declared`). optax does not check these ranges:
 OPTIMIZER_RANGES = {
-    **dict.fromkeys(("b1", "b2", "b3", "beta", "decay", "momentum", "adam_b1", "adam_b2"), _DECAY),
-    "eps": _positive(1),
-    "adam_learning_rate": _positive(1000),
-    "weight_decay": _number(0, 100),
-    "ns_steps": _integer(1, 100),
+    **dict.fromkeys(("b1", "b2", "b3", "beta", "decay", "momentum", "adam_b1", "adam_b2"), DECAY),
+    "eps": positive(1),
+    "adam_learning_rate": positive(1000),
+    "weight_decay": number(0, 100),
+    "ns_steps": integer(1, 100),
 }
 
 
@@ -223,7 +184,7 @@ def fields(optimizer: str) -> dict[str, Field]:
     for name, (value, kind) in declared(optimizer).items():
         values = Values(lambda value: True, "anything", kind)
         if name in OPTIMIZER_RANGES and "shampoo" not in optimizer and optimizer != "soap":  # they check their own
-            values = OPTIMIZER_RANGES[name] if value is not None else _optional(OPTIMIZER_RANGES[name])
+            values = OPTIMIZER_RANGES[name] if value is not None else optional(OPTIMIZER_RANGES[name])
         own[f"optimizer.{name}"] = Field(value, values, f"an argument of {optimizer}")
     return FIELDS | own
 

@@ -13,6 +13,7 @@ from simplest_vit.models.initializers import INITS
 from simplest_vit.models.layers import NORMS, token_grid
 from simplest_vit.models.mlp import MLPS
 from simplest_vit.models.vit import SKIPS, ViT
+from simplest_vit.ranges import MODEL
 
 _ISOMETRIC = {"attention": "shift", "mlp": "looks_linear", "init": "orthogonal", "norm": "none", "skip": "none"}
 # The parts of each network; fields of the config that are not None override them.
@@ -66,24 +67,27 @@ def _check_names(fields: Collection[str]) -> None:
 def model_arguments(
     name: str, *, image_shape: tuple[int, int, int], variant: str = "S", patch_size: int = 4, **fields: Any
 ) -> dict[str, Any]:
-    """Resolve preset and variant, and check every field that depends on other fields or on the image.
+    """Resolve preset and variant, and check every field.
 
     Args:
       name: One of `PRESETS`.
       image_shape: Height, width and channels.
       variant: One of `VARIANTS`; determines the sizes that are None.
-      **fields: Other fields of `config.model`, in the ranges of `config.FIELDS`; None keeps the preset's choice.
+      **fields: Other fields of `config.model`; None keeps the preset's choice.
 
     Returns:
       The arguments of `ViT` except `image_shape`, `num_classes`, `dtype` and `rngs`. Fields that this network does not
       use are left out.
 
     Raises:
-      UserError: If a name is unknown or sizes do not fit.
+      UserError: If a name is unknown, a value is not allowed, or sizes do not fit.
     """
     defaults = VARIANTS[_one_of("variant", variant, VARIANTS)] | PRESETS[_one_of("name", name, PRESETS)]
     _check_names(fields)
     given = {field: value for field, value in fields.items() if value is not None}
+    for field, value in (given | {"patch_size": patch_size}).items():
+        if field in MODEL and not MODEL[field].allows(value):
+            raise UserError(f"config.model.{field}={value!r} must be {MODEL[field].expected}")
     arguments: dict[str, Any] = {field: given.get(field, value) for field, value in defaults.items()}
     arguments |= {"patch_size": patch_size, "dropout": given.get("dropout", 0.0), "remat": given.get("remat", False)}
     for field, choices in _CHOICES.items():

@@ -38,6 +38,10 @@ def test_a_network_takes_what_its_own_choice_reads():
     [
         ({"name": "vit"}, "config.model.name='vit' is unknown; expected one of simplest_vit, isometric_vit, shift_mlp"),
         ({"variant": "XS"}, "config.model.variant='XS' is unknown; expected one of Ti, S, B, L"),
+        ({"depth": 0}, "config.model.depth=0 must be an integer from 1 to 1,000"),
+        ({"dropout": 1.5}, "config.model.dropout=1.5 must be a number in [0, 1)"),
+        ({"patch_size": 0}, "config.model.patch_size=0 must be an integer from 1"),
+        ({"uniform_fraction": 0.0}, "config.model.uniform_fraction=0.0 must be a number in (0, 1)"),
         ({"patch_size": 5}, "config.model.patch_size=5 does not divide the image size 32 x 48; choose a divisor"),
         ({"num_heads": 5}, "config.model.width=384 is not divisible by config.model.num_heads=5"),
         ({"width": 6, "num_heads": 2}, "config.model.width=6 must be a multiple of 4 and at least 8"),
