@@ -138,10 +138,13 @@ def predict(workdir: str, images: list[str], rollout_dir: str | None = None) -> 
       An iterator over the predictions, in order. A file that is not an image is logged and skipped.
 
     Raises:
-      UserError: If there is no checkpoint or, after all predictions, if some files were skipped.
+      UserError: If there is no checkpoint, a rollout would show nothing or, after all predictions, if some files were
+        skipped.
     """
     files = find_images(images)
     predictor = Predictor(workdir)
+    if rollout_dir is not None and not predictor.model.blocks.attention.kind.has_queries:
+        raise UserError("--attention_rollout: this network's attention is the same for every image; leave the flag out")
     unreadable: list[str] = []
     readable, predicted = _read(files, predictor, unreadable), 0
     while batch := list(itertools.islice(readable, _BATCH)):

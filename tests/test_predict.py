@@ -23,6 +23,7 @@ from simplest_vit.commands.import_reference import import_reference
 from simplest_vit.errors import UserError
 from simplest_vit.predict import as_text, find_images, predict, saved_as_csv
 from simplest_vit.training.evaluate import restore_best
+from tests.models import tiny
 from tests.tiny import tiny_config
 
 CHECKPOINT = pathlib.Path(__file__).parent / "interop" / "fixtures" / "simplest_vit.pth"
@@ -128,7 +129,18 @@ def test_the_rollout_figure_shows_what_was_computed():
     figure = draw_rollout(prediction, np.zeros((8, 8, 3), np.uint8), shares)
     left, right = figure.axes[:2]
     assert left.get_title() == "seven 50.0%"
-    np.testing.assert_allclose(right.images[1].get_array(), shares * 4)
+    heat = right.images[1]
+    np.testing.assert_allclose(heat.get_array(), shares * 4)
+    assert (heat.norm.vmin, heat.norm.vmax) == (0, 2)
+    even = draw_rollout(prediction, np.zeros((8, 8, 3), np.uint8), np.full((2, 2), 0.25)).axes[1].images[1]
+    assert (even.norm.vmin, even.norm.vmax) == (0.95, 1.05), "rounding errors stay invisible"
+
+
+def test_a_rollout_of_fixed_attention_is_refused(run, tmp_path, monkeypatch):
+    fixed = types.SimpleNamespace(model=tiny.vit("shift_mlp"))
+    monkeypatch.setattr(predict_module, "Predictor", lambda workdir: fixed)
+    with pytest.raises(UserError, match="--attention_rollout: this network's attention is the same for every image"):
+        list(predict(run.workdir, [str(run.images)], str(tmp_path / "rollout")))
 
 
 def test_an_image_of_another_size_and_mode_is_converted(run, tmp_path):
@@ -222,7 +234,7 @@ def test_files_and_folders_may_be_mixed(tmp_path, capfd):
         (tmp_path / name).touch()
     found = find_images([str(tmp_path / "b.png"), str(tmp_path / "folder")])
     assert [file.name for file in found] == ["b.png", "a.png", "z.JPG"]
-    assert capfd.readouterr().err == "skipped 1 files that are not used: 1 .txt\n"
+    assert capfd.readouterr().err == "skipped unused files: 1 .txt\n"
 
 
 def test_many_images_are_read_a_batch_at_a_time(run, tmp_path, monkeypatch):

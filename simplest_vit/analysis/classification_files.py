@@ -12,7 +12,9 @@ from simplest_vit.training.metrics import Classification
 
 
 def write_classification(evaluation: Evaluation, folder: str) -> None:
-    """Write `classes.csv`, `confusion.csv` and `confusion.png` (with names for up to 50 classes) to a folder.
+    """Write `classes.csv`, `confusion.csv` and `confusion.png` to a folder.
+
+    The picture has the names of up to 50 classes, and the numbers of images of up to 20.
 
     Raises:
       UserError: If the folder cannot be written.
@@ -30,16 +32,22 @@ def write_classification(evaluation: Evaluation, folder: str) -> None:
 
 
 def _draw_confusion(result: Classification, class_names: Sequence[str], path: pathlib.Path) -> None:
-    with figures.style():
+    named = class_names if len(class_names) <= 50 else ()
+    with figures.style(named):
         figure = figures.create(height=7.0)
         axes = figure.subplots()
         images = np.maximum(result.confusion.sum(axis=1, keepdims=True), 1)
-        shown = axes.imshow(result.confusion / images, vmin=0, vmax=1, cmap="Blues")
+        shares = result.confusion / images
+        shown = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+        if len(class_names) <= 20:
+            for (row, column), count in np.ndenumerate(result.confusion):
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=color)
         figure.colorbar(shown, ax=axes, label="share of the images of a class", shrink=0.8)
         axes.set(xlabel="predicted class", ylabel="class", title=f"accuracy {result.accuracy:.1%}")
         axes.grid(visible=False)
-        if len(class_names) <= 50:
-            ticks = range(len(class_names)), class_names
+        if named:
+            ticks = range(len(named)), named
             axes.set_xticks(*ticks, rotation=90, parse_math=False)  # a name may have two dollar signs
             axes.set_yticks(*ticks, parse_math=False)
         figures.save(figure, path)

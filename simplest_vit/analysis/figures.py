@@ -2,13 +2,18 @@
 
 import contextlib
 import itertools
+import logging
 import pathlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from simplest_vit.data.preview import find_font, has_letters
+
+log = logging.getLogger("simplest_vit")
 T = TypeVar("T")
 
 # Okabe and Ito, "Color Universal Design" (2008): black first, without the yellow that is invisible on white.
@@ -46,9 +51,16 @@ def create(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def style() -> contextlib.AbstractContextManager[None]:
-    """Return a context in which figures are drawn and saved."""
-    return matplotlib.rc_context(_STYLE)
+@contextlib.contextmanager
+def style(names: Iterable[str] = ()) -> Iterator[None]:
+    """Open a context in which figures are drawn and saved, with fonts that have the letters of some names."""
+    fonts = {name: find_font(name) for name in names}
+    if lacking := [name for name, font in fonts.items() if not has_letters(font, name)]:
+        log.warning("no installed font has all letters of %s; the picture shows boxes instead", ", ".join(lacking))
+    families = dict.fromkeys(["DejaVu Sans", *(str(font.getname()[0]) for font in fonts.values())])
+    with matplotlib.rc_context(_STYLE | {"font.family": [*families]}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # reported above
+        yield
 
 
 def save(figure: Figure, path: pathlib.Path) -> None:

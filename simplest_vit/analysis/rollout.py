@@ -63,9 +63,9 @@ def save_rollouts(
     """
     with writing(f"--attention_rollout={folder}"):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        for i, prediction in enumerate(predictions):
-            name = f"{first + i:04d}_{pathlib.Path(prediction['image']).stem}.png"
-            with figures.style():
+        with figures.style({prediction["top"][0]["class"] for prediction in predictions}):
+            for i, prediction in enumerate(predictions):
+                name = f"{first + i:04d}_{pathlib.Path(prediction['image']).stem}.png"
                 draw_rollout(prediction, pixels[i], shares[i]).savefig(pathlib.Path(folder, name))
 
 
@@ -80,7 +80,8 @@ def draw_rollout(prediction: dict[str, Any], pixels: np.ndarray, shares: np.ndar
         axis.imshow(background, extent=extent, cmap="gray", vmin=0, vmax=255)
         axis.set_axis_off()
     relative = shares * shares.size
-    heat = right.imshow(relative, extent=extent, cmap="magma", alpha=0.65, vmin=0, vmax=max(2.0, relative.max()))
+    low, high = min(0.95, relative.min()), max(1.05, relative.max())  # small differences are rounding or chance
+    heat = right.imshow(relative, extent=extent, cmap="magma", alpha=0.65, vmin=low, vmax=high)
     figure.colorbar(heat, ax=right, label="share of a patch, relative to 1 / patches", shrink=0.85)
     best = prediction["top"][0]
     left.set_title(f"{best['class']} {best['probability']:.1%}", parse_math=False)  # a name may have two dollar signs

@@ -61,18 +61,18 @@ def find_font(text: str) -> ImageFont.FreeTypeFont:
     matplotlib: Any = importlib.util.find_spec("matplotlib")  # importing it takes longer than drawing the grid
     file = Path(matplotlib.submodule_search_locations[0], "mpl-data/fonts/ttf/DejaVuSans.ttf")
     dejavu = ImageFont.truetype(str(file), _FONT_SIZE)
-    if _has_letters(dejavu, text):
+    if has_letters(dejavu, text):
         return dejavu
     from matplotlib.font_manager import findSystemFonts
 
     for path in sorted(findSystemFonts()):
         with contextlib.suppress(OSError):  # a font file that is damaged
-            if _has_letters(font := ImageFont.truetype(path, _FONT_SIZE), text):
+            if has_letters(font := ImageFont.truetype(path, _FONT_SIZE), text):
                 return font
     return dejavu
 
 
-def _has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
+def has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
     """Return whether no letter is drawn as the box of a missing one; joiners (Cf) have no shape."""
     box = bytes(font.getmask("\uffff"))
     return all(bytes(font.getmask(c)) != box for c in text if unicodedata.category(c) != "Cf")

@@ -1,11 +1,14 @@
 """Measures of a classifier, against scikit-learn and definitions written out in NumPy."""
 
 import csv
+import pathlib
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
+from PIL import ImageFont
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
 from simplest_vit.analysis import figures
@@ -87,6 +90,22 @@ def test_files_hold_what_was_computed(split, result, tmp_path, monkeypatch):
     assert (tmp_path / "new" / "confusion.png").stat().st_size > 10_000
     shares = drawn[0].axes[0].images[0].get_array()
     np.testing.assert_allclose(shares.diagonal(), np.nan_to_num(result.class_accuracy))
+    written = [float(text.get_text()) for text in drawn[0].axes[0].texts]
+    np.testing.assert_array_equal(np.reshape(written, (8, 8)), result.confusion)
+
+
+def test_a_picture_takes_the_font_that_has_the_letters_of_a_name(monkeypatch, caplog):
+    serif = ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSerif.ttf")))
+    find = figures.find_font
+    monkeypatch.setattr(figures, "find_font", lambda text: serif if text == "Äpfel" else find(text))
+    with figures.style(["Äpfel", "a", "\U000f0000"]):  # the last is in no font
+        assert matplotlib.rcParams["font.family"] == ["DejaVu Sans", "DejaVu Serif"]
+        figure = figures.create(height=1)
+        figure.text(0, 0, "\U000f0000")
+        figure.draw_without_rendering()  # a warning would be an error
+    assert [record.getMessage() for record in caplog.records] == [
+        "no installed font has all letters of \U000f0000; the picture shows boxes instead"
+    ]
 
 
 def test_a_folder_that_cannot_be_written_is_named(result, tmp_path):
