@@ -1,13 +1,14 @@
 """The parts that all commands share: the flags of a run, streams, signals, and one-line errors."""
 
 import atexit
+import contextlib
 import errno
 import os
 import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -48,9 +49,13 @@ def _caller() -> str:
 
 
 class _ConfigParser(ConfigFileFlagParser):
-    """Accepts the name of a recipe, which is imported, or a path, which the base class cuts at its first colon."""
+    """Accepts the name of a recipe, the folder of a run, or a file, which the base class cuts at its first colon."""
 
     def parse(self, path: str) -> Any:
+        if os.path.isdir(path):
+            from simplest_vit.training.workdir import read_run
+
+            return read_run(path)[1].lock()
         from simplest_vit import recipes  # a clone without symbolic links does not have it
 
         recipe = recipes.find(path, self.name)
@@ -96,6 +101,19 @@ def define_config(name: str, description: str) -> flags.FlagHolder:
 
 CONFIG = define_config("config", "Recipe or config file, with its arguments after a colon: cifar10:model=simple_vit")
 WORKDIR = define_path("workdir", None, "Folder of the run: checkpoints, metrics, TensorBoard files, results.")
+
+
+def _with_own_config(arguments: list[str]) -> list[str]:
+    """Name the run in --workdir as the config if fields are set without --config."""
+    names = {word.lstrip("-").partition("=")[0] for word in arguments if word.startswith("-")}
+    if CONFIG.name in names or not any(name.removeprefix("no").startswith(f"{CONFIG.name}.") for name in names):
+        return arguments
+    values = flags.FlagValues()
+    workdir = flags.DEFINE(_PathParser(), WORKDIR.name, None, "", flag_values=values)
+    values.set_gnu_getopt()
+    values(["", *arguments], known_only=True)
+    found = workdir.value and os.path.isdir(workdir.value)
+    return [f"--{CONFIG.name}={workdir.value}", *arguments] if found else arguments
 
 
 def load_config(arguments: list[str]) -> ConfigDict:
@@ -247,6 +265,8 @@ def _parse(
     """Parse flags; raise a UserError if they do not make a valid config."""
     name = CONFIG.name
     try:
+        if name in optional:
+            argv = [argv[0], *_with_own_config(argv[1:])]
         remaining = flags.FLAGS(argv)
         for needed in required:
             if flags.FLAGS[needed].value in (None, "") and not (needed == CONFIG.name and CONFIG.present):
@@ -262,6 +282,18 @@ def _parse(
     if len(remaining) > 1 and not positional:
         raise UserError(f"unexpected argument {remaining[1]!r}; every option is a --flag")
     return remaining
+
+
+@contextlib.contextmanager
+def naming(flags_of: dict[str, str]) -> Iterator[None]:
+    """Name a command's own flags in user errors, instead of the config fields that they set, given by dotted name."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for field, flag in flags_of.items():
+            message = re.sub(rf"(--)?\bconfig\.{re.escape(field)}\b", flag, message)
+        raise UserError(message) from error
 
 
 def missing(name: str, usage: str) -> UserError:

@@ -85,13 +85,13 @@ def test_evaluate(run, record, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"image_folder": "nope"}, "--image_folder=nope: no such folder; data.validation_split=x"),
-        ({"split": "x"}, "data.manual_dir=nope: no such folder; --split=x"),
+        ({"image_folder": "nope"}, "--image_folder=nope: no such folder; config.data.validation_split=x"),
+        ({"split": "x"}, "config.data.manual_dir=nope: no such folder; --split=x"),
     ],
 )
 def test_an_error_of_evaluate_names_the_flags_that_were_given(run, monkeypatch, given, message):
     def fail(*_):
-        raise UserError("data.manual_dir=nope: no such folder; data.validation_split=x")
+        raise UserError("config.data.manual_dir=nope: no such folder; config.data.validation_split=x")
 
     monkeypatch.setattr(evaluate, "evaluate", fail)
     monkeypatch.setattr(processes, "connected", contextlib.nullcontext)

@@ -55,7 +55,9 @@ def test_train_then_evaluate(main, tmp_path):
     assert json.loads(printed.stdout) == json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     (tmp_path / "run" / "results.json").unlink()
-    resumed = main("--workdir", tmp_path / "run")  # by the run's own config
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "digits").rename(tmp_path / "moved" / "digits")
+    resumed = main("--workdir", tmp_path / "run", f"--config.data.dir={tmp_path / 'moved'}")  # by the run's own config
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at step 4 of 4" in resumed.stderr
     assert "compiling" not in resumed.stderr, "no step is left"

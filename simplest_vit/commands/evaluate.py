@@ -4,7 +4,7 @@
     simplest-vit evaluate --workdir runs/mine --split=test
     simplest-vit evaluate --workdir runs/mine --image_folder=/photos2 --output=report
 
-The run's own config is used; pass --config only if the data have moved.
+The run's own config is used. If its data have moved, add --config.data.dir=FOLDER or --config.data.manual_dir=FOLDER.
 """
 
 import json
@@ -14,7 +14,6 @@ from absl import flags
 
 from simplest_vit import cli
 from simplest_vit.commands import processes
-from simplest_vit.errors import UserError
 
 flags.adopt_module_key_flags(processes)
 
@@ -34,25 +33,20 @@ def main() -> None:
 
         config = cli.CONFIG.value
         other_data: dict[str, str | None] = {}
+        own_flags = {}
         if image_folder.value:
             all_images = not has_splits(pathlib.Path(image_folder.value))
             other_data = {"name": "image_folder", "manual_dir": image_folder.value}
+            own_flags["data.manual_dir"] = "--image_folder"
             # Not the run's own split: all images of a folder with CLASS/*.jpg, or those in val/.
             other_data["validation_split"] = "train+validation" if all_images else None
         if split.value:
             other_data["validation_split"] = split.value
+            own_flags["data.validation_split"] = "--split"
         # JAX would handle SIGTERM so that all processes stop after the same step, but an evaluation has no steps.
         jax.config.update("jax_enable_preemption_service", False)
-        with processes.connected(config):
-            try:
-                outcome = evaluate.evaluate(str(cli.WORKDIR.value), config, other_data)
-            except UserError as error:  # name the flag that was given instead of the field that it sets
-                message = str(error)
-                if image_folder.value:
-                    message = message.replace("data.manual_dir=", "--image_folder=")
-                if split.value:
-                    message = message.replace("data.validation_split=", "--split=")
-                raise UserError(message) from error
+        with processes.connected(config), cli.naming(own_flags):
+            outcome = evaluate.evaluate(str(cli.WORKDIR.value), config, other_data)
         if not is_primary():
             return
         print(json.dumps({name: evaluation.summary() for name, evaluation in outcome.items()}, indent=2))

@@ -26,7 +26,8 @@ def main() -> None:
 
         if len(arguments) != 1:
             raise UserError(f"{len(arguments)} data sets given, expected one of {', '.join(BUILDERS)}; usage: {usage}")
-        builder = prepare(arguments[0], data_dir.value, manual_dir.value, skip_corrupt=skip_corrupt.value)
-        print(describe(builder))
+        with cli.naming({"data.name": "NAME", "data.dir": "--data_dir", "data.manual_dir": "--manual_dir"}):
+            prepared = prepare(arguments[0], data_dir.value, manual_dir.value, skip_corrupt=skip_corrupt.value)
+        print(describe(prepared))
 
     cli.run(prepare, usage, required=(), positional=True)

@@ -5,7 +5,7 @@
     simplest-vit train --workdir runs/mine
 
 --config.FIELD=VALUE sets any field of the config; simplest_vit/config.py lists them. Without --config, the run in
---workdir is resumed with its own config.
+--workdir is resumed with its own config and with fields that may change, such as --config.data.dir.
 """
 
 import json

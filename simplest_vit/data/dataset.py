@@ -158,8 +158,8 @@ def load(data: Any, *, only_validation: bool = False) -> Dataset:
     prepared = _prepare_once(data)
     label = prepared.label_feature(data.label)
     held_out = "validation" if "validation" in prepared.info.splits else "test"
-    validation = prepared.split("data.validation_split", data.validation_split or held_out, label)
-    train = validation if only_validation else prepared.split("data.train_split", data.train_split, label)
+    validation = prepared.split("config.data.validation_split", data.validation_split or held_out, label)
+    train = validation if only_validation else prepared.split("config.data.train_split", data.train_split, label)
     class_names = tuple(prepared.info.features[label].names)
     if not only_validation:
         _check_splits(train, validation, prepared.classes(label), class_names)

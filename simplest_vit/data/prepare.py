@@ -71,7 +71,7 @@ def prepare(
         except OSError as error:
             remedy = _REMEDIES.get(error.errno or 0, "choose another")
             reason = error.strerror or error
-            raise UserError(f"data.dir={root}: cannot prepare {name} there ({reason}); {remedy}") from error
+            raise UserError(f"config.data.dir={root}: cannot prepare {name} there ({reason}); {remedy}") from error
         prepared = Prepared(_open(path), builder.mean, builder.std)
     prepared.measure()
     return prepared
@@ -90,8 +90,8 @@ def open_prepared(name: str, data_dir: str | None) -> Prepared:
         if isinstance(error, OSError):
             raise cannot_read(root, error) from error
         raise UserError(
-            f"data.name={name}: no such data set in {root}; expected one of {', '.join(BUILDERS)}, or a set that "
-            f"TFDS has prepared there: tfds build {name} --data_dir={root} --file_format=array_record"
+            f"config.data.name={name}: no such data set in {root}; expected one of {', '.join(BUILDERS)}, or a set "
+            f"that TFDS has prepared there: tfds build {name} --data_dir={root} --file_format=array_record"
         ) from error
     return Prepared(_open(folder))
 
@@ -104,9 +104,9 @@ def _check_originals(name: str, manual_dir: str | None, originals: Path) -> None
     """Raise a UserError if the given folder is empty, or if none is given although the data set needs one."""
     if manual_dir and not (originals.is_dir() and any(originals.iterdir())):
         problem = "an empty folder" if originals.is_dir() else "no such folder"
-        raise UserError(f"data.manual_dir={manual_dir}: {problem}; give the folder with the original files")
+        raise UserError(f"config.data.manual_dir={manual_dir}: {problem}; give the folder with the original files")
     if name == "image_folder" and not manual_dir:
-        raise UserError("data.manual_dir: not set; image_folder needs the folder with your images")
+        raise UserError("image_folder needs the folder with your images: --config.data.manual_dir=FOLDER")
 
 
 @contextlib.contextmanager
@@ -234,8 +234,8 @@ def _write(builder: Builder, content: Content, folder: Path, skip_corrupt: bool)
     needed, free = sum(shard.size for shard in missing.values()), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"data.dir={folder.parents[1]}: {builder.name} takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
-            "free; free some space or choose another"
+            f"config.data.dir={folder.parents[1]}: {builder.name} takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB "
+            "are free; free some space or choose another"
         )
     unreadable = 0
     for split, written in files.items():
@@ -245,7 +245,8 @@ def _write(builder: Builder, content: Content, folder: Path, skip_corrupt: bool)
             unreadable += _write_shard(file, shard, features, progress, skip_corrupt)
     if unreadable and not skip_corrupt:
         raise UserError(
-            f"{unreadable} unreadable images, listed above; repair or delete them, or prepare with --skip_corrupt"
+            f"unreadable images, listed above: {unreadable}; repair or delete them, or skip them: simplest-vit prepare "
+            f"{builder.name} --skip_corrupt --manual_dir=FOLDER"
         )
     splits = []
     for split, written in files.items():
@@ -258,7 +259,7 @@ def _write(builder: Builder, content: Content, folder: Path, skip_corrupt: bool)
         num_bytes = sum(file.stat().st_size for file in written)
         splits.append(tfds.core.SplitInfo(split, lengths, num_bytes, template.replace(split=split)))
     if unreadable:
-        print(f"skipped {unreadable} unreadable images, listed above", file=sys.stderr, flush=True)
+        print(f"skipped unreadable images, listed above: {unreadable}", file=sys.stderr, flush=True)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
             name=builder.name,

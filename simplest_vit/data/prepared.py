@@ -119,10 +119,10 @@ class Prepared:
           UserError: If there is no such feature, or there are several and none is chosen.
         """
         if name is None and len(self.labels) > 1 and "label" not in self.labels:
-            raise UserError(f"data.label: not set; {self.folder} has {', '.join(self.labels)}: choose one")
+            raise UserError(f"{self.folder} has several labels; choose: --config.data.label={'|'.join(self.labels)}")
         name = name or ("label" if "label" in self.labels else self.labels[0])
         if name not in self.labels:
-            raise UserError(f"data.label={name}: {self.folder} has {', '.join(self.labels)}; choose one of them")
+            raise UserError(f"config.data.label={name}: {self.folder} has {', '.join(self.labels)}; choose one of them")
         return name
 
     def class_line(self, label: str) -> str:

@@ -105,7 +105,7 @@ def test_reading_the_originals(photos, tmp_path, monkeypatch, name):
     with pytest.raises(UserError) as error:
         prepare("image_folder", tmp_path / "tfds", photos, skip_corrupt=name != "EACCES")
     if name == "EACCES":  # the fault of a file, which is listed with the others
-        assert str(error.value).startswith("2 unreadable images, listed above")
+        assert str(error.value).startswith("unreadable images, listed above: 2;")
     else:  # no image is skipped because a disk or a limit has failed
         assert str(error.value).startswith("train/cat/1.jpg: cannot be read (")
         assert is_one_honest_line(str(error.value), number)
@@ -134,7 +134,7 @@ def test_writing(tmp_path, monkeypatch, name, call):
             raise error
 
     monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Writer)
-    with pytest.raises(UserError, match=r"^data.dir=.*: cannot prepare digits there") as caught:
+    with pytest.raises(UserError, match=r"^config.data.dir=.*: cannot prepare digits there") as caught:
         prepare("digits", tmp_path)
     assert is_one_honest_line(str(caught.value), number)
     assert files(tmp_path) == {}
@@ -142,7 +142,7 @@ def test_writing(tmp_path, monkeypatch, name, call):
 
 def test_the_space_that_is_needed_is_checked_before(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=50_000))
-    with pytest.raises(UserError, match=r"^data.dir=.*: digits takes 0.1 MB, 0.1 MB are free; free some space or choo"):
+    with pytest.raises(UserError, match=r"^config.data.dir=.*: digits takes 0.1 MB, 0.1 MB are free; free some"):
         prepare("digits", tmp_path)
     assert files(tmp_path) == {}
 

@@ -154,7 +154,7 @@ def test_too_few_examples_for_a_batch(digits, make_config, data_dir):
     [
         ({"name": "mnist"}, r"data.name=mnist: no such data set in .*; expected one of digits"),
         ({"name": "cifar10", "manual_dir": "/nowhere"}, r"data.manual_dir=/nowhere: no such folder"),
-        ({"name": "image_folder"}, r"data.manual_dir: not set"),
+        ({"name": "image_folder"}, r"folder with your images: --config.data.manual_dir=FOLDER"),
     ],
 )
 def test_wrong_choices_are_named(make_config, data_dir, options, message):

@@ -137,7 +137,7 @@ def test_an_unknown_set_says_how_tfds_prepares_it(tmp_path, make_config, name):
     shapes(tmp_path)
     with pytest.raises(
         UserError,
-        match=rf"^data.name={name}: no such data set in {tmp_path}; .*tfds build .* --file_format=array_record$",
+        match=rf"^config.data.name={name}: no such data set in {tmp_path}; .*tfds build .* --file_format=array_record$",
     ):
         input_pipeline.load(make_config(name, dir=tmp_path).data)
 
@@ -149,7 +149,7 @@ def test_a_run_is_read_without_its_set_and_a_set_that_is_gone_is_named(tmp_path,
     with lock_workdir(tmp_path / "run", config.to_dict(), input_pipeline.load(config.data).info):
         shutil.rmtree(folder)
     assert read_run(str(tmp_path / "run"))[1].to_dict() == config.to_dict()
-    with pytest.raises(UserError, match=rf"^data.name=shapes: no such data set in {tmp_path}; expected"):
+    with pytest.raises(UserError, match=rf"^config.data.name=shapes: no such data set in {tmp_path}; expected"):
         evaluate(str(tmp_path / "run"))
 
 
@@ -159,21 +159,21 @@ def test_a_run_is_read_without_its_set_and_a_set_that_is_gone_is_named(tmp_path,
         (
             "tain",
             None,
-            r"^data.train_split=tain: Unknown split 'tain'. Expected a part of train \(45 examples\),",
+            r"^config.data.train_split=tain: Unknown split 'tain'. Expected a part of train \(45 examples\),",
         ),
-        ("train", "train[", r"^data.validation_split=train\[: Unrecognized split format: 'train\['. Expected a part"),
-        ("train[:300%]", None, r"^data.train_split=train\[:300%\]: When unit=%, .* Expected a part of"),
+        ("train", "train[", r"^config.data.validation_split=train\[: Unrecognized split format: 'train\['. Expected"),
+        ("train[:300%]", None, r"^config.data.train_split=train\[:300%\]: When unit=%, .* Expected a part of"),
         ("train[:99]", None, r"incompatible with 45 examples. Expected a part of"),
-        ("train[:0]", None, r"^data.train_split=train\[:0\]: no examples; choose a larger part of train, test"),
+        ("train[:0]", None, r"^config.data.train_split=train\[:0\]: no examples; choose a larger part of train, test"),
         ("train[9:3]", None, r"no examples"),
         ("train[45:]", None, r"no examples"),
-        ("train", "test[15:]", r"^data.validation_split=test\[15:\]: no examples"),
+        ("train", "test[15:]", r"^config.data.validation_split=test\[15:\]: no examples"),
         ("train[:40]", "train[39:]", r"=train\[:40\] and .*=train\[39:\] share 1 examples; choose parts that do not"),
         ("train+test", None, r"share 15 examples"),
         (
             "train[:2]",
             None,
-            r"^data.train_split=train\[:2\] has no example of 1 of the 3 classes \(starry\); ",
+            r"^config.data.train_split=train\[:2\] has no example of 1 of the 3 classes \(starry\); ",
         ),
     ],
 )
@@ -193,7 +193,7 @@ def test_splits_are_kept_with_what_a_run_knows(tmp_path, make_config):
     assert dataset.info.to_json()["train_split"] == "train[:80%]"
     assert (dataset.train_size, dataset.validation_size) == (36, 12)
     np.testing.assert_array_equal(dataset.validation.images, PIXELS[36:48, 1:11])
-    split = prepare("shapes", tmp_path).split("data.validation_split", "test[:3]+train[36:]", "label")
+    split = prepare("shapes", tmp_path).split("config.data.validation_split", "test[:3]+train[36:]", "label")
     np.testing.assert_array_equal(split.pixels(), np.concatenate([PIXELS[45:48], PIXELS[36:45]]))
     np.testing.assert_array_equal(split.labels, np.concatenate([np.arange(45, 48), np.arange(36, 45)]) % 3)
 
@@ -201,8 +201,8 @@ def test_splits_are_kept_with_what_a_run_knows(tmp_path, make_config):
 @pytest.mark.parametrize(
     ("label", "labels", "message"),
     [
-        ("shade", ["label", "colour"], r"^data.label=shade: .* has colour, label; choose one of them"),
-        (None, ["kind", "colour"], r"^data.label: not set; .* has colour, kind: choose one"),
+        ("shade", ["label", "colour"], r"^config.data.label=shade: .* has colour, label; choose one of them"),
+        (None, ["kind", "colour"], r"has several labels; choose: --config.data.label=colour\|kind$"),
     ],
 )
 def test_the_label_is_chosen(tmp_path, make_config, label, labels, message):
@@ -219,7 +219,7 @@ def test_a_split_without_labels_is_told(tmp_path, make_config):
     features = {"image": IMAGE, "label": TWO}
     train = [{"image": PNGS[i], "label": i} for i in (0, 1)]
     write_set(tmp_path, "secret", features, {"train": train, "test": [{"image": PNGS[3], "label": -1}]})
-    with pytest.raises(UserError, match=r"^data.validation_split=test: examples without a label; choose another split"):
+    with pytest.raises(UserError, match=r"^config.data.validation_split=test: examples without a label; choose"):
         input_pipeline.load(make_config("secret", dir=tmp_path).data)
 
 
@@ -256,7 +256,7 @@ def test_damage_of_decoded_images_is_noticed_by_their_checksum(tmp_path, make_co
     at = content.index(PIXELS[5].tobytes())
     content[at] ^= 1
     sidecar.write_bytes(content)
-    loaded = prepare("shapes", tmp_path).split("data.train_split", "train", "label")
+    loaded = prepare("shapes", tmp_path).split("config.data.train_split", "train", "label")
     with pytest.raises(UserError, match=r"simplest_vit.npz: damaged \(Bad CRC-32.*remove this file to recreate it"):
         loaded.pixels()
 

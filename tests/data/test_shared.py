@@ -172,7 +172,7 @@ def test_process_0_prepares_while_the_others_wait(tmp_path, make_config, monkeyp
     data.name = "mnist"
     with pytest.raises(UserError, match="no such data set"):
         dataset._prepare_once(data)
-    assert list(store.values.values())[1].startswith('{"error": "data.name=mnist: no such data set')
+    assert list(store.values.values())[1].startswith('{"error": "config.data.name=mnist: no such data set')
     assert len(store.values) == 2
 
 

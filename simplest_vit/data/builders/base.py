@@ -85,8 +85,8 @@ class Archive:
             partial.rename(path)
         except (OSError, http.client.HTTPException) as error:
             raise UserError(
-                f"cannot download {self.url} ({first_line(error)}); download it by other means and set "
-                f"data.manual_dir to the folder that holds {self.file_name}"
+                f"cannot download {self.url} ({first_line(error)}); download {self.file_name} by other "
+                "means and name its folder: --config.data.manual_dir=FOLDER"
             ) from error
         finally:
             partial.unlink(missing_ok=True)
@@ -113,7 +113,7 @@ class Archive:
         path = folder / self.file_name
         if not path.is_file():
             raise UserError(
-                f"data.manual_dir={folder}: neither {self.file_name} nor {self.folder}/{members[0]} in it; "
+                f"config.data.manual_dir={folder}: neither {self.file_name} nor {self.folder}/{members[0]} in it; "
                 f"download {self.url} into it"
             )
         if difference := self._difference(path):

@@ -101,7 +101,7 @@ def name_others(folder: Path, taken: set[str]) -> None:
     if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(collections.Counter(kinds).items()))
         remedy = f"; {HEIC_REMEDY}" if {".heic", ".heif"} & set(kinds) else ""
-        print(f"skipped {len(kinds):,} files that are not used: {counts}{remedy}", file=sys.stderr, flush=True)
+        print(f"skipped unused files: {counts}{remedy}", file=sys.stderr, flush=True)
 
 
 def _config(folder: Path) -> str:
@@ -128,8 +128,8 @@ def _list_files(folder: Path) -> dict[str, list[_File]]:
     splits_by_name = sorted(label for label in labels if label.lower() in _SPLIT_NAMES)
     if len(splits_by_name) >= min(2, len(labels)):
         raise UserError(
-            f"data.manual_dir={folder}: {' and '.join(splits_by_name)} are the names of splits, expected classes; name "
-            "the splits train/ and val/, with CLASS/*.jpg in each"
+            f"config.data.manual_dir={folder}: {' and '.join(splits_by_name)} are names of splits, expected classes; "
+            "name the splits train/ and val/, with CLASS/*.jpg in each"
         )
     splits, counts = {"train": [], "validation": []}, collections.Counter(file.label for file in files)
     held_out = {label: max(round(_HELD_OUT * count), int(count > 1)) for label, count in counts.items()}
@@ -138,8 +138,8 @@ def _list_files(folder: Path) -> dict[str, list[_File]]:
         held_out[file.label] -= 1
     if not splits["validation"]:
         raise UserError(
-            f"data.manual_dir={folder}: no class has a second image, which validation needs; add images, or sort them "
-            "into train/CLASS/ and val/CLASS/"
+            f"config.data.manual_dir={folder}: no class has a second image, which validation needs; add images, or "
+            "sort them into train/CLASS/ and val/CLASS/"
         )
     return splits
 
@@ -148,7 +148,7 @@ def _images(root: Path, folder: Path) -> list[_File]:
     """List the images of the classes in `folder`, named relative to `root`, in the order of a hash of their names."""
     classes = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
     if not classes:
-        raise UserError(f"data.manual_dir={root}: no class folders in {folder}; expected CLASS/*.jpg in it")
+        raise UserError(f"config.data.manual_dir={root}: no class folders in {folder}; expected CLASS/*.jpg in it")
     files = []
     for path in classes:
         odd = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in path.name)  # control, no UTF-8, breaks

@@ -68,7 +68,8 @@ def _members(file: BinaryIO, where: str) -> list[tarfile.TarInfo]:
 def _open(path: Path) -> BinaryIO:
     if not path.is_file():
         raise UserError(
-            f"{path}: missing; download it from https://image-net.org (registration needed) and set data.manual_dir"
+            f"{path}: missing; download it from https://image-net.org (registration needed) and name its folder: "
+            "--config.data.manual_dir=FOLDER"
         )
     return path.open("rb")
 

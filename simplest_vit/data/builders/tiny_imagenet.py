@@ -22,7 +22,7 @@ def _read(folder: Path) -> Content:
     found = sorted(folder.glob(f"{_ARCHIVE.folder}*.zip"))
     if len(found) != 1:
         raise UserError(
-            f"data.manual_dir={folder}: {len(found)} files named {_ARCHIVE.folder}*.zip, expected one; "
+            f"config.data.manual_dir={folder}: {len(found)} files named {_ARCHIVE.folder}*.zip, expected one; "
             f"download {_ARCHIVE.url} into it"
         )
     path = found[0]
