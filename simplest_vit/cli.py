@@ -48,11 +48,15 @@ def _caller() -> str:
     return sys.argv[0] if name == "__main__" else name
 
 
+def _is_run(folder: str | None) -> bool:
+    return bool(folder) and os.path.exists(os.path.join(str(folder), "config.json"))
+
+
 class _ConfigParser(ConfigFileFlagParser):
     """Accepts the name of a recipe, the folder of a run, or a file, which the base class cuts at its first colon."""
 
     def parse(self, path: str) -> Any:
-        if os.path.isdir(path):
+        if _is_run(path):
             from simplest_vit.training.workdir import read_run
 
             return read_run(path)[1].lock()
@@ -112,8 +116,7 @@ def _with_own_config(arguments: list[str]) -> list[str]:
     workdir = flags.DEFINE(_PathParser(), WORKDIR.name, None, "", flag_values=values)
     values.set_gnu_getopt()
     values(["", *arguments], known_only=True)
-    found = workdir.value and os.path.isdir(workdir.value)
-    return [f"--{CONFIG.name}={workdir.value}", *arguments] if found else arguments
+    return [f"--{CONFIG.name}={workdir.value}", *arguments] if _is_run(workdir.value) else arguments
 
 
 def load_config(arguments: list[str]) -> ConfigDict:
