@@ -5,7 +5,9 @@
     results = simplest_vit.train(config, "runs/mine")  # as `simplest-vit train` does
     predictor = simplest_vit.load("runs/mine")
     predictor.predict(["photo.jpg"])
-    model = simplest_vit.create_model("isometric_vit", image_shape=(32, 32, 3), num_classes=10, rngs=nnx.Rngs(0))
+    model = simplest_vit.create_model(
+        "isometric_vit", variant="S/4", image_shape=(32, 32, 3), num_classes=10, rngs=nnx.Rngs(0)
+    )
     tx = simplest_vit.soap(learning_rate=3e-3)
 
 Names are imported on first use, so that the optimizers need only jax, numpy and optax.

@@ -246,7 +246,7 @@ def _run_program(program: Callable[..., None], *arguments: list[str]) -> None:
         reason = (str(error).splitlines() or ["there is no such device"])[0]
         if reason.startswith("RESOURCE_EXHAUSTED"):
             raise TrainingError(
-                f"the device is out of memory ({reason}); stop what else uses it, or choose another: JAX_PLATFORMS=cpu"
+                f"the device is out of memory ({reason}); stop other programs there, or set JAX_PLATFORMS=cpu"
             ) from error
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if frame.f_globals["__name__"] != "jax._src.xla_bridge":

@@ -75,11 +75,13 @@ FIELDS = {
     ),
     "accumulation_steps": Field(1, integer(1), "micro-batches per step, to save memory; the result is the same"),
     "compute_dtype": Field(
-        "bfloat16", one_of("float32", "bfloat16"), "of activations; parameters, softmax, logits and loss are float32"
+        "bfloat16",
+        one_of("float32", "bfloat16"),
+        "dtype of activations; parameters, softmax, logits, loss are float32",
     ),
     "eval_every": Field(240, _INTERVAL, "interval between evaluations"),
     "checkpoint_every": Field(
-        240, _INTERVAL, "interval between checkpoints, which are evaluated, too; new bests are also saved"
+        240, _INTERVAL, "interval between checkpoints, which are also evaluated; a new best is saved as well"
     ),
     "checkpoint_minutes": Field(None, optional(positive(1e6)), "save at the next report after this many minutes"),
     "log_every": Field(24, _INTERVAL, "interval between reports of training loss, accuracy and speed"),

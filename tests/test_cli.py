@@ -15,7 +15,7 @@ def test_a_device_out_of_memory_is_told_in_one_line():
     def program():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.\nmore")
 
-    with pytest.raises(TrainingError, match=r"of memory \(RESOURCE_EXHAUSTED: .* 12 bytes.\); stop what else uses it"):
+    with pytest.raises(TrainingError, match=r"of memory \(RESOURCE_EXHAUSTED: .* 12 bytes.\); stop other programs"):
         cli._run_program(program)
 
 

@@ -1,6 +1,7 @@
 """Networks by name, and the construction of a network from the fields of `config.model`."""
 
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -143,7 +144,7 @@ def create_model(
       name: One of `PRESETS`.
       image_shape: Height, width and channels.
       num_classes: Number of classes.
-      variant: One of `VARIANTS`.
+      variant: One of `VARIANTS`, with or without the patch size: "S" or "S/4".
       dtype: Compute dtype.
       rngs: Streams for the initialization.
       **fields: Other fields of `config.model`, which override the preset's and the variant's.
@@ -151,5 +152,7 @@ def create_model(
     Raises:
       UserError: See `model_arguments`.
     """
+    if sized := re.fullmatch(r"(\w+)/(\d+)", variant):
+        variant, fields = sized[1], {"patch_size": int(sized[2])} | fields
     arguments = model_arguments(name, image_shape=image_shape, variant=variant, **fields)
     return ViT(image_shape=image_shape, num_classes=num_classes, dtype=dtype, rngs=rngs, **arguments)

@@ -111,9 +111,10 @@ def evaluate(
                 f"{data.image_shape[2]}; give matching images"
             )
         if dataset.class_names != data.class_names:
+            found, expected = set(dataset.class_names), set(data.class_names)
+            differences = f"missing: {_some(expected - found)}; unknown: {_some(found - expected)}"
             raise UserError(
-                f"{dataset.name} has other classes than the run in {path}: {len(dataset.class_names)}, "
-                f"expected {', '.join(data.class_names[:3])}, ... ({len(data.class_names)}); give data of these classes"
+                f"{dataset.name} has other classes than the run in {path} ({differences}); give the same classes"
             )
         # The model expects images normalized as its training images were.
         dataset = dataclasses.replace(dataset, mean=data.mean, std=data.std)
@@ -132,6 +133,10 @@ def evaluate(
             sums = _sum_batches(run, dataset, state, eval_step) or []
             outcome[name] = Evaluation(step, mean_metrics(sums)["loss"], classification(sums), data.class_names)
     return outcome
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "") or "none"
 
 
 def _load_model(run: Run, checkpoints: Checkpoints, choose: Callable[[], int | None]) -> tuple[ModelState, RunProgress]:

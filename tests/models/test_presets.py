@@ -1,10 +1,11 @@
 """From the fields of `config.model` to the arguments of a network."""
 
 import pytest
+from flax import nnx
 
 from simplest_vit.config import default
 from simplest_vit.errors import UserError
-from simplest_vit.models import PRESETS, model_arguments
+from simplest_vit.models import PRESETS, create_model, model_arguments
 from simplest_vit.models.attention_kinds import KINDS, settings_of
 
 IMAGE = (32, 48, 3)
@@ -17,6 +18,23 @@ def arguments(name="simplest_vit", **fields):
 def test_variant_gives_way_to_explicit_sizes():
     found = arguments(depth=24, mlp_dim=96)
     assert (found["depth"], found["width"], found["num_heads"], found["mlp_dim"]) == (24, 384, 6, 96)
+
+
+@pytest.mark.parametrize(
+    ("given", "patch_size", "width"),
+    [({}, 4, 384), ({"variant": "Ti/8"}, 8, 192), ({"variant": "Ti/8", "patch_size": 16, "width": 96}, 16, 96)],
+)
+def test_a_variant_may_name_the_patch_size(given, patch_size, width):
+    model = nnx.eval_shape(
+        lambda: create_model("simple_vit", image_shape=IMAGE, num_classes=5, rngs=nnx.Rngs(0), depth=1, **given)
+    )
+    assert model.patch_size == patch_size
+    assert model.head.kernel.shape == (width, 5)
+
+
+def test_a_variant_that_does_not_exist_is_refused_with_its_patch_size_too():
+    with pytest.raises(UserError, match=r"config.model.variant='XS' is unknown; expected one of Ti, S, B, L"):
+        create_model("simple_vit", variant="XS/4", image_shape=IMAGE, num_classes=5, rngs=nnx.Rngs(0))
 
 
 def test_a_network_takes_what_its_own_choice_reads():

@@ -201,6 +201,14 @@ def test_evaluation_takes_another_split_or_folder_of_the_same_classes(finished, 
     with pytest.raises(UserError, match=r"has images of 3 channels, the run in .* expects 1; give matching"):
         evaluate.evaluate(str(workdir), other_data={"name": "image_folder", "manual_dir": str(tmp_path)})
     assert sizes == [8, 8, 8]
+    for names, message in (("012345678", "9; unknown: none"), ("abcdefghij", "0, 1, 2, ...; unknown: a, b, c, ...")):
+        monkeypatch.setattr(
+            input_pipeline,
+            "load",
+            lambda data, names=names, **named: dataclasses.replace(load(data, **named), class_names=tuple(names)),
+        )
+        with pytest.raises(UserError, match=rf"has other classes than the run in .*{message}\); give the same"):
+            evaluate.evaluate(str(workdir), other_data={"validation_split": "validation"})
 
 
 def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
