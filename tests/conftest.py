@@ -63,6 +63,17 @@ def data_dir():
     return str(pathlib.Path(os.environ["SIMPLEST_VIT_TEST_CACHE"]).with_name("tfds"))
 
 
+@pytest.fixture(scope="module")
+def two_devices():
+    """Let runs take two of the eight devices: they save each array in as many parts, most of a tiny run's time."""
+    from simplest_vit.training import evaluate, sharding, train
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (evaluate, train):
+            patch.setattr(module, "create_mesh", lambda fsdp: sharding.create_mesh(fsdp, jax.devices()[:2]))
+        yield
+
+
 @pytest.fixture(scope="session")
 def server():
     """Runs command lines as processes of their own."""

@@ -20,7 +20,7 @@ from tests.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, data_dir):
+def run(tmp_path_factory, data_dir, two_devices):
     """A finished run of six steps, its data, and what training printed."""
     folder = tmp_path_factory.mktemp("api")
     config = tiny_config(data__dir=data_dir)

@@ -26,9 +26,11 @@ from simplest_vit.training import train as train_module
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import build
+from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.workdir import is_resumable
 from tests.tiny import DIGITS
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 BASE = {
     "steps": 6,
     "batch_size": 64,
@@ -245,7 +247,7 @@ def max_skipped_steps(trained, monkeypatch, **_):
 def fsdp(trained, caplog, **_):
     caplog.set_level(logging.INFO, "simplest_vit")
     trained(fsdp=2)
-    assert f"devices: {jax.device_count()} (data {jax.device_count() // 2} x fsdp 2); " in caplog.text
+    assert "devices: 2 (data 1 x fsdp 2); " in caplog.text
 
 
 def distributed(monkeypatch, **_):
@@ -525,7 +527,8 @@ def test_a_warm_up_that_takes_the_whole_run_is_said(trained, caplog, warmup_step
     assert (f"config.warmup_steps={warmup_steps} takes all 2 steps of the run" in caplog.text) == is_said
 
 
-def test_a_batch_made_so_small_that_it_does_not_fit_the_devices_is_explained(trained, caplog):
+def test_a_batch_made_so_small_that_it_does_not_fit_the_devices_is_explained(trained, caplog, monkeypatch):
+    monkeypatch.setattr(train_module, "create_mesh", create_mesh)
     caplog.set_level(logging.INFO, "simplest_vit")
     with pytest.raises(UserError, match=r"^config\.batch_size=4 cannot be split over 8 devices"):
         trained(data__train_split="train[:40]")

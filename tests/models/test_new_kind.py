@@ -51,7 +51,7 @@ def config(**fields):
     return tiny_config(model__attention="near", model__gamma_max_depth=0.3, **fields)
 
 
-def test_it_is_trained(tmp_path, data_dir):
+def test_it_is_trained(tmp_path, data_dir, two_devices):
     run = config(steps=2, eval_every=2, checkpoint_every=2, data__dir=data_dir)
     assert train(run, str(tmp_path / "run"))["steps"] == 2
 

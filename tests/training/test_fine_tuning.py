@@ -22,7 +22,7 @@ LARGER = dataclasses.replace(DIGITS, class_names=("even", "odd", "none"), image_
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pretrained(tmp_path_factory):
+def pretrained(tmp_path_factory, two_devices):
     """A trained run: its average is what shall be taken, not its last parameters."""
     folder = tmp_path_factory.mktemp("pretrained")
     train(tiny_config(steps=3, ema__decay=0.5, ema__every=1), str(folder))

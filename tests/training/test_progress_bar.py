@@ -30,7 +30,9 @@ REPORT = {"epoch": 1.5, "train_loss": 0.25, "train_accuracy": 0.75, "skipped_ste
 REPORT |= {"step_time": 0.1, "steps_per_second": 10.0, "images_per_second": 640.0}
 
 
-def test_a_run_on_a_terminal_has_a_bar_and_prints_evaluations_above_it(capsys, monkeypatch, tmp_path, data_dir):
+def test_a_run_on_a_terminal_has_a_bar_and_prints_evaluations_above_it(
+    capsys, monkeypatch, tmp_path, data_dir, two_devices
+):
     terminal = open_terminal(monkeypatch)
     simplest_vit.train(tiny_config(data__dir=data_dir, log_every=1), tmp_path / "run")
     shown = terminal.getvalue()

@@ -37,6 +37,7 @@ from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.workdir import read_metrics, read_run
 from tests.tiny import tiny_config
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 RESULT_KEYS = {
     "validation_accuracy",
     "validation_loss",
