@@ -3,14 +3,13 @@
 A `.pth` file (torch.save since 1.6) is a zip archive of stored (not compressed) members: a pickle, `data.pkl`, and the
 bytes of each tensor's storage. A pickle can call any function and ask for any amount of memory or time. Here
 PyTorch is not needed and nothing in the file is executed: the unpickler knows only the opcodes of torch.save and the
-few calls that tensors need. Time and memory are bounded by the size of the file. Objects of other classes, such as an
-optimizer's state, become inert; functions of the standard library are refused.
+few calls that tensors need. All other classes and functions, such as those of an optimizer's state, become inert. Time
+and memory are bounded by the size of the file.
 """
 
 import math
 import os
 import pickle
-import sys
 import zipfile
 from typing import IO, Any, NamedTuple
 
@@ -37,9 +36,6 @@ _DTYPES: dict[str, Any] = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-# Modules of the standard library whose classes occur in harmless checkpoints; they become inert.
-_INERT_MODULES = ("_codecs", "argparse", "collections", "copyreg", "datetime", "enum", "functools", "pathlib")
-_INERT_BUILTINS = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str")
 _MAX_PICKLE_BYTES = 2**26
 # Those that torch.save writes, in protocol 2.
 _OPCODES = """
@@ -61,7 +57,7 @@ class TensorView(NamedTuple):
 
 
 class _Inert:
-    """An object of an unknown class, which accepts and ignores whatever a pickle does to an object."""
+    """Stands for an unknown class or function; accepts and ignores whatever a pickle does to an object."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         del args, kwargs
@@ -70,10 +66,6 @@ class _Inert:
         del args
 
     __setitem__ = append = extend = _ignore
-
-
-class _RefusedError(pickle.UnpicklingError):
-    """The pickle calls something that has no place in a checkpoint."""
 
 
 # Python's implementation, because the one in C allocates what a pickle asks for and cannot drop opcodes.
@@ -91,13 +83,7 @@ class _Unpickler(_PythonUnpickler):
             ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
             ("collections", "OrderedDict"): lambda *_: {},  # its items come after the call
         }
-        if (module, name) in known:
-            return known[module, name]
-        top = module.split(".")[0]
-        harmless = top in _INERT_MODULES or (top in ("builtins", "__builtin__") and name in _INERT_BUILTINS)
-        if top in (*sys.stdlib_module_names, "__builtin__") and not harmless:
-            raise _RefusedError(f"{module}.{name}")
-        return _Inert
+        return known.get((module, name), _Inert)
 
     def persistent_load(self, pid: Any) -> Any:
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype)):
@@ -143,7 +129,7 @@ class PthFile:
         """Read the names.
 
         Raises:
-          UserError: If the file is missing, is not a checkpoint, contains code, or has no `model_state_dict`.
+          UserError: If the file is missing, is not a checkpoint, or has no `model_state_dict`.
         """
         self.path = path
         try:
@@ -161,8 +147,6 @@ class PthFile:
                 raise pickle.UnpicklingError("its data.pkl is too large")
             with self._open(pickles[0]) as file:
                 content = _Unpickler(file).load()
-        except _RefusedError as error:
-            raise self._error(f"is refused: it tries to run {error}, which no checkpoint needs") from error
         except Exception as error:  # a damaged pickle may, too
             raise self._error(f"is damaged ({type(error).__name__} in its data.pkl)") from error
         state = content.get("model_state_dict") if isinstance(content, dict) else None

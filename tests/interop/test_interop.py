@@ -111,12 +111,11 @@ def archive(path, content):
 
 
 @pytest.mark.parametrize("function", [os.system, eval, exec, __import__, getattr, os.mkdir, io.open])
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, function):
+def test_a_pickle_runs_no_code(tmp_path, function):
     victim = tmp_path / "victim"
     argument = {os.system: f"mkdir {victim}", exec: f"import os; os.mkdir({str(victim)!r})"}.get(function, str(victim))
     path = archive(tmp_path / "model.pth", {"model_state_dict": {"x": Runs(function, argument)}})
-    with pytest.raises(UserError, match=r"is refused: it tries to run .*, which no checkpoint needs"):
-        PthFile(path)
+    assert PthFile(path).tensors == {}
     assert not victim.exists()
 
 
