@@ -3,25 +3,22 @@ r"""Train a grid of configs over seeds, and print one table at the end.
     simplest-vit sweep --config my_config.py --workdir runs/sweep --seeds 3 \
         --grid config.optimizer.learning_rate=5e-4,3e-4 --grid config.weight_decay=0,5e-5
 
-Each run is a process with its own folder in --workdir. By default one run per GPU is active at a time; with
---at_once=N, N runs share the GPUs equally. Rerun the command to resume unfinished runs. With --print_commands the
-commands are printed instead, for a cluster.
+Each run is a process with its own folder in --workdir, and its lines are in log.txt there. By default one run per GPU
+is active at a time; with --at_once=N, N runs share the GPUs equally. Rerun the command to resume unfinished runs. With
+--print_commands the commands are printed instead, for a cluster.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
 import os
 import pathlib
-import queue
 import shlex
 import subprocess
 import sys
-import threading
 import time
 import urllib.parse
-from typing import IO, Any
+from typing import Any
 
 from absl import flags
 
@@ -29,9 +26,10 @@ from simplest_vit import cli, preemption
 from simplest_vit.analysis import report
 from simplest_vit.config import flatten
 from simplest_vit.errors import Interrupted, UserError
+from simplest_vit.files import writing
 from simplest_vit.training.workdir import CONFIG, RESULTS, check_workdir
 
-_READER_TIMEOUT_S = 5
+_LOG = "log.txt"
 _LONGEST_NAME = 255  # bytes in the name of a folder
 _TRAIN = (sys.executable, "-m", "simplest_vit", "train")
 
@@ -157,88 +155,45 @@ def share_devices(platform: str, devices: list[int], at_once: int | None) -> lis
 def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
     """Run all points, one at a time in each of the environments; return the number of runs that failed.
 
-    The sweep continues after a failure. On a signal, the active runs save their step. A run that has already finished
-    ends immediately, or fails if its folder holds the run of another config.
+    The lines of a run go to `log.txt` in its folder, so that no run waits for a reader. The sweep continues after a
+    failure. On a signal, the active runs save their step. A run that has already finished ends immediately, or fails
+    if its folder holds the run of another config.
 
     Raises:
       Interrupted: If a signal was received.
     """
     waiting = [run for point in points for run in zip(point.workdirs, point.commands, strict=True)]
     failed = 0
-    running: dict[int, _Process] = {}
-    with contextlib.closing(_Printer()) as printer, preemption.deferred():
+    running: dict[int, tuple[pathlib.Path, subprocess.Popen]] = {}
+    with preemption.deferred():
         while waiting or running:
             for slot, environment in enumerate(environments):
-                if slot in running and running[slot].poll() is not None:
-                    process = running.pop(slot)
-                    if process.end():
+                if slot in running and running[slot][1].poll() is not None:
+                    folder, process = running.pop(slot)
+                    if process.returncode:
                         failed += 1
-                        printer.print(f"failed: {process.folder}\n")
+                        last = (folder / _LOG).read_text(errors="replace").splitlines()[-1:]
+                        print(f"failed: {folder / _LOG}: {''.join(last)}", file=sys.stderr, flush=True)
                 if slot not in running and waiting:
-                    running[slot] = _Process(*waiting.pop(0), environment, printer)
+                    folder, command = waiting.pop(0)
+                    running[slot] = folder, _start(folder, command, environment)
             if preemption.received():
-                for process in running.values():
+                for _, process in running.values():
                     process.terminate()
-                for process in running.values():
-                    process.end()
+                for _, process in running.values():
+                    process.wait()
                 raise Interrupted("rerun the command to resume unfinished runs")
             time.sleep(0.1)
     return failed
 
 
-class _Printer:
-    """Prints lines to standard error from a thread, so that no run waits for a slow reader."""
-
-    def __init__(self) -> None:
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write, daemon=True)
-        self._thread.start()
-
-    def print(self, line: str) -> None:
-        self._lines.put(line)
-
-    def _write(self) -> None:
-        for line in iter(self._lines.get, None):
-            print(line, end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Wait until everything is printed, but not forever for a reader that has paused."""
-        self._lines.put(None)
-        self._thread.join(_READER_TIMEOUT_S)
-
-
-class _Process(subprocess.Popen[str]):
-    """A run; its lines on standard error are printed with its name as a prefix."""
-
-    def __init__(
-        self, folder: pathlib.Path, command: list[str], environment: dict[str, str], printer: _Printer
-    ) -> None:
-        printer.print(f"{shlex.join(command)}\n")
-        super().__init__(
-            command,
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        self.folder = folder
-        self._reader = threading.Thread(target=self._read, args=(printer,), daemon=True)
-        self._reader.start()
-
-    stderr: IO[str]
-
-    def _read(self, printer: _Printer) -> None:
-        with self.stderr:
-            for line in self.stderr:
-                printer.print(f"{self.folder.parent.name}/{self.folder.name}: {line}")
-
-    def end(self) -> int:
-        """Wait for the process to end and for its last line, and return its exit code."""
-        code = self.wait()
-        self._reader.join(_READER_TIMEOUT_S)  # a process that it started may keep the pipe open
-        return code
+def _start(folder: pathlib.Path, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    print(f"{folder / _LOG}: {shlex.join(command)}", file=sys.stderr, flush=True)
+    with writing(f"--workdir={folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / _LOG).open("ab") as log:
+            variables = os.environ | environment
+            return subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
 def summary(points: list[Point]) -> str:
@@ -284,6 +239,6 @@ def main() -> None:
         failed = execute(points, share_devices(*find_devices(), at_once.value))
         print(summary(points))
         if failed:
-            raise UserError(f"{failed} runs failed, see above; correct what they report and rerun the command")
+            raise UserError(f"{failed} runs failed, see above; correct what their logs report and rerun the command")
 
     cli.run(program, "simplest-vit sweep --config FILE --workdir FOLDER --grid config.FIELD=VALUE,VALUE")
