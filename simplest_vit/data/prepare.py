@@ -24,8 +24,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from simplest_vit.data.builders import BUILDERS, find_builder
 from simplest_vit.data.builders.base import Builder, Content, Example, Shard
 from simplest_vit.data.prepared import Prepared
-from simplest_vit.data.progress import Progress
-from simplest_vit.data.records import cannot_read, cpu_count, system_error
+from simplest_vit.data.records import Progress, cannot_read, cpu_count, system_error
 from simplest_vit.errors import UserError, first_line, one_line
 from simplest_vit.files import local_path, sha256
 

@@ -1,4 +1,4 @@
-"""Random access to array_record files; few are open at a time, and only a failed checksum counts as damage."""
+"""Random access to array_record files, with progress; few are open at a time, and damage is a failed checksum only."""
 
 import contextlib
 import errno
@@ -6,6 +6,8 @@ import functools
 import itertools
 import logging
 import os
+import sys
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ import numpy as np
 from tensorflow_datasets.core.utils.shard_utils import FileInstruction
 from tensorflow_datasets.proto import tf_example_pb2
 
-from simplest_vit.data.progress import Progress
+from simplest_vit import preemption
 from simplest_vit.errors import TrainingError, UserError, first_line
 
 try:
@@ -27,6 +29,7 @@ except ImportError:  # Windows
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 _CHUNK = 256  # examples per task of a core
+_REPORT_EVERY = 5  # seconds between two lines of progress
 _MAX_THREADS = 16  # parallel reads of one request, for network file systems
 _NAMES = ("image/filename", "file_name", "id")  # features that may name an example
 _REMEDIES = {
@@ -134,6 +137,37 @@ class DiskSplit:
         names = [feature[name].bytes_list.value[0].decode(errors="replace") for name in _NAMES if name in feature]
         labels = [feature[label].int64_list.value[0] for label in self.labels]
         return Record(feature[self.image].bytes_list.value[0], labels, f"example {index} {' '.join(names[:1])}".strip())
+
+
+class Progress:
+    """Counts finished work and reports amount, speed and remaining time every few seconds.
+
+    Args:
+      total: The total amount of work, in any unit.
+      report: Takes each line; by default, lines go to standard error.
+    """
+
+    def __init__(
+        self, what: str, total: float, report: Callable[[str], None] | None = None, *, unit: str = "images"
+    ) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._report = report or functools.partial(print, file=sys.stderr, flush=True)
+        self._count, self._done = 0.0, 0.0
+        self._start = self._reported = time.monotonic()
+
+    def add(self, count: float, amount: float) -> None:
+        """Count finished items and their share of the total. A signal can stop the program here."""
+        preemption.check()
+        self._count += count
+        self._done += amount
+        now = time.monotonic()
+        if now - self._reported > _REPORT_EVERY:
+            self._reported, seconds = now, now - self._start
+            left = (self._total - self._done) / self._done * seconds if self._done else 0.0
+            self._report(
+                f"{self._what}: {self._count:,.0f} {self._unit}, {self._done / (self._total or 1):.0%}, "
+                f"{self._count / seconds:,.0f} {self._unit}/s, {left:.0f} s to go"
+            )
 
 
 def system_error(error: Exception) -> OSError | None:

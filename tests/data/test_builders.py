@@ -132,7 +132,7 @@ def test_a_download_that_is_not_the_archive_leaves_nothing(tmp_path, monkeypatch
 
 
 def test_a_download_tells_how_far_it_is_where_results_are_not(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("simplest_vit.data.progress._REPORT_EVERY", -1)
+    monkeypatch.setattr("simplest_vit.data.records._REPORT_EVERY", -1)
     content = np.random.default_rng(0).bytes(40_000_000)
     (tmp_path / "published.tar").write_bytes(content)
     archive = Archive(
@@ -341,7 +341,7 @@ def test_originals_that_cannot_be_read_are_not_blamed_on_data_dir(cifar10, tmp_p
 
 
 def test_preparing_tells_how_far_it_is(tiny_imagenet, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("simplest_vit.data.progress._REPORT_EVERY", -1)
+    monkeypatch.setattr("simplest_vit.data.records._REPORT_EVERY", -1)
     write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet)
     prepare("tiny_imagenet", tmp_path / "tfds", tmp_path)
     out, err = capfd.readouterr()

@@ -294,7 +294,7 @@ def test_of_many_files_the_damaged_one_is_named(digits_in_shards, tmp_path, make
 
 
 def test_decoding_for_the_device_reports_progress_and_uses_all_cores(digits, make_config, monkeypatch, caplog):
-    monkeypatch.setattr("simplest_vit.data.progress._REPORT_EVERY", -1)
+    monkeypatch.setattr("simplest_vit.data.records._REPORT_EVERY", -1)
     monkeypatch.setattr(records, "cpu_count", lambda: 3)
     caplog.set_level("INFO", "simplest_vit")
     threads = set()

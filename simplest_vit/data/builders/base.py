@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simplest_vit.data.decode import decode_image
-from simplest_vit.data.progress import Progress
+from simplest_vit.data.records import Progress
 from simplest_vit.errors import UserError, first_line
 from simplest_vit.files import sha256
 
