@@ -1,7 +1,4 @@
-"""The default paths, the `reference` preset and SOAP follow an independent float64 oracle.
-
-`mutants.py` lists what these tests are there to catch, and checks that they do.
-"""
+"""The default paths, the `reference` preset and SOAP follow an independent float64 oracle."""
 
 import contextlib
 import functools
