@@ -2,9 +2,8 @@
 
 from .axes import shampoo_metrics
 from .options import static_args
-from .shampoo import reference_shampoo, scale_by_shampoo, shampoo, shampoo_plan
+from .shampoo import reference_shampoo, scale_by_shampoo, shampoo, shampoo_plan, view_as
 from .soap import scale_by_soap, soap, soap_plan
-from .view import view_as
 
 __all__ = [
     "reference_shampoo",
