@@ -33,19 +33,13 @@ class _PathParser(flags.ArgumentParser):
 
 def define_path(name: str, default: str | None, description: str) -> flags.FlagHolder:
     """Define a flag `--NAME=PATH`."""
-    return flags.DEFINE(_PathParser(), name, default, description, module_name=_caller())
+    return flags.DEFINE(_PathParser(), name, default, description)
 
 
 def define_paths(name: str, description: str) -> flags.FlagHolder:
     """Define a flag `--NAME=PATH` that may be repeated."""
     serializer: flags.ArgumentSerializer[str] = flags.ArgumentSerializer()
-    return flags.DEFINE_multi(_PathParser(), serializer, name, [], description, module_name=_caller())
-
-
-def _caller() -> str:
-    """Return the module whose flag is defined, so that its help lists it."""
-    name = sys._getframe(2).f_globals["__name__"]
-    return sys.argv[0] if name == "__main__" else name
+    return flags.DEFINE_multi(_PathParser(), serializer, name, [], description)
 
 
 def _is_run(folder: str | None) -> bool:
@@ -105,6 +99,7 @@ def define_config(name: str, description: str) -> flags.FlagHolder:
 
 CONFIG = define_config("config", "Recipe or config file, with its arguments after a colon: cifar10:model=simple_vit")
 WORKDIR = define_path("workdir", None, "Folder of the run: checkpoints, metrics, TensorBoard files, results.")
+flags.disclaim_key_flags()  # what these functions define from now on belongs to their callers, whose help lists it
 
 
 def _with_own_config(arguments: list[str]) -> list[str]:
