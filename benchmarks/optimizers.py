@@ -32,8 +32,8 @@ from simplest_vit import cli
 from simplest_vit.data.input_pipeline import Batch
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.shampoo import shampoo, shampoo_plan, soap
-from simplest_vit.training.metrics import classification_sums
 from simplest_vit.training.run import build
+from simplest_vit.training.step import classification_sums
 
 _MEASURED = flags.DEFINE_integer("measured_batch_size", 16, "Batch size of the measured gradient.", lower_bound=1)
 _DIRECT = flags.DEFINE_bool("direct", False, "Time whole steps at the batch size of the config.")

@@ -22,8 +22,15 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSt
 
 from simplest_vit.errors import CheckpointError, UserError
 from simplest_vit.primary import broadcast_from_primary, is_primary
-from simplest_vit.training.integrity import UNREADABLE, find_damage, read_record, rewrite_progress, write_record
-from simplest_vit.training.state import RunProgress, TrainState
+from simplest_vit.training.state import (
+    UNREADABLE,
+    RunProgress,
+    TrainState,
+    find_damage,
+    read_record,
+    rewrite_progress,
+    write_record,
+)
 
 log = logging.getLogger("simplest_vit")
 

@@ -16,11 +16,11 @@ from simplest_vit.data.dataset import Dataset
 from simplest_vit.errors import UserError
 from simplest_vit.models import fused_attention
 from simplest_vit.training.checkpoint import Checkpoints
-from simplest_vit.training.metrics import Classification, Sums, classification, mean_metrics
+from simplest_vit.training.metrics import Classification, classification, mean_metrics
 from simplest_vit.training.run import Run, build
 from simplest_vit.training.sharding import batch_sharding, create_mesh
 from simplest_vit.training.state import ModelState, RunProgress
-from simplest_vit.training.step import make_eval_step
+from simplest_vit.training.step import Sums, make_eval_step
 from simplest_vit.training.workdir import check_data, read_run
 
 log = logging.getLogger("simplest_vit")

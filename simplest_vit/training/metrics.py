@@ -1,30 +1,35 @@
-"""The metrics of a run: sums over examples, a meter for the steps between reports, and log lines.
+"""The metrics of a run on the host: a meter for the steps between reports, log lines, and a bar on a terminal.
 
 All are kept as sums and counts, so that batches of any size add up to the whole.
 """
 
+import contextlib
 import dataclasses
 import datetime
+import logging
 import math
+import os
 import statistics
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from simplest_vit.errors import TrainingError
+from simplest_vit.primary import is_primary
+from simplest_vit.training.step import Sums
 
-# `loss` and `correct` are sums over examples, `count` the sum of their weights; all float32 [].
-Sums = dict[str, jax.Array]
+log = logging.getLogger("simplest_vit")
 
 # Steps that may be queued on the device: enough to keep it busy, few enough that their batches fit beside the model.
 _STEPS_IN_FLIGHT = 2
 _SUMS = ("loss", "correct", "count")
-BINS = 15  # of confidence, of equal width
 _NOT_GAUGES = (*_SUMS, "skipped_steps", "skipped_in_a_row")
 
 # Names in `results.json` and in a report -> tags, which TensorBoard groups by the part before the slash.
@@ -37,24 +42,6 @@ _TAGS = {
     **{name: f"speed/{name}" for name in ("step_time", "steps_per_second", "images_per_second")},
     **{name: f"optimizer/{name}" for name in ("grad_norm", "skipped_steps", "rejected_roots", "worst_residual")},
 }
-
-
-def classification_sums(logits: jax.Array, label: jax.Array, weight: jax.Array, label_smoothing: float = 0.0) -> Sums:
-    """Sum loss (softmax cross-entropy), correct predictions and weights over a batch.
-
-    Args:
-      logits: float32 [B, num_classes].
-      label: float32 [B, num_classes], rows sum to 1; a mixed label counts as its largest class.
-      weight: float32 [B], 0 for padding.
-      label_smoothing: Share of the label that the loss spreads over all classes.
-    """
-    correct = (logits.argmax(axis=-1) == label.argmax(axis=-1)).astype(jnp.float32)
-    loss = optax.softmax_cross_entropy(logits, optax.smooth_labels(label, label_smoothing))
-    return {
-        "loss": jnp.sum(weight * loss),
-        "correct": jnp.sum(weight * correct),
-        "count": jnp.sum(weight),
-    }
 
 
 def add_sums(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -75,9 +62,9 @@ class Classification:
     Attributes:
       confusion: Images by their class and the predicted class, [K, K].
       in_top5: Images whose class is among the five most probable.
-      bin_confidence: Sum of the predicted classes' probabilities by bin, [BINS].
-      bin_correct: Correct predictions by bin, [BINS].
-      bin_count: Images by bin, [BINS].
+      bin_confidence: Sum of the predicted classes' probabilities, by bin of confidence, [`step.BINS`].
+      bin_correct: Correct predictions by bin.
+      bin_count: Images by bin.
     """
 
     confusion: np.ndarray
@@ -106,32 +93,6 @@ class Classification:
     def calibration_error(self) -> float:
         """The expected calibration error (Guo et al., arXiv 1706.04599, equation 3)."""
         return float(np.abs(self.bin_correct - self.bin_confidence).sum() / self.bin_count.sum())
-
-
-def confusion_sums(logits: jax.Array, label: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
-    """Compute the fields of `Classification` for one batch, in float32.
-
-    Args:
-      logits: float32 [B, K].
-      label: One-hot, float32 [B, K].
-      weight: float32 [B], 0 for padding.
-    """
-    target, predicted = label.argmax(axis=1), logits.argmax(axis=1)
-    probability = jax.nn.softmax(logits).max(axis=1)
-    # Classes tied with the true class do not push it out of the top five.
-    rank = jnp.sum(logits > jnp.take_along_axis(logits, target[:, None], axis=1), axis=1)
-    bins = jnp.clip(jnp.ceil(probability * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
-
-    def by_bin(values: jax.Array) -> jax.Array:
-        return jnp.zeros(BINS).at[bins].add(weight * values)
-
-    return {
-        "confusion": jnp.zeros((logits.shape[1], logits.shape[1])).at[target, predicted].add(weight),
-        "in_top5": jnp.sum(weight * (rank < 5)),
-        "bin_confidence": by_bin(probability),
-        "bin_correct": by_bin((target == predicted).astype(jnp.float32)),
-        "bin_count": by_bin(jnp.ones_like(probability)),
-    }
 
 
 def classification(sums: Sequence[Mapping[str, Any]]) -> Classification:
@@ -238,23 +199,12 @@ class Meter:
         return statistics.median(self._step_times) if self._step_times else None
 
 
-def train_line(step: int, total_steps: int, scalars: dict[str, Any]) -> str:
-    """Format the log line of a report; `scalars` are `epoch` and what `Meter.report` returns."""
-    eta = datetime.timedelta(seconds=round((total_steps - step) * scalars["step_time"]))
-    return (
-        f"step {step}/{total_steps} ({step / total_steps:.1%})  {report_text(scalars)}  "
-        f"{scalars['steps_per_second']:.4g} steps/s  ETA {eta}"
-    )
-
-
 def report_text(scalars: dict[str, Any]) -> str:
-    """Format epoch, metrics and images per second of a report; arguments as in `train_line`."""
+    """Format epoch, metrics and images per second of a report: `epoch`, and what `Meter.report` returns."""
+    metrics = ""
+    if "train_loss" in scalars:
+        metrics = f"loss {scalars['train_loss']:.4f}  accuracy {scalars['train_accuracy']:.2%}  "
     skipped = f"skipped {scalars['skipped_steps']:.0f} steps  " if scalars["skipped_steps"] else ""
-    metrics = (
-        f"loss {scalars['train_loss']:.4f}  accuracy {scalars['train_accuracy']:.2%}  "
-        if "train_loss" in scalars
-        else ""
-    )
     return f"epoch {scalars['epoch']:.1f}  {metrics}{skipped}{scalars['images_per_second']:.4g} images/s"
 
 
@@ -264,3 +214,42 @@ def validation_line(step: int, result: Mapping[str, float], best: float) -> str:
         f"step {step}  validation loss {result['validation_loss']:.4f}  "
         f"accuracy {result['validation_accuracy']:.2%}  best {best:.2%}"
     )
+
+
+class ProgressBar(tqdm):
+    """Shows the newest report beside the bar, or logs the reports if the bar is disabled."""
+
+    monitor_interval = 0  # no thread of its own
+
+    def report(self, step: int, scalars: dict[str, Any]) -> None:
+        """Show a report; arguments as in `report_text`."""
+        if not self.disable:
+            self.set_postfix_str(report_text(scalars), refresh=False)
+            return
+        eta = datetime.timedelta(seconds=round((self.total - step) * scalars["step_time"]))
+        place, speed = f"step {step}/{self.total} ({step / self.total:.1%})", scalars["steps_per_second"]
+        log.info("%s  %s  %.4g steps/s  ETA %s", place, report_text(scalars), speed, eta)
+
+
+ProgressBar.set_lock(threading.RLock())  # tqdm's own lock is shared with other processes, which takes a semaphore
+
+
+@contextlib.contextmanager
+def progress_bar(first_step: int, total_steps: int) -> Iterator[ProgressBar]:
+    """Open the bar; it is disabled if standard error is not a terminal, in other processes, and if `CI` is set.
+
+    Its `update` counts a step, which may still be running on the device. Log lines are printed above it.
+    """
+    disable = not (is_primary() and _width() and not os.environ.get("CI"))
+    options: dict[str, Any] = {"unit": "step", "file": sys.stderr, "dynamic_ncols": True, "disable": disable}
+    bar = ProgressBar(initial=first_step, total=total_steps, **options)
+    with contextlib.nullcontext() if disable else logging_redirect_tqdm([log], ProgressBar), bar:
+        yield bar
+
+
+def _width() -> int:
+    """Return the columns of the terminal behind standard error; 0 if there is none or its size is unknown."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 0

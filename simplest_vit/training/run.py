@@ -23,10 +23,9 @@ from simplest_vit.models import ViT, create_model, fused_attention, model_argume
 from simplest_vit.models.layers import token_grid
 from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer
-from simplest_vit.training.metrics import Sums
 from simplest_vit.training.sharding import create_mesh, state_shardings
 from simplest_vit.training.state import ModelState, TrainState
-from simplest_vit.training.step import Batch, make_eval_step, make_train_step
+from simplest_vit.training.step import Batch, Sums, make_eval_step, make_train_step
 
 _MANY_TOKENS = 1024  # four times as many as in an image of 256 pixels with patches of 16
 
@@ -71,19 +70,7 @@ class Run:
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The jitted training step: see `make_train_step`."""
-        config = self.config
-        return make_train_step(
-            self.graphdef,
-            self.tx,
-            seed=config.seed,
-            label_smoothing=config.label_smoothing,
-            accumulation_steps=config.accumulation_steps,
-            sam_rho=config.sam.rho,
-            sam_every=config.sam.every,
-            ema_decay=config.ema.decay,
-            ema_every=config.ema.every,
-            shardings=self._shardings,
-        )
+        return make_train_step(self.graphdef, self.tx, self.config, self._shardings)
 
     @functools.cached_property
     def eval_step(self) -> Callable[[Any, Any, Batch], Sums]:

@@ -1,6 +1,13 @@
-"""The state of a run: everything that changes from step to step, as arrays and as plain numbers."""
+"""The state of a run: what changes from step to step, as arrays and as plain numbers, and the record of a checkpoint.
+
+Orbax saves the arrays. The record beside them holds the plain numbers, and the checksums of all files, because Orbax
+does not notice damage. Both change together and atomically.
+"""
 
 import dataclasses
+import hashlib
+import json
+import pathlib
 from typing import Any
 
 import jax
@@ -8,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from simplest_vit.files import sha256, write_json
 from simplest_vit.models.layers import Constant
 
 
@@ -123,3 +131,50 @@ class RunProgress:
         """Return the values for `results.json`."""
         own = ("last_evaluation", "evaluations_without_gain", "pending_sums")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in own}
+
+
+RECORD = "record.json"
+
+
+def write_record(folder: pathlib.Path, progress: dict[str, Any]) -> None:
+    """Compute the checksums of a checkpoint and write its record."""
+    write_json(folder / RECORD, {"progress": progress, "checksums": _checksums(folder, progress)})
+
+
+def rewrite_progress(folder: pathlib.Path, progress: dict[str, Any]) -> None:
+    """Replace the progress in the record of a checkpoint."""
+    checksums = read_record(folder)["checksums"] | {"progress": _digest(progress)}
+    write_json(folder / RECORD, {"progress": progress, "checksums": checksums})
+
+
+def read_record(folder: pathlib.Path) -> dict[str, Any]:
+    """Read a record without checks; a damaged record raises one of `UNREADABLE`, here or when it is used."""
+    return json.loads((folder / RECORD).read_text())
+
+
+UNREADABLE = (OSError, LookupError, TypeError, ValueError, RecursionError, AttributeError)
+
+
+def find_damage(folder: pathlib.Path) -> str | None:
+    """Describe what is wrong with the files of a checkpoint; None if it is intact."""
+    try:
+        record = read_record(folder)
+        expected, found = dict(record["checksums"]), _checksums(folder, record["progress"])
+    except OSError as error:
+        return str(error)
+    except UNREADABLE:
+        return f"{RECORD} is changed"
+    for name in sorted(expected.keys() | {"progress"}):
+        if found.get(name) != expected.get(name):
+            return f"{name} is {'changed' if name in found else 'missing'}"
+    return None
+
+
+def _checksums(folder: pathlib.Path, progress: dict[str, Any]) -> dict[str, str]:
+    """Compute the SHA-256 of every file of the arrays, and of the progress."""
+    files = [path for path in (folder / "state").rglob("*") if path.is_file()]
+    return {"progress": _digest(progress)} | {str(path.relative_to(folder)): sha256(path) for path in files}
+
+
+def _digest(progress: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The two jitted functions of a run: a training step and an evaluation step. Pure, traced once each."""
+"""The two jitted functions of a run, a training and an evaluation step, and the sums that they return. Pure."""
 
 import functools
 from collections.abc import Callable
@@ -9,16 +9,64 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from simplest_vit.data.augment import Batch
 from simplest_vit.models.layers import all_gather_params
 from simplest_vit.optimizers.shampoo import shampoo_metrics
-from simplest_vit.training.metrics import Sums, classification_sums, confusion_sums
 from simplest_vit.training.state import TrainState
 
 # Separates the random keys of dropout from those of augmentation, which fold the step number into the seed; no step has
 # this number.
 _DROPOUT = 2**32 - 1
+BINS = 15  # of confidence, of equal width
+
+# `loss` and `correct` are sums over examples, `count` the sum of their weights; all float32 [].
+Sums = dict[str, jax.Array]
+
+
+def classification_sums(logits: jax.Array, label: jax.Array, weight: jax.Array, label_smoothing: float = 0.0) -> Sums:
+    """Sum loss (softmax cross-entropy), correct predictions and weights over a batch.
+
+    Args:
+      logits: float32 [B, num_classes].
+      label: float32 [B, num_classes], rows sum to 1; a mixed label counts as its largest class.
+      weight: float32 [B], 0 for padding.
+      label_smoothing: Share of the label that the loss spreads over all classes.
+    """
+    correct = (logits.argmax(axis=-1) == label.argmax(axis=-1)).astype(jnp.float32)
+    loss = optax.softmax_cross_entropy(logits, optax.smooth_labels(label, label_smoothing))
+    return {
+        "loss": jnp.sum(weight * loss),
+        "correct": jnp.sum(weight * correct),
+        "count": jnp.sum(weight),
+    }
+
+
+def confusion_sums(logits: jax.Array, label: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+    """Compute the fields of `Classification` for one batch, in float32.
+
+    Args:
+      logits: float32 [B, K].
+      label: One-hot, float32 [B, K].
+      weight: float32 [B], 0 for padding.
+    """
+    target, predicted = label.argmax(axis=1), logits.argmax(axis=1)
+    probability = jax.nn.softmax(logits).max(axis=1)
+    # Classes tied with the true class do not push it out of the top five.
+    rank = jnp.sum(logits > jnp.take_along_axis(logits, target[:, None], axis=1), axis=1)
+    bins = jnp.clip(jnp.ceil(probability * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
+
+    def by_bin(values: jax.Array) -> jax.Array:
+        return jnp.zeros(BINS).at[bins].add(weight * values)
+
+    return {
+        "confusion": jnp.zeros((logits.shape[1], logits.shape[1])).at[target, predicted].add(weight),
+        "in_top5": jnp.sum(weight * (rank < 5)),
+        "bin_confidence": by_bin(probability),
+        "bin_correct": by_bin((target == predicted).astype(jnp.float32)),
+        "bin_count": by_bin(jnp.ones_like(probability)),
+    }
 
 
 def _apply_model(
@@ -42,25 +90,13 @@ def _apply_model(
 def make_train_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
-    *,
-    seed: int,
-    label_smoothing: float,
-    accumulation_steps: int,
-    sam_rho: float,
-    sam_every: int,
-    ema_decay: float,
-    ema_every: int,
+    config: ConfigDict,
     shardings: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Create the training step.
 
     Args:
-      seed: Determines the masks of dropout.
-      accumulation_steps: Micro-batches in a step.
-      sam_rho: Radius of sharpness-aware minimization; 0 turns it off.
-      sam_every: Period in steps of sharpness-aware minimization.
-      ema_decay: Decay of the average of the parameters.
-      ema_every: Period in steps of the average.
+      config: Only `seed` (of dropout), `label_smoothing`, `accumulation_steps`, `sam` and `ema` are read.
       shardings: From `state_shardings`, so that the new state is sharded like the old one.
 
     Returns:
@@ -72,11 +108,11 @@ def make_train_step(
 
     def loss(params: Any, constants: Any, batch: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Sums]:
         logits = _apply_model(graphdef, shardings.step.mesh, params, constants, batch["image"], dropout_key)
-        sums = classification_sums(logits, batch["label"], batch["weight"], label_smoothing)
+        sums = classification_sums(logits, batch["label"], batch["weight"], config.label_smoothing)
         return sums["loss"], sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
+        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _DROPOUT), state.step)
 
         # 1. The gradient of the mean loss; with SAM, at the worst point nearby.
         def mean_gradient(params: Any) -> tuple[Sums, Any]:
@@ -84,15 +120,15 @@ def make_train_step(
                 gradient, sums = jax.grad(loss, has_aux=True)(params, state.constants, part, key)
                 return sums, gradient
 
-            sums, total = _accumulate(of_part, batch, dropout_key, accumulation_steps)
+            sums, total = _accumulate(of_part, batch, dropout_key, config.accumulation_steps)
             return sums, jax.tree.map(lambda g: g / sums["count"], total)
 
-        at_worst_point = functools.partial(_gradient_at_worst_point, mean_gradient, sam_rho)
-        if sam_rho and sam_every > 1:
-            is_due = state.step % sam_every == 0
+        at_worst_point = functools.partial(_gradient_at_worst_point, mean_gradient, config.sam.rho)
+        if config.sam.rho and config.sam.every > 1:
+            is_due = state.step % config.sam.every == 0
             sums, gradients = jax.lax.cond(is_due, at_worst_point, mean_gradient, state.params)
         else:
-            sums, gradients = (at_worst_point if sam_rho else mean_gradient)(state.params)
+            sums, gradients = (at_worst_point if config.sam.rho else mean_gradient)(state.params)
         grad_norm = optax.tree.norm(gradients)
 
         # 2. The update, and the average of the parameters.
@@ -101,7 +137,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_params is not None:
-            rate = jnp.where(step % ema_every == 0, 1.0 - ema_decay, 0.0)
+            rate = jnp.where(step % config.ema.every == 0, 1.0 - config.ema.decay, 0.0)
             ema_params = optax.incremental_update(params, ema_params, rate)
 
         # 3. Skip the step if loss or gradient is not finite. Both are sums over all devices, so all devices decide

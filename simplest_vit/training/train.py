@@ -23,8 +23,7 @@ from simplest_vit.training import distributed
 from simplest_vit.training.checkpoint import Checkpoints, has_checkpoint
 from simplest_vit.training.evaluate import validate
 from simplest_vit.training.fine_tuning import load_initial_params
-from simplest_vit.training.metrics import Meter, check_finite, tagged, validation_line
-from simplest_vit.training.progress_bar import progress_bar
+from simplest_vit.training.metrics import Meter, check_finite, progress_bar, tagged, validation_line
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import batch_sharding, check_batch_size, create_mesh, memory_line
 from simplest_vit.training.state import RunProgress

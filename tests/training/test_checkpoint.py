@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from simplest_vit.errors import CheckpointError, UserError
-from simplest_vit.training import integrity
+from simplest_vit.training import state as state_module
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.state import RunProgress
 
@@ -111,7 +111,7 @@ def test_what_only_could_not_be_read_is_not_lost(workdir, monkeypatch):
     folder = workdir / "checkpoints"
     for _ in range(2):  # the second time something is set aside already
         with monkeypatch.context() as patch, Checkpoints(workdir, create=True) as checkpoints:
-            patch.setattr(integrity, "read_record", lambda _: json.loads((folder / "3/record.json").read_text()))
+            patch.setattr(state_module, "read_record", lambda _: json.loads((folder / "3/record.json").read_text()))
             assert checkpoints.newest() == 3
         (folder / "6.damaged").rename(folder / "6")
         shutil.copytree(folder / "3", folder / "6.damaged")

@@ -15,7 +15,8 @@ from simplest_vit.analysis import figures
 from simplest_vit.analysis.classification_files import write_classification
 from simplest_vit.errors import UserError
 from simplest_vit.training.evaluate import Evaluation
-from simplest_vit.training.metrics import BINS, classification, confusion_sums
+from simplest_vit.training.metrics import classification
+from simplest_vit.training.step import BINS, confusion_sums
 
 
 @pytest.fixture(scope="module")

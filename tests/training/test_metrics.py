@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simplest_vit.training.metrics import classification_sums, validation_line
+from simplest_vit.training.metrics import validation_line
+from simplest_vit.training.step import classification_sums
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

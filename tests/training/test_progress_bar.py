@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import simplest_vit
-from simplest_vit.training.progress_bar import progress_bar
+from simplest_vit.training.metrics import progress_bar
 from tests.tiny import tiny_config
 
 

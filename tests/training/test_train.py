@@ -31,9 +31,9 @@ from simplest_vit.training import evaluate, train
 from simplest_vit.training import run as run_module
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.evaluate import restore_best
-from simplest_vit.training.integrity import read_record, rewrite_progress
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
+from simplest_vit.training.state import read_record, rewrite_progress
 from simplest_vit.training.workdir import read_metrics, read_run
 from tests.tiny import tiny_config
 
@@ -79,9 +79,9 @@ def built_once(monkeypatch):
             BUILT[key] = build(config, data, mesh)
         return dataclasses.replace(BUILT[key])  # whose steps are made when they are asked for
 
-    def make_once(graphdef, tx, **named):
+    def make_once(graphdef, tx, *rest):
         if tx not in TRAIN_STEPS:
-            TRAIN_STEPS[tx] = make_train_step(graphdef, tx, **named)
+            TRAIN_STEPS[tx] = make_train_step(graphdef, tx, *rest)
         return TRAIN_STEPS[tx]
 
     monkeypatch.setattr(train, "build", build_once)
