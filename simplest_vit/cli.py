@@ -145,11 +145,7 @@ def config_arguments(arguments: list[str]) -> list[str]:
 
 
 def seeds_from(first: int, count: int) -> range:
-    """Return the seeds of --seeds: `count` of them, from `first` up.
-
-    Raises:
-      UserError: If the last one is too large.
-    """
+    """Return the `count` seeds of --seeds from `first` up; a UserError if the last one is too large."""
     seeds, allowed = range(first, first + count), FIELDS["seed"].values
     if not allowed.allows(seeds[-1]):
         raise UserError(

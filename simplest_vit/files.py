@@ -89,11 +89,7 @@ def write_file(path: pathlib.Path, content: bytes) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-      UserError: If the file cannot be read or holds anything else.
-    """
+    """Read a JSON object; a UserError if the file cannot be read or holds anything else."""
     try:
         content = json.loads(path.read_text())
     except RecursionError as error:

@@ -157,11 +157,7 @@ class PthFile:
         self.tensors: dict[str, TensorView] = {name.removeprefix("_orig_mod."): t for name, t in tensors.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Read the numbers of a tensor, in its dtype and shape.
-
-        Raises:
-          UserError: If they are not in the file.
-        """
+        """Read the numbers of a tensor, in its dtype and shape; a UserError if they are not in the file."""
         tensor = self.tensors[name]
         try:
             with self._open(f"{self._root}data/{tensor.key}") as file:

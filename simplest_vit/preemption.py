@@ -89,11 +89,7 @@ def received() -> signal.Signals | None:
 
 
 def check() -> None:
-    """Mark a point at which the program can stop.
-
-    Raises:
-      Interrupted: If a signal was received.
-    """
+    """Mark a point at which the program can stop; raise Interrupted if a signal was received."""
     if _watch and _watch.received and not _watch.listeners:
         _watch.obeyed = True
         raise Interrupted(_message(_watch.received))

@@ -117,11 +117,7 @@ def signal_propagation(config: Any, workdir: str, *, trained: bool = False, seed
 
 
 def write(results: list[Propagation], folder: pathlib.Path, title: str) -> None:
-    """Write figures and tables to a folder.
-
-    Raises:
-      UserError: If it cannot be written.
-    """
+    """Write figures and tables to a folder; a UserError if it cannot be written."""
     with writing(str(folder), "choose another --workdir"):
         folder.mkdir(parents=True, exist_ok=True)
         with figures.style():

@@ -113,11 +113,7 @@ def check_points(points: list[Point]) -> None:
 
 
 def find_devices() -> tuple[str, list[int]]:
-    """Return the platform that JAX chooses here, and the numbers of its devices.
-
-    Raises:
-      UserError: If there is none.
-    """
+    """Return the platform that JAX chooses here and the numbers of its devices; a UserError if there is none."""
     # In a separate process, because a process that has initialized JAX keeps memory of every GPU until it ends.
     program = "import jax; d = jax.local_devices(); print(d[0].platform, *(x.local_hardware_id for x in d))"
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

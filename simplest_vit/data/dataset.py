@@ -24,48 +24,31 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class InMemorySplit:
-    """A split on the device.
+    """A split on the device."""
 
-    Attributes:
-      images: uint8 [N, H, W, C].
-      labels: int32 [N].
-      copies: The split replicated over a mesh, for each mesh that requested it.
-    """
-
-    images: jax.Array
-    labels: jax.Array
+    images: jax.Array  # uint8 [N, H, W, C]
+    labels: jax.Array  # int32 [N]
+    # The split replicated over a mesh, for each mesh that requested it.
     copies: "dict[Mesh, InMemorySplit]" = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """The facts about a data set that a run needs, kept in the run's folder as `dataset.json`.
-
-    Attributes:
-      version: Version of the prepared data set, such as "3.0.2".
-      description: One line; for an image folder it says how the splits were made.
-      train_split: Training split in TFDS's syntax; so is `validation_split`.
-      class_names: Names of the classes in the order of the labels.
-      image_shape: (H, W, C) of a preprocessed image.
-      eval_resize: Pixels of the shorter side before evaluation crops the centre, at least H.
-      mean: Mean per channel, of pixels in [0, 1].
-      std: Standard deviation per channel, of pixels in [0, 1].
-      fingerprint: A digest of all labels and image files.
-    """
+    """The facts about a data set that a run needs, kept in the run's folder as `dataset.json`."""
 
     name: str
-    version: str
-    description: str
-    train_split: str
+    version: str  # of the prepared data set, such as "3.0.2"
+    description: str  # one line; for an image folder it says how the splits were made
+    train_split: str  # in TFDS's syntax; so is `validation_split`
     validation_split: str
     train_size: int
     validation_size: int
-    class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    eval_resize: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    fingerprint: str
+    class_names: tuple[str, ...]  # in the order of the labels
+    image_shape: tuple[int, int, int]  # (H, W, C) of a preprocessed image
+    eval_resize: int  # pixels of the shorter side before evaluation crops the centre, at least H
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]  # standard deviation, likewise
+    fingerprint: str  # a digest of all labels and image files
 
     @property
     def num_classes(self) -> int:
@@ -115,15 +98,11 @@ class DatasetInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset(DatasetInfo):
-    """A loaded data set; each split is on the device or on disk.
-
-    Attributes:
-      num_workers: Processes that decode a split on disk; 0 for threads, None for one per core.
-    """
+    """A loaded data set; each split is on the device or on disk."""
 
     train: InMemorySplit | DiskSplit
     validation: InMemorySplit | DiskSplit
-    num_workers: int | None
+    num_workers: int | None  # processes that decode a split on disk; 0 for threads, None for one per core
 
     @property
     def info(self) -> DatasetInfo:

@@ -35,11 +35,7 @@ from simplest_vit.errors import UserError
 
 
 def steps_per_epoch(train_size: int, batch_size: int) -> int:
-    """Count the full batches of a training split.
-
-    Raises:
-      UserError: If there are none.
-    """
+    """Count the full batches of a training split; a UserError if there are none."""
     if batch_size > train_size:
         raise UserError(
             f"batch_size={batch_size} is more than the {train_size} training examples; choose at most {train_size}"

@@ -77,11 +77,7 @@ def prepare(
 
 
 def open_prepared(name: str, data_dir: str | None) -> Prepared:
-    """Open a data set that TFDS has prepared.
-
-    Raises:
-      UserError: If there is no data set of that name, or it is damaged.
-    """
+    """Open a data set that TFDS has prepared; a UserError if there is none of that name, or it is damaged."""
     root = _root(data_dir)
     try:
         folder = Path(read_only_builder.builder_from_files(name, data_dir=root).data_path)

@@ -28,24 +28,16 @@ _DEFAULT_SIZE = 224  # pixels, if the images differ in size
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A split of a prepared data set, or a part of one.
+    """A split of a prepared data set, or a part of one."""
 
-    Attributes:
-      field: The config field that names it.
-      spec: Its name in TFDS's syntax.
-      intervals: (split, start, stop) of each part.
-      labels: int32 [N].
-      pixels: Loads the decoded images, uint8 [N, *pixel_shape]; None if sizes differ or there are too many images.
-      pixel_shape: (H, W, C) of a decoded image, or None.
-    """
-
-    field: str
-    spec: str
-    intervals: tuple[tuple[str, int, int], ...]
+    field: str  # the config field that names it
+    spec: str  # its name in TFDS's syntax
+    intervals: tuple[tuple[str, int, int], ...]  # (split, start, stop) of each part
     disk: DiskSplit
-    labels: np.ndarray
+    labels: np.ndarray  # int32 [N]
+    # Loads the decoded images, uint8 [N, *pixel_shape]; None if sizes differ or there are too many images.
     pixels: Callable[[], np.ndarray] | None
-    pixel_shape: tuple[int, int, int] | None
+    pixel_shape: tuple[int, int, int] | None  # (H, W, C) of a decoded image, or None
 
 
 class Prepared:
@@ -113,11 +105,7 @@ class Prepared:
         return str(self._measured["fingerprint"])
 
     def label_feature(self, name: str | None) -> str:
-        """Return the feature that `data.label` chooses.
-
-        Raises:
-          UserError: If there is no such feature, or there are several and none is chosen.
-        """
+        """Return the feature that `data.label` chooses; a UserError unless it chooses exactly one."""
         if name is None and len(self.labels) > 1 and "label" not in self.labels:
             raise UserError(f"{self.folder} has several labels; choose: --config.data.label={'|'.join(self.labels)}")
         name = name or ("label" if "label" in self.labels else self.labels[0])

@@ -23,17 +23,12 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKind:
-    """Plain softmax attention, and the methods that other kinds override.
+    """Plain softmax attention, and the methods that other kinds override."""
 
-    Attributes:
-      has_queries: Whether attention depends on queries and keys.
-      zero_queries: Whether queries start at zero, so that the constants determine the initial attention.
-      parameters: Trainable scalars of each block, with their initial values.
-    """
-
-    has_queries: ClassVar[bool] = True
+    has_queries: ClassVar[bool] = True  # whether attention depends on queries and keys
+    # Whether queries start at zero, so that the constants determine the initial attention.
     zero_queries: ClassVar[bool] = False
-    parameters: ClassVar[dict[str, float]] = {}
+    parameters: ClassVar[dict[str, float]] = {}  # trainable scalars of each block, with their initial values
 
     def check(self, grid: Grid, num_heads: int) -> None:
         """Raise a UserError if this kind of attention does not support a token grid and a number of heads."""

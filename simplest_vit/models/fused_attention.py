@@ -63,36 +63,26 @@ def _is_recent(device: jax.Device) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Sizes of one head's work; all but `tokens`, `head_width` and `width` are powers of two, which Triton needs.
+    """Sizes of one head's work. The properties are powers of two, which Triton needs."""
 
-    Attributes:
-      tokens: T.
-      head_width: D / H.
-      width: D.
-      itemsize: Bytes of a number.
-      keys: T, padded.
-      queries: Queries in a tile.
-      columns: The head's width, padded.
-      splits: Programs that share the columns of a head's gradients, which need too many registers for one program.
-    """
-
-    tokens: int
-    head_width: int
-    width: int
-    itemsize: int
+    tokens: int  # T
+    head_width: int  # D / H
+    width: int  # D
+    itemsize: int  # bytes of a number
 
     @property
-    def keys(self) -> int:
+    def keys(self) -> int:  # T, padded
         return max(16, pl.next_power_of_2(self.tokens))
 
     @property
-    def columns(self) -> int:
+    def columns(self) -> int:  # of the head, padded
         return max(16, pl.next_power_of_2(self.head_width))
 
     @property
-    def queries(self) -> int:
+    def queries(self) -> int:  # in a tile
         return min(self.keys, 64, _TILE // self.keys)
 
+    # Programs that share the columns of a head's gradients, which need too many registers for one program.
     @property
     def splits(self) -> int:
         return max(1, self.keys * self.columns // _ACCUMULATED)

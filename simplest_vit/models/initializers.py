@@ -64,21 +64,13 @@ def uniform_fan_in(
 
 
 class Init(NamedTuple):
-    """Initializers of a network.
+    """Initializers of a network."""
 
-    Attributes:
-      linear: Kernels that no nonlinearity follows: patch embedding, values, output projection.
-      keys: Kernels of keys, and of queries that do not start at zero.
-      dense: Kernels of MLP and head.
-      bias: fan_in -> initializer of a bias.
-      preserves_kernels: Whether `linear` keeps mean products of tokens in the limit of infinite width.
-    """
-
-    linear: Callable
-    keys: Callable
-    dense: Callable
-    bias: Callable[[int], Callable] = lambda fan_in: zeros
-    preserves_kernels: bool = True
+    linear: Callable  # kernels that no nonlinearity follows: patch embedding, values, output projection
+    keys: Callable  # kernels of keys, and of queries that do not start at zero
+    dense: Callable  # kernels of MLP and head
+    bias: Callable[[int], Callable] = lambda fan_in: zeros  # fan_in -> initializer of a bias
+    preserves_kernels: bool = True  # whether `linear` keeps mean products of tokens in the limit of infinite width
 
 
 INITS = {

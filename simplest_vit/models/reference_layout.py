@@ -17,21 +17,13 @@ Arrays = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of the reference, and the arrays that it is made of, in one block or outside the blocks.
+    """A tensor of the reference, and the arrays that it is made of, in one block or outside the blocks."""
 
-    Attributes:
-      name: In the reference's state dict.
-      paths: Paths of the arrays here, such as `blocks/mlp/dense1/kernel`.
-      block: Index along the first axis of these arrays; None if they are not stacked.
-      here: Turns the tensor into the arrays.
-      there: Turns the arrays into the tensor.
-    """
-
-    name: str
-    paths: tuple[str, ...]
-    block: int | None
-    here: Callable[[np.ndarray], Arrays]
-    there: Callable[..., Any]
+    name: str  # in the reference's state dict
+    paths: tuple[str, ...]  # paths of the arrays here, such as `blocks/mlp/dense1/kernel`
+    block: int | None  # index along the first axis of these arrays; None if they are not stacked
+    here: Callable[[np.ndarray], Arrays]  # turns the tensor into the arrays
+    there: Callable[..., Any]  # turns the arrays into the tensor
 
     def arrays(self, flat: dict[str, Any]) -> list[Any]:
         """Return the arrays that it is made of, from those of a model by path."""

@@ -24,13 +24,10 @@ class WarmupCosine:
 
     During warm-up, step t (from 0) has the rate peak * (t + 1) / warmup_steps, so that the first step is not wasted on
     a rate of 0. The last step of the run has the rate 0, or the peak if all steps are warm-up.
-
-    Attributes:
-      warmup_steps: Steps of warm-up; at most `total_steps` are used.
     """
 
     peak: float
-    warmup_steps: int
+    warmup_steps: int  # steps of warm-up; at most `total_steps` are used
     total_steps: int
 
     def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:

@@ -156,11 +156,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True)
 
     def wait(self) -> None:
-        """Wait until the last save is on disk.
-
-        Raises:
-          CheckpointError: If it cannot be written.
-        """
+        """Wait until the last save is on disk; raise a CheckpointError if it cannot be written."""
         with self._translate_errors("cannot be written"):
             self._manager.wait_until_finished()
 

@@ -28,17 +28,12 @@ log = logging.getLogger("simplest_vit")
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The evaluation of a checkpoint on a split.
-
-    Attributes:
-      classification: Accuracy by class, confusion matrix and calibration.
-      class_names: In the order of the labels.
-    """
+    """The evaluation of a checkpoint on a split."""
 
     step: int
     loss: float
-    classification: Classification
-    class_names: tuple[str, ...]
+    classification: Classification  # accuracy by class, confusion matrix and calibration
+    class_names: tuple[str, ...]  # in the order of the labels
 
     def summary(self) -> dict[str, float]:
         """Return plain numbers by name."""

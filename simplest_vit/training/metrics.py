@@ -57,21 +57,13 @@ def mean_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """Sums over the images of a split, float64.
+    """Sums over the images of a split, float64."""
 
-    Attributes:
-      confusion: Images by their class and the predicted class, [K, K].
-      in_top5: Images whose class is among the five most probable.
-      bin_confidence: Sum of the predicted classes' probabilities, by bin of confidence, [`step.BINS`].
-      bin_correct: Correct predictions by bin.
-      bin_count: Images by bin.
-    """
-
-    confusion: np.ndarray
-    in_top5: float
-    bin_confidence: np.ndarray
-    bin_correct: np.ndarray
-    bin_count: np.ndarray
+    confusion: np.ndarray  # images by their class and the predicted class, [K, K]
+    in_top5: float  # images whose class is among the five most probable
+    bin_confidence: np.ndarray  # sum of the predicted classes' probabilities, by bin of confidence, [`step.BINS`]
+    bin_correct: np.ndarray  # correct predictions by bin
+    bin_count: np.ndarray  # images by bin
 
     @property
     def accuracy(self) -> float:
@@ -110,11 +102,7 @@ def tagged(scalars: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_finite(values: dict[str, Any], step: int) -> None:
-    """Stop a run whose validation loss is not finite.
-
-    Raises:
-      TrainingError: Names the metric and the step.
-    """
+    """Stop a run whose validation loss is not finite: a TrainingError that names metric and step."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise TrainingError(

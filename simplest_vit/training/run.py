@@ -32,27 +32,20 @@ _MANY_TOKENS = 1024  # four times as many as in an image of 256 pixels with patc
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The basis of training, evaluation, prediction, interchange, analysis and benchmarks; nothing is computed yet.
+    """The basis of training, evaluation, prediction, interchange, analysis and benchmarks; nothing is computed yet."""
 
-    Attributes:
-      config: The config, whose batch size fits the data and whose intervals are in steps.
-      data: Facts about the data set; the examples are not needed.
-      steps_per_epoch: Steps in a pass over the training split.
-      initialize: Pure function that creates the state at step 0. Its optional arguments are parameters by module that
-        replace the model's own, and a seed that replaces the config's.
-      abstract: Shapes, dtypes and shardings of the state.
-    """
-
-    config: ConfigDict
+    config: ConfigDict  # its batch size fits the data and its intervals are in steps
     data: DatasetInfo
     mesh: Mesh
-    steps_per_epoch: int
+    steps_per_epoch: int  # a pass over the training split
     total_steps: int
     learning_rate: optax.Schedule
     tx: optax.GradientTransformation
     graphdef: nnx.GraphDef
+    # Pure function that creates the state at step 0. Its optional arguments are parameters by module that replace the
+    # model's own, and a seed that replaces the config's.
     initialize: Callable[..., TrainState]
-    abstract: TrainState
+    abstract: TrainState  # shapes, dtypes and shardings
 
     def create_state(self, initial_params: dict[str, Any] | None = None) -> TrainState:
         """Compute the state at step 0 on the devices; `initial_params` (by module, consumed) replace its parameters."""

@@ -40,11 +40,7 @@ def create_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> M
 
 
 def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
-    """Check that every device has an equal share of each micro-batch.
-
-    Raises:
-      UserError: If the number of devices does not divide it.
-    """
+    """Raise a UserError unless every device has an equal share of each micro-batch."""
     if batch_size % mesh.size:
         raise UserError(
             f"config.batch_size={batch_size} cannot be split over {mesh.size} devices; choose a multiple of "

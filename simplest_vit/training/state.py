@@ -22,41 +22,26 @@ from simplest_vit.models.layers import Constant
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelState:
-    """The arrays of a model, for everything except training.
+    """The arrays of a model, for everything except training."""
 
-    Attributes:
-      step: int32 [], batches seen.
-      params: Nested dict of float32 parameters, or of their moving average if the run keeps one.
-      constants: Nested dict of the model's constants.
-    """
-
-    step: jax.Array
-    params: Any
-    constants: Any
+    step: jax.Array  # int32 [], batches seen
+    params: Any  # nested dict of float32 parameters, or of their moving average if the run keeps one
+    constants: Any  # nested dict of the model's constants
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The arrays that training changes.
+    """The arrays that training changes."""
 
-    Attributes:
-      step: int32 [], batches seen.
-      params: Nested dict of float32 parameters.
-      constants: Nested dict of the model's constants, kept so that a checkpoint holds the complete model.
-      opt_state: State of the optax chain.
-      ema_params: Exponential moving average of `params`, or None when it is off.
-      skipped_steps: int32 [], number of steps whose loss or gradient was not finite; they advanced only `step`.
-      skipped_in_a_row: int32 [], number of steps skipped since the last update.
-    """
-
-    step: jax.Array
-    params: Any
-    constants: Any
-    opt_state: Any
-    ema_params: Any
+    step: jax.Array  # int32 [], batches seen
+    params: Any  # nested dict of float32 parameters
+    constants: Any  # nested dict of the model's constants, kept so that a checkpoint holds the complete model
+    opt_state: Any  # state of the optax chain
+    ema_params: Any  # exponential moving average of `params`, or None when it is off
+    # int32 [], number of steps whose loss or gradient was not finite; they advanced only `step`.
     skipped_steps: jax.Array
-    skipped_in_a_row: jax.Array
+    skipped_in_a_row: jax.Array  # int32 [], number of steps skipped since the last update
 
     @classmethod
     def create(
@@ -88,25 +73,18 @@ class TrainState:
 
 @dataclasses.dataclass
 class RunProgress:
-    """The progress of a run that a resume needs in addition to the arrays; plain JSON.
+    """The progress of a run that a resume needs in addition to the arrays; plain JSON."""
 
-    Attributes:
-      last_evaluation: Step of the last completed evaluation; 0 for none.
-      best_validation_accuracy: The highest over all evaluations; the weights are saved.
-      evaluations_without_gain: Evaluations since the best one.
-      pending_sums: Sums over the steps since the last report, so that an interruption leaves no gap between reports.
-      wall_time_s: Total time of the run, including earlier processes that were interrupted.
-    """
-
-    last_evaluation: int = 0
+    last_evaluation: int = 0  # step of the last completed evaluation; 0 for none
     validation_loss: float | None = None
     validation_accuracy: float | None = None
-    best_validation_accuracy: float = 0.0
-    evaluations_without_gain: int = 0
+    best_validation_accuracy: float = 0.0  # the highest over all evaluations; the weights are saved
+    evaluations_without_gain: int = 0  # evaluations since the best one
     train_loss: float | None = None
     train_accuracy: float | None = None
+    # Sums over the steps since the last report, so that an interruption leaves no gap between reports.
     pending_sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    wall_time_s: float = 0.0
+    wall_time_s: float = 0.0  # total time of the run, including earlier processes that were interrupted
 
     def record_evaluation(self, step: int, result: dict[str, float]) -> bool:
         """Record an evaluation and return whether it is the best so far, or tied with it."""

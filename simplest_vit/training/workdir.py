@@ -152,11 +152,7 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
 
 
 def check_data(path: pathlib.Path, data: DatasetInfo) -> None:
-    """Check that a run is resumed with the data it was started with.
-
-    Raises:
-      UserError: Names the first thing that differs.
-    """
+    """Raise a UserError that names what differs unless a run is resumed with the data it was started with."""
     before, now = DatasetInfo.from_json(read_json(path / DATASET), path / DATASET).to_json(), data.to_json()
     for name, value in before.items():
         if now[name] != value:
@@ -168,11 +164,7 @@ def check_data(path: pathlib.Path, data: DatasetInfo) -> None:
 
 
 def write_results(path: pathlib.Path, outcome: dict[str, Any]) -> None:
-    """Write `results.json`.
-
-    Raises:
-      TrainingError: If it cannot be written.
-    """
+    """Write `results.json`; raise a TrainingError if it cannot be written."""
     try:
         write_json(path / RESULTS, outcome)
     except OSError as error:

@@ -154,11 +154,7 @@ class WandbWriter:
     """Logs to Weights & Biases. A resumed run continues there, by the id in `wandb/` of the run's folder."""
 
     def __init__(self, folder: pathlib.Path, project: str):
-        """Start or resume the run.
-
-        Raises:
-          UserError: If that fails.
-        """
+        """Start or resume the run; a UserError if that fails."""
         self._wandb = import_wandb()
         try:
             self._run = self._wandb.init(
@@ -197,11 +193,7 @@ class WandbWriter:
 
 
 def import_wandb() -> Any:
-    """Import Weights & Biases.
-
-    Raises:
-      UserError: If it is not installed.
-    """
+    """Import Weights & Biases; a UserError if it is not installed."""
     try:
         import wandb
     except ImportError as error:

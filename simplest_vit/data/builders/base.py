@@ -125,29 +125,20 @@ class Archive:
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-    """A data set that can be prepared.
+    """A data set that can be prepared."""
 
-    Attributes:
-      name: TFDS's name; the version is TFDS's as well.
-      image_shape: (H, W, C) of the images; if sizes differ, the shape that they are resized to.
-      mean: Mean per channel, of pixels in [0, 1], as commonly used; `std` likewise.
-      read: Reads the content of the folder with the original files.
-      config: Returns the name of the variant in that folder, if there are several variants.
-      archive: The archive to download if no folder is given.
-      resumable: Whether the files that an interrupted process has written are kept.
-      expected: Published number of images in each split, if the originals may hold fewer.
-    """
-
-    name: str
+    name: str  # TFDS's name; the version is TFDS's as well
     version: str
     description: str
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
+    image_shape: tuple[int, int, int]  # (H, W, C) of the images; if sizes differ, the shape that they are resized to
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1], as commonly used; `std` likewise
     std: tuple[float, ...]
-    read: Callable[[Path], Content]
+    read: Callable[[Path], Content]  # reads the content of the folder with the original files
+    # Returns the name of the variant in that folder, if there are several variants.
     config: Callable[[Path], str] | None = None
-    archive: Archive | None = None
-    resumable: bool = False
+    archive: Archive | None = None  # to download if no folder is given
+    resumable: bool = False  # whether the files that an interrupted process has written are kept
+    # Published number of images in each split, if the originals may hold fewer.
     expected: dict[str, int] = dataclasses.field(default_factory=dict)
 
 

@@ -44,11 +44,7 @@ class _Header(tarfile.TarInfo):
 
 
 def _members(file: BinaryIO, where: str) -> list[tarfile.TarInfo]:
-    """List the files of a tar from their headers.
-
-    Raises:
-      UserError: If the tar is damaged or cut off.
-    """
+    """List the files of a tar from their headers; a UserError if it is damaged or cut off."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     try:

@@ -14,19 +14,12 @@ from .plan import BlockStack, Plan
 
 
 class AxisState(NamedTuple):
-    """The state of one axis of one stack of blocks: a slot for each block.
+    """The state of one axis of one stack of blocks: a slot for each block."""
 
-    Attributes:
-      statistics: (N, n, n), the average of G G^T over this axis, without bias correction.
-      preconditioner: (N, n, n), the inverse root (Shampoo) or the eigenbasis (SOAP).
-      error: (N,) float32, error of the last preconditioner computed.
-      rejections: (N,) int32, number of preconditioners rejected.
-    """
-
-    statistics: jax.Array
-    preconditioner: jax.Array
-    error: jax.Array
-    rejections: jax.Array
+    statistics: jax.Array  # (N, n, n), the average of G G^T over this axis, without bias correction
+    preconditioner: jax.Array  # (N, n, n), the inverse root (Shampoo) or the eigenbasis (SOAP)
+    error: jax.Array  # (N,) float32, error of the last preconditioner computed
+    rejections: jax.Array  # (N,) int32, number of preconditioners rejected
 
 
 Axes = tuple[AxisState, ...]  # by preconditioned axis

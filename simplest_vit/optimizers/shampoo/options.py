@@ -55,16 +55,11 @@ def static_args(optimizer: Callable[..., Any]) -> tuple[str, ...]:
 
 
 class Diagonal(NamedTuple):
-    """A diagonal method.
-
-    Attributes:
-      decay: Decay of its second moment; 1 sums it.
-      eps: Added to the root of the second moment.
-    """
+    """A diagonal method."""
 
     method: Grafting
-    decay: Number
-    eps: Number
+    decay: Number  # of its second moment; 1 sums it
+    eps: Number  # added to the root of the second moment
 
     @property
     def has_second_moment(self) -> bool:
@@ -129,19 +124,11 @@ class Options(types.SimpleNamespace):
 
 
 class ShampooOptions(Options):
-    """The arguments of Shampoo, and what they imply.
+    """The arguments of Shampoo, and what they imply."""
 
-    Attributes:
-      number: Number of the method in the version of its state.
-      start: The last step that is the grafting method's own; by then every block has its first root.
-      first_statistics: Multiple of the identity with which the statistics start.
-      whitened: Whether the statistics are KL-Shampoo's.
-      refreshes_early: Whether all preconditioners are refreshed in each of the first k steps after `start` as well.
-      rotates_moments: Whether a refresh changes the moments.
-    """
-
-    number = 1
-    refreshes_early = rotates_moments = False
+    number = 1  # of the method, in the version of its state
+    refreshes_early = False  # whether each of the first k steps after `start` refreshes all preconditioners as well
+    rotates_moments = False  # whether a refresh changes the moments
 
     def __init__(self, alias: Callable[..., Any], arguments: dict[str, Any]):
         """Raise ValueError as `Options`."""
@@ -151,7 +138,7 @@ class ShampooOptions(Options):
             self.relative_eps or self.root != "newton",
             "'eigh' or 'auto' if relative_eps is False (the length of 'newton' is set by a relative eps)",
         )
-        self.whitened = self.statistics == "kl"
+        self.whitened = self.statistics == "kl"  # whether the statistics are KL-Shampoo's
         self.require("exponent_override", not (self.whitened and self.exponent_override), "0 with KL (p is 2)")
         if self.relative_eps and not isinstance(self.eps, jax.Array):
             least = LEAST_EPS[self.preconditioner_dtype]
@@ -160,9 +147,11 @@ class ShampooOptions(Options):
                 self.eps >= least,
                 f"at least {least:g} if relative_eps is True: {self.preconditioner_dtype} cannot resolve less",
             )
+        # The last step that is the grafting method's own; by then every block has its first root.
         self.start = max(self.start_preconditioning_step, self.precondition_frequency)
         self.statistics_decay = self.b2
-        self.first_statistics = 0.0 if self.relative_eps else self.eps  # eps I as in the PyTorch reference
+        # A multiple of the identity: eps I as in the PyTorch reference.
+        self.first_statistics = 0.0 if self.relative_eps else self.eps
 
     def diagonal(self, preconditioned: bool) -> Diagonal:
         """Choose the grafting method, or Adam for what is neither preconditioned nor grafted."""

@@ -34,57 +34,36 @@ _MOST_STAGGERED = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A region of a parameter that is cut into equal blocks.
+    """A region of a parameter that is cut into equal blocks."""
 
-    Attributes:
-      starts: Start of the region on each (merged) axis.
-      counts: Blocks along each axis.
-      stack: Index of the stack that holds them.
-      slot: Slot of the first block in the stack.
-      num_blocks: Blocks in the region, over all stacked layers.
-    """
-
-    starts: tuple[int, ...]
-    counts: tuple[int, ...]
+    starts: tuple[int, ...]  # on each (merged) axis
+    counts: tuple[int, ...]  # blocks along each axis
     block_shape: tuple[int, ...]
-    stack: int
-    slot: int
-    num_blocks: int
+    stack: int  # index of the stack that holds them
+    slot: int  # of the first block in the stack
+    num_blocks: int  # over all stacked layers
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamPlan:
-    """The preconditioning of one parameter.
+    """The preconditioning of one parameter."""
 
-    Attributes:
-      path: Its path in the tree, such as 'blocks/mlp/kernel', for messages.
-      num_layers: Product of its leading stack axes.
-      merged_shape: Shape of one layer after small dimensions are merged.
-      regions: Its regions of equal blocks; empty if it is not preconditioned.
-    """
-
-    path: str
+    path: str  # its path in the tree, such as 'blocks/mlp/kernel', for messages
     shape: tuple[int, ...]
     dtype: jnp.dtype
-    num_layers: int
-    merged_shape: tuple[int, ...]
-    regions: tuple[Region, ...]
+    num_layers: int  # product of its leading stack axes
+    merged_shape: tuple[int, ...]  # of one layer, after small dimensions are merged
+    regions: tuple[Region, ...]  # of equal blocks; empty if it is not preconditioned
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockStack:
-    """Blocks of one shape in one array (count, *block_shape).
-
-    Attributes:
-      axes: The axes that have a preconditioner.
-      count: The number of blocks.
-      root: The p of the inverse p-th roots that are their preconditioners.
-    """
+    """Blocks of one shape in one array (count, *block_shape)."""
 
     block_shape: tuple[int, ...]
-    axes: tuple[int, ...]
+    axes: tuple[int, ...]  # those that have a preconditioner
     count: int
-    root: int
+    root: int  # the p of the inverse p-th roots that are their preconditioners
 
     @property
     def sizes(self) -> list[int]:
@@ -94,16 +73,11 @@ class BlockStack:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The static plan of a transformation for one tree of parameters; `print` it.
+    """The static plan of a transformation for one tree of parameters; `print` it."""
 
-    Attributes:
-      params: One entry for each parameter, in the order of the tree.
-      options: The arguments it was made with.
-    """
-
-    params: tuple[ParamPlan, ...]
+    params: tuple[ParamPlan, ...]  # one entry for each parameter, in the order of the tree
     stacks: tuple[BlockStack, ...]
-    options: AnyOptions
+    options: AnyOptions  # the arguments it was made with
 
     @property
     def sizes(self) -> dict[tuple[int, int], list[tuple[int, int]]]:

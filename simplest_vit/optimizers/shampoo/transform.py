@@ -19,36 +19,27 @@ VERSION = 3  # of the layout of the state
 
 
 class StackState(NamedTuple):
-    """The state of one stack of blocks.
+    """The state of one stack of blocks."""
 
-    Attributes:
-      mu: (N, *block_shape), the momentum without bias correction; SOAP's is in the eigenbases.
-      nu: (N, *block_shape), the second moment, likewise; `optax.MaskedNode` if the grafting method has none.
-      axes: Statistics and preconditioners for each preconditioned axis.
-    """
-
-    mu: jax.Array
+    mu: jax.Array  # (N, *block_shape), the momentum without bias correction; SOAP's is in the eigenbases
+    # (N, *block_shape), the second moment, likewise; `optax.MaskedNode` if the grafting method has none.
     nu: SecondMoment
-    axes: Axes
+    axes: Axes  # statistics and preconditioners for each preconditioned axis
 
 
 class PreconditionedState(NamedTuple):
-    """The state of `scale_by_shampoo` and `scale_by_soap`: arrays only, whatever the devices.
+    """The state of `scale_by_shampoo` and `scale_by_soap`: arrays only, whatever the devices."""
 
-    Attributes:
-      count: int32, the number of steps taken.
-      version: int8 zeros whose shape is (version of this layout, number of the method), so that it is checked like any
-        other shape.
-      mu: The parameters' tree: the momentum of those that are not preconditioned, `optax.MaskedNode` for the others.
-      nu: Likewise, the second moment.
-      stacks: A `StackState` for each stack of the plan; a leaf if there are no parameters, as in a call by
-        `optax.tree.map_params`.
-    """
-
+    # int32, the number of steps taken.
     count: jax.Array  # type: ignore[assignment]  # the field's name in every optax state
+    # int8 zeros whose shape is (version of this layout, number of the method), so that it is checked like any other
+    # shape.
     version: jax.Array
+    # The parameters' tree: the momentum of those that are not preconditioned, `optax.MaskedNode` for the others.
     mu: Any
-    nu: Any
+    nu: Any  # likewise, the second moment
+    # A `StackState` for each stack of the plan; a leaf if there are no parameters, as in a call by
+    # `optax.tree.map_params`.
     stacks: Any
 
 
@@ -178,11 +169,7 @@ def _step_stacks(
 
 
 def _check(state: PreconditionedState, expected: Any) -> None:
-    """Compare a state with the one that the plan needs, except for the names of parameters.
-
-    Raises:
-      ValueError: If they differ.
-    """
+    """Compare a state with the one that the plan needs, except for names of parameters; a ValueError if they differ."""
     if state.version.shape != expected.version.shape:
         raise ValueError(
             f"state.version: its shape is {state.version.shape}: it must be {expected.version.shape}, the version of "
