@@ -194,11 +194,7 @@ def fields(optimizer: str) -> dict[str, Field]:
 def default(optimizer: str = "adam") -> ConfigDict:
     """Create a config with all defaults, which a recipe then changes.
 
-    Args:
-      optimizer: Name of the optimizer, which determines the fields of `config.optimizer`.
-
-    Raises:
-      UserError: If there is no such optimizer.
+    The optimizer determines the fields of `config.optimizer`; a UserError if there is none of that name.
     """
     nested: dict[str, Any] = {}
     for name, (value, values, _) in (fields(optimizer) | {"optimizer.name": Field(optimizer, _TEXT, "")}).items():
@@ -216,7 +212,6 @@ def parse_arguments(arguments: str | None, **choices: str | tuple[str, ...]) -> 
     """Parse the `key=value,key=value` after a config file's colon.
 
     Args:
-      arguments: The text, or None.
       **choices: The allowed values of each key, the default first; only the default if any value is allowed.
 
     Raises:

@@ -165,14 +165,9 @@ def predict(workdir: str, images: list[str], rollout_dir: str | None = None) -> 
 
 
 def saved_as_csv(predictions: Iterator[Prediction], path: str) -> Iterator[Prediction]:
-    """Pass predictions on, then write the most probable class of each: file, class, probability.
+    """Pass predictions on, then write the most probable class of each to a CSV file: file, class, probability.
 
-    Args:
-      predictions: From `predict`.
-      path: The file, which is written as a whole after the last prediction, even if some images cannot be read.
-
-    Raises:
-      UserError: If the file cannot be written, or any that `predictions` raises.
+    The file is written as a whole at the end, even if `predictions` ends with an error; a UserError if it cannot be.
     """
     file = pathlib.Path(path)
     if file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
@@ -180,19 +175,15 @@ def saved_as_csv(predictions: Iterator[Prediction], path: str) -> Iterator[Predi
             f"--csv={path} cannot be written; expected a file in a folder you may write to, such as predictions.csv"
         )
     rows: list[tuple[str, ...]] = []
-    problem = None
     try:
         for prediction in predictions:
             best = prediction["top"][0]
             rows.append((prediction["image"], best["class"], f"{best['probability']:.6f}"))
             yield prediction
-    except UserError as error:
-        problem = error
-    if rows:
-        with writing(f"--csv={path}"):
-            write_csv(file, [("file", "class", "probability"), *rows])
-    if problem:
-        raise problem
+    finally:
+        if rows:
+            with writing(f"--csv={path}"):
+                write_csv(file, [("file", "class", "probability"), *rows])
 
 
 def find_images(paths: list[str]) -> list[pathlib.Path]:

@@ -99,8 +99,7 @@ def check() -> None:
 def deferred(note: Callable[[signal.Signals], object] = lambda number: None) -> Iterator[None]:
     """Let the caller stop the program: it polls `received` and may take its time to save.
 
-    Args:
-      note: Called by the thread with the first signal, or immediately if a signal was already received.
+    The thread calls `note` with the first signal, or immediately if a signal was already received.
     """
     global _watch
     own = None

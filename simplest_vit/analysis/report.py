@@ -56,10 +56,7 @@ def summary(runs: list[FinishedRun], name: str = "validation_accuracy") -> str:
 
 
 def find_runs(folders: Iterable[str]) -> tuple[list[FinishedRun], list[str]]:
-    """Find runs in folders and their subfolders.
-
-    Returns:
-      The finished runs, and one line for each that cannot be used.
+    """Find the finished runs in folders and their subfolders, and make a line for each run that cannot be used.
 
     Raises:
       UserError: If a folder does not exist.
@@ -91,8 +88,7 @@ def find_runs(folders: Iterable[str]) -> tuple[list[FinishedRun], list[str]]:
 def group_runs(runs: Iterable[FinishedRun]) -> tuple[list[list[FinishedRun]], list[str]]:
     """Group runs of the same data set and config that differ only in their seed, in their order of appearance.
 
-    Returns:
-      The groups, in which a seed counts once, and one line for each run that repeats a seed.
+    A seed counts once in a group; there is a line for each run that repeats one.
     """
     groups: dict[str, dict[int, FinishedRun]] = {}
     repeated = []

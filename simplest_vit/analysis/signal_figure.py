@@ -35,15 +35,7 @@ def plotted_values(quantity: str, values: np.ndarray) -> np.ndarray:
 
 
 def draw(results: list[Propagation], title: str) -> Figure:
-    """Draw all quantities over the blocks.
-
-    Args:
-      results: The models; the first panel shows the first model.
-      title: The subject of the measurement.
-
-    Returns:
-      A figure with the axes of the tokens, of `PANELS` and of the Jacobian, in that order.
-    """
+    """Draw all quantities over the blocks: the tokens of the first model, `PANELS` and the Jacobian, in that order."""
     figure = figures.create(height=13.5)
     tokens, *quantities, jacobian = figure.subplots(5, 2).flat
     _draw_tokens(tokens, results[0])

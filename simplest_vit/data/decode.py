@@ -106,10 +106,9 @@ def eval_image(content: bytes, image_shape: tuple[int, int, int], resize: int) -
 
 
 def resize_box(pixels: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
-    """Resize a box (left, top, right, bottom: fractions are allowed) of an image to a square, bilinear and antialiased.
+    """Resize a box (left, top, right, bottom: fractions are allowed) of an image to uint8 [size, size, C].
 
-    Returns:
-      Pixels, uint8 [size, size, C].
+    The filter is bilinear and antialiased.
     """
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     resized = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))

@@ -68,7 +68,6 @@ def train_batches(
     Every epoch is a new permutation of the examples; a remainder that does not fill a batch is skipped in that epoch.
 
     Args:
-      dataset: From `load`.
       data: `config.data`, which describes the augmentation.
       batch_size: Examples in a batch, over all devices.
       seed: Determines the order of the examples and their augmentation.
@@ -93,12 +92,9 @@ def train_batches(
 
 
 def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding | None) -> Iterator[Batch]:
-    """Iterate over the validation split, each example exactly once.
+    """Iterate over the validation split, each example exactly once; arguments as in `train_batches`.
 
-    Args:
-      dataset: From `load`.
-      batch_size: Examples in a batch; the last one is padded with examples of weight 0.
-      sharding: Sharding of the batch axis over a mesh; None for one device.
+    The last batch is padded with examples of weight 0.
     """
     if isinstance(dataset.validation, DiskSplit):
         return streaming.eval_batches(dataset, batch_size=batch_size, sharding=sharding)

@@ -56,13 +56,7 @@ class Record(NamedTuple):
 
 
 class DiskSplit:
-    """A split on disk with random access.
-
-    Args:
-      shards: TFDS's instructions for each file: read `take` examples from `skip` on.
-      image: Name of the image feature.
-      labels: Names of the label features.
-    """
+    """A split on disk with random access: TFDS's instructions for each file, and the names of image and labels."""
 
     def __init__(self, shards: Sequence[FileInstruction], image: str, labels: list[str]) -> None:
         self.shards, self.image, self.labels = shards, image, labels
@@ -140,11 +134,9 @@ class DiskSplit:
 
 
 class Progress:
-    """Counts finished work and reports amount, speed and remaining time every few seconds.
+    """Counts finished work, whose total is in any unit, and reports amount, speed and remaining time every few seconds.
 
-    Args:
-      total: The total amount of work, in any unit.
-      report: Takes each line; by default, lines go to standard error.
+    Lines go to standard error, or to `report`.
     """
 
     def __init__(

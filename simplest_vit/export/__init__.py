@@ -125,13 +125,9 @@ def _classifier(model: ViT, data: DatasetInfo) -> Classifier:
 
 
 def _check(format: str, artifact: Classifier, model: Classifier, image_shape: tuple[int, ...]) -> float:
-    """Compare logits on random images in batches of one and of three.
+    """Compare logits on random images in batches of one and of three; a TrainingError if they differ or are not finite.
 
-    Returns:
-      The largest difference, relative to the largest logit, or to 1.
-
-    Raises:
-      TrainingError: If they differ or are not finite.
+    Returns the largest difference, relative to the largest logit, or to 1.
     """
     random, errors = np.random.default_rng(0), []
     for batch in (1, 3):

@@ -67,8 +67,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, qkv: QKV | None = None) -> jax.Array:
         """Map tokens [B, T, D] to tokens [B, T, D].
 
-        Args:
-          qkv: This block's slices of `concatenate_qkv`, which select `fused_attention`; None selects `attend`.
+        This block's slices of `concatenate_qkv` select `fused_attention`, None selects `attend`.
         """
         tokens = layers.flatten_tokens(self.norm(x))
         softmax_attention = self._softmax_attention(tokens, x.shape, qkv)

@@ -60,8 +60,7 @@ class AttentionKind:
     def initial_matrix(self, constants: Arrays, num_tokens: int) -> np.ndarray | None:
         """Compute the attention matrices at initialization from the constants of all blocks.
 
-        Returns:
-          float64 [L or 1, H or 1, T, T], or None if they depend on random weights.
+        They are float64 [L or 1, H or 1, T, T], or None if they depend on random weights.
         """
         if not self.zero_queries:
             return None

@@ -34,15 +34,7 @@ class PlainMLP(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        """Initialize parameters (float32).
-
-        Args:
-          width: D.
-          mlp_dim: M.
-          activation: One of `activations`.
-          norm: One of `layers.NORMS`.
-          negative_slope: Negative slope of the activations of `TatMLP`.
-        """
+        """Initialize parameters (float32); D is the width, M the `mlp_dim`, the slope is that of `TatMLP`."""
         self.norm = layers.create_norm(norm, width, dtype=dtype, rngs=rngs)
         first, second = self._kernel_inits(init, width, mlp_dim, rngs)
         self.dense1 = nnx.Linear(width, mlp_dim, kernel_init=first, bias_init=init.bias(width), dtype=dtype, rngs=rngs)

@@ -143,10 +143,8 @@ def create_model(
     Args:
       name: One of `PRESETS`.
       image_shape: Height, width and channels.
-      num_classes: Number of classes.
       variant: One of `VARIANTS`, with or without the patch size: "S" or "S/4".
-      dtype: Compute dtype.
-      rngs: Streams for the initialization.
+      dtype: Of the computation.
       **fields: Other fields of `config.model`, which override the preset's and the variant's.
 
     Raises:

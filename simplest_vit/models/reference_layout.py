@@ -66,13 +66,10 @@ def _each(projections: tuple[str, ...], kind: str) -> tuple[str, ...]:
 
 
 def tensors(paths: Collection[str], depth: int, patch_size: int) -> Iterator[Tensor]:
-    """Yield the tensors of a model of the reference.
+    """Yield the tensors of the reference that hold all parameters and, but for the position embedding, all constants.
 
     Args:
       paths: Paths of all parameters and constants here. With norms, the layout is that of the reference's SimpleViT.
-
-    Yields:
-      Tensors that together hold all parameters and, but for the position embedding, all constants.
     """
     normalized = "norm/scale" in paths
     yield from _layer("to_patch_embedding", "patch_embedding", layout=_convolution(patch_size))

@@ -61,12 +61,7 @@ def sources(offsets: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 def attention_matrices(source: np.ndarray, uniform_fraction: float) -> np.ndarray:
     """Return A_h = (1 - uniform_fraction) P_h + uniform_fraction / T 1 1^T.
 
-    Args:
-      source: From `sources`, int [..., T].
-      uniform_fraction: Share of uniform attention, in [0, 1).
-
-    Returns:
-      float64 [..., T, T].
+    The source is int [..., T], from `sources`; the fraction is in [0, 1); the matrices are float64 [..., T, T].
     """
     num_tokens = source.shape[-1]
     return uniform_fraction / num_tokens + (1.0 - uniform_fraction) * np.eye(num_tokens)[source]
@@ -74,16 +69,10 @@ def attention_matrices(source: np.ndarray, uniform_fraction: float) -> np.ndarra
 
 @jax.custom_vjp
 def translate(heads: jax.Array, source: jax.Array) -> jax.Array:
-    """Move tokens by head: output[b, t, h] = heads[b, source[h, t], h].
+    """Move tokens [B, T, H, d] by head: output[b, t, h] = heads[b, source[h, t], h].
 
-    The custom gradient moves them back; JAX's own would be a scatter.
-
-    Args:
-      heads: [B, T, H, d].
-      source: A permutation of the tokens for each head, int [H, T].
-
-    Returns:
-      [B, T, H, d].
+    The source is a permutation of the tokens for each head, int [H, T]. The custom gradient moves them back; JAX's own
+    would be a scatter.
     """
     return jnp.take_along_axis(heads, source.T[None, :, :, None], axis=1, mode="clip")
 

@@ -23,12 +23,7 @@ _MOST_COMPOSITIONS = 2000  # of the deepest network that an error suggests
 def c_map(c: np.ndarray | float, negative_slope: float) -> np.ndarray:
     """Compute the C-map of a leaky ReLU for inputs of equal norm (TAT, section 3; Cho and Saul 2009 for slope 0).
 
-    Args:
-      c: Cosines in [-1, 1].
-      negative_slope: Slope s of the leaky ReLU for negative inputs.
-
-    Returns:
-      float64 cosines after the activation, of the shape of `c`.
+    It maps cosines in [-1, 1] of any shape to those after the activation, float64.
     """
     c = np.clip(np.asarray(c, np.float64), -1.0, 1.0)
     weight = (1.0 - negative_slope) ** 2 / (math.pi * (1.0 + negative_slope**2))

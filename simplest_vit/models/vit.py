@@ -77,24 +77,13 @@ class ViT(nnx.Module):
 
         Args:
           image_shape: Height, width and channels; height and width are multiples of `patch_size`.
-          patch_size: Side of a patch in pixels.
-          depth: Number of blocks L.
           width: D, a multiple of 4 and of `num_heads`.
-          num_heads: H.
-          mlp_dim: Hidden width M of the MLPs.
-          attention: One of `attention_kinds.KINDS`.
-          mlp: One of `mlp.MLPS`.
-          activation: One of the MLP's `activations`.
-          init: One of `initializers.INITS`.
-          norm: One of `layers.NORMS`, applied before attention, MLP and head.
-          skip: One of `SKIPS`, applied around attention and MLP.
           output_projection: Whether attention ends with a projection; its projections then have no biases.
-          c_val_0_target: TAT's eta, for the activation `tailored_relu`.
-          dropout: Dropout rate on the tokens before pooling.
-          remat: Recompute blocks in the backward pass.
+          dropout: Of the tokens before pooling.
           attention_kernel: `xla` (`attention.attend`) or `fused` (`fused_attention`).
           dtype: Compute dtype; softmax, constants, pooling and logits stay float32.
-          **attention_settings: Settings of the kind of attention; missing ones take the kind's defaults.
+          **attention_settings: Settings of the kind of attention; missing ones take the kind's defaults. This and all
+            other arguments are fields of `config.model` (`config.FIELDS`).
 
         Raises:
           UserError: If TAT has no solution for the depth.
@@ -138,15 +127,7 @@ class ViT(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, image: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
-        """Classify images.
-
-        Args:
-          image: Normalized images [B, H, W, C].
-          dropout_key: Turns dropout on.
-
-        Returns:
-          Logits, float32 [B, num_classes].
-        """
+        """Map normalized images [B, H, W, C] to logits, float32 [B, num_classes]; `dropout_key` turns dropout on."""
         return self.head(self.features(image, dropout_key=dropout_key))
 
     def features(self, image: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:

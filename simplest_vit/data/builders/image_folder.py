@@ -38,11 +38,8 @@ class _File(NamedTuple):
 def image_files(folder: Path) -> list[str]:
     """Find the images in a folder and its subfolders by their suffixes; return their paths, sorted.
 
-    Args:
-      folder: Links in it are followed; names that begin with a dot, such as files of macOS, are ignored.
-
-    Raises:
-      OSError: If a folder cannot be read.
+    Links are followed; names that begin with a dot, such as files of macOS, are ignored. An OSError if a folder cannot
+    be read.
     """
     return sorted(path for path in _walk(folder) if _suffix(path) in SUFFIXES)
 
