@@ -66,13 +66,9 @@ FIELDS = {
     "weight_decay": Field(0.0, number(0, 100), "weight decay of kernels; biases and LayerNorm do not decay"),
     "decoupled_weight_decay": Field(False, FLAG, "False: L2, added to the gradient; True: decoupled, as in AdamW"),
     "label_smoothing": Field(0.0, DECAY, "share of each label's weight that is spread evenly over all classes"),
-    "max_skipped_steps": Field(
-        10, integer(1), "stop after this many steps in a row whose loss or gradient is not finite"
-    ),
+    "max_skipped_steps": Field(10, integer(1), "stop after so many steps in a row with a loss or gradient not finite"),
     "fsdp": Field(1, integer(1), "devices that share one copy of parameters and optimizer state; 1: no sharing"),
-    "distributed": Field(
-        None, optional(one_of("auto")), "auto: connect the processes of the cluster (SLURM, MPI, Kubernetes, TPU)"
-    ),
+    "distributed": Field(None, optional(one_of("auto")), "auto: connect processes of SLURM, MPI, Kubernetes or TPU"),
     "accumulation_steps": Field(1, integer(1), "micro-batches per step, to save memory; the result is the same"),
     "compute_dtype": Field(
         "bfloat16",
@@ -88,13 +84,10 @@ FIELDS = {
     "patience": Field(0, integer(0), "stop after this many evaluations in a row without a new best; 0: never"),
     "sam.rho": Field(0.0, number(0, 100), "radius of sharpness-aware minimization (SAM); 0: off; reference: 0.05"),
     "sam.every": Field(1, integer(1), "use SAM in every n-th step"),
-    "ema.decay": Field(
-        0.0, DECAY, "decay of the average of the parameters, which is evaluated; 0: off; reference: 0.99"
-    ),
+    "ema.decay": Field(0.0, DECAY, "decay of the average parameters, which are evaluated; 0: off; reference: 0.99"),
     "ema.every": Field(5, integer(1), "steps between updates of the moving average"),
-    "compilation_cache": Field(
-        True, FLAG, "cache compiled accelerator programs in JAX_COMPILATION_CACHE_DIR (~/.cache/simplest_vit)"
-    ),
+    # In JAX_COMPILATION_CACHE_DIR, or ~/.cache/simplest_vit.
+    "compilation_cache": Field(True, FLAG, "keep compiled accelerator programs on disk"),
     "wandb": Field(None, _NAME, "project of Weights & Biases that the run is logged to as well"),
     "profile.first_step": Field(0, integer(0), "profile the steps after this one; 0: no profile"),
     "profile.num_steps": Field(5, integer(1), "number of steps to profile"),
@@ -145,23 +138,13 @@ FIELDS = {
     "data.flip": Field(True, FLAG, "mirror a random half of the images"),
     "data.rand_augment.num_ops": Field(0, integer(0, 100), "RandAugment: operations per image; 0: off"),
     "data.rand_augment.magnitude": Field(10, integer(0, 30), "RandAugment: strength of the operations"),
-    "data.mixup_alpha": Field(
-        0.0, number(0, 1000), "mixup: partner's weight min(z, 1 - z), z ~ Beta(alpha, alpha); 0: off"
-    ),
-    "data.cutmix_alpha": Field(
-        0.0,
-        number(0, 1000),
-        "CutMix: share 1 - z of the area is pasted, z ~ Beta(alpha, alpha); 0: off; with mixup, each batch draws one",
-    ),
+    # z ~ Beta(alpha, alpha). With both, each batch draws one.
+    "data.mixup_alpha": Field(0.0, number(0, 1000), "mixup: the partner's weight is min(z, 1 - z); 0: off"),
+    "data.cutmix_alpha": Field(0.0, number(0, 1000), "CutMix: the share 1 - z of the area is pasted; 0: off"),
     "data.mixup_mode": Field("batch", one_of("batch", "example"), "one weight or box per batch, or per example"),
-    "data.device_budget_bytes": Field(
-        2 * 10**9, integer(0, 2**60), "keep a split on the device if it takes at most this many bytes"
-    ),
-    "data.num_workers": Field(
-        None,
-        optional(integer(0, 1024)),
-        "processes that decode streamed images; 0: threads instead; None: chosen by the number of cores",
-    ),
+    "data.device_budget_bytes": Field(2 * 10**9, integer(0, 2**60), "bytes up to which a split is kept on the device"),
+    # 0: threads instead; None: chosen by the number of cores.
+    "data.num_workers": Field(None, optional(integer(0, 1024)), "processes that decode streamed images"),
     "optimizer.name": Field("adam", _TEXT, "adam, muon, shampoo, soap, or the name of any other optax optimizer"),
     "optimizer.learning_rate": Field(1e-3, positive(1000), "peak learning rate"),
 }

@@ -31,25 +31,20 @@ Curves = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Propagation:
-    """Curves over the blocks, float64 [L + 1]; block 0 is the embedding. NaN if a quantity has no value.
-
-    Attributes:
-      measured: mean_square, token_cosine, image_cosine, attention_entropy (nats), attention_distance, token_gradient,
-        parameter_gradient; with a theory also kernel_error, the largest |cosine - theory| of two tokens of an image.
-      jacobian: Singular values of the network's Jacobian at the first image and their shares, from `jacobian_spectrum`,
-        merged over the models.
-      theory: mean_square, token_cosine, image_cosine of the infinitely wide network at initialization, and
-        image_cosine_c_map, the C-map of the activations alone, without attention. Empty without theory.
-      token_rows: Cosines of the middle token with all tokens, [L + 1, T], measured and averaged over images.
-      theory_rows: The same in theory, or None.
-    """
+    """Curves over the blocks, float64 [L + 1]; block 0 is the embedding. NaN if a quantity has no value."""
 
     name: str
+    # mean_square, token_cosine, image_cosine, attention_entropy (nats), attention_distance, token_gradient,
+    # parameter_gradient; with a theory also kernel_error, the largest |cosine - theory| of two tokens of an image.
     measured: Curves
+    # Singular values of the network's Jacobian at the first image and their shares, from `jacobian_spectrum`, merged
+    # over the models.
     jacobian: tuple[np.ndarray, np.ndarray]
+    # mean_square, token_cosine, image_cosine of the infinitely wide network at initialization, and image_cosine_c_map,
+    # the C-map of the activations alone, without attention. Empty without theory.
     theory: Curves
-    token_rows: np.ndarray
-    theory_rows: np.ndarray | None
+    token_rows: np.ndarray  # cosines of the middle token with all tokens, [L + 1, T], averaged over images
+    theory_rows: np.ndarray | None  # the same in theory, or None
 
 
 def analyse(name: str, models: Iterable[ViT], image: jax.Array, label: jax.Array) -> Propagation:

@@ -40,15 +40,6 @@ def scale_by_shampoo(**arguments: Any) -> optax.GradientTransformation:
         a real floating-point array; from `update` for a state with other shapes or of another version, and for
         gradients that do not match the parameters.
 
-    Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> tx = optax.chain(scale_by_shampoo(precondition_frequency=5), optax.scale(-0.1))
-      >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
-      >>> state = tx.init(params)
-      >>> grads = jax.tree.map(jnp.ones_like, params)
-      >>> updates, state = jax.jit(tx.update)(grads, state)
-      >>> params = optax.apply_updates(params, updates)
-
     References:
       Gupta et al., Shampoo, arXiv 1802.09568; Anil et al., Scalable Second Order Optimization, arXiv 2002.09018; Shi et
       al., A Distributed Data-Parallel PyTorch Implementation, arXiv 2309.06497; KL-Shampoo, arXiv 2509.03378.
@@ -111,7 +102,7 @@ def shampoo(
     stack_axes: StackAxes = None,
     mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
-    """The Shampoo optimizer: `scale_by_shampoo`, then weight decay and learning rate.
+    """The Shampoo optimizer: `scale_by_shampoo`, with its errors, then weight decay and learning rate.
 
     `reference_shampoo` is the same function with the defaults of the PyTorch reference.
 
@@ -153,9 +144,6 @@ def shampoo(
         of integers, a prefix of one, or a function from the parameters to it; None for no such axes.
       mesh: Devices that share statistics, roots and their computation, with Auto or Explicit axes; neither the shapes
         of the state nor the steps depend on it.
-
-    Raises:
-      ValueError: As `scale_by_shampoo`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -241,12 +229,8 @@ def view_as(view: Callable[[Any], Any], tx: optax.GradientTransformation) -> opt
 def shampoo_plan(params: Any, **arguments: Any) -> Plan:
     """Return the plan of `shampoo` for these parameters; print it to see how each is preconditioned, and the cost.
 
-    Args:
-      params: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
-      **arguments: Arguments of `scale_by_shampoo`.
-
-    Raises:
-      ValueError: As `shampoo` and its `init`.
+    The parameters are any pytree of arrays or `jax.ShapeDtypeStruct`s, the arguments and errors those of
+    `scale_by_shampoo`.
 
     Examples:
       >>> import jax.numpy as jnp

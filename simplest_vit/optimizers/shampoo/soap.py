@@ -32,17 +32,7 @@ def scale_by_soap(**arguments: Any) -> optax.GradientTransformation:
     the identity and steps are Adam's; in it, the bases that are due are refreshed. In each of the next k steps all
     bases are refreshed, because a basis from few gradients is poor and a refresh is only one step of an iteration.
     After that, each is refreshed once in k steps. The arguments are those of `soap` except the learning rate, the
-    weight decay and its mask.
-
-    Raises:
-      ValueError: As `scale_by_shampoo`.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> tx = optax.chain(scale_by_soap(), optax.scale(-3e-3))
-      >>> params = {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state)
+    weight decay and its mask; errors are those of `scale_by_shampoo`.
 
     References:
       Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321. Differences here:
@@ -128,7 +118,7 @@ def soap(
 ) -> optax.GradientTransformation:
     """The SOAP optimizer: `scale_by_soap`, then weight decay and learning rate.
 
-    Arguments that are not listed are those of `shampoo`.
+    Arguments that are not listed, and errors, are those of `shampoo`.
 
     Args:
       learning_rate: A number or a schedule.
@@ -145,9 +135,6 @@ def soap(
       basis: Update of an eigenbasis: one power iteration, orthogonalized by 'qr' (LAPACK or cuSOLVER) or 'gram_schmidt'
         (matrix products only); or 'eigh'. 'auto' is 'qr' on a CPU, otherwise 'gram_schmidt', chosen when the program is
         lowered.
-
-    Raises:
-      ValueError: As `scale_by_shampoo`.
 
     Examples:
       >>> tx = soap(3e-3, precondition_frequency=10)
