@@ -183,10 +183,7 @@ class PthFile:
 
 
 # Networks of the reference, and the kinds of attention whose parameters and constants are those of its checkpoints.
-_ATTENTIONS = {
-    "simplest_vit": ("espa", "espa_causal", "espa_2d", "espa_reference", "uspa"),
-    "simple_vit": ("softmax",),
-}
+_ATTENTIONS = {"simplest_vit": ("espa", "espa_causal", "espa_2d", "espa_reference", "uspa"), "simple_vit": ("softmax",)}
 
 
 def _flat(state: ModelState) -> dict[str, Any]:

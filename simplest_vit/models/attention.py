@@ -42,13 +42,7 @@ class Attention(nnx.Module):
           output_projection: Whether a kernel [D, D] mixes the heads; if so, no projection has a bias, as in SimpleViT.
         """
         dense = functools.partial(
-            nnx.Linear,
-            width,
-            width,
-            use_bias=not output_projection,
-            bias_init=init.bias(width),
-            dtype=dtype,
-            rngs=rngs,
+            nnx.Linear, width, width, use_bias=not output_projection, bias_init=init.bias(width), dtype=dtype, rngs=rngs
         )
         self.norm = layers.create_norm(norm, width, dtype=dtype, rngs=rngs)
         if kind.has_queries:

@@ -189,15 +189,7 @@ def attention_forward(qkv: Any, qkv_bias: Any, attention_bias: Any, row_scale: A
 
 
 def attention_backward(
-    qkv: Any,
-    qkv_bias: Any,
-    attention_bias: Any,
-    row_scale: Any,
-    gradient: Any,
-    dqkv: Any,
-    dbias: Any,
-    *,
-    plan: _Plan,
+    qkv: Any, qkv_bias: Any, attention_bias: Any, row_scale: Any, gradient: Any, dqkv: Any, dbias: Any, *, plan: _Plan
 ) -> None:
     """Compute the gradients of one head of one image, or of a part of its columns: the backward kernel."""
     program = pl.program_id(0)

@@ -36,11 +36,7 @@ def classification_sums(logits: jax.Array, label: jax.Array, weight: jax.Array, 
     """
     correct = (logits.argmax(axis=-1) == label.argmax(axis=-1)).astype(jnp.float32)
     loss = optax.softmax_cross_entropy(logits, optax.smooth_labels(label, label_smoothing))
-    return {
-        "loss": jnp.sum(weight * loss),
-        "correct": jnp.sum(weight * correct),
-        "count": jnp.sum(weight),
-    }
+    return {"loss": jnp.sum(weight * loss), "correct": jnp.sum(weight * correct), "count": jnp.sum(weight)}
 
 
 def confusion_sums(logits: jax.Array, label: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
@@ -88,10 +84,7 @@ def _apply_model(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformation,
-    config: ConfigDict,
-    shardings: Any,
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: ConfigDict, shardings: Any
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Create the training step.
 

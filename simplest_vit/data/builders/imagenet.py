@@ -24,11 +24,7 @@ def _read(folder: Path) -> Content:
     A training shard holds one class; the order within the files does not matter because training reads at random.
     """
     label = tfds.features.ClassLabel(names_file=tfds.core.tfds_path(f"{_TFDS_FOLDER}/labels.txt"))
-    features = {
-        "image": tfds.features.Image(encoding_format="jpeg"),
-        "label": label,
-        "file_name": tfds.features.Text(),
-    }
+    features = {"image": tfds.features.Image(encoding_format="jpeg"), "label": label, "file_name": tfds.features.Text()}
     train = _train_shards(folder / "ILSVRC2012_img_train.tar", set(label.names))
     validation = _validation_examples(folder / "ILSVRC2012_img_val.tar")
     return Content(features, {"train": train, **group({"validation": validation})})
