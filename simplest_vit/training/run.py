@@ -63,7 +63,9 @@ class Run:
     @functools.cached_property
     def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The jitted training step: see `make_train_step`."""
-        return make_train_step(self.graphdef, self.tx, self.config, self._shardings)
+        fields = ("seed", "label_smoothing", "accumulation_steps", "sam", "ema")
+        settings = {name: self.config[name] for name in fields}
+        return make_train_step(self.graphdef, self.tx, shardings=self._shardings, **settings)
 
     @functools.cached_property
     def eval_step(self) -> Callable[[Any, Any, Batch], Sums]:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from simplest_vit.data.augment import Batch
 from simplest_vit.models.layers import all_gather_params
@@ -84,12 +83,22 @@ def _apply_model(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: ConfigDict, shardings: Any
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int,
+    label_smoothing: float,
+    accumulation_steps: int,
+    sam: Any,
+    ema: Any,
+    shardings: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Create the training step.
 
     Args:
-      config: Only `seed` (of dropout), `label_smoothing`, `accumulation_steps`, `sam` and `ema` are read.
+      seed: Determines the masks of dropout.
+      accumulation_steps: Micro-batches in a step.
+      sam: `config.sam`; so is `ema`.
       shardings: From `state_shardings`, so that the new state is sharded like the old one.
 
     Returns:
@@ -101,11 +110,11 @@ def make_train_step(
 
     def loss(params: Any, constants: Any, batch: Batch, dropout_key: jax.Array) -> tuple[jax.Array, Sums]:
         logits = _apply_model(graphdef, shardings.step.mesh, params, constants, batch["image"], dropout_key)
-        sums = classification_sums(logits, batch["label"], batch["weight"], config.label_smoothing)
+        sums = classification_sums(logits, batch["label"], batch["weight"], label_smoothing)
         return sums["loss"], sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _DROPOUT), state.step)
+        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
 
         # 1. The gradient of the mean loss; with SAM, at the worst point nearby.
         def mean_gradient(params: Any) -> tuple[Sums, Any]:
@@ -113,15 +122,15 @@ def make_train_step(
                 gradient, sums = jax.grad(loss, has_aux=True)(params, state.constants, part, key)
                 return sums, gradient
 
-            sums, total = _accumulate(of_part, batch, dropout_key, config.accumulation_steps)
+            sums, total = _accumulate(of_part, batch, dropout_key, accumulation_steps)
             return sums, jax.tree.map(lambda g: g / sums["count"], total)
 
-        at_worst_point = functools.partial(_gradient_at_worst_point, mean_gradient, config.sam.rho)
-        if config.sam.rho and config.sam.every > 1:
-            is_due = state.step % config.sam.every == 0
+        at_worst_point = functools.partial(_gradient_at_worst_point, mean_gradient, sam.rho)
+        if sam.rho and sam.every > 1:
+            is_due = state.step % sam.every == 0
             sums, gradients = jax.lax.cond(is_due, at_worst_point, mean_gradient, state.params)
         else:
-            sums, gradients = (at_worst_point if config.sam.rho else mean_gradient)(state.params)
+            sums, gradients = (at_worst_point if sam.rho else mean_gradient)(state.params)
         grad_norm = optax.tree.norm(gradients)
 
         # 2. The update, and the average of the parameters.
@@ -130,7 +139,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_params is not None:
-            rate = jnp.where(step % config.ema.every == 0, 1.0 - config.ema.decay, 0.0)
+            rate = jnp.where(step % ema.every == 0, 1.0 - ema.decay, 0.0)
             ema_params = optax.incremental_update(params, ema_params, rate)
 
         # 3. Skip the step if loss or gradient is not finite. Both are sums over all devices, so all devices decide

@@ -79,9 +79,9 @@ def built_once(monkeypatch):
             BUILT[key] = build(config, data, mesh)
         return dataclasses.replace(BUILT[key])  # whose steps are made when they are asked for
 
-    def make_once(graphdef, tx, *rest):
+    def make_once(graphdef, tx, **named):
         if tx not in TRAIN_STEPS:
-            TRAIN_STEPS[tx] = make_train_step(graphdef, tx, *rest)
+            TRAIN_STEPS[tx] = make_train_step(graphdef, tx, **named)
         return TRAIN_STEPS[tx]
 
     monkeypatch.setattr(train, "build", build_once)
