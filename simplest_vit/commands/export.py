@@ -1,6 +1,6 @@
 """Write the best checkpoint of a run as one file that other runtimes can load.
 
-simplest-vit export --workdir runs/mine --output model.onnx
+    simplest-vit export --workdir runs/mine --output model.onnx
 
 stablehlo and onnx take uint8 images [batch, H, W, C] and normalize them inside the graph. safetensors holds
 only arrays; its metadata describe how to normalize images. Class names are in the metadata: in FILE.json for stablehlo,

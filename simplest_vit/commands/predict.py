@@ -13,7 +13,7 @@ from simplest_vit.files import local_path
 
 def main() -> None:
     """Run the command."""
-    images = cli.define_paths("images", "Image files and folders; more may follow the first.")
+    images = cli.define_paths("images", "Image files and folders, separated by spaces.")
     as_json = flags.DEFINE_bool("json", False, "Print JSON lines instead of text.")
     table = cli.define_path(
         "csv", None, "CSV file for the most probable class of each image: file, class, probability."

@@ -204,6 +204,9 @@ def test_the_figure_has_the_seeds_of_equal_time_and_of_each_optimizer():
     figure = results_figure.draw(Results([*rows("isometric", 0.7), *adam, *longer, *rows("SimpleViT", 0.69)]))
     seeds = [(*line.get_xdata().round(), *line.get_ydata()) for line in figure.axes[0].lines]
     assert seeds == [(1, 70), (2, 2, 60, 61), (0, 0, 76, 77), (0, 69), (1, 69)]
+    assert "white" not in [line.get_markerfacecolor() for line in figure.axes[0].lines]
+    figure = results_figure.draw(Results(rows("isometric", 0.7, source="RESULTS.md@884f800: x")))
+    assert [line.get_markerfacecolor() for line in figure.axes[0].lines] == ["white"], "of an old page"
 
 
 def test_the_headline_has_the_larger_p_value_by_holm_over_all_tests():
