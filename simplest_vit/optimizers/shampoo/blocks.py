@@ -1,4 +1,4 @@
-"""Functions that move parameters into stacks of blocks and back: reshapes, transposes and concatenations only.
+"""Functions that move parameters into stacks of blocks and back: paddings, reshapes, transposes and concatenations.
 
 A kernel (12, 400, 300) of 12 layers, in blocks of at most 200:
 
@@ -11,27 +11,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .plan import ParamPlan, Plan, Region
+from .plan import Blocks, ParamPlan, Plan
 
-# Lays out the blocks (layers, k1, b1, k2, b2, ...) of a region over devices.
+# Lays out the blocks (layers, k1, b1, k2, b2, ...) of a parameter over devices.
 Constrain = Callable[[jax.Array], jax.Array]
 
 
 def to_blocks(plan: Plan, leaves: Sequence[jax.Array], constrain: Constrain = lambda x: x) -> list[jax.Array]:
     """Cut leaves, one for each parameter, into an array (count, *block_shape) of the plan's dtype for each stack.
 
-    `constrain` is applied to the blocks of each region, (layers, k1, b1, k2, b2, ...).
+    `constrain` is applied to the blocks of each parameter, (layers, k1, b1, k2, b2, ...).
     """
     found: list[list[jax.Array]] = [[] for _ in plan.stacks]  # in the order of the slots
     for param, value in zip(plan.params, leaves, strict=True):
-        for region in param.regions:
-            found[region.stack].append(_cut(param, region, value.astype(plan.options.dtype), constrain))
+        if param.blocks:
+            found[param.blocks.stack].append(_cut(param, param.blocks, value.astype(plan.options.dtype), constrain))
     return [jnp.concatenate(blocks) for blocks in found]
 
 
 def from_blocks(plan: Plan, stacks: Sequence[jax.Array], constrain: Constrain = lambda x: x) -> list[Any]:
     """Put blocks back into leaves, the inverse of `to_blocks`; a parameter without blocks gets None."""
-    return [_join(param, stacks, constrain) if param.regions else None for param in plan.params]
+    return [_join(param, param.blocks, stacks, constrain) if param.blocks else None for param in plan.params]
 
 
 def gradient_leaves(plan: Plan, updates: Any, params: Any) -> list[jax.Array]:
@@ -68,31 +68,23 @@ def _flatten_up_to(params: Any, updates: Any) -> list[Any]:
     return tree.flatten_up_to(updates)
 
 
-def _cut(param: ParamPlan, region: Region, value: jax.Array, constrain: Constrain) -> jax.Array:
-    """(layers, k1 b1, k2 b2, ...) -> (layers k1 k2 ..., b1, b2, ...)."""
-    order = len(region.counts)
+def _cut(param: ParamPlan, blocks: Blocks, value: jax.Array, constrain: Constrain) -> jax.Array:
+    """(layers, up to k1 b1, up to k2 b2, ...) -> (layers k1 k2 ..., b1, b2, ...)."""
+    order, pairs = len(blocks.counts), list(zip(blocks.counts, blocks.block_shape, strict=True))
+    missing = [k * b - size for (k, b), size in zip(pairs, param.merged_shape, strict=True)]
     value = value.reshape(param.num_layers, *param.merged_shape)
-    ends = (s + k * b for s, k, b in zip(region.starts, region.counts, region.block_shape, strict=True))
-    slices = tuple(slice(s, e) for s, e in zip(region.starts, ends, strict=True))
-    pairs = (n for pair in zip(region.counts, region.block_shape, strict=True) for n in pair)
-    value = constrain(value[(slice(None), *slices)].reshape(param.num_layers, *pairs))
+    if any(missing):
+        value = jnp.pad(value, [(0, 0), *((0, n) for n in missing)])
+    value = constrain(value.reshape(param.num_layers, *(n for pair in pairs for n in pair)))
     counts_first = (0, *range(1, 2 * order, 2), *range(2, 2 * order + 1, 2))
-    return value.transpose(counts_first).reshape(region.num_blocks, *region.block_shape)
+    return value.transpose(counts_first).reshape(blocks.num_blocks, *blocks.block_shape)
 
 
-def _join(param: ParamPlan, stacks: Sequence[jax.Array], constrain: Constrain) -> jax.Array:
-    order = len(param.merged_shape)
-    regions = []
-    for region in param.regions:
-        value = stacks[region.stack][region.slot : region.slot + region.num_blocks]
-        value = value.reshape(param.num_layers, *region.counts, *region.block_shape)
-        interleaved = (0, *(axis for i in range(1, order + 1) for axis in (i, order + i)))
-        sizes = (k * b for k, b in zip(region.counts, region.block_shape, strict=True))
-        regions.append((region.starts, constrain(value.transpose(interleaved)).reshape(param.num_layers, *sizes)))
-    # Regions are in row-major order: join those that differ only in the last axis, then in the last two, and so on.
-    for axis in reversed(range(order)):
-        rows: dict[tuple[int, ...], list[jax.Array]] = {}
-        for starts, value in regions:
-            rows.setdefault(starts[:axis], []).append(value)
-        regions = [(starts, jnp.concatenate(values, axis + 1)) for starts, values in rows.items()]
-    return regions[0][1].reshape(param.shape)
+def _join(param: ParamPlan, blocks: Blocks, stacks: Sequence[jax.Array], constrain: Constrain) -> jax.Array:
+    order = len(blocks.counts)
+    value = stacks[blocks.stack][blocks.slot : blocks.slot + blocks.num_blocks]
+    value = value.reshape(param.num_layers, *blocks.counts, *blocks.block_shape)
+    interleaved = (0, *(axis for i in range(1, order + 1) for axis in (i, order + i)))
+    sizes = (k * b for k, b in zip(blocks.counts, blocks.block_shape, strict=True))
+    value = constrain(value.transpose(interleaved)).reshape(param.num_layers, *sizes)
+    return value[(slice(None), *map(slice, param.merged_shape))].reshape(param.shape)

@@ -7,13 +7,12 @@ size and root are decomposed together. With `max_preconditioner_dim=384`:
     (48, 64)                      -> one block                  -> 1 slot of a stack (N, 48, 64)
     (384, 1536)                   -> 4 blocks (384, 384)        -> 4 slots of (N, 384, 384)
     (12, 384, 1536), stack_axes=1 -> 12 layers of 4 blocks      -> 48 slots of (N, 384, 384)
-    (1000, 4)                     -> even: 2 of (334, 4) and 1 of (332, 4); else 2 of (384, 4) and 1 of (232, 4)
+    (1000, 4)                     -> even: 3 of (334, 4), else 3 of (384, 4); the last one is padded with zeros
     (50257, 768)                  -> 2 blocks (50257, 384), of which only the short axis has a preconditioner
     (384,)                        -> no block: updated by the diagonal method
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,11 +32,10 @@ _MOST_STAGGERED = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Region:
-    """A region of a parameter that is cut into equal blocks."""
+class Blocks:
+    """The equal blocks of a parameter; the last ones along an axis are padded with zeros, which change nothing."""
 
-    starts: tuple[int, ...]  # on each (merged) axis
-    counts: tuple[int, ...]  # blocks along each axis
+    counts: tuple[int, ...]  # along each (merged) axis
     block_shape: tuple[int, ...]
     stack: int  # index of the stack that holds them
     slot: int  # of the first block in the stack
@@ -53,7 +51,7 @@ class ParamPlan:
     dtype: jnp.dtype
     num_layers: int  # product of its leading stack axes
     merged_shape: tuple[int, ...]  # of one layer, after small dimensions are merged
-    regions: tuple[Region, ...]  # of equal blocks; empty if it is not preconditioned
+    blocks: Blocks | None  # None if it is not preconditioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Plan:
         options = self.options
         size, mu_size = options.dtype.itemsize, options.momentum_dtype.itemsize
         cut = sum(stack.count * math.prod(stack.block_shape) for stack in self.stacks)
-        whole = sum(math.prod(param.shape) for param in self.params if not param.regions)
+        whole = sum(math.prod(param.shape) for param in self.params if not param.blocks)
         moments = cut * (mu_size + size * options.diagonal(True).has_second_moment)
         moments += whole * (mu_size + size * options.diagonal(False).has_second_moment)
         return 4 + moments + self.stack_bytes
@@ -149,8 +147,9 @@ class Plan:
         width = max([len(param.path) for param in self.params] + [9])
         lines = [f"{'parameter':{width}}  {'shape':22}  preconditioned as"]
         for param in self.params:
-            blocks = " + ".join(f"{region.num_blocks} {region.block_shape}" for region in param.regions)
-            lines.append(f"{param.path:{width}}  {param.shape!s:22}  {blocks or '- (the diagonal method)'}")
+            cut = param.blocks
+            how = f"{cut.num_blocks} {cut.block_shape}" if cut else "- (the diagonal method)"
+            lines.append(f"{param.path:{width}}  {param.shape!s:22}  {how}")
         for (n, root), places in self.sizes.items():
             count = sum(self.stacks[index].count for index, _ in places)
             what = "eigenbasis" if isinstance(self.options, SoapOptions) else f"inverse root {root}"
@@ -191,16 +190,14 @@ def make_plan(params: Any, options: AnyOptions, stack_axes: StackAxes = None) ->
             raise ValueError(f"{path}: stack_axes={leaf_axes}: it must be in 0..{len(shape)} (its rank).")
         layers, merged = math.prod(shape[:leaf_axes]), _merged_shape(shape[leaf_axes:], options)
         long = _preconditioned_axes(merged, options)
-        regions = []
-        cuts = [[]] if not long or 0 in shape else [_cut(dim, options) for dim in merged]
-        for parts in itertools.product(*cuts):
-            starts, counts, block_shape = map(tuple, zip(*parts, strict=True))
+        blocks = None
+        if long and 0 not in shape:
+            counts, block_shape = zip(*(_cut(dim, options) for dim in merged), strict=True)
             stack = stacks.setdefault((block_shape, long), len(stacks))
             taken += [0] * (len(stacks) - len(taken))
-            num_blocks = layers * math.prod(counts)
-            regions.append(Region(starts, counts, block_shape, stack, taken[stack], num_blocks))
-            taken[stack] += num_blocks
-        plans.append(ParamPlan(path, shape, dtype, layers, merged, tuple(regions)))
+            blocks = Blocks(counts, block_shape, stack, taken[stack], layers * math.prod(counts))
+            taken[stack] += blocks.num_blocks
+        plans.append(ParamPlan(path, shape, dtype, layers, merged, blocks))
     made = (BlockStack(*key, count, _root(len(key[1]), options)) for key, count in zip(stacks, taken, strict=True))
     return Plan(tuple(plans), tuple(made), options)
 
@@ -241,15 +238,14 @@ def _preconditioned_axes(shape: tuple[int, ...], options: AnyOptions) -> tuple[i
     return tuple([min(axes, key=lambda axis: shape[axis])] if options.one_sided and axes else axes)
 
 
-def _cut(dim: int, options: AnyOptions) -> list[tuple[int, int, int]]:
-    """Cut a dimension: (start, number of blocks, block size) of the equal blocks and of a last one that is shorter."""
-    if not dim or dim > options.ignored_dim:
-        return [(0, 1, dim)]
+def _cut(dim: int, options: AnyOptions) -> tuple[int, int]:
+    """Cut a dimension: return the number of blocks, and their size."""
+    if dim > options.ignored_dim:
+        return 1, dim
     size = min(dim, options.max_preconditioner_dim)
     if options.even_blocks:  # the fewest blocks, as even as possible
         size = math.ceil(dim / math.ceil(dim / size))
-    whole, rest = divmod(dim, size)
-    return [(0, whole, size)] + ([(whole * size, 1, rest)] if rest else [])
+    return math.ceil(dim / size), size
 
 
 def _root(order: int, options: AnyOptions) -> int:

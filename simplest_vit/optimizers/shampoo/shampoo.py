@@ -120,8 +120,8 @@ def shampoo(
         take the same time. They are all computed together, at multiples of k, if this is False or if spreading costs
         more than twice as much.
       max_preconditioner_dim: Longer dimensions are cut into blocks of at most this size, >= 1.
-      even_blocks: True cuts a dimension into the fewest blocks, as even as possible; False into full ones and a
-        remainder.
+      even_blocks: Whether a dimension is cut into the fewest blocks, as even as possible, or into full ones and a
+        remainder. Either way the last block is padded with zeros.
       merge_dims: Whether neighbouring dimensions are merged while their product is at most `max_preconditioner_dim`.
       precondition_1d: Whether vectors get a (full-matrix) preconditioner. Otherwise, and for scalars, the step is the
         grafting method's.
@@ -236,11 +236,10 @@ def shampoo_plan(params: Any, **arguments: Any) -> Plan:
       >>> import jax.numpy as jnp
       >>> print(shampoo_plan({"kernel": jnp.zeros((7, 4))}, max_preconditioner_dim=4))
       parameter  shape                   preconditioned as
-      kernel     (7, 4)                  1 (4, 4) + 1 (3, 4)
-      3 matrices of 4 x 4, inverse root 4
-      1 matrices of 3 x 3, inverse root 4
+      kernel     (7, 4)                  2 (4, 4)
+      4 matrices of 4 x 4, inverse root 4
       28 parameters; state 0.0 MiB, of which statistics and preconditioners 0.0
-      8.48e-07 GFLOP a step; sum of n^3 for a refresh 219, in a step 8 (all together)
+      1.02e-06 GFLOP a step; sum of n^3 for a refresh 256, in a step 10 (all together)
     """
     options = ShampooOptions(shampoo, arguments)
     return make_plan(params, options, options.stack_axes)

@@ -65,7 +65,7 @@ def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) ->
         leaves, tree = jax.tree.flatten(params)
         diagonal, masked = options.diagonal(False), optax.MaskedNode()
         moments = [
-            (masked, masked) if cut.regions else init_moments(param, options, diagonal)
+            (masked, masked) if cut.blocks else init_moments(param, options, diagonal)
             for cut, param in zip(plan.params, leaves, strict=True)
         ]
         mu, nu = (jax.tree.unflatten(tree, [pair[i] for pair in moments]) for i in range(2))
@@ -95,7 +95,7 @@ def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) ->
         stacks, directions = run(count, list(state.stacks) if plan.stacks else [], blocks)
         leaves = from_blocks(plan, directions, constrain)
         # Parameters without blocks take the diagonal method's step.
-        whole = [index for index, param in enumerate(plan.params) if not param.regions]
+        whole = [index for index, param in enumerate(plan.params) if not param.blocks]
         mus = jax.tree.leaves(state.mu)
         nus: list[Any] = jax.tree.leaves(state.nu) or [optax.MaskedNode()] * len(whole)
         for place, index in enumerate(whole):

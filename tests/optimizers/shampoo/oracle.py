@@ -25,15 +25,13 @@ def preconditioned(shape, one_sided=False, ignored=math.inf):
 
 
 def blocks_of(shape, most, ignored=math.inf, even=True):
-    """Slices of all blocks: of each axis that is not ignored the fewest even ones, or full ones and a remainder.
+    """The shape of a full block, and slices of all blocks in row-major order.
 
-    Those of one shape come region by region, in row-major order.
+    Of each axis that is not ignored there are the fewest even ones, or full ones and a remainder.
     """
-    axes = []
-    for n in shape:
-        size = n if n > ignored else math.ceil(n / math.ceil(n / most)) if even else min(n, most)
-        axes.append([slice(i, min(i + size, n)) for i in range(0, n, size)])
-    return list(itertools.product(*axes))
+    full = [n if n > ignored else math.ceil(n / math.ceil(n / most)) if even else min(n, most) for n in shape]
+    axes = [[slice(i, i + size) for i in range(0, n, size)] for n, size in zip(shape, full, strict=True)]
+    return tuple(full), list(itertools.product(*axes))
 
 
 def unfold(tensor, axis):
@@ -219,7 +217,7 @@ class Optimizer:
     ):
         self.learning_rate, self.weight_decay, self.decoupled = learning_rate, weight_decay, decoupled
         self.shapes, self.methods = {}, {}
-        slots = collections.Counter()  # of each block shape and its axes
+        slots = collections.Counter()  # of each shape of full blocks and its axes
         made = []
         for k, v in sorted(params.items()):
             layers, shape = (v.shape[0], v.shape[1:]) if k in layered else (1, v.shape)
@@ -229,17 +227,14 @@ class Optimizer:
                 self.methods[k] = [((slice(None),), Adam(self.shapes[k], **adam))]
                 continue
             self.methods[k] = []
-            by_shape = collections.defaultdict(list)
             axes = preconditioned(shape, one_sided, ignored)
-            for index in blocks_of(shape, max_dim, ignored, even):
-                by_shape[np.zeros(shape)[index].shape].append(index)
-            for block_shape, indices in by_shape.items():
-                for layer, index in itertools.product(range(layers), indices):
-                    kind = block_shape, tuple(axes)
-                    block = method(block_shape, slots[kind], axes=axes, **settings)
-                    self.methods[k].append(((layer, *index), block))
-                    slots[kind] += 1
-                    made.append(block)
+            full, indices = blocks_of(shape, max_dim, ignored, even)
+            for layer, index in itertools.product(range(layers), indices):
+                kind = full, tuple(axes)
+                block = method(np.zeros(shape)[index].shape, slots[kind], axes=axes, **settings)
+                self.methods[k].append(((layer, *index), block))
+                slots[kind] += 1
+                made.append(block)
         # In turns only if that costs at most twice as much as all together.
         cubes = {kind: sum(kind[0][axis] ** 3 for axis in kind[1]) for kind in slots}
         together = sum(count * cubes[kind] for kind, count in slots.items())

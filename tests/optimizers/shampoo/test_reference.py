@@ -114,7 +114,7 @@ def test_the_reference_preset_follows_the_oracle(case, dtype):
         assert trajectories(tx, peer, shapes, dtype) < (1e-9 if dtype == "float64" else 1e-3)
 
 
-# Stacks of 4 x 5 (8 blocks of two parameters), 6 x 6 (4 of two), 7 x 6, 4 x 5 x 4; and vectors.
+# Stacks of 4 x 5 (8 blocks of two parameters), 6 x 6, 7 x 6 (3, of which one is shorter), 4 x 5 x 4; and vectors.
 MIXED = {"a": (8, 10), "b": (4, 4, 5), "c": (3, 6, 6), "d": (20, 6), "e": (4, 5, 4), "f": (5,), "g": ()}
 LAYERED = {"b": 1, "c": 1}
 # Where the shapes are not the matter: one stack of 4 x 5 (8 blocks of two parameters), alone and beside a vector.

@@ -461,7 +461,7 @@ def test_what_only_changes_the_next_steps_may_change(method):
     [
         ({"ignored_dim": 10}, [3, 4, 4, 6]),
         ({"one_sided": True}, [3, 4, 6]),
-        ({"one_sided": True, "max_preconditioner_dim": 3}, [2, 2, 3, 3]),
+        ({"one_sided": True, "max_preconditioner_dim": 3}, [2, 3, 3]),
         ({"ignored_dim": 2}, [1]),
     ],
 )
