@@ -131,12 +131,9 @@ def kernel_recursion(
     """Compute the kernels before the first block and after each: K -> q * C(corr(K')), K' = mean_h A_h K A_h^T.
 
     Args:
-      kernel: Before the first block, [2, B, T, T].
+      kernel: Before the first block, [2, B, T, T]; the result is float64 [L + 1, 2, B, T, T].
       attention: Attention matrices of every block, [L, H or 1, T, T].
       c_map: C, the C-map of an MLP.
-
-    Returns:
-      float64 [L + 1, 2, B, T, T].
     """
     kernels = [kernel]
     for heads in attention:

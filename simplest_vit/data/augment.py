@@ -160,12 +160,10 @@ def cutmix(
 
 
 def symmetric_beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
-    """Draw from Beta(alpha, alpha) by its tabulated quantiles.
+    """Draw float32 from Beta(alpha, alpha) by its tabulated quantiles.
 
     `jax.random.beta` rejects samples in a loop of unknown length, which makes a GPU wait for its host in every step.
-
-    Returns:
-      float32 in [0, 1]. The distribution function is exact at 8,192 quantiles, and within 1 / 8,192 elsewhere.
+    The distribution function is exact at 8,192 quantiles, and within 1 / 8,192 elsewhere.
     """
     quantiles = jnp.asarray(_quantiles(alpha))
     position = jax.random.uniform(key, shape) * (len(quantiles) - 1)

@@ -93,13 +93,10 @@ def _rows(batch_size: int) -> np.ndarray:
 
 
 def random_resized_crop(content: bytes, rng: np.random.Generator, size: int, channels: int) -> np.ndarray:
-    """Decode a random box of an image and resize it (bilinear, antialiased).
+    """Decode a random box of an image and resize it (bilinear, antialiased) to uint8 [size, size, channels].
 
     The box is drawn as torchvision's RandomResizedCrop does: 8 to 100 % of the area, aspect ratio 3/4 to 4/3 (uniform
     in its logarithm), ten tries, then the central box of the nearest allowed ratio.
-
-    Returns:
-      Pixels, uint8 [size, size, channels].
     """
     height, width = image_size(content)
     left, top, box_width, box_height = map(float, _random_box(rng, height, width))

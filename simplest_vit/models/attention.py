@@ -81,13 +81,10 @@ class Attention(nnx.Module):
         return rows.reshape(b, t, self.num_heads, t).swapaxes(1, 2)
 
     def concatenate_qkv(self) -> QKV:
-        """Concatenate the projections for `fused_attention`.
+        """Concatenate the projections for `fused_attention`: [..., D, 3 D], and [..., 3 D] or None.
 
         Call it on the whole stack of blocks: layer by layer, it and its gradient took 55 more kernel launches in a step
         of 12 blocks.
-
-        Returns:
-          [..., D, 3 D], and [..., 3 D] or None.
         """
         parts = self.query, self.key, self.value
         biases = [layer.bias[...] for layer in parts if layer.bias is not None]

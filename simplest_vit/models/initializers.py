@@ -42,12 +42,7 @@ def looks_linear_kernels(key: jax.Array, width: int, hidden: int) -> tuple[jax.A
     With an activation phi(z) - phi(-z) = z the halves cancel everything but the linear part:
     (phi(x W) - phi(-x W)) V = x W V. W has orthonormal rows, and V = W^T Q with Q orthogonal.
 
-    Args:
-      width: D.
-      hidden: M, even and at least 2 D.
-
-    Returns:
-      float32 [D, M] and [M, D].
+    The width is D and `hidden` M, even and at least 2 D; the kernels are float32 [D, M] and [M, D].
     """
     w_key, q_key = jax.random.split(key)
     w = _orthogonal(w_key, (width, hidden // 2), jnp.float32, 1.0)

@@ -66,13 +66,10 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def dense_activation(x: jax.Array, dense: nnx.Linear, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Compute `activation(dense(x))` for x [N, D] and keep only the product for the backward pass.
+    """Compute `activation(dense(x))`, [N, D] -> [N, M], and keep only the product for the backward pass.
 
     Without this, exact GELU also keeps its input and its distribution function: 4.4 GB and 2.2 ms of the step of S/4
-    at batch 2048, as compiled for an H200.
-
-    Returns:
-      [N, M] in the compute dtype of `dense`, which has a bias.
+    at batch 2048, as compiled for an H200. The dtype is that of `dense`, which has a bias.
     """
     assert dense.bias is not None
     product = x.astype(dense.dtype) @ dense.kernel[...].astype(dense.dtype)

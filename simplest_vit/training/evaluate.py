@@ -145,11 +145,7 @@ def _load_model(run: Run, checkpoints: Checkpoints, choose: Callable[[], int | N
 def restore_best(workdir: str, mesh: Mesh | None = None) -> tuple[Run, ModelState, float | None]:
     """Load the checkpoint with the highest validation accuracy, or the latest if none was evaluated, which is logged.
 
-    Only the run's folder is needed.
-
-    Args:
-      workdir: The folder; nothing is written to it.
-      mesh: The devices; None for one.
+    Only the run's folder is needed, and nothing is written to it. Without a `mesh` there is one device.
 
     Returns:
       The run, whose model computes in float32, its best weights, and their validation accuracy if it is known.

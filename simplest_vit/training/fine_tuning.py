@@ -19,10 +19,7 @@ def load_initial_params(run: Run, folder: str) -> dict[str, Any]:
     """Load parameters from the best checkpoint of another run, in `folder`. Writes nothing.
 
     Loads all parameters except the head, which is reinitialized unless the classes match. Constants (E-SPA's matrices,
-    the position embedding) depend on the token grid and are those of the new run.
-
-    Returns:
-      Parameters by module, for `Run.create_state`.
+    the position embedding) depend on the token grid and are those of the new run. The result is for `Run.create_state`.
 
     Raises:
       UserError: If there is no checkpoint, or it holds another model.

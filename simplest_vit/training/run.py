@@ -126,13 +126,7 @@ def reference_layout(config: ConfigDict) -> Callable[[Any], Any]:
 def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
     """Build a run; this is the only way to make one.
 
-    Args:
-      config: A checked config.
-      data: Facts about the data set.
-      mesh: The devices; None for one.
-
-    Raises:
-      UserError: If the config does not fit the data.
+    The config is a checked one; without a `mesh` there is one device. A UserError if the config does not fit the data.
     """
     if jax.config.values["jax_disable_jit"]:
         raise UserError("JAX_DISABLE_JIT is set, and a run needs jit; unset it")

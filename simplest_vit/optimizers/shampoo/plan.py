@@ -205,12 +205,7 @@ def make_plan(params: Any, options: AnyOptions, stack_axes: StackAxes = None) ->
 def merge_small_dims(shape: Sequence[int], max_dim: int) -> tuple[int, ...]:
     """Merge each dimension into the one before it while their product stays within `max_dim`.
 
-    Args:
-      shape: At least one dimension.
-      max_dim: The largest merged dimension. A dimension of 1 is always merged.
-
-    Returns:
-      The merged shape: (48, 3, 4, 4) with 8192 gives (2304,), with 512 gives (144, 16).
+    A dimension of 1 is always merged. (48, 3, 4, 4) with 8192 gives (2304,), with 512 (144, 16).
     """
     merged = [shape[0]]
     for dim in shape[1:]:
