@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from slow_prepare import start
 
 import input_pipeline
-from simplest_vit.data import dataset, prepare, progress, records
+from simplest_vit.data import dataset, prepare, records
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.data.builders.base import Content, Shard
 from simplest_vit.errors import UserError
@@ -321,8 +321,8 @@ def test_decoding_for_the_device_reports_progress_and_uses_all_cores(digits, mak
 
 def test_progress_counts_items_and_foresees_the_end_by_their_sizes(monkeypatch):
     times, lines = iter([0.0, 4.0, 10.0, 12.0, 20.0]), []
-    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(times)))
-    work = progress.Progress("preparing", 8000, lines.append)
+    monkeypatch.setattr(records, "time", types.SimpleNamespace(monotonic=lambda: next(times)))
+    work = records.Progress("preparing", 8000, lines.append)
     for count, size in ((10, 1000), (20, 1000), (30, 1000), (40, 3000)):  # a line when more than five seconds are over
         work.add(count, size)
     assert lines == [
