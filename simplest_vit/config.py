@@ -20,7 +20,7 @@ from ml_collections.config_dict import FieldReference, placeholder
 
 from simplest_vit.errors import UserError, did_you_mean
 from simplest_vit.files import local_path
-from simplest_vit.ranges import DECAY, FLAG, MODEL, Values, integer, number, one_of, optional, positive
+from simplest_vit.ranges import DECAY, FLAG, MODEL, Values, integer, number, one_of, optional
 
 
 class Field(NamedTuple):
@@ -58,12 +58,12 @@ _FOLDER = optional(Values(_folder, "the path of a folder"))
 # `image_shape`, `create_optimizer`.
 FIELDS = {
     "seed": Field(3407, integer(0, 2**32 - 1), "seed of initialization, example order, augmentation and dropout"),
-    "epochs": Field(90.0, positive(1e6), "passes over the training split"),
+    "epochs": Field(90.0, number("(0, 1e6]"), "passes over the training split"),
     "steps": Field(None, optional(integer(1)), "number of steps; None: computed from epochs"),
     "batch_size": Field(2048, integer(1), "examples in a step, over all devices"),
     "warmup_steps": Field(75, integer(0), "steps of linear learning-rate warm-up; a cosine decay to 0 follows"),
-    "grad_clip": Field(1.0, number(0, 1e9), "clip gradients to this global norm; 0: no clipping"),
-    "weight_decay": Field(0.0, number(0, 100), "weight decay of kernels; biases and LayerNorm do not decay"),
+    "grad_clip": Field(1.0, number("[0, 1e9]"), "clip gradients to this global norm; 0: no clipping"),
+    "weight_decay": Field(0.0, number("[0, 100]"), "weight decay of kernels; biases and LayerNorm do not decay"),
     "decoupled_weight_decay": Field(False, FLAG, "False: L2, added to the gradient; True: decoupled, as in AdamW"),
     "label_smoothing": Field(0.0, DECAY, "share of each label's weight that is spread evenly over all classes"),
     "max_skipped_steps": Field(10, integer(1), "stop after so many steps in a row with a loss or gradient not finite"),
@@ -79,10 +79,10 @@ FIELDS = {
     "checkpoint_every": Field(
         240, _INTERVAL, "interval between checkpoints, which are also evaluated; a new best is saved as well"
     ),
-    "checkpoint_minutes": Field(None, optional(positive(1e6)), "save at the next report after this many minutes"),
+    "checkpoint_minutes": Field(None, optional(number("(0, 1e6]")), "save at the next report after this many minutes"),
     "log_every": Field(24, _INTERVAL, "interval between reports of training loss, accuracy and speed"),
     "patience": Field(0, integer(0), "stop after this many evaluations in a row without a new best; 0: never"),
-    "sam.rho": Field(0.0, number(0, 100), "radius of sharpness-aware minimization (SAM); 0: off; reference: 0.05"),
+    "sam.rho": Field(0.0, number("[0, 100]"), "radius of sharpness-aware minimization (SAM); 0: off; reference: 0.05"),
     "sam.every": Field(1, integer(1), "use SAM in every n-th step"),
     "ema.decay": Field(0.0, DECAY, "decay of the average parameters, which are evaluated; 0: off; reference: 0.99"),
     "ema.every": Field(5, integer(1), "steps between updates of the moving average"),
@@ -139,14 +139,14 @@ FIELDS = {
     "data.rand_augment.num_ops": Field(0, integer(0, 100), "RandAugment: operations per image; 0: off"),
     "data.rand_augment.magnitude": Field(10, integer(0, 30), "RandAugment: strength of the operations"),
     # z ~ Beta(alpha, alpha). With both, each batch draws one.
-    "data.mixup_alpha": Field(0.0, number(0, 1000), "mixup: the partner's weight is min(z, 1 - z); 0: off"),
-    "data.cutmix_alpha": Field(0.0, number(0, 1000), "CutMix: the share 1 - z of the area is pasted; 0: off"),
+    "data.mixup_alpha": Field(0.0, number("[0, 1000]"), "mixup: the partner's weight is min(z, 1 - z); 0: off"),
+    "data.cutmix_alpha": Field(0.0, number("[0, 1000]"), "CutMix: the share 1 - z of the area is pasted; 0: off"),
     "data.mixup_mode": Field("batch", one_of("batch", "example"), "one weight or box per batch, or per example"),
     "data.device_budget_bytes": Field(2 * 10**9, integer(0, 2**60), "bytes up to which a split is kept on the device"),
     # 0: threads instead; None: chosen by the number of cores.
     "data.num_workers": Field(None, optional(integer(0, 1024)), "processes that decode streamed images"),
     "optimizer.name": Field("adam", _TEXT, "adam, muon, shampoo, soap, or the name of any other optax optimizer"),
-    "optimizer.learning_rate": Field(1e-3, positive(1000), "peak learning rate"),
+    "optimizer.learning_rate": Field(1e-3, number("(0, 1000]"), "peak learning rate"),
 }
 
 INTERVALS = tuple(name for name, field in FIELDS.items() if field.values.kind == INTERVAL)
@@ -154,9 +154,9 @@ INTERVALS = tuple(name for name, field in FIELDS.items() if field.values.kind ==
 # An optimizer's own fields come from its signature (`optimizers.factory.declared`). optax does not check these ranges:
 OPTIMIZER_RANGES = {
     **dict.fromkeys(("b1", "b2", "b3", "beta", "decay", "momentum", "adam_b1", "adam_b2"), DECAY),
-    "eps": positive(1),
-    "adam_learning_rate": positive(1000),
-    "weight_decay": number(0, 100),
+    "eps": number("(0, 1]"),
+    "adam_learning_rate": number("(0, 1000]"),
+    "weight_decay": number("[0, 100]"),
     "ns_steps": integer(1, 100),
 }
 

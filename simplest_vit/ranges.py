@@ -23,19 +23,15 @@ def integer(low: int, high: int = 2**31 - 1) -> Values:  # steps and sizes are i
     return Values(lambda value: _is_number(value, numbers.Integral) and low <= value <= high, text, int)
 
 
-def number(low: float, high: float) -> Values:
-    """Allow numbers from `low` to `high`."""
-    return Values(lambda value: _is_number(value) and low <= value <= high, f"a number from {low:g} to {high:g}", float)
+def number(interval: str) -> Values:
+    """Allow the numbers of an interval such as "[0, 1)", which is also the description."""
+    low, high = map(float, interval[1:-1].split(","))
 
+    def allows(value: Any) -> bool:
+        inside = _is_number(value) and low <= value <= high
+        return inside and (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")
 
-def positive(high: float) -> Values:
-    """Allow numbers above 0, up to `high`."""
-    return Values(lambda value: _is_number(value) and 0 < value <= high, f"a number above 0, at most {high:g}", float)
-
-
-def inside(low: float, high: float) -> Values:
-    """Allow numbers between `low` and `high`, without these."""
-    return Values(lambda value: _is_number(value) and low < value < high, f"a number in ({low:g}, {high:g})", float)
+    return Values(allows, f"a number in {interval}", float)
 
 
 def one_of(*choices: str) -> Values:
@@ -48,7 +44,7 @@ def optional(values: Values) -> Values:
     return Values(lambda value: value is None or values.allows(value), f"{values.expected}, or None", values.kind)
 
 
-DECAY = Values(lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
+DECAY = number("[0, 1)")
 FLAG = Values(lambda value: isinstance(value, bool), "True or False")
 
 # Fields of `config.model`, if they are not None.
@@ -62,9 +58,9 @@ MODEL = {
     "remat": FLAG,
     "attention_kernel": one_of("auto", "xla", "fused"),
     # Beyond these values, token kernels are singular in float64 or the identity in float32.
-    "gamma_max_depth": number(1e-9, 10),
-    "rho_max_depth": number(1e-9, 0.999999),
-    "uniform_fraction": inside(0, 1),  # at 0, no query could ever attend to another token
-    "identity_head_fraction": positive(1),
-    "c_val_0_target": number(1e-6, 0.9999),
+    "gamma_max_depth": number("[1e-9, 10]"),
+    "rho_max_depth": number("[1e-9, 0.999999]"),
+    "uniform_fraction": number("(0, 1)"),  # at 0, no query could ever attend to another token
+    "identity_head_fraction": number("(0, 1]"),
+    "c_val_0_target": number("[1e-6, 0.9999]"),
 }
