@@ -5,7 +5,6 @@ same names. Checks, training and analysis call the kind; they do not need to kno
 """
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -74,35 +73,22 @@ class AttentionKind:
 
 
 @dataclasses.dataclass(frozen=True)
-class Espa(AttentionKind):
-    """E-SPA, which starts as the matrix A_l that produces a prescribed token kernel: `espa.py` has the forms."""
+class Shaped(AttentionKind):
+    """E-SPA and U-SPA, which start as the matrices A_l that produce prescribed token kernels: `espa.py`."""
 
     form: str
-    gamma_max_depth: float = 0.005
+    at_max_depth: float  # gamma_L, or rho_L for `uspa`
 
     zero_queries: ClassVar[bool] = True
 
     def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
         """Return log A_l and its row sums."""
-        return _shaped(grid, depth, self.gamma_max_depth, self.form)
+        row_scale, bias = espa.shaped_attention(grid, depth, self.at_max_depth, self.form)
+        return {"attention_bias": bias, "row_scale": row_scale}
 
 
-@dataclasses.dataclass(frozen=True)
-class Uspa(AttentionKind):
-    """U-SPA: E-SPA with a uniform token kernel."""
-
-    rho_max_depth: float = 0.8
-
-    zero_queries: ClassVar[bool] = True
-
-    def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
-        """Return log A_l and its row sums."""
-        return _shaped(grid, depth, self.rho_max_depth, "uspa")
-
-
-def _shaped(grid: Grid, depth: int, at_max_depth: float, form: str) -> dict[str, np.ndarray]:
-    row_scale, bias = espa.shaped_attention(grid, depth, at_max_depth, form)
-    return {"attention_bias": bias, "row_scale": row_scale}
+def _espa(form: str) -> Callable[..., AttentionKind]:
+    return lambda gamma_max_depth=0.005: Shaped(form, gamma_max_depth)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +167,8 @@ class ValueSkipInit(AttentionKind):
 
 # Functions from the settings of a kind, which have defaults, to the kind.
 KINDS: dict[str, Callable[..., AttentionKind]] = {
-    **{form: functools.partial(Espa, form) for form in ("espa", "espa_causal", "espa_2d", "espa_reference")},
-    "uspa": Uspa,
+    **{form: _espa(form) for form in ("espa", "espa_causal", "espa_2d", "espa_reference")},
+    "uspa": lambda rho_max_depth=0.8: Shaped("uspa", rho_max_depth),
     "shift": Shift,
     "fixed_shift": FixedShift,
     "value_skipinit": ValueSkipInit,
