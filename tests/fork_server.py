@@ -7,6 +7,7 @@ environment, standard error and exit code, and takes a tenth of a second instead
 import contextlib
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -18,12 +19,21 @@ import warnings
 import jax
 
 
+def xla_flags(devices: int) -> str:
+    """The flags of the tests, with which XLA compiles fast, for another number of devices."""
+    return re.sub("(device_count)=[0-9]+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+
+
 class ForkServer:
-    """To be used as a context; `run` runs a command line."""
+    """To be used as a context; `run` runs a command line, by default on one device."""
 
     def __init__(self, root):
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-        environment.pop("XLA_FLAGS", None)
+        environment |= {
+            "XLA_FLAGS": xla_flags(devices=1),
+            "JAX_COMPILATION_CACHE_DIR": os.environ["SIMPLEST_VIT_TEST_CACHE"],
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=root,

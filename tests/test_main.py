@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.fork_server import xla_flags
+
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = [
     "--config.steps=4",
@@ -30,7 +32,7 @@ def main(server):
     """Run a command line, in a fork."""
 
     def run(*arguments):
-        ended = server.run(["main.py", *arguments], {"XLA_FLAGS": os.environ["XLA_FLAGS"]})
+        ended = server.run(["main.py", *arguments])
         return subprocess.CompletedProcess(arguments, *ended)
 
     return run
@@ -43,7 +45,10 @@ def test_train_then_evaluate(main, tmp_path):
     assert list(tmp_path.iterdir()) == []
     with open("/dev/full", "w") as full:  # what is printed is on the disk as well
         whole = [sys.executable, "main.py", *map(str, command)]
-        trained = subprocess.run(whole, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        environment = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}
+        trained = subprocess.run(
+            whole, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
+        )
     assert trained.returncode == 0, trained.stderr
     assert "standard output cannot be written (No space left on device)" in trained.stderr
     assert "Traceback" not in trained.stderr

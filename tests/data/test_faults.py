@@ -160,7 +160,7 @@ def test_a_set_of_many_files_under_a_low_limit_of_open_files(digits, server, tmp
         "batches = list(itertools.islice(input_pipeline.train_batches(dataset, data, **options), 3))\n"
         "print(sum(batch['label'].sum() for batch in batches))"
     )
-    _, out, err = server.run([program, digits], {"XLA_FLAGS": os.environ["XLA_FLAGS"]})
+    _, out, err = server.run([program, digits])
     assert out.strip() == "1437.0", err
 
 

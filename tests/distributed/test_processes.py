@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from simplest_vit import preemption
 from simplest_vit.data.prepare import prepare
+from tests.fork_server import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = [
@@ -60,7 +61,7 @@ def start(
         port = free.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "OPENBLAS_NUM_THREADS": "1",
     }
     command = [sys.executable, "main.py", command, "--config", f"configs/digits.py:optimizer={optimizer}"]

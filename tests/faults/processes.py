@@ -14,6 +14,7 @@ import numpy as np
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.run import build
 from simplest_vit.training.workdir import read_metrics, read_run
+from tests.fork_server import xla_flags
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,8 +37,10 @@ class Run:
         self.workdir, self.config = pathlib.Path(workdir), tiny_config(arguments, **overrides)
         self.command = [*launcher, sys.executable, "main.py", f"--config=configs/digits.py:{arguments}"]
         self.command += [f"--config.{name}={value}" for name, value in overrides.items()] + [f"--workdir={workdir}"]
-        self.environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
-        self.environment["SIMPLEST_VIT_TEST_RUN"] = str(workdir)  # for finding what it leaves behind
+        self.environment = os.environ | {
+            "XLA_FLAGS": xla_flags(devices=1),
+            "SIMPLEST_VIT_TEST_RUN": str(workdir),  # for finding what it leaves behind
+        }
         if cache:
             self.environment |= {
                 "JAX_COMPILATION_CACHE_DIR": str(cache),

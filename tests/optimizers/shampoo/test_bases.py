@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from simplest_vit.optimizers.shampoo.roots import gram_schmidt, refresh_basis
+from tests.fork_server import xla_flags
 
 SPECTRA = {
     "flat": lambda n: 1 + np.arange(n)[::-1] / n,
@@ -78,6 +79,6 @@ PROGRAM = textwrap.dedent("""
 
 def test_decompositions_of_many_sizes_do_not_wait_for_each_other_for_ever():
     """Two programs in flight in a pool of two threads, where batched QR decompositions hang at once; and under vmap."""
-    env = os.environ | {"XLA_FLAGS": ""}  # fake devices would widen the pool
+    env = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}  # more would widen the pool
     done = subprocess.run([sys.executable, "-c", PROGRAM], timeout=120, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
