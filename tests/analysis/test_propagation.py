@@ -158,8 +158,9 @@ def test_cosines_are_those_of_an_image_and_the_next():
         np.testing.assert_allclose(cosine[1, image], unit[image] @ unit[(image + 1) % 3].T, atol=1e-12)
 
 
-def test_any_seed_of_a_run_gives_the_models_of_that_run():
-    _, model = initial_models(tiny_config(), DIGITS, [0, 2**32 - 1])
+def test_any_seed_of_a_run_gives_the_models_of_that_run_in_float32():
+    _, model = initial_models(tiny_config(compute_dtype="bfloat16"), DIGITS, [0, 2**32 - 1])
+    assert jax.eval_shape(model.embed, jnp.zeros((1, 8, 8, 1))).dtype == jnp.float32
     expected = build(tiny_config(seed=2**32 - 1), DIGITS).create_state().params["head"]["kernel"]
     np.testing.assert_array_equal(model.head.kernel[...], expected)
 

@@ -248,6 +248,8 @@ def test_a_file_that_is_no_checkpoint_is_one_line_and_nothing_is_written(tmp_pat
             "config.model.mlp='looks_linear' is not in the PyTorch reference",
         ),
         ({"model__activation": "relu"}, "config.model.activation='relu' is not in the PyTorch reference"),
+        ({"model__norm": "layer_norm"}, "config.model.norm='layer_norm' is not in the PyTorch reference"),
+        ({"model__skip": "scaled"}, "config.model.skip='scaled' is not in the PyTorch reference"),
     ],
 )
 def test_another_shape_names_the_tensor_and_both_shapes(tmp_path, data_dir, overrides, message):

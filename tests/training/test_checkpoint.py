@@ -3,6 +3,7 @@ import hashlib
 import json
 import logging
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -284,8 +285,15 @@ def test_a_step_saved_again_is_never_missing(workdir, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(abstract(), 6)[0], state_of(6))
 
 
-def test_what_a_killed_process_left_half_written_is_removed(workdir):
-    shutil.copytree(workdir / "checkpoints" / "6", workdir / "checkpoints" / "9.orbax-checkpoint-tmp")
+def test_what_a_killed_process_left_half_written_is_removed_but_not_by_a_reader(workdir):
+    """A training run may be writing it at this moment."""
+    unfinished = shutil.copytree(workdir / "checkpoints" / "6", workdir / "checkpoints" / "9.orbax-checkpoint-tmp")
+    before = set(threading.enumerate())
+    with Checkpoints(workdir, create=False) as checkpoints:
+        assert checkpoints.newest() == 6
+    for thread in set(threading.enumerate()) - before:  # Orbax removes in the background
+        thread.join()
+    assert unfinished.exists()
     save(workdir, {9: 0.4})
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3", "6", "9"}
 
