@@ -149,7 +149,7 @@ class Store:
 @pytest.mark.parametrize("told", ["", "data.manual_dir=/nowhere: no such folder"])
 def test_process_0_prepares_while_the_others_wait(tmp_path, make_config, monkeypatch, told):
     store, prepared = Store(), []
-    store.told = json.dumps({"error": told} if told else {"answer": None})
+    store.told = json.dumps({"error": told, "exit_code": 2} if told else {"answer": None})
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(ocp.multihost, "get_jax_distributed_client", lambda: store)
     original = prepare.prepare
@@ -190,7 +190,7 @@ def test_whatever_ends_process_0_is_told_to_the_others(tmp_path, make_config, mo
     monkeypatch.setattr(dataset, "prepare", fail)
     with pytest.raises(type(problem)):
         dataset._prepare_once(make_config("digits", dir=tmp_path).data)
-    assert list(store.values.values()) == [json.dumps({"error": told})]
+    assert list(store.values.values()) == [json.dumps({"error": told, "exit_code": None})]
 
 
 # What is prepared there already may be damaged.
