@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from simplest_vit.errors import UserError
 from simplest_vit.models import fused_attention
+from simplest_vit.models.initializers import scaled_uniform_orthogonal
+from simplest_vit.training import run as run_module
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import bytes_per_device, check_batch_size, create_mesh, memory_line, state_shardings
 from tests.tiny import DIGITS, tiny_config
@@ -26,8 +28,16 @@ def test_initialization_is_a_function_of_the_seed(run):
     assert not np.array_equal(first.params["head"]["kernel"], other.params["head"]["kernel"])
 
 
+class Kernel(nnx.Module):
+    """One orthogonal kernel: drawn from a normal distribution, then decomposed."""
+
+    def __init__(self, *_, rngs, **__):
+        self.kernel = nnx.Param(scaled_uniform_orthogonal(rngs.params(), (16, 32)))
+
+
 def test_initialization_is_compiled_fast_to_the_same_bits(monkeypatch):
-    run = build(tiny_config(model__depth=1), DIGITS, create_mesh(devices=jax.devices()[:1]))
+    monkeypatch.setattr(run_module, "create_model", Kernel)
+    run = build(tiny_config(), DIGITS, create_mesh(devices=jax.devices()[:1]))
     expected = jax.jit(run.initialize, compiler_options={"xla_backend_optimization_level": 3})()
     monkeypatch.delenv("XLA_FLAGS")  # the level of the tests
     jax.tree.map(np.testing.assert_array_equal, run.create_state(), expected)
