@@ -26,6 +26,7 @@ import pytest
 
 from tests.fork_server import ForkServer
 
+gc.disable()  # until all is imported
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
 hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("same")  # every run tries the same examples
@@ -49,12 +50,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Hide the half million objects that are imported by now from the garbage collector.
+    """Hide the half million objects that are imported by now from the garbage collector, and let it run less often.
 
-    Each full collection walked through them for 0.3 seconds, and each stream of batches ends with one.
+    Each full collection walked through them for 0.3 seconds, and each stream of batches ends with one. JAX makes
+    thousands of objects per program, most of which live on, so walking through the new ones finds little.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
