@@ -114,6 +114,8 @@ def test_folders_within_a_class_are_searched_and_what_is_passed_over_is_counted(
         Image.fromarray(smooth_image(1)).convert("L" if suffix == "pgm" else "RGB").save(deep / f"deep.{suffix}")
     for name in ("a.MOV", "b.mov", "c.txt", "README", ".hidden.jpg", "Thumbs.db"):
         (deep / name).write_bytes(b"x")
+    for hidden in (deep / ".thumbnails", photos / "train/.thumbnails"):
+        shutil.copytree(photos / "val", hidden)
     shutil.copytree(photos / "val", photos / "test")
     (photos / "loose.jpg").write_bytes(jpeg(smooth_image(1)))
     found = originals(prepare("image_folder", tmp_path / "tfds", photos), "train")

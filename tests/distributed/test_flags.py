@@ -1,5 +1,6 @@
 """Flags of a run of several processes that do not fit, and computations that fail: one line."""
 
+import logging
 import os
 import sys
 
@@ -35,6 +36,17 @@ def test_what_does_not_fit_is_told(monkeypatch, arguments, message):
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_, **__: pytest.fail("asked JAX"))
     with pytest.raises(UserError, match=message):
         distributed.initialize(*arguments)
+
+
+@pytest.mark.parametrize(("process", "level"), [(0, logging.INFO), (1, logging.WARNING)])
+def test_jax_gets_the_flags_and_only_process_0_logs_its_progress(monkeypatch, caplog, process, level):
+    caplog.set_level(logging.INFO, "simplest_vit")
+    given = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *arguments, **_: given.append(arguments))
+    monkeypatch.setattr(distributed, "_reach", lambda *_: None)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    distributed.initialize(False, "localhost:1", 2, process)
+    assert (given, distributed.log.level) == ([("localhost:1", 2, process)], level)
 
 
 def test_without_flags_there_is_one_process(monkeypatch):
