@@ -85,8 +85,8 @@ def controls(results: Results, page: str) -> str:
 
 
 def summary(results: Results, page: str) -> str:
-    """Compare three networks in equal steps and in equal time."""
-    names = ("isometric", "isometric, attention frozen", "SimpleViT")
+    """Compare networks with SimpleViT, the last row, in equal steps and in equal time."""
+    names = ("isometric", "isometric, attention frozen", "SimpleViT, constant shifts", "SimpleViT")
     columns = {"CIFAR-10, equal steps": [results.find(NETWORKS[name]) for name in names]}
     for data in TABLES["equal_time"].data:
         columns[f"{DATA[data]}, equal time"] = [results.in_equal_time(name, data) for name in names]
