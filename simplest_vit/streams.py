@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 import threading
-import types
 from typing import Any
 
 from absl import logging as absl_logging
@@ -84,7 +83,7 @@ def _configure_logging() -> None:
     absl_logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     threading.excepthook = _report_thread
-    sys.excepthook = _report
+    sys.unraisablehook = _report_unraisable
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s  %(message)s", "%H:%M:%S"))
     log = logging.getLogger("simplest_vit")
@@ -93,10 +92,10 @@ def _configure_logging() -> None:
     log.propagate = False
 
 
-def _report(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+def _report_unraisable(arguments: "sys.UnraisableHookArgs") -> None:
     """Print a traceback, except for errors in TensorStore's callbacks after Orbax has failed."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+    if str(arguments.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(arguments)
 
 
 def _report_thread(arguments: threading.ExceptHookArgs) -> None:

@@ -88,6 +88,21 @@ def test_a_log_that_cannot_be_written_ends_nothing():
     os.close(writer)
 
 
+def test_a_callback_to_an_event_loop_that_orbax_has_closed_prints_nothing_unlike_other_errors():
+    body = """import asyncio, tensorstore
+    promise, future = tensorstore.Promise.new()
+    async def wait(): await future
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(wait())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    future.add_done_callback(lambda _: 1 / 0)
+    promise.set_result(0)"""
+    error = run_program(body).stderr
+    assert error.count(b"Traceback") == 1
+    assert error.endswith(b"ZeroDivisionError: division by zero\n")
+
+
 def test_what_would_break_a_line_or_a_terminal_is_escaped():
     body = (
         r"logging.getLogger('simplest_vit').info('a\x1b[2Jb\udcff'); print('c\udcff'); raise cli.UserError('d\ne\x1b')"
