@@ -364,6 +364,24 @@ ENVIRONMENT = [
     (DIGITS + " --config.data.dir={old}/data", {"JAX_PLATFORMS": "rocm"}, (), "JAX_PLATFORMS=rocm: "),
     (DIGITS, {"HOME": "{old}/text.jpg"}, (), "tensorflow_datasets: cannot prepare digits there"),
     ("main.py --config configs/digits.py --workdir ~/run", {"HOME": "{old}/text.jpg"}, (), "text.jpg is a file"),
+    # Shells leave `~` after an equals sign to the commands.
+    *(
+        (command + name, {"HOME": "{old}"}, (), f"/old0/{name}")
+        for command, name in (
+            (SWEEP + " --workdir=~/", "run"),
+            ("simplest_vit report ~/", "nowhere"),
+            ("simplest_vit predict --workdir=~/run --images=~/", "text.jpg"),
+            ("simplest_vit predict --workdir=~/run --images=~/photos --csv=~/", "empty"),
+            ("simplest_vit predict --workdir=~/run --images=~/photos --attention_rollout=~/", "text.jpg"),
+            ("simplest_vit export --workdir=~/run --format=pth --output=~/", "text.jpg"),
+            (EVALUATE + " --workdir=~/run --image_folder=~/", "empty"),
+            (EVALUATE + " --workdir=~/run --output=~/", "text.jpg"),
+            (PREVIEW + " --output=~/", "folder.png"),
+            (PREPARE + " digits --data_dir=~/", "text.jpg"),
+            (PREPARE + " image_folder --data_dir={new}/data --manual_dir=~/", "hollow"),
+            (IMPORT + " --checkpoint=~/", "text.jpg"),
+        )
+    ),
     (DIGITS, {}, ("orbax",), "pip install -r requirements.txt"),
     (PREPARE + " digits", {}, ("ml_collections",), 'pip install "simplest-vit[train]"'),
     (DIGITS, {}, ("tensorflow_datasets",), "import of tensorflow_datasets halted"),
