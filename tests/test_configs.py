@@ -73,9 +73,9 @@ def test_hyperparameters_are_the_reference_s(name, arguments, expected):
 def test_a_recipe_is_found_by_its_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert set(recipes.NAMES) == set(IMAGES)
-    found = cli.load_config([f"--config={name}:model=isometric_vit,optimizer=soap", "--config.epochs=3"])
+    found = cli.load_config([f"--config={name}:model=isometric_vit,optimizer=soap", "--config.epochs=0.5"])
     expected = get_config(name, "model=isometric_vit,optimizer=soap")
-    expected.epochs = 3.0
+    expected.epochs = 0.5
     assert found.to_dict() == expected.to_dict()
     (tmp_path / "mine").write_text("from simplest_vit.config import default as get_config")
     assert cli.load_config(["--config=mine"]).to_dict() == default().to_dict()

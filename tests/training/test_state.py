@@ -57,6 +57,15 @@ def test_no_orthogonal_kernel_is_drawn_by_a_batched_qr(run):
     assert all(len(shape.split("x")) == 2 for shape in results), results
 
 
+def test_a_run_needs_jit():
+    jax.config.update("jax_disable_jit", True)  # as JAX_DISABLE_JIT=1 does
+    try:
+        with pytest.raises(UserError, match=r"^JAX_DISABLE_JIT is set, and a run needs jit; unset it$"):
+            build(tiny_config(), DIGITS)
+    finally:
+        jax.config.update("jax_disable_jit", False)
+
+
 @pytest.mark.parametrize("kernel", ["xla", "fused"])
 def test_a_run_takes_the_attention_kernel_that_suits_its_devices(monkeypatch, kernel):
     asked = []
