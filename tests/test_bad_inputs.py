@@ -186,7 +186,7 @@ COMMANDS = [
         "main.py --config cifar11:model=simple_vit --workdir {new}/run",
         "--config=cifar11: there is no such recipe; expected cifar10, cifar100, digits, imagenet, ",
     ),
-    ("main.py --config digits --config.epochs=x:y --workdir {new}/run", "error: config.epochs=x:y must be a number ab"),
+    ("main.py --config digits --config.epochs=x:y --workdir {new}/run", "error: config.epochs=x:y must be a number in"),
     ("main.py --config digits:optimizer=sopa --workdir {new}/run", "error: config.optimizer.name='sopa' is unknown; "),
     ("main.py --config configs/digits.py:model=resnet --workdir {new}/run", "config argument model=resnet is unknown"),
     ("main.py --config configs/digits.py:optimiser=adam --workdir {new}/run", "'optimiser=adam' is unknown; expected"),
