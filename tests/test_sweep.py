@@ -108,6 +108,17 @@ def test_failures_are_counted_and_the_sweep_goes_on_behind_them(tmp_path, capsys
     assert f"failed: {folders[0]}/log.txt: " in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_leaves_no_run_behind(tmp_path, monkeypatch):
+    started, start = [], sweep._start
+    monkeypatch.setattr(sweep, "_start", lambda *arguments: started.append(start(*arguments)) or started[-1])
+    (tmp_path / "file").touch()
+    sleeps = [sys.executable, "-c", "import time; time.sleep(300)"]
+    folders = [tmp_path / "sleeps", tmp_path / "file" / "run"]
+    with pytest.raises(UserError, match=r"^--workdir=.*/file/run cannot be written"):
+        sweep.execute([sweep.Point({}, folders, [sleeps, sleeps])], [{}, {}])
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
+
+
 def test_the_lines_of_a_rerun_follow_those_before(tmp_path):
     talks = [sys.executable, "-c", "import sys; print(300_000 * 'x'); print('end', file=sys.stderr)"]
     for _ in range(2):

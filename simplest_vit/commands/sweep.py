@@ -152,34 +152,37 @@ def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
     """Run all points, one at a time in each of the environments; return the number of runs that failed.
 
     The lines of a run go to `log.txt` in its folder, so that no run waits for a reader. The sweep continues after a
-    failure. On a signal, the active runs save their step. A run that has already finished ends immediately, or fails
-    if its folder holds the run of another config.
+    failure of a run. On a signal or an error of its own, the active runs save their step. A run that has already
+    finished ends immediately, or fails if its folder holds the run of another config.
 
     Raises:
       Interrupted: If a signal was received.
+      UserError: If the folder of a run cannot be written.
     """
     waiting = [run for point in points for run in zip(point.workdirs, point.commands, strict=True)]
     failed = 0
     running: dict[int, tuple[pathlib.Path, subprocess.Popen]] = {}
     with preemption.deferred():
-        while waiting or running:
-            for slot, environment in enumerate(environments):
-                if slot in running and running[slot][1].poll() is not None:
-                    folder, process = running.pop(slot)
-                    if process.returncode:
-                        failed += 1
-                        last = (folder / _LOG).read_text(errors="replace").splitlines()[-1:]
-                        print(f"failed: {folder / _LOG}: {''.join(last)}", file=sys.stderr, flush=True)
-                if slot not in running and waiting:
-                    folder, command = waiting.pop(0)
-                    running[slot] = folder, _start(folder, command, environment)
-            if preemption.received():
-                for _, process in running.values():
-                    process.terminate()
-                for _, process in running.values():
-                    process.wait()
-                raise Interrupted("rerun the command to resume unfinished runs")
-            time.sleep(0.1)
+        try:
+            while waiting or running:
+                for slot, environment in enumerate(environments):
+                    if slot in running and running[slot][1].poll() is not None:
+                        folder, process = running.pop(slot)
+                        if process.returncode:
+                            failed += 1
+                            last = (folder / _LOG).read_text(errors="replace").splitlines()[-1:]
+                            print(f"failed: {folder / _LOG}: {''.join(last)}", file=sys.stderr, flush=True)
+                    if slot not in running and waiting:
+                        folder, command = waiting.pop(0)
+                        running[slot] = folder, _start(folder, command, environment)
+                if preemption.received():
+                    raise Interrupted("rerun the command to resume unfinished runs")
+                time.sleep(0.1)
+        finally:  # after a signal, or an error such as a full disk, no run goes on
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.wait()
     return failed
 
 
