@@ -93,6 +93,7 @@ NETWORKS: dict[str, Network] = {
     "isometric + LayerNorm + scaled skip": _isometric(norm="layer_norm", skip="scaled"),
     # A stronger baseline.
     "SimpleViT, orthogonal": Network("simple_vit", {"model.init": "orthogonal"}),
+    "SimpleViT, mimetic": Network("simple_vit", {"model.init": "mimetic"}),
     "SimpleViT, warm-up 200": Network("simple_vit", {"warmup_steps": 200}),
     "SimpleViT, no clipping": Network("simple_vit", {"grad_clip": 0.0}),
     # The number of heads determines the time of a step.
@@ -183,7 +184,7 @@ TABLES: dict[str, Table] = {
         "what makes SimpleViT stronger",
         (
             *("SimpleViT", "SimpleViT, 4 heads", "SimpleViT, 8 heads", "SimpleViT, shifts"),
-            *("SimpleViT, orthogonal", "SimpleViT, warm-up 200", "SimpleViT, no clipping"),
+            *("SimpleViT, orthogonal", "SimpleViT, mimetic", "SimpleViT, warm-up 200", "SimpleViT, no clipping"),
         ),
         _SOAP,
         steps=500,

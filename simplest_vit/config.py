@@ -120,7 +120,9 @@ FIELDS = {
     "model.activation": Field(None, _NAME, "tailored_relu or relu for mlp='tat'; otherwise gelu, silu or relu"),
     "model.c_val_0_target": Field(0.9, MODEL["c_val_0_target"], "TAT: eta, the target of the C-map at 0"),
     "model.init": Field(
-        None, _NAME, "espa_tat, reference (the reference's scale), orthogonal (all but queries and keys) or pytorch"
+        None,
+        _NAME,
+        "espa_tat, reference (the reference's scale), orthogonal (all but queries and keys), pytorch or mimetic",
     ),
     "model.norm": Field(None, _NAME, "normalization: none, or layer_norm before attention, MLP and head"),
     "model.skip": Field(None, _NAME, "skips: none, residual (x + f(x)) or scaled ((x + f(x)) / sqrt 2)"),

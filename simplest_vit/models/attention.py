@@ -41,15 +41,30 @@ class Attention(nnx.Module):
           norm: One of `layers.NORMS`.
           output_projection: Whether a kernel [D, D] mixes the heads; if so, no projection has a bias, as in SimpleViT.
         """
-        dense = functools.partial(
-            nnx.Linear, width, width, use_bias=not output_projection, bias_init=init.bias(width), dtype=dtype, rngs=rngs
-        )
+        kernels = {"query": init.keys, "key": init.keys, "value": init.linear, "out": init.linear}
+        if init.attention:
+            drawn = init.attention(rngs.params(), width, num_heads)
+            kernels = {name: lambda *_, kernel=kernel: kernel for name, kernel in drawn.items()}
+        if kind.zero_queries:
+            kernels["query"] = zeros
+
+        def dense(name: str) -> nnx.Linear:
+            return nnx.Linear(
+                width,
+                width,
+                use_bias=not output_projection,
+                kernel_init=kernels[name],
+                bias_init=init.bias(width),
+                dtype=dtype,
+                rngs=rngs,
+            )
+
         self.norm = layers.create_norm(norm, width, dtype=dtype, rngs=rngs)
         if kind.has_queries:
-            self.query = dense(kernel_init=zeros if kind.zero_queries else init.keys)
-            self.key = dense(kernel_init=init.keys)
-        self.value = dense(kernel_init=init.linear)
-        self.out = dense(kernel_init=init.linear) if output_projection else None
+            self.query = dense("query")
+            self.key = dense("key")
+        self.value = dense("value")
+        self.out = dense("out") if output_projection else None
         arrays: dict[str, nnx.Variable] = {name: layers.Constant(array) for name, array in constants.items()}
         arrays |= {name: nnx.Param(jnp.asarray(value, jnp.float32)) for name, value in kind.parameters.items()}
         for name, array in arrays.items():

@@ -50,6 +50,40 @@ def looks_linear_kernels(key: jax.Array, width: int, hidden: int) -> tuple[jax.A
     return jnp.concatenate([w, -w], axis=1), jnp.concatenate([v, -v], axis=0)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _mimetic_factors(key: jax.Array, width: int, rank: int, alpha: float, beta: float) -> tuple[jax.Array, jax.Array]:
+    """Draw L and R [D, r]; L R^T is the best approximation of rank r of alpha Z + beta I, with Z_ij ~ N(0, 1 / D)."""
+
+    @jax.custom_batching.sequential_vmap  # as in `_orthogonal`
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        product = alpha * jax.random.normal(key, (width, width)) * width**-0.5 + beta * jnp.eye(width)
+        left, scale, right = jnp.linalg.svd(product)
+        root = jnp.sqrt(scale[:rank])[None]
+        return left[:, :rank] * root, right[:rank].T * root
+
+    return draw(key)
+
+
+def mimetic_kernels(key: jax.Array, width: int, num_heads: int) -> dict[str, jax.Array]:
+    """Draw the kernels of attention by mimetic initialization (arXiv 2305.09828, section 3).
+
+    The product of queries and keys is near 0.7 (Z + I) in each head, of values and output projection 0.4 (Z - I).
+
+    Args:
+      key: Key.
+      width: D.
+      num_heads: H, a divisor of D.
+
+    Returns:
+      `query`, `key`, `value` and `out`, float32 [D, D].
+    """
+    *head_keys, value_key = jax.random.split(key, num_heads + 1)
+    heads = [_mimetic_factors(head_key, width, width // num_heads, 0.7, 0.7) for head_key in head_keys]
+    query, keys = (jnp.concatenate(factors, axis=1) for factors in zip(*heads, strict=True))
+    value, out = _mimetic_factors(value_key, width, width, 0.4, -0.4)
+    return {"query": query, "key": keys, "value": value, "out": out.T}
+
+
 def uniform_fan_in(
     key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32, fan_in: int | None = None
 ) -> jax.Array:
@@ -65,6 +99,8 @@ class Init(NamedTuple):
     keys: Callable  # kernels of keys, and of queries that do not start at zero
     dense: Callable  # kernels of MLP and head
     bias: Callable[[int], Callable] = lambda fan_in: zeros  # fan_in -> initializer of a bias
+    # key, D, H -> kernels of attention that are drawn together; they replace those above.
+    attention: Callable[[jax.Array, int, int], dict[str, jax.Array]] | None = None
     preserves_kernels: bool = True  # whether `linear` keeps mean products of tokens in the limit of infinite width
 
 
@@ -80,3 +116,4 @@ INITS = {
         preserves_kernels=False,
     ),
 }
+INITS["mimetic"] = INITS["pytorch"]._replace(attention=mimetic_kernels)

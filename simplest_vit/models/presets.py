@@ -116,6 +116,11 @@ def model_arguments(
     settings = {field: given[field] for field in attention_kinds.settings_of(arguments["attention"]) if field in given}
     kind = attention_kinds.KINDS[arguments["attention"]](**settings)
     kind.check(grid, num_heads)
+    if INITS[arguments["init"]].attention and (kind.zero_queries or "output_projection" not in arguments):
+        raise UserError(
+            f"config.model.init={arguments['init']!r} needs random queries and an output projection; use it with "
+            "config.model.name='simple_vit' and attention='softmax'"
+        )
     arguments |= settings
     # `auto` means `xla` here; callers that know the devices call `fused_attention.choose` first.
     arguments["attention_kernel"] = "xla"

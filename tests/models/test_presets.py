@@ -81,6 +81,7 @@ def test_a_network_takes_what_its_own_choice_reads():
             {"mlp": "looks_linear", "activation": "tailored_relu"},
             "config.model.activation='tailored_relu' is unknown; expected one of gelu, silu, relu",
         ),
+        ({"init": "mimetic"}, "config.model.init='mimetic' needs random queries and an output projection; use"),
         ({"depth": 6}, "config.model.c_val_0_target=0.9 is out of reach for depth 6 (12 activations)"),
     ],
 )
