@@ -22,7 +22,6 @@ by uncommitted code, is refused. The columns:
 import argparse
 import csv
 import dataclasses
-import io
 import pathlib
 import sys
 from collections.abc import Iterable
@@ -34,7 +33,7 @@ from benchmarks import protocols
 from simplest_vit.analysis.report import FinishedRun, find_runs
 from simplest_vit.config import flatten
 from simplest_vit.errors import UserError, print_error
-from simplest_vit.files import write_file
+from simplest_vit.files import write_csv, writing
 from simplest_vit.training.workdir import METRICS, is_resumable, read_metrics
 
 PATH = pathlib.Path(__file__).parent.parent / "results" / "runs.csv"
@@ -124,9 +123,7 @@ def from_run(run: FinishedRun, selected_on: str) -> Record:
       UserError: If the code of the run was not committed, or its data set has no recipe.
     """
     results, curves = run.results, read_curves(run.path)
-    commit = str(results.get("commit") or "")
-    if not commit or commit.endswith("+"):
-        raise UserError(f"{run.path}: made by uncommitted code (commit {commit or 'unknown'}); commit it and rerun")
+    commit = committed(results.get("commit"), run.path)
     flat = modernize(run.config)
     protocol, changes = describe(flat)
     none = np.array([]), np.array([])
@@ -153,9 +150,16 @@ def from_run(run: FinishedRun, selected_on: str) -> Record:
         train_loss_at=_at(curves.get("loss/train", none), marks),
         step_time_s=results.get("step_time_median_s"),
         device=str(results.get("device", "")),
-        commit=commit[:7],
+        commit=commit,
         source=str(run.path),
     )
+
+
+def committed(commit: str | None, what: object) -> str:
+    """Return a commit in short, or raise a UserError if the code that made `what` was not committed."""
+    if not commit or commit.endswith("+"):
+        raise UserError(f"{what}: made by uncommitted code (commit {commit or 'unknown'}); commit it and rerun")
+    return commit[:7]
 
 
 def describe(flat: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -259,11 +263,15 @@ def read(path: pathlib.Path = PATH) -> list[Record]:
     Raises:
       UserError: If a row cannot be read, or was written by a newer program.
     """
+    return [_parse(row, f"{path}, line {line}") for line, row in enumerate(read_rows(path), start=2)]
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    """Read a file of records: its rows by column."""
     try:
-        rows = list(csv.DictReader(path.read_text().splitlines()))
+        return list(csv.DictReader(path.read_text().splitlines()))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    return [_parse(row, f"{path}, line {line}") for line, row in enumerate(rows, start=2)]
 
 
 def _parse(row: dict[str, str], place: str) -> Record:
@@ -289,16 +297,6 @@ def _parse(row: dict[str, str], place: str) -> Record:
     return Record(**values)
 
 
-def render(records: Iterable[Record]) -> str:
-    """Return the text of the file, sorted so that seeds are adjacent and a new run adds one line to a diff."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(FIELDS)
-    rows = ([_text(getattr(record, name)) for name in FIELDS] for record in sorted(records, key=_order))
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _order(record: Record) -> tuple[Any, ...]:
     return (*(-1 if value is None else value for value in record.setting), -1 if record.seed is None else record.seed)
 
@@ -309,12 +307,11 @@ def merge(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
 
 
 def write(records: Iterable[Record], path: pathlib.Path = PATH) -> None:
-    """Write the file atomically."""
-    try:
+    """Write the file atomically, sorted so that seeds are adjacent and a new run adds one line to a diff."""
+    rows = ([_text(getattr(record, name)) for name in FIELDS] for record in sorted(records, key=_order))
+    with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, render(records).encode())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+        write_csv(path, [FIELDS, *rows])
 
 
 def main() -> None:

@@ -155,7 +155,9 @@ def test_seeds_stand_together_and_a_run_counts_once(tmp_path):
     ]
     assert [record.validation_accuracy for record in found[:3]] == [0.5, 0.12, 0.13]
     assert len({record.setting for record in found}) == 2
-    assert records.render(found) == path.read_text()
+    again = tmp_path / "again.csv"
+    records.write(found, again)
+    assert again.read_text() == path.read_text()
 
 
 def test_numbers_of_an_old_page_are_not_runs_of_the_same_setting(tmp_path):
@@ -216,9 +218,10 @@ def test_the_program_refuses_what_is_no_record_and_keeps_the_rest(tmp_path, monk
     assert len(records.read(path)) == 1
 
 
-def test_the_records_of_the_repository_are_whole():
+def test_the_records_of_the_repository_are_whole(tmp_path):
     found = records.read()
-    assert records.render(found) == records.PATH.read_text()
+    records.write(found, tmp_path / "runs.csv")
+    assert (tmp_path / "runs.csv").read_text() == records.PATH.read_text()
     assert len(records.merge([], found)) == len(found)
 
 
