@@ -7,7 +7,6 @@ training; the kernel in true float32. Time is forward and backward together. The
 accurate enough.
 """
 
-import argparse
 import functools
 import sys
 import time
@@ -17,9 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
+from benchmarks import speed
+from simplest_vit import cli
 from simplest_vit.models import attention, fused_attention
 from tests.models import attention_oracle as oracle
+
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 2048, "Images to time; fewer if they have more tokens.", lower_bound=1)
+_INTERPRET = flags.DEFINE_bool("interpret", False, "Emulate the GPU, to try the program without one.")
+flags.adopt_module_key_flags(speed)
 
 # Tokens, heads and head width: S/4 at 32 pixels, S/16 at 224, and sizes that do not fill their tiles.
 SIZES = {"S/4": (64, 6, 64), "S/16": (196, 6, 64), "odd": (49, 3, 24), "wide": (256, 2, 128)}
@@ -82,28 +88,30 @@ def milliseconds(size: tuple[int, int, int], batch_size: int, dtype: Any, interp
     return {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
 
 
-def main() -> None:
-    """Run as a program."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch_size", type=int, default=2048, help="images to time; fewer if they have more tokens")
-    parser.add_argument("--interpret", action="store_true", help="emulate the GPU, to try the program without one")
-    options = parser.parse_args()
+def _main() -> None:
+    record = speed.Recorder(speed.RECORD.value)
     good = True
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
     print(f"{'':14} {'error of the output, gradients: xla':>36} {'fused':>20}  {'xla, ms':>9} {'fused, ms':>9}")
     for (name, size), dtype in ((item, dtype) for item in SIZES.items() for dtype in (jnp.bfloat16, jnp.float32)):
-        error = errors(size, dtype, options.interpret)
+        error = errors(size, dtype, _INTERPRET.value)
         cells = [f"{output:.1e}, {gradient:.1e}" for output, gradient in (error["xla"], error["fused"])]
         line = f"{name:5} {dtype.__name__:8} {cells[0]:>36} {cells[1]:>20}"
         allowed = FLOAT32_ERROR if dtype == jnp.float32 else 1.5 * max(error["xla"])
         good &= max(error["fused"]) <= allowed
+        row = f"{size[0]} tokens, {dtype.__name__}"
         if name.startswith("S/"):
-            ms = milliseconds(size, max(1, options.batch_size * 64 // size[0]), dtype, options.interpret)
+            ms = milliseconds(size, max(1, _BATCH_SIZE.value * 64 // size[0]), dtype, _INTERPRET.value)
             line += f"  {ms['xla']:9.3f} {ms['fused']:9.3f}"
+            record.add("XLA", ms["xla"], "ms", row=row)
+            record.add("fused", ms["fused"], "ms", row=row)
+        record.add("XLA, error", max(error["xla"]), row=row)
+        record.add("fused, error", max(error["fused"]), row=row)
         print(line, flush=True)
+    record.write()
     print("fused: accurate" if good else "fused: NOT accurate enough")
     sys.exit(not good)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(_main, usage="python -m benchmarks.attention_kernel", required=())

@@ -6,7 +6,7 @@ Prints, for twelve layers of one kernel (width, width): GFLOP per step of the pl
 matrix products of the roots that are due: 36 of size n for each), as a fraction of the kernels' gradient at 4,096
 tokens (two products); this fraction for all six kernels of a transformer (four square ones and an MLP of 4 x width);
 MiB of statistics and preconditioners; and, for widths up to `--most`, milliseconds per update, the median of five, also
-as a fraction of the gradient's.
+as a fraction of the gradient's. `--record` keeps the range of the transformer's fractions over the widths.
 """
 
 import time
@@ -14,11 +14,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from benchmarks import speed
+from simplest_vit import cli
 from simplest_vit.optimizers.shampoo import shampoo, shampoo_plan
 
 _MOST = flags.DEFINE_integer("most", 384, "The largest width that is timed.")
+flags.adopt_module_key_flags(speed)
 
 LAYERS = 12
 WIDTHS = (192, 384, 768, 1024, 2048, 4096)
@@ -44,8 +47,10 @@ def flops(shapes: list[tuple[int, int]], block: int) -> int:
     return plan.step_flops + 2 * PRODUCTS_PER_ROOT * plan.step_cubes
 
 
-def main(_: list[str]) -> None:
+def _main() -> None:
     """Print a line for each width and block size."""
+    record = speed.Recorder(speed.RECORD.value, device="computed")
+    fractions: dict[int, list[float]] = {block: [] for block in BLOCKS}
     print(
         "| width | blocks | GFLOP a step | of the gradient's | of a transformer's | MiB | ms | of the gradient's |\n|"
         + "---|" * 8
@@ -64,6 +69,8 @@ def main(_: list[str]) -> None:
             count = flops([(width, width)], block)
             mlp = [(width, 4 * width), (4 * width, width)]
             transformer = flops([(width, width)] * 4 + mlp, block) / (12 * gradient_flops)
+            if block <= width:
+                fractions[block].append(100 * transformer)
             line = f"| {width} | {min(block, width)} | {count / 1e9:.3g} | {count / gradient_flops:.1%} "
             line += f"| {transformer:.1%} | {plan.stack_bytes / 2**20:.1f} "
             if width <= _MOST.value:
@@ -73,7 +80,10 @@ def main(_: list[str]) -> None:
             else:
                 line += "| | |"
             print(line, flush=True)
+    for block, found in fractions.items():
+        record.add("of a transformer's gradient", "", "%", row=f"blocks of {block}", spread=(min(found), max(found)))
+    record.write()
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(_main, usage="python -m benchmarks.block_size", required=())

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from benchmarks import intervals, records
 from benchmarks.protocols import NETWORKS, TABLES, Network
@@ -37,9 +37,14 @@ class Cell:
         values = list(self.values.values())
         spread = f"±{statistics.stdev(values):.1f} ({len(values)})" if len(values) > 1 else ""
         old = "†" if self.basis[0] else ""
-        up = "../" * page.count("/")
-        lines = f"L{min(self.runs)}-L{max(self.runs)}" if len(values) > 1 else f"L{min(self.runs)}"
-        return f"[{self.mean + 1e-9:.1f}{spread}{old}]({up}results/runs.csv?plain=1#{lines})"
+        return link(f"{self.mean + 1e-9:.1f}{spread}{old}", page, "runs.csv", self.runs)
+
+
+def link(text: str, page: str, file: str, lines: Collection[int]) -> str:
+    """Return a link from a page to lines of a file in results/."""
+    first, last = min(lines), max(lines)
+    end = f"-L{last}" if last > first else ""
+    return f"[{text}]({'../' * page.count('/')}results/{file}?plain=1#L{first}{end})"
 
 
 class Results:

@@ -16,7 +16,7 @@ import time
 import jax
 from absl import flags
 
-from benchmarks import fake_data
+from benchmarks import fake_data, speed
 from simplest_vit import cli
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.run import build
@@ -25,10 +25,12 @@ from simplest_vit.training.state import RunProgress
 
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=1)
 _SAVES = flags.DEFINE_integer("saves", 5, "Timed saves.", lower_bound=2)
+flags.adopt_module_key_flags(speed)
 
 
 def _main() -> None:
     config = cli.CONFIG.value
+    record = speed.Recorder(speed.RECORD.value, one_row=True)
     run = build(config, fake_data.info_of(config), create_mesh())
     batch = fake_data.batch(run.data, config.batch_size)
 
@@ -64,6 +66,11 @@ def _main() -> None:
         print(f"save, {name:8} {seconds:.3f} s: {seconds / (interval + seconds):.2%} of the run's time")
     fresh, resumed = create_s + compile_s, restore_s + compile_s
     print(f"state to first step: fresh {fresh:.2f} s, resumed {resumed:.2f} s, ratio {resumed / fresh:.2f}")
+    blocked = statistics.median(blocking)
+    record.add("a save blocks training", blocked, "s")
+    record.add("of the run's time", 100 * blocked / (interval + blocked), "%")
+    record.add("first step: resumed / fresh", resumed / fresh)
+    record.write()
 
 
 if __name__ == "__main__":

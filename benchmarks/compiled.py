@@ -23,7 +23,7 @@ import jax
 from absl import flags
 from jax.experimental import topologies
 
-from benchmarks import fake_data, roofline
+from benchmarks import fake_data, roofline, speed
 from benchmarks.flops import step_flops
 from simplest_vit import cli
 from simplest_vit.errors import UserError
@@ -33,6 +33,7 @@ from simplest_vit.training.sharding import create_mesh
 _AGAINST = cli.define_config("against", "Another config, to compare with.")
 _OPTIONS = flags.DEFINE_multi_string("xla", [], "Flags for XLA, e.g. xla_gpu_enable_triton_gemm=false.")
 _TOP = flags.DEFINE_integer("top", 10, "Number of kernels to list; those of the same shape count once.", lower_bound=0)
+flags.adopt_module_key_flags(speed)
 
 DATA_SHEET = 989e12  # bfloat16 FLOP/s, dense
 _HERE = pathlib.Path(__file__).parent
@@ -116,6 +117,7 @@ def costliest(kernels: list[roofline.Kernel], top: int) -> list[str]:
 def _main() -> None:
     options = dict(_parse_option(text) for text in _OPTIONS.value)
     target()
+    record = speed.Recorder(speed.RECORD.value, one_row=True, device="NVIDIA H200, not run")
     row, kernels = describe(cli.CONFIG.value, options)
     rows = {"this": row}
     if _AGAINST.present:
@@ -129,6 +131,11 @@ def _main() -> None:
             f"{r['temporary_gigabytes']:15.2f} {r['host_waits']:11}  {calls}"
         )
     print("\n".join(costliest(kernels, _TOP.value)))
+    record.add("estimate", row["least_ms"], "ms")
+    record.add("launches", row["launches"])
+    record.add("moved", row["gigabytes"], "GB")
+    record.add("temporaries", row["temporary_gigabytes"], "GB")
+    record.write()
 
 
 def _parse_option(text: str) -> tuple[str, Any]:

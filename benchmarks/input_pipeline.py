@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 
 import input_pipeline
+from benchmarks import speed
 from simplest_vit.config import default
 from simplest_vit.data import streaming
 from simplest_vit.data.decode import decode_image
@@ -174,8 +175,9 @@ def train_batches(dataset: input_pipeline.Dataset, data: ConfigDict, batch_size:
     return input_pipeline.train_batches(dataset, data, batch_size=batch_size, seed=0, start_step=0, sharding=None)
 
 
-def report(name: str, value: float, extra: str = "") -> None:
-    """Print a line."""
+def report(arguments: argparse.Namespace, name: str, value: float, extra: str = "") -> None:
+    """Print and record a line."""
+    arguments.record.add("images/s", value, row=f"{arguments.name}: {name}")
     print(f"  {name:<44} {value:>10,.0f} images/s  {extra}", flush=True)
 
 
@@ -191,7 +193,7 @@ def benchmark_device(arguments: argparse.Namespace) -> None:
         config = config_of(arguments, crop_padding=padding, **options)
         batches = train_batches(dataset, config, arguments.batch_size)
         ours = rate(batches, arguments.batch_size, arguments.seconds)
-        report(stage, ours, f"{1e3 * arguments.batch_size / ours:.2f} ms a batch")
+        report(arguments, stage, ours, f"{1e3 * arguments.batch_size / ours:.2f} ms a batch")
     if dataset.image_shape[2] == 3:
         images = list(np.asarray(dataset.train.images[:256]))
         options = {"size": None, "augment": True, "mean": dataset.mean, "std": dataset.std}
@@ -199,7 +201,7 @@ def benchmark_device(arguments: argparse.Namespace) -> None:
             batches = loaded_batches(images, arguments.batch_size, **options)
             peer = rate(batches, arguments.batch_size, 2 * arguments.seconds)
             name = f"peer: PIL and NumPy by DataLoader, {os.cpu_count()} workers"
-            report(name, peer, f"ours is {ours / peer:.1f} times as fast")
+            report(arguments, name, peer, f"ours is {ours / peer:.1f} times as fast")
         except ImportError:
             print("  without the peer, PyTorch's DataLoader, because PyTorch is missing")
     if arguments.train_step_s:
@@ -223,10 +225,10 @@ def benchmark_host(arguments: argparse.Namespace) -> None:
     bare, ours, peer = rates = alternate(list(stages.values()), 200, arguments.seconds)
     extras = ("", f"{median(ours / bare)} of bare decoding", f"ours is {median(ours / peer)} times as fast")
     for name, rounds, extra in zip(stages, rates, extras, strict=True):
-        report(name, float(np.median(rounds)), extra)
+        report(arguments, name, float(np.median(rounds)), extra)
     batches = train_batches(dataset, config, arguments.batch_size)
     whole = rate(batches, arguments.batch_size, arguments.seconds)
-    report(f"whole pipeline, {arguments.num_workers} workers, {cores} cores", whole)
+    report(arguments, f"whole pipeline, {arguments.num_workers} workers, {cores} cores", whole)
     if arguments.train_step_s:
         share = max(0.0, arguments.batch_size / whole / arguments.train_step_s - 1)
         print(f"  waiting beyond a training step of {arguments.train_step_s:.3f} s: {share:.1%}")
@@ -242,10 +244,13 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement")
     parser.add_argument("--train_step_s", type=float, help="time of a training step of this batch size")
+    parser.add_argument("--record", help=speed.HELP)
     try:
         arguments = parser.parse_args()
+        arguments.record = speed.Recorder(arguments.record)
         print(f"{arguments.name}, batch {arguments.batch_size}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores")
         (benchmark_host if arguments.name == "imagenet" else benchmark_device)(arguments)
+        arguments.record.write()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

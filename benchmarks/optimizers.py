@@ -27,7 +27,7 @@ import optax
 from absl import flags
 from flax import nnx
 
-from benchmarks import fake_data
+from benchmarks import fake_data, speed
 from simplest_vit import cli
 from simplest_vit.data.input_pipeline import Batch
 from simplest_vit.optimizers import paths
@@ -38,6 +38,7 @@ from simplest_vit.training.step import classification_sums
 _MEASURED = flags.DEFINE_integer("measured_batch_size", 16, "Batch size of the measured gradient.", lower_bound=1)
 _DIRECT = flags.DEFINE_bool("direct", False, "Time whole steps at the batch size of the config.")
 _NETWORK = flags.DEFINE_enum("network", None, ["cnn", "mlp"], "Time a small network in place of a config.")
+flags.adopt_module_key_flags(speed)
 
 _USAGE = "python -m benchmarks.optimizers --config configs/cifar10.py"
 FREQUENCY = 25
@@ -192,6 +193,7 @@ def measure_config() -> tuple[dict[str, Times], float]:
 
 def _main() -> None:
     """Print a table."""
+    record = speed.Recorder(speed.RECORD.value)
     if _NETWORK.value:
         times, model_s = measure_network(_NETWORK.value), 0.0
     elif cli.CONFIG.present:
@@ -206,6 +208,11 @@ def _main() -> None:
             f"{name:26} {entry.compile:7.2f} {np.median(entry.steps):7.4f} {_p99(entry.steps):7.4f} | "
             f"{ratios[0]:18.4f} {ratios[1]:7.4f} {ratios[2]:7.4f}"
         )
+        record.add("p50", 1e3 * np.median(entry.steps), "ms", row=name)
+        record.add("p99", 1e3 * _p99(entry.steps), "ms", row=name)
+        for column, ratio in zip(("p50", "p99", "mean"), ratios, strict=True):
+            record.add(f"{column} / Adam's p50", ratio, row=name)
+    record.write()
 
 
 def _p99(values: np.ndarray) -> float:

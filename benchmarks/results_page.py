@@ -1,10 +1,11 @@
-"""Fill the tables of RESULTS.md, docs/isometric.md and README.md from results/runs.csv.
+"""Fill the tables of the pages from results/runs.csv and results/speed.csv.
 
     python -m benchmarks.results_page          # rewrite the blocks
     python -m benchmarks.results_page --check  # fail if a page is out of date
 
-`<!-- results: NAME -->` and `<!-- results: end -->` enclose a block; `BLOCKS` has the names. Measured numbers appear
-only in blocks, so that all of them are recomputed.
+`<!-- results: NAME -->` and `<!-- results: end -->` enclose a block; `BLOCKS` has the names. `<!-- speed: TABLE -->`
+and `<!-- speed: end -->` enclose a table of results/speed.csv. Measured numbers appear only in blocks, so that all of
+them have records, and in code, as the output of a command.
 """
 
 import argparse
@@ -14,19 +15,22 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from benchmarks import intervals, records, verdict
-from benchmarks.cells import Cell, Results, compare, difference_text
+from benchmarks import intervals, records, speed, verdict
+from benchmarks.cells import Cell, Results, compare, difference_text, link
 from benchmarks.protocols import AT_ONCE, NETWORKS, RECIPE_NETWORKS, TABLES
 from benchmarks.verdict import DATA
 from simplest_vit.errors import UserError, print_error
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ("RESULTS.md", "README.md", "docs/isometric.md")
+PAGES = tuple(
+    str(path.relative_to(ROOT)) for folder in ("", "docs/", "benchmarks/") for path in ROOT.glob(f"{folder}*.md")
+)
 OPTIMIZERS = {"soap": "SOAP", "muon": "Muon", "adam": "Adam", "shampoo": "Shampoo@25"}
-_BLOCK = re.compile(r"(<!-- results: (?!end)([\w-]+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
-_NUMBER = re.compile(r"\d+(?:\.\d+)?\s?(?:%|points)")
+_BLOCK = re.compile(r"(<!-- (results|speed): (?!end)([\w-]+) -->\n).*?(<!-- \2: end -->)", re.DOTALL)
+_CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
+_NUMBER = re.compile(r"\d[\d,.]*\s?(?:%|(?:points|times|launches|images/s|ms|s|MB|GB|MiB|GiB)\b)")
 NOT_RUN = "not run"
 RECIPE_STEPS = {"cifar10": 2160, "cifar100": 2160, "tiny_imagenet": 4320}  # 90 epochs of batches of 2,048
 
@@ -233,19 +237,40 @@ BLOCKS: dict[str, Callable[[Results, str], str]] = {
 }
 
 
-def fill(text: str, results: Results, page: str) -> str:
+def measured(numbers: dict[int, speed.Number], page: str) -> str:
+    """Return a table of results/speed.csv, given by its lines; the devices are in the first cell or a last column."""
+    columns = list(dict.fromkeys((number.column, number.unit) for number in numbers.values()))
+    devices = {number.row: number.device for number in numbers.values()}
+    cells = {(number.row, number.column, number.unit): number.text for number in numbers.values()}
+    common = len(set(devices.values())) == 1
+    header = [link(common * next(iter(devices.values())) or "records", page, "speed.csv", numbers)]
+    header += [", ".join(filter(None, column)) for column in columns] + ["device"] * (not common)
+    body = [
+        [row, *(cells.get((row, *column), "") for column in columns), *[device] * (not common)]
+        for row, device in devices.items()
+    ]
+    return table(header, body)
+
+
+def fill(text: str, results: Results, page: str, numbers: Sequence[speed.Number] = ()) -> str:
     """Return a page with its blocks regenerated.
 
     Raises:
-      UserError: If a block is unknown, or a page other than README.md has a measured number outside its blocks.
+      UserError: If a block is unknown, or the page has a measured number outside its blocks and code.
     """
+    tables: dict[str, dict[int, speed.Number]] = {}
+    for line, number in enumerate(numbers, start=2):
+        tables.setdefault(number.table, {})[line] = number
 
     def block(match: re.Match[str]) -> str:
-        if match[2] not in BLOCKS:
-            raise UserError(f"{page}: unknown block {match[2]}; expected one of {', '.join(BLOCKS)}")
-        return f"{match[1]}{BLOCKS[match[2]](results, page)}\n{match[3]}"
+        start, kind, name, end = match.groups()
+        known = BLOCKS if kind == "results" else tables
+        if name not in known:
+            raise UserError(f"{page}: unknown block {name}; expected one of {', '.join(known)}")
+        text = BLOCKS[name](results, page) if kind == "results" else measured(tables[name], page)
+        return f"{start}{text}\n{end}"
 
-    if page != "README.md" and (number := _NUMBER.search(_BLOCK.sub("", text))):
+    if number := _NUMBER.search(_CODE.sub("", _BLOCK.sub("", text))):
         raise UserError(f"{page}: {number[0]!r} is outside the generated blocks; move it into one, or remove it")
     return _BLOCK.sub(block, text)
 
@@ -256,13 +281,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     options = parser.parse_args()
     try:
-        results = Results(records.read())
+        results, numbers = Results(records.read()), speed.read()
         for page in PAGES:
             path = ROOT / page
             old = path.read_text()
-            new = fill(old, results, page)
+            new = fill(old, results, page, numbers)
             if new != old and options.check:
-                raise UserError(f"{page} does not match results/runs.csv; run python -m benchmarks.results_page")
+                raise UserError(f"{page} does not match results/*.csv; run python -m benchmarks.results_page")
             if new != old:
                 temporary = path.with_name(path.name + ".tmp")
                 temporary.write_text(new)

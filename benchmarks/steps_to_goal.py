@@ -6,7 +6,6 @@ Three small problems on scikit-learn's digits, three seeds, each optimizer at th
 Markdown table with the mean number of steps for each problem and goal, in about ten minutes on one core.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,9 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+from absl import flags
 from sklearn.datasets import load_digits
 
+from benchmarks import speed
+from simplest_vit import cli
 from simplest_vit.optimizers.shampoo import scale_by_shampoo, scale_by_soap
+
+flags.adopt_module_key_flags(speed)
 
 STEPS, BATCH, SEEDS = 300, 256, (0, 1, 2)
 FREQUENCY = 10
@@ -168,25 +172,27 @@ def steps_to(curve: np.ndarray, goal: float) -> int:
     return int(np.argmax(curve < goal)) + 1 if np.any(curve < goal) else len(curve) + 1
 
 
-def main() -> None:
-    """Run as a program."""
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+def _main() -> None:
+    record = speed.Recorder(speed.RECORD.value)
     start = time.perf_counter()
     print(f"| problem, loss | {' | '.join(OPTIMIZERS)} |\n|{'---|' * (len(OPTIMIZERS) + 1)}")
     for name, problem in PROBLEMS.items():
         cells: dict[float, list[str]] = {goal: [] for goal in problem.goals}
-        for scale, rates in OPTIMIZERS.values():
+        for optimizer, (scale, rates) in OPTIMIZERS.items():
             run = make_run(problem, scale)
             curves = {rate: [np.asarray(run(seed, rate)) for seed in SEEDS] for rate in rates}
             for goal, row in cells.items():
                 means = {rate: np.mean([steps_to(curve, goal) for curve in curves[rate]]) for rate in rates}
                 best = min(means, key=lambda rate: means[rate])
                 reached = all(np.any(curve < goal) for curve in curves[best])
-                row.append(f"{means[best]:.0f} ({best:g})" if reached else f"> {STEPS}")
+                steps, rate = (f"{means[best]:.0f}", f"{best:g}") if reached else (f"> {STEPS}", "")
+                row.append(f"{steps} ({rate})" if rate else steps)
+                record.add(optimizer, steps, row=f"{name}, {goal}", note=rate)
         for goal, row in cells.items():
             print(f"| {name}, {goal} | {' | '.join(row)} |", flush=True)
+    record.write()
     print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}, {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(_main, usage="python -m benchmarks.steps_to_goal", required=())

@@ -11,16 +11,19 @@ moves if the initial weights change by a relative 1e-7, because training amplifi
 import numpy as np
 from absl import flags
 
+from benchmarks import speed
 from simplest_vit import cli
 from simplest_vit.data import input_pipeline
 from simplest_vit.training.run import build
 
 _STEPS = flags.DEFINE_integer("steps", 100, "Number of steps.", lower_bound=1)
+flags.adopt_module_key_flags(speed)
 
 
 def _main() -> None:
     from tests.torch_training import losses_side_by_side
 
+    record = speed.Recorder(speed.RECORD.value, one_row=True)
     config = cli.CONFIG.value
     config.steps = config.steps or _STEPS.value
     dataset = input_pipeline.load(config.data)
@@ -30,6 +33,9 @@ def _main() -> None:
     for step in sorted({*range(9, len(ours), 10), len(ours) - 1}):
         so_far = apart[: step + 1].max(), by_rounding[: step + 1].max()
         print(f"{step + 1:4} {ours[step]:10.6f} {theirs[step]:10.6f} {so_far[0]:13.1e} {so_far[1]:14.1e}")
+    record.add("relative difference", so_far[0])
+    record.add("from rounding", so_far[1])
+    record.write()
 
 
 if __name__ == "__main__":

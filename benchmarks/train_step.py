@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from benchmarks import fake_data
+from benchmarks import fake_data, speed
 from benchmarks.flops import step_flops
 from simplest_vit import cli
 from simplest_vit.models import fused_attention, model_arguments
@@ -29,6 +29,7 @@ from simplest_vit.training.run import Run, build
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed steps of each program.", lower_bound=1)
 _TORCH = flags.DEFINE_bool("torch", True, "Time PyTorch, too.")
 _AGAINST = cli.define_config("against", "Another config, to compare with.")
+flags.adopt_module_key_flags(speed)
 
 
 class Program(NamedTuple):
@@ -126,6 +127,7 @@ def pytorch(run: Run, compiled: bool) -> Program:
 
 
 def _main() -> None:
+    record = speed.Recorder(speed.RECORD.value, one_row=True)
     configs = {"this": cli.CONFIG.value}
     if _AGAINST.present:
         configs["against"] = _AGAINST.value
@@ -162,6 +164,12 @@ def _main() -> None:
     for program, times in zip(programs, seconds.T, strict=True):
         low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
         memory = program.memory()
+        if device.platform != "cpu":  # absolute times of a CPU depend on what else it does
+            row = record.row if program is programs[0] else program.name
+            record.add("step (quartiles)", 1e3 * median, "ms", row=row, spread=(1e3 * low, 1e3 * high))
+            record.add("images/s", program.images / median, row=row)
+            if memory is not None:
+                record.add("peak", memory / 1e9, "GB", row=row)
         print(
             f"{program.name:14} {program.compile_s:9.1f}   {median:7.4f} ({low:.4f} to {high:.4f})"
             f"{program.images / median:11.1f} {program.flops / median / 1e9:14.1f}"
@@ -173,6 +181,9 @@ def _main() -> None:
     for peer in peers:
         low, median, high = np.quantile(seconds[:, 0] / seconds[:, peer], (0.25, 0.5, 0.75))
         print(f"ratio of this to {programs[peer].name}: {median:.3f} ({low:.3f} to {high:.3f}), round by round")
+        name = configs["against"].model.name if peer < own else programs[peer].name
+        record.add("ratio (quartiles)", median, row=f"{record.row} / {name}", spread=(low, high))
+    record.write()
 
 
 if __name__ == "__main__":
