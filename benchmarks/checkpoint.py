@@ -1,11 +1,11 @@
 """Measure what checkpoints cost: the share of a run's time, and the time of a resume to its first step.
 
-python -m benchmarks.checkpoint --config configs/digits.py
-python -m benchmarks.checkpoint --config configs/cifar10.py --config.batch_size=16 --steps 1
+python -m benchmarks.checkpoint --config configs/digits.py --config.checkpoint_every=330
+python -m benchmarks.checkpoint --config configs/cifar10.py --config.checkpoint_every=240 --steps 1
 
-Steps run on fake data. A save is timed while the loop waits for it (`blocking`) and until it is on disk (`whole`); this
-overlaps the next steps. The share of a run is that of `blocking` in `config.checkpoint_every` steps. On a CPU the whole
-save competes with the steps, so the true cost is between the two.
+Steps run on fake data, so `config.checkpoint_every` has to be a number of steps. A save is timed while the loop waits
+for it (`blocking`) and until it is on disk (`whole`); this overlaps the next steps. The share of a run is that of
+`blocking` in that many steps. On a CPU the whole save competes with the steps, so the true cost is between the two.
 """
 
 import pathlib
@@ -18,11 +18,13 @@ from absl import flags
 
 from benchmarks import fake_data, speed
 from simplest_vit import cli
+from simplest_vit.errors import UserError
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.state import RunProgress
 
+_USAGE = "python -m benchmarks.checkpoint --config configs/digits.py --config.checkpoint_every=330"
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=1)
 _SAVES = flags.DEFINE_integer("saves", 5, "Timed saves.", lower_bound=2)
 flags.adopt_module_key_flags(speed)
@@ -31,6 +33,10 @@ flags.adopt_module_key_flags(speed)
 def _main() -> None:
     config = cli.CONFIG.value
     record = speed.Recorder(speed.RECORD.value, one_row=True)
+    if isinstance(config.checkpoint_every, str):
+        raise UserError(
+            f"config.checkpoint_every={config.checkpoint_every}: fake data have no epochs; give a number of steps"
+        )
     run = build(config, fake_data.info_of(config), create_mesh())
     batch = fake_data.batch(run.data, config.batch_size)
 
@@ -74,4 +80,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage="python -m benchmarks.checkpoint --config configs/digits.py", required=("config",))
+    cli.run(_main, usage=_USAGE, required=("config",))

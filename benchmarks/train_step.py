@@ -166,7 +166,7 @@ def _main() -> None:
         memory = program.memory()
         if device.platform != "cpu":  # absolute times of a CPU depend on what else it does
             row = record.row if program is programs[0] else program.name
-            record.add("step (quartiles)", 1e3 * median, "ms", row=row, spread=(1e3 * low, 1e3 * high))
+            record.add("step", 1e3 * median, "ms", row=row, spread=(1e3 * low, 1e3 * high))
             record.add("images/s", program.images / median, row=row)
             if memory is not None:
                 record.add("peak", memory / 1e9, "GB", row=row)
@@ -182,7 +182,7 @@ def _main() -> None:
         low, median, high = np.quantile(seconds[:, 0] / seconds[:, peer], (0.25, 0.5, 0.75))
         print(f"ratio of this to {programs[peer].name}: {median:.3f} ({low:.3f} to {high:.3f}), round by round")
         name = configs["against"].model.name if peer < own else programs[peer].name
-        record.add("ratio (quartiles)", median, row=f"{record.row} / {name}", spread=(low, high))
+        record.add("ratio", median, row=f"{record.row} / {name}", spread=(low, high))
     record.write()
 
 

@@ -346,6 +346,7 @@ COMMANDS = [
     ("benchmarks.checkpoint --config configs/digits.py --config.batch_size=0", "config.batch_size=0 must be"),
     ("benchmarks.train_step --config configs/digits.py --config.model.depth=0", "config.model.depth=0 must be"),
     ("benchmarks.checkpoint --config configs/digits.py --record=x", "--record=x: expected --record=TABLE:ROW"),
+    ("benchmarks.checkpoint --config configs/digits.py", "config.checkpoint_every=30 epochs: fake data have no epochs"),
     (
         "benchmarks.train_step --config configs/digits.py --config.model.attention_kernel=fused",
         "needs NVIDIA GPUs",
