@@ -55,7 +55,7 @@ def decode_image(content: bytes, channels: int, min_size: tuple[int, int] = (0, 
                 except ValueError as error:
                     if "premature end" in str(error).lower():  # Pillow fills what is missing with grey
                         raise ValueError("the JPEG is truncated") from error
-            image.load()  # also rotates a TIFF
+            image.load()
             return _turn(_eight_bits(image, channels), _orientation(image))
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         raise UserError(f"not a complete image ({_reason(error, content)})") from error
@@ -143,6 +143,8 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _orientation(image: Image.Image) -> int:
     """Return EXIF's orientation, 1 to 8; 1, which is upright, if it is missing or invalid."""
+    if image.format == "TIFF":  # Pillow gives its upright size, and rotates it when it is loaded
+        return 1
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # an image with damaged metadata is still usable

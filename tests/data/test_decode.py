@@ -38,8 +38,7 @@ def test_images_are_turned_as_pil_turns_them(orientation, image_format):
     pixels = decode_image(content, 3)
     assert pixels.shape == expected.shape
     assert np.abs(pixels - expected).max() <= (3 if image_format == "JPEG" else 0)  # two JPEG decoders
-    if image_format in ("JPEG", "PNG"):  # what prepared data sets hold
-        assert image_size(content) == pixels.shape[:2]
+    assert image_size(content) == pixels.shape[:2]
 
 
 def test_a_jpeg_is_turned_behind_other_segments_and_at_reduced_scale():
