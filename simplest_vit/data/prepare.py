@@ -58,7 +58,7 @@ def prepare(
         prepared = open_prepared(name, data_dir)
     else:
         root = _root(data_dir)
-        originals = Path(local_path(manual_dir)) if manual_dir else root / "downloads"
+        originals = Path(local_path(manual_dir)).absolute() if manual_dir else root / "downloads"
         path = root / builder.name / builder.version
         with _reading(originals):
             if builder.config or not path.exists():  # a prepared set needs its originals only to determine its variant

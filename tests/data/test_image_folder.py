@@ -157,11 +157,13 @@ def test_a_changed_folder_is_another_data_set_with_another_fingerprint(photos, t
     assert all((pathlib.Path(path) / "3.0.0").is_dir() for path in named)
 
 
-def test_a_copy_in_another_place_has_the_same_fingerprint(photos, tmp_path):
+def test_a_copy_in_another_place_has_the_same_fingerprint(photos, tmp_path, monkeypatch):
     shutil.copytree(photos, tmp_path / "copy")
     first, second = (prepare("image_folder", tmp_path / "tfds", folder) for folder in (photos, tmp_path / "copy"))
     assert first.info.full_name != second.info.full_name
     assert first.fingerprint == second.fingerprint
+    monkeypatch.chdir(photos)
+    assert prepare("image_folder", tmp_path / "tfds", ".").folder == first.folder
 
 
 def test_a_flat_folder_may_be_split_by_the_config(tmp_path, make_config):
