@@ -266,13 +266,17 @@ class Prepared:
         return b"".join(hashes for hashes, _ in parts), labels, images, moments
 
     def _state(self) -> str:
-        """Digest the names and sizes of the files and the metadata, to detect an outdated sidecar."""
+        """Digest the metadata, and name, size and time of the files, to detect an outdated sidecar.
+
+        A set with other labels may have files of the same size. Archives store times in whole seconds.
+        """
         digest = hashlib.sha256(b"2")
         for name, split in sorted(self.info.splits.items()):
             digest.update(f"{name} {split.shard_lengths}\n".encode())
         for path in sorted(self.folder.iterdir()):
             if ".array_record" in path.name:
-                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+                status = path.stat()
+                digest.update(f"{path.name} {status.st_size} {int(status.st_mtime)}\n".encode())
             elif path.name == "features.json" or path.name.endswith(".labels.txt"):
                 digest.update(f"{path.name}\n".encode() + path.read_bytes())
         return digest.hexdigest()

@@ -1,6 +1,7 @@
 """Sets that TFDS has prepared, by their name; splits in its syntax; what is measured once and kept."""
 
 import itertools
+import os
 import shutil
 
 import numpy as np
@@ -22,7 +23,7 @@ from simplest_vit.training.workdir import lock_workdir, read_run
 def write_set(data_dir, name, features, splits):
     """Writes a set as TFDS does, by TFDS's own classes; splits are {name: examples}."""
     folder = data_dir / name / "1.0.0"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     features = tfds.features.FeaturesDict(features)
     template = tfds.core.ShardedFileTemplate(folder, dataset_name=name.split("/")[0], filetype_suffix="array_record")
     infos = []
@@ -244,6 +245,17 @@ def test_the_sidecar_is_read_not_made_again_and_made_again_only_where_it_does_no
     names.write_text(names.read_text().replace("round", "oval"))
     assert prepare("shapes", tmp_path).fingerprint != first.fingerprint
     assert len(measured) == 3
+
+
+def test_a_set_that_was_made_again_with_other_labels_is_measured_again(tmp_path, make_config):
+    features, labels = {"image": IMAGE, "label": TWO}, []
+    for time, label in ((1000, 0), (2000, 1)):  # files of the same size
+        examples = [{"image": PNGS[i], "label": (i + label) % 2} for i in range(4)]
+        folder = write_set(tmp_path, "set", features, {"train": examples, "test": examples})
+        for path in folder.glob("*.array_record*"):
+            os.utime(path, (time, time))
+        labels.append(input_pipeline.load(make_config("set", dir=tmp_path).data).train.labels.tolist())
+    assert labels == [[0, 1, 0, 1], [1, 0, 1, 0]]
 
 
 def test_damage_of_decoded_images_is_noticed_by_their_checksum(tmp_path, make_config):
