@@ -313,11 +313,11 @@ def checkpoint_minutes(trained, monkeypatch, **_):
 
 
 def patience(trained, monkeypatch, caplog, **_):
-    accuracies = {1: 0.3, 2: 0.6, 3: 0.6, 4: 0.5, 5: 0.9, 6: 0.7}
+    accuracies = {1: 0.0, 2: 0.6, 3: 0.6, 4: 0.5, 5: 0.9, 6: 0.7}
     validate = lambda _, __, state: {"validation_loss": 1.0, "validation_accuracy": accuracies[int(state.step)]}  # noqa: E731
     monkeypatch.setattr(train_module, "validate", validate)
     caplog.set_level(logging.INFO, "simplest_vit")
-    for patience, steps in ((2, 4), (3, 6), (0, 6)):  # as good is not better
+    for patience, steps in ((1, 3), (2, 4), (3, 6), (0, 6)):  # as good is not better, and 0 is better than nothing
         outcome, _, saved, _ = trained(f"{patience}", patience=patience, eval_every=1, checkpoint_every=100)
         assert (outcome["steps"], outcome["stopped_early"], saved[-1]) == (steps, steps < 6, steps)
         said = f"stopped at step {steps} of 6: {patience} evaluations without a better validation accuracy"

@@ -88,10 +88,11 @@ class RunProgress:
 
     def record_evaluation(self, step: int, result: dict[str, float]) -> bool:
         """Record an evaluation and return whether it is the best so far, or tied with it."""
+        is_first = self.validation_accuracy is None
         self.last_evaluation = step
         self.validation_loss, self.validation_accuracy = result["validation_loss"], result["validation_accuracy"]
         is_best = self.validation_accuracy >= self.best_validation_accuracy
-        is_gain = self.validation_accuracy > self.best_validation_accuracy
+        is_gain = is_first or self.validation_accuracy > self.best_validation_accuracy  # the first may be 0
         self.evaluations_without_gain = 0 if is_gain else self.evaluations_without_gain + 1
         self.best_validation_accuracy = max(self.best_validation_accuracy, self.validation_accuracy)
         return is_best
