@@ -1,4 +1,4 @@
-"""The recipes, by name: `--config cifar10`, or `simplest_vit.recipes.cifar10.get_config()`.
+"""The recipes, by name: `--config cifar10`, or `from simplest_vit.recipes import cifar10; cifar10.get_config()`.
 
 `simplest_vit/recipes` is a link to `configs/`, so that the wheel holds them.
 """

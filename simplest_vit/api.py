@@ -16,7 +16,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     """Train as the config describes, or resume the run in `workdir`, and log to standard output.
 
     Args:
-      config: From a recipe, such as `simplest_vit.recipes.cifar10.get_config()`, or `simplest_vit.default_config`.
+      config: From a recipe (`from simplest_vit.recipes import cifar10`, `cifar10.get_config()`), or `default_config`.
       workdir: Folder for checkpoints, metrics, TensorBoard files and `results.json`.
 
     Returns:

@@ -324,7 +324,7 @@ def _explain(error: BaseException, flag: str, arguments: list[str]) -> str:
         named = re.match(r"flag --([\w.]+)=", str(error))
         is_path = named and named[1] not in [config.name for config in _CONFIGS]  # an error of `_PathParser`
         return f"--{named[1]}={innermost}" if named and is_path else str(innermost)
-    field = re.match(r"flag --config\.([\w.]+)=(.*): (?:invalid|could not)", str(error))
+    field = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
     if field and field[1] in FIELDS and isinstance(innermost, ValueError):
         _, values, meaning = FIELDS[field[1]]
         return f"config.{field[1]}={field[2]} must be {values.expected} ({meaning})"

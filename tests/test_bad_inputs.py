@@ -199,7 +199,7 @@ COMMANDS = [
     (DIGITS + " --config.epochs=many", "config.epochs=many must be a number"),
     (DIGITS + " --config.steps=1.5", "config.steps=1.5 must be an integer"),
     (DIGITS + " --config.model.depth=1e3", "config.model.depth=1e3 must be an integer"),
-    (DIGITS + " --config.data.flip=maybe", "--config.data.flip=maybe"),
+    (DIGITS + " --config.data.flip=maybe", "config.data.flip=maybe must be True or False"),
     (DIGITS + " --config.model=simple_vit", "--config.model=simple_vit"),
     (DIGITS + " --config.batch_size", "Missing value for flag --config.batch_size"),
     (DIGITS + " --config.weight_decay=-1", "config.weight_decay=-1.0 must be"),
