@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from simplest_vit.config import check
+from simplest_vit.errors import UserError
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -28,6 +30,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     """
     from simplest_vit.training import train as training
 
+    if hasattr(multiprocessing.current_process(), "_inheriting"):  # as multiprocessing recognizes it, too
+        raise UserError(
+            "train is called by a process that decodes images, because each of them imports the script; call it after "
+            'if __name__ == "__main__":'
+        )
     check(config)
     with _logging():
         return training.train(config, os.fspath(workdir))

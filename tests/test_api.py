@@ -1,6 +1,7 @@
 """The public names: lazily imported, and equal to what they are made of."""
 
 import logging
+import multiprocessing
 import pathlib
 import subprocess
 import sys
@@ -103,6 +104,12 @@ def test_a_wrong_config_is_refused_before_a_folder_is_made(tmp_path):
     with pytest.raises(UserError, match=r"config.batch_size=0 must be"):
         simplest_vit.train(tiny_config(batch_size=0), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_script_that_trains_when_it_is_imported_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)  # as `spawn` does
+    with pytest.raises(UserError, match=r"imports the script; call it after if __name__ == \"__main__\":"):
+        simplest_vit.train(tiny_config(), tmp_path / "run")
 
 
 def test_every_public_name_exists_and_others_do_not():
