@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import errno
 import os
 import re
 import sys
@@ -199,7 +198,7 @@ def run(
     except (TrainingError, Interrupted) as error:
         _exit(error)
     except streams.StdoutError as error:
-        if error.errno == errno.EPIPE:  # the reader has exited, as in `| head`
+        if isinstance(error.__cause__, BrokenPipeError):  # the reader has exited, as in `| head`
             sys.exit(141)  # 128 + SIGPIPE, which Windows lacks
         sys.exit(print_error(TrainingError(f"standard output cannot be written ({error})")))
 

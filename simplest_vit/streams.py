@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging as absl_logging
@@ -11,71 +12,14 @@ from absl import logging as absl_logging
 from simplest_vit.errors import one_line
 
 
+class StdoutError(Exception):
+    """Standard output cannot be written; the cause is an OSError."""
+
+
 def install() -> None:
     """Replace the standard streams, and log to standard error."""
-    sys.stdout, sys.stderr = _Stdout(sys.stdout), _Stderr(sys.stderr)
-    _configure_logging()
-
-
-def print_saved(text: str) -> None:
-    """Print text that is also saved on disk, so that a failure to print is only logged."""
-    try:
-        print(text, flush=True)
-    except StdoutError as error:
-        logging.getLogger("simplest_vit").warning("standard output cannot be written (%s)", error)
-
-
-class StdoutError(Exception):
-    """Standard output cannot be written."""
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__(error.strerror)
-        self.errno = error.errno
-
-
-class _Stream:
-    """A standard stream that calls `_fail` on write errors and escapes names that are not UTF-8."""
-
-    def __init__(self, stream: Any) -> None:
-        stream.reconfigure(errors="backslashreplace")
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            self._stream.write(text)
-        except OSError as error:
-            self._fail(error)
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._fail(error)
-
-    def _fail(self, error: OSError) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # so that the flush at exit does not fail
-
-
-class _Stderr(_Stream):
-    """Drops text that cannot be written, because a log line must not end a run."""
-
-
-class _Stdout(_Stream):
-    def _fail(self, error: OSError) -> None:
-        super()._fail(error)
-        raise StdoutError(error)
-
-
-class _OneLine(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(one_line, super().format(record).split("\n")))
-
-
-def _configure_logging() -> None:
+    # A log line must not end a run, so it is dropped if it cannot be written.
+    sys.stdout, sys.stderr = _Stream(sys.stdout, raises=True), _Stream(sys.stderr, raises=False)
     # Libraries log only errors; this project also logs its progress.
     absl_logging.set_verbosity(absl_logging.ERROR)
     # Orbax also logs every error that it raises, with a traceback for each of its threads (tests/faults/test_disk.py
@@ -90,6 +34,45 @@ def _configure_logging() -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+def print_saved(text: str) -> None:
+    """Print text that is also saved on disk, so that a failure to print is only logged."""
+    try:
+        print(text, flush=True)
+    except StdoutError as error:
+        logging.getLogger("simplest_vit").warning("standard output cannot be written (%s)", error)
+
+
+class _Stream:
+    """A standard stream that escapes names that are not UTF-8; a system error raises StdoutError or is dropped."""
+
+    def __init__(self, stream: Any, *, raises: bool) -> None:
+        stream.reconfigure(errors="backslashreplace")
+        self._stream, self._raises = stream, raises
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable[..., object], *arguments: str) -> None:
+        try:
+            function(*arguments)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # so that the flush at exit does not fail
+            if self._raises:
+                raise StdoutError(error.strerror) from error
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(one_line, super().format(record).split("\n")))
 
 
 def _report_unraisable(arguments: "sys.UnraisableHookArgs") -> None:
