@@ -153,7 +153,8 @@ FIELDS = {
 
 INTERVALS = tuple(name for name, field in FIELDS.items() if field.values.kind == INTERVAL)
 
-# An optimizer's own fields come from its signature (`optimizers.factory.declared`). optax does not check these ranges:
+# An optimizer's own fields come from its signature (`optimizers.factory.declared`). optax does not check their values:
+_OPTIMIZER_KINDS = {bool: FLAG, int: integer(-(2**31)), float: number("[-inf, inf]"), str: _TEXT}
 OPTIMIZER_RANGES = {
     **dict.fromkeys(("b1", "b2", "b3", "beta", "decay", "momentum", "adam_b1", "adam_b2"), DECAY),
     "eps": number("(0, 1]"),
@@ -169,9 +170,11 @@ def fields(optimizer: str) -> dict[str, Field]:
 
     own = {}
     for name, (value, kind) in declared(optimizer).items():
-        values = Values(lambda value: True, "anything", kind)
-        if name in OPTIMIZER_RANGES and "shampoo" not in optimizer and optimizer != "soap":  # they check their own
-            values = OPTIMIZER_RANGES[name] if value is not None else optional(OPTIMIZER_RANGES[name])
+        if "shampoo" in optimizer or optimizer == "soap":  # they check their own
+            values = Values(lambda value: True, "anything", kind)
+        else:
+            values = OPTIMIZER_RANGES.get(name, _OPTIMIZER_KINDS[kind])
+            values = values if value is not None else optional(values)
         own[f"optimizer.{name}"] = Field(value, values, f"an argument of {optimizer}")
     return FIELDS | own
 

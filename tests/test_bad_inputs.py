@@ -114,6 +114,7 @@ FIELDS = [
     ("adam", "optimizer.b1", "1.0", "a number in [0, 1)"),
     ("adam", "optimizer.b2", "-0.5", "a number in [0, 1)"),
     ("adam", "optimizer.eps", "0.0", "a number in (0, "),
+    ("adam", "optimizer.nesterov", "'yes'", "True or False"),
     ("adam", "optimizer.beta", "0.9", "config.optimizer.beta is unknown; "),
     ("muon", "optimizer.beta", "1.0", "a number in [0, 1)"),
     ("muon", "optimizer.adam_learning_rate", "-1e-3", "a number in (0, "),
