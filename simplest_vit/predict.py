@@ -198,16 +198,16 @@ def find_images(paths: list[str]) -> list[pathlib.Path]:
     for name in paths:
         path = pathlib.Path(name)
         try:
-            found, exists = list(map(pathlib.Path, image_files(path))) if path.is_dir() else [path], path.exists()
+            found, exists = image_files(path) if path.is_dir() else [name], path.exists()
         except OSError as error:
             raise UserError(f"--images: {name} cannot be read ({error.strerror}); give another") from error
         if not exists:
             raise UserError(f"--images: {name} does not exist; give image files or folders with images")
         if path.is_dir():
-            name_others(path, set(map(str, found)))
+            name_others(path, set(found))
         if not found:
             raise UserError(f"--images: {name} has no images; expected files such as .jpg or .png")
-        files += found
+        files += map(pathlib.Path, found)
     if not files:
         raise UserError("--images is missing; give image files or folders with images: --images a.jpg folder/")
     return files

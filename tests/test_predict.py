@@ -228,12 +228,15 @@ def test_what_cannot_be_read_is_told_and_the_others_are_predicted(run, tmp_path,
     assert told[2].endswith("7.png: No such file or directory")
 
 
-def test_files_and_folders_may_be_mixed(tmp_path, capfd):
+def test_files_and_folders_may_be_mixed(tmp_path, capfd, monkeypatch):
     (tmp_path / "folder").mkdir()
     for name in ("b.png", "folder/z.JPG", "folder/a.png", "folder/notes.txt", "folder/._a.png"):
         (tmp_path / name).touch()
     found = find_images([str(tmp_path / "b.png"), str(tmp_path / "folder")])
     assert [file.name for file in found] == ["b.png", "a.png", "z.JPG"]
+    assert capfd.readouterr().err == "skipped unused files: 1 .txt\n"
+    monkeypatch.chdir(tmp_path / "folder")
+    assert list(map(str, find_images(["."]))) == ["a.png", "z.JPG"]
     assert capfd.readouterr().err == "skipped unused files: 1 .txt\n"
 
 
