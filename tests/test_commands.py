@@ -79,7 +79,8 @@ def test_evaluate(run, record, monkeypatch, tmp_path):
     for folder, split in (("cat", "train+validation"), ("train", None)):  # all images, or those of val/
         (tmp_path / folder).mkdir()
         run("evaluate", image_folder=str(tmp_path))
-        assert calls.pop()[2] == {"name": "image_folder", "manual_dir": str(tmp_path), "validation_split": split}
+        folder = {"name": "image_folder", "manual_dir": str(tmp_path), "label": None}  # not the label of the run's data
+        assert calls.pop()[2] == {**folder, "validation_split": split}
 
 
 @pytest.mark.parametrize(

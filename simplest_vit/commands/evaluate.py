@@ -36,7 +36,7 @@ def main() -> None:
         own_flags = {}
         if image_folder.value:
             all_images = not has_splits(pathlib.Path(image_folder.value))
-            other_data = {"name": "image_folder", "manual_dir": image_folder.value}
+            other_data = {"name": "image_folder", "manual_dir": image_folder.value, "label": None}
             own_flags["data.manual_dir"] = "--image_folder"
             # Not the run's own split: all images of a folder with CLASS/*.jpg, or those in val/.
             other_data["validation_split"] = "train+validation" if all_images else None
