@@ -20,7 +20,7 @@ from ml_collections.config_dict import FieldReference, placeholder
 
 from simplest_vit.errors import UserError, did_you_mean
 from simplest_vit.files import local_path
-from simplest_vit.ranges import DECAY, FLAG, MODEL, Values, integer, number, one_of, optional
+from simplest_vit.ranges import DECAY, FLAG, MODEL, TEXT, Values, integer, number, one_of, optional
 
 
 class Field(NamedTuple):
@@ -48,8 +48,7 @@ def _folder(path: Any) -> bool:
     return isinstance(path, str) and bool(path) and bool(local_path(path))  # which raises
 
 
-_TEXT = Values(lambda value: isinstance(value, str), "a name")
-_NAME = optional(_TEXT)
+_NAME = optional(TEXT)
 INTERVAL = int | str
 _INTERVAL = Values(_is_interval, "a number of steps, an integer from 1, or of epochs, such as '0.5 epochs'", INTERVAL)
 _FOLDER = optional(Values(_folder, "the path of a folder"))
@@ -92,8 +91,8 @@ FIELDS = {
     "profile.first_step": Field(0, integer(0), "profile the steps after this one; 0: no profile"),
     "profile.num_steps": Field(5, integer(1), "number of steps to profile"),
     "init_from": Field(None, _FOLDER, "fine-tune: start from the best weights of the run in this folder"),
-    "model.name": Field("simplest_vit", _TEXT, "network: simplest_vit, isometric_vit, shift_mlp or simple_vit"),
-    "model.variant": Field("S", _TEXT, "Ti, S, B or L; sets depth, width, num_heads and mlp_dim if they are None"),
+    "model.name": Field("simplest_vit", TEXT, "network: simplest_vit, isometric_vit, shift_mlp or simple_vit"),
+    "model.variant": Field("S", TEXT, "Ti, S, B or L; sets depth, width, num_heads and mlp_dim if they are None"),
     "model.depth": Field(None, optional(MODEL["depth"]), "number of blocks"),
     "model.width": Field(None, optional(MODEL["width"]), "channels of a token"),
     "model.num_heads": Field(None, optional(MODEL["num_heads"]), "number of attention heads; a divisor of the width"),
@@ -127,12 +126,12 @@ FIELDS = {
     "model.norm": Field(None, _NAME, "normalization: none, or layer_norm before attention, MLP and head"),
     "model.skip": Field(None, _NAME, "skips: none, residual (x + f(x)) or scaled ((x + f(x)) / sqrt 2)"),
     "data.name": Field(
-        "digits", _TEXT, "cifar10, cifar100, tiny_imagenet, imagenet, image_folder, digits or a set that TFDS prepared"
+        "digits", TEXT, "cifar10, cifar100, tiny_imagenet, imagenet, image_folder, digits or a set that TFDS prepared"
     ),
     "data.dir": Field(None, _FOLDER, "folder of prepared data sets; None: ~/tensorflow_datasets"),
     "data.manual_dir": Field(None, _FOLDER, "folder of the original files, if they are not downloaded"),
     "data.label": Field(None, _NAME, "label to learn, such as coarse_label; None: label, or the only one"),
-    "data.train_split": Field("train", _TEXT, "training split in TFDS's syntax, such as train[:45000]"),
+    "data.train_split": Field("train", TEXT, "training split in TFDS's syntax, such as train[:45000]"),
     "data.validation_split": Field(None, _NAME, "such as train[45000:]; None: validation if it exists, else test"),
     "data.image_size": Field(None, optional(integer(1, 2**14)), "side in pixels; None: the original size, or 224"),
     "data.random_resized_crop": Field(False, FLAG, "crop and resize at random, as for ImageNet, on the host"),
@@ -147,14 +146,14 @@ FIELDS = {
     "data.device_budget_bytes": Field(2 * 10**9, integer(0, 2**60), "bytes up to which a split is kept on the device"),
     # 0: threads instead; None: chosen by the number of cores.
     "data.num_workers": Field(None, optional(integer(0, 1024)), "processes that decode streamed images"),
-    "optimizer.name": Field("adam", _TEXT, "adam, muon, shampoo, soap, or the name of any other optax optimizer"),
+    "optimizer.name": Field("adam", TEXT, "adam, muon, shampoo, soap, or the name of any other optax optimizer"),
     "optimizer.learning_rate": Field(1e-3, number("(0, 1000]"), "peak learning rate"),
 }
 
 INTERVALS = tuple(name for name, field in FIELDS.items() if field.values.kind == INTERVAL)
 
 # An optimizer's own fields come from its signature (`optimizers.factory.declared`). optax does not check their values:
-_OPTIMIZER_KINDS = {bool: FLAG, int: integer(-(2**31)), float: number("[-inf, inf]"), str: _TEXT}
+_OPTIMIZER_KINDS = {bool: FLAG, int: integer(-(2**31)), float: number("[-inf, inf]"), str: TEXT}
 OPTIMIZER_RANGES = {
     **dict.fromkeys(("b1", "b2", "b3", "beta", "decay", "momentum", "adam_b1", "adam_b2"), DECAY),
     "eps": number("(0, 1]"),
@@ -185,7 +184,7 @@ def default(optimizer: str = "adam") -> ConfigDict:
     The optimizer determines the fields of `config.optimizer`; a UserError if there is none of that name.
     """
     nested: dict[str, Any] = {}
-    for name, (value, values, _) in (fields(optimizer) | {"optimizer.name": Field(optimizer, _TEXT, "")}).items():
+    for name, (value, values, _) in (fields(optimizer) | {"optimizer.name": Field(optimizer, TEXT, "")}).items():
         *sections, last = name.split(".")
         section = nested
         for part in sections:

@@ -46,6 +46,7 @@ def optional(values: Values) -> Values:
 
 DECAY = number("[0, 1)")
 FLAG = Values(lambda value: isinstance(value, bool), "True or False")
+TEXT = Values(lambda value: isinstance(value, str), "a name")
 
 # Fields of `config.model`, if they are not None.
 MODEL = {

@@ -18,6 +18,7 @@ from simplest_vit.data.prepared import Prepared, Split
 from simplest_vit.data.records import DiskSplit
 from simplest_vit.errors import UserError
 from simplest_vit.primary import broadcast_from_primary
+from simplest_vit.ranges import TEXT, Values, integer, number
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,26 +68,17 @@ class DatasetInfo:
           UserError: If a field is missing, unknown or damaged.
         """
 
-        def list_of(allows: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
-            return lambda v: isinstance(v, list) and 0 < len(v) == (length or len(v)) and all(map(allows, v))
-
-        def text(value: Any) -> bool:
-            return isinstance(value, str)
-
-        def size(value: Any) -> bool:
-            return type(value) is int and 0 < value < 2**31
-
-        def number(value: Any) -> bool:
-            return type(value) in (int, float) and abs(value) < 1e6  # neither NaN nor infinite
+        def list_of(values: Values, length: int | None = None) -> Callable[[Any], bool]:
+            return lambda v: isinstance(v, list) and 0 < len(v) == (length or len(v)) and all(map(values.allows, v))
 
         shape: Any = values.get("image_shape")
-        channels = shape[2] if list_of(size, 3)(shape) and math.prod(shape) < 2**31 else 0
-        allows = dict.fromkeys((field.name for field in dataclasses.fields(cls)), text) | {
-            "class_names": list_of(text),
+        channels = shape[2] if list_of(integer(1), 3)(shape) and math.prod(shape) < 2**31 else 0
+        allows = dict.fromkeys((field.name for field in dataclasses.fields(cls)), TEXT.allows) | {
+            "class_names": list_of(TEXT),
             "image_shape": lambda _: channels,
-            "mean": list_of(number, channels),
-            "std": list_of(lambda v: number(v) and v > 0, channels),
-            **dict.fromkeys(("train_size", "validation_size", "eval_resize"), size),
+            "mean": list_of(number("(-1e6, 1e6)"), channels),
+            "std": list_of(number("(0, 1e6)"), channels),
+            **dict.fromkeys(("train_size", "validation_size", "eval_resize"), integer(1).allows),
         }
         for name in sorted(allows.keys() | values.keys()):
             found = f"{values[name]!r}"[:100] if name in values else "missing"

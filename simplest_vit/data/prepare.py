@@ -72,7 +72,7 @@ def prepare(
             reason = error.strerror or error
             raise UserError(f"config.data.dir={root}: cannot prepare {name} there ({reason}); {remedy}") from error
         prepared = Prepared(_open(path), builder.mean, builder.std)
-    prepared.measure()
+    _ = prepared.fingerprint  # measures the data set now, unless it is already measured
     return prepared
 
 
@@ -142,37 +142,31 @@ def _open(folder: Path) -> tfds.core.DatasetBuilder:
 def _prepare_alone(
     builder: Builder, name: str, originals: Path, path: Path, *, download: bool, skip_corrupt: bool
 ) -> None:
-    """Prepare a data set unless it is already prepared, while no other process does."""
+    """Prepare a data set unless it is already prepared, while no other process does.
+
+    The lease is a file with host, process and heartbeat, because shared file systems may not support flock.
+    """
     while not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         lease = SoftFileLease(path.with_name(".preparing"), lease_duration=_LEASE)
         try:
-            with _held(lease):
-                if not path.exists():  # another process may have prepared it meanwhile
-                    print(f"preparing {name} in {path}", file=sys.stderr, flush=True)
-                    if builder.archive and download:
-                        builder.archive.download(originals)
-                    _prepare(builder, originals, path, skip_corrupt)
+            lease.acquire(blocking=False)
+        except Timeout:
+            owner = lease.owner  # None while the owner writes its name
+            who = f"process {owner.pid} of {owner.hostname}" if owner else "another process"
+            print(f"waiting for {who} to prepare {path.parent}", file=sys.stderr)
+            lease.acquire(poll_interval=0.5)
+        try:
+            if not path.exists():  # another process may have prepared it meanwhile
+                print(f"preparing {name} in {path}", file=sys.stderr, flush=True)
+                if builder.archive and download:
+                    builder.archive.download(originals)
+                _prepare(builder, originals, path, skip_corrupt)
         except Exception:
             if not lease.compromise:  # otherwise this process was suspended and another took over
                 raise
-
-
-@contextlib.contextmanager
-def _held(lease: SoftFileLease) -> Iterator[None]:
-    """Hold a lease: a file with host, process and heartbeat, because shared file systems may not support flock."""
-    folder = Path(lease.lock_file).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lease.acquire(blocking=False)
-    except Timeout:
-        owner = lease.owner  # None while the owner writes its name
-        who = f"process {owner.pid} of {owner.hostname}" if owner else "another process"
-        print(f"waiting for {who} to prepare {folder}", file=sys.stderr)
-        lease.acquire(poll_interval=0.5)
-    try:
-        yield
-    finally:
-        lease.release()
+        finally:
+            lease.release()
 
 
 def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) -> None:

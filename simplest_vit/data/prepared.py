@@ -85,10 +85,6 @@ class Prepared:
         size = min(height or _DEFAULT_SIZE, width or _DEFAULT_SIZE)
         self.image_shape = (size, size, channels or 3)
 
-    def measure(self) -> None:
-        """Measure the data set now, unless it is already measured."""
-        _ = self._measured
-
     @property
     def mean(self) -> tuple[float, ...]:
         """The mean per channel, of pixels in [0, 1]."""

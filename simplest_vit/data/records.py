@@ -193,12 +193,11 @@ def cpu_count() -> int:
 
 @functools.cache
 def _max_open_files() -> int:
-    """Raise the soft limit of open files to 8,192, or as far as the hard limit allows, and return it."""
+    """Return the number of files that may be open, at most 8,192, after raising the soft limit so far if necessary."""
     if resource is None:
         return 512
-    soft, hard = (
-        limit if limit != resource.RLIM_INFINITY else 2**20 for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
-    )
-    if soft < (wanted := min(hard, 8192)):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    return min(max(soft, wanted), 8192)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit

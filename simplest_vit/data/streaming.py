@@ -177,9 +177,11 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
         while batch := _join(itertools.islice(iterator, chunks_per_batch)):
             yield batch
     except RuntimeError as error:  # Grain's
-        if reason := _signal_that_ended(error):
-            raise TrainingError(f"a process that decodes images was ended by {reason}") from error
-        raise
+        number = re.search(r"exit code -(\d+)", str(error))
+        reason = _SIGNALS.get(signal.Signals(int(number[1])).name) if number else None
+        if reason is None:
+            raise
+        raise TrainingError(f"a process that decodes images was ended by {reason}") from error
     finally:
         atexit.unregister(stop)
         stop()
@@ -197,13 +199,6 @@ def _start_workers(iterator: grain.DatasetIterator) -> None:
         iterator.start_prefetch()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def _signal_that_ended(error: RuntimeError) -> str | None:
-    """Return the signal that ended a worker process, with its likely cause; None for any other error."""
-    number = re.search(r"exit code -(\d+)", str(error))
-    ended = {getattr(signal, name, None): text for name, text in _SIGNALS.items()}
-    return ended.get(int(number[1])) if number else None
 
 
 def _close(iterator: grain.DatasetIterator) -> None:

@@ -41,16 +41,12 @@ def create_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> M
 
 def check_batch_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
     """Raise a UserError unless every device has an equal share of each micro-batch."""
-    if batch_size % mesh.size:
+    each = accumulation_steps * mesh.size
+    if batch_size % each:
+        parts = f" x {accumulation_steps} micro-batches" if accumulation_steps > 1 else ""
         raise UserError(
-            f"config.batch_size={batch_size} cannot be split over {mesh.size} devices; choose a multiple of "
-            f"{mesh.size}, or a number of devices that divides it"
-        )
-    part = batch_size // accumulation_steps
-    if part % mesh.size:
-        raise UserError(
-            f"config.accumulation_steps={accumulation_steps} makes micro-batches of {part} examples, which cannot be "
-            f"split over {mesh.size} devices; choose a size that is a multiple of {mesh.size}"
+            f"config.batch_size={batch_size} cannot be split over {mesh.size} devices{parts}; choose a multiple of "
+            f"{each}, or a number of devices that divides it"
         )
 
 

@@ -21,7 +21,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
-from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import summary_v2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -54,9 +55,6 @@ class _Writer:
             if file:
                 with contextlib.suppress(OSError):
                     file.close()
-
-    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Write numbers, or arrays of one element."""
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Write images, uint8 [H, W, C], C = 1 or 3."""
@@ -115,39 +113,33 @@ class SummaryWriter(_Writer):
         with self._reported():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("xb")
-            self._add(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+            self._write(file_version="brain.Event:2")
 
-    def _add(self, event: event_pb2.Event) -> None:
+    def _write(self, **fields: Any) -> None:
         if self._file:
             with self._reported():
-                RecordWriter(self._file).write(event.SerializeToString())
+                RecordWriter(self._file).write(Event(wall_time=time.time(), **fields).SerializeToString())
                 self._file.flush()
-
-    def _write(self, step: int, values: list[summary_pb2.Summary.Value]) -> None:
-        self._add(event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=values)))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Write numbers, or arrays of one element."""
-        value = summary_pb2.Summary.Value
-        self._write(step, [value(tag=tag, simple_value=float(scalar)) for tag, scalar in scalars.items()])
+        values = [Summary.Value(tag=tag, simple_value=float(scalar)) for tag, scalar in scalars.items()]
+        self._write(step=step, summary=Summary(value=values))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Write images, uint8 [H, W, C], C = 1 or 3."""
         values = []
         for tag, pixels in images.items():
             height, width, channels = pixels.shape
-            image = summary_pb2.Summary.Image(
-                height=height, width=width, colorspace=channels, encoded_image_string=encode_png(pixels)
-            )
-            values.append(summary_pb2.Summary.Value(tag=tag, image=image))
-        self._write(step, values)
+            png = encode_png(pixels)
+            image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
+            values.append(Summary.Value(tag=tag, image=image))
+        self._write(step=step, summary=Summary(value=values))
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Write the hyperparameters of the run, a flat mapping."""
-        simple = {
-            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in hparams.items()
-        }
-        self._add(event_pb2.Event(wall_time=time.time(), summary=summary_v2.hparams_pb(simple)))
+        simple = {name: x if isinstance(x, int | float | str) else str(x) for name, x in hparams.items()}
+        self._write(summary=summary_v2.hparams_pb(simple))
 
 
 class WandbWriter:

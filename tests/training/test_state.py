@@ -124,5 +124,7 @@ def test_what_does_not_divide_is_refused():
     check_batch_size(64, 8, mesh)
     with pytest.raises(UserError, match=r"config.batch_size=12 cannot be split over 8 devices"):
         check_batch_size(12, 1, mesh)
-    with pytest.raises(UserError, match=r"config.accumulation_steps=4 makes micro-batches of 4.* over 8 devices"):
+    with pytest.raises(
+        UserError, match=r"config.batch_size=16 .* 8 devices x 4 micro-batches; choose a multiple of 32,"
+    ):
         check_batch_size(16, 4, mesh)
