@@ -13,14 +13,16 @@ import pickle
 import zipfile
 from typing import IO, Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
 from simplest_vit.errors import UserError, one_line
-from simplest_vit.models import PRESETS, reference_layout
+from simplest_vit.models import PRESETS
 from simplest_vit.models.layers import sincos_position_embedding, token_grid
 from simplest_vit.models.mlp import MLPS
+from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.training.run import Run
 from simplest_vit.training.state import ModelState
 
@@ -186,13 +188,8 @@ class PthFile:
 _ATTENTIONS = {"simplest_vit": ("espa", "espa_causal", "espa_2d", "espa_reference", "uspa"), "simple_vit": ("softmax",)}
 
 
-def _flat(state: ModelState) -> dict[str, Any]:
-    """Return parameters and constants by path, such as `blocks/mlp/dense1/kernel`."""
-    return traverse_util.flatten_dict(state.params, sep="/") | traverse_util.flatten_dict(state.constants, sep="/")
-
-
-def _tensors(model: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]:
-    """List the tensors of a model of the reference, which has two networks and few of the options here."""
+def _layout(model: Any, params: Any, constants: Any) -> dict[str, np.ndarray]:
+    """Arrange arrays as the tensors of the reference, which has two networks and few of the options here."""
     if model.name not in _ATTENTIONS:
         networks = ", ".join(_ATTENTIONS)
         raise UserError(f"config.model.name={model.name!r} is not in the PyTorch reference; expected {networks}")
@@ -205,7 +202,8 @@ def _tensors(model: Any, flat: dict[str, Any]) -> list[reference_layout.Tensor]:
             raise UserError(
                 f"config.model.{field}={model[field]!r} is not in the PyTorch reference; expected {expected}"
             )
-    return list(reference_layout.tensors(flat, flat["blocks/mlp/dense1/kernel"].shape[0], model.patch_size))
+    flat = traverse_util.flatten_dict(params, sep="/") | traverse_util.flatten_dict(constants, sep="/")
+    return {name: np.asarray(tensor) for name, tensor in pytorch_layout(flat, model.patch_size).items()}
 
 
 def to_reference(model: Any, state: ModelState) -> dict[str, np.ndarray]:
@@ -214,8 +212,7 @@ def to_reference(model: Any, state: ModelState) -> dict[str, np.ndarray]:
     Raises:
       UserError: If the reference has no such model.
     """
-    flat = {path: np.asarray(leaf) for path, leaf in _flat(state).items()}
-    return {t.name: np.ascontiguousarray(t.there(*t.arrays(flat))) for t in _tensors(model, flat)}
+    return _layout(model, *jax.tree.map(np.asarray, (state.params, state.constants)))
 
 
 def from_reference(run: Run, checkpoint: PthFile) -> tuple[Any, Any]:
@@ -227,29 +224,27 @@ def from_reference(run: Run, checkpoint: PthFile) -> tuple[Any, Any]:
     Raises:
       UserError: If a tensor is missing, superfluous or of another shape.
     """
-    model, abstract = run.config.model, run.abstract.model_state
-    shapes = _flat(abstract)
-    expected = {t.name: t for t in _tensors(model, shapes)}
+    model, abstract = run.config.model, run.abstract
+    leaves, tree = jax.tree.flatten((abstract.params, abstract.constants))
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    parts = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])
+    # The layout of the positions in one array of all numbers shows where the entries of each tensor belong.
+    positions = jax.tree.unflatten(tree, [x.reshape(leaf.shape) for x, leaf in zip(parts, leaves, strict=True)])
+    numbers, expected = np.empty(ends[-1], np.float32), _layout(model, *positions)
     superfluous = [name for name in checkpoint.tensors if name not in expected]
     if superfluous:
         raise _mismatch(checkpoint, f"holds {superfluous[0]}, which a {model.name} of this config does not have")
-    arrays = {path: np.empty(leaf.shape, np.float32) for path, leaf in shapes.items()}
-    for name, tensor in expected.items():
-        parts = tensor.arrays(arrays)
-        shape = tensor.there(*parts).shape
+    for name, places in expected.items():
         if name not in checkpoint.tensors:
-            raise _mismatch(checkpoint, f"lacks {name} {list(shape)}")
+            raise _mismatch(checkpoint, f"lacks {name} {list(places.shape)}")
         found = checkpoint.tensors[name].shape
-        if found != shape:
-            raise _mismatch(checkpoint, f"has {name} {list(found)}, expected {list(shape)}")
-        for part, array in zip(parts, tensor.here(checkpoint[name]), strict=True):
-            part[...] = array
+        if found != places.shape:
+            raise _mismatch(checkpoint, f"has {name} {list(found)}, expected {list(places.shape)}")
+        numbers[places] = checkpoint[name]
+    params, constants = jax.tree.map(lambda places: numbers[places], positions)
     grid = token_grid(run.data.image_shape, model.patch_size)
-    arrays["position_embedding"] = sincos_position_embedding(grid, shapes["position_embedding"].shape[1])
-    return tuple(
-        traverse_util.unflatten_dict({path: arrays[path] for path in traverse_util.flatten_dict(tree, sep="/")}, "/")
-        for tree in (abstract.params, abstract.constants)
-    )
+    constants["position_embedding"] = sincos_position_embedding(grid, constants["position_embedding"].shape[1])
+    return params, constants
 
 
 def _mismatch(checkpoint: PthFile, reason: str) -> UserError:
