@@ -124,7 +124,7 @@ def from_run(run: FinishedRun, selected_on: str) -> Record:
     """
     results, curves = run.results, read_curves(run.path)
     commit = committed(results.get("commit"), run.path)
-    flat = modernize(run.config)
+    flat = run.config
     protocol, changes = describe(flat)
     none = np.array([]), np.array([])
     accuracy = curves.get("accuracy/validation", none)
@@ -166,7 +166,7 @@ def describe(flat: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name the protocol closest to a config, and the fields that differ from it.
 
     Args:
-      flat: The config by dotted names, as `modernize` returns it.
+      flat: The config by dotted names.
 
     Returns:
       The protocol, with ", strong augmentation" where that is used, and the other fields that differ.
@@ -177,7 +177,7 @@ def describe(flat: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     augmentation = "strong" if flat.get("data.rand_augment.num_ops") else "basic"
     choice = flat["data.name"], flat["model.name"], flat["optimizer.name"], augmentation
     try:
-        base = modernize(flatten(protocols.recipe(*choice).to_dict()))
+        base = flatten(protocols.recipe(*choice).to_dict())
     except ModuleNotFoundError as error:
         raise UserError(f"data.name={flat['data.name']} has no recipe in configs/, so no record either") from error
     found = {}
@@ -193,50 +193,6 @@ def describe(flat: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         }
     protocol = min(found, key=lambda name: len(found[name]))
     return protocol + ", strong augmentation" * (augmentation == "strong"), found[protocol]
-
-
-# Fields and values of commit 884f800 and earlier, and their current names.
-_RENAMED = {
-    "model.shift_eps": "model.uniform_fraction",
-    "model.shift_in_place": "model.identity_head_fraction",
-    "optimizer.epsilon": "optimizer.eps",
-    "optimizer.grafting_epsilon": "optimizer.grafting_eps",
-}
-_GONE = {"data.label": "fine"}  # and their defaults
-_VALUES = {
-    "model.attention": {"unshaped": "softmax"},
-    "model.mlp": {"mirrored": "looks_linear", "shaped": "tat"},
-    "model.init": {"paper": "espa_tat", "isometric": "orthogonal"},
-}
-_PRESETS: dict[str, dict[str, Any]] = {
-    "simplest_vit": {"attention": "espa", "mlp": "tat", "activation": "tailored_relu", "init": "espa_tat"},
-    "isometric_vit": {"attention": "shift", "mlp": "looks_linear", "activation": "gelu", "init": "orthogonal"},
-}
-
-
-def modernize(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return a config in current names: one of four networks, with None for fields that its preset decides."""
-    if "model.shift_eps" not in flat:
-        return flat
-    flat = {_RENAMED.get(name, name): value for name, value in flat.items() if _GONE.get(name, ...) != value}
-    # Their settings were None for the default.
-    flat = {name: value for name, value in flat.items() if value is not None or not name.startswith("optimizer.")}
-    if flat.pop("optimizer.preset", "fast") == "reference":
-        flat["optimizer.name"] = "reference_shampoo"
-    for name, values in _VALUES.items():
-        flat[name] = values.get(flat[name], flat[name])
-    preset = flat["model.name"]
-    if preset == "simple_vit":
-        own: dict[str, Any] = dict.fromkeys(_PRESETS["simplest_vit"])
-    else:
-        preset = "isometric_vit" if "shift" in flat["model.attention"] or flat["model.mlp"] != "tat" else preset
-        own = _PRESETS[preset]
-        if flat["model.attention"] == "fixed_shift":
-            preset, own = "shift_mlp", own | {"attention": "fixed_shift"}
-    for name, value in own.items():
-        if preset == "simple_vit" or flat[f"model.{name}"] == value:
-            flat[f"model.{name}"] = None
-    return flat | {"model.name": preset}
 
 
 def _at(curve: tuple[np.ndarray, np.ndarray], marks: Iterable[int]) -> dict[int, float]:

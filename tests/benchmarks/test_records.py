@@ -108,36 +108,6 @@ def test_the_recipe_itself_differs_in_nothing(tmp_path):
     assert found == [("recipe", ""), ("recipe, strong augmentation", "")]
 
 
-OLD = {
-    "model.shift_eps": 0.01,
-    "model.shift_in_place": 0.5,
-    "model.attention": "shift",
-    "model.mlp": "mirrored",
-    "model.activation": "gelu",
-    "model.init": "isometric",
-    "model.name": "simplest_vit",
-    "optimizer.epsilon": None,
-    "data.label": "fine",
-}
-
-
-@pytest.mark.parametrize(
-    ("old", "preset", "kept"),
-    [
-        ({}, "isometric_vit", {}),
-        ({"model.attention": "fixed_shift"}, "shift_mlp", {}),
-        ({"model.attention": "espa"}, "isometric_vit", {"model.attention": "espa"}),
-        ({"model.mlp": "shaped"}, "isometric_vit", {"model.mlp": "tat"}),
-        ({"model.name": "simple_vit"}, "simple_vit", {}),
-    ],
-)
-def test_configs_of_older_commits_get_todays_names(old, preset, kept):
-    found = records.modernize(OLD | old)
-    expected = dict.fromkeys(("model.attention", "model.mlp", "model.activation", "model.init")) | kept
-    numbers = {"model.uniform_fraction": 0.01, "model.identity_head_fraction": 0.5}
-    assert found == expected | numbers | {"model.name": preset}
-
-
 def test_seeds_stand_together_and_a_run_counts_once(tmp_path):
     for seed in (13, 11, 12):
         finish(tmp_path / f"{seed}", small_config(), accuracy=seed / 100, seed=seed)

@@ -14,9 +14,6 @@ import numpy as np
 
 from .options import LEAST_EPS, Basis, Number, Root
 
-# Rounding of TF32 or bfloat16 products breaks roots: with them the iteration diverges.
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
 _PANEL = 32  # columns that are orthogonalized one by one
 # The iteration must not push large eigenvalues below this fraction of the largest, or rounding swamps them.
 _LEAST_IMAGE = 0.8
@@ -45,27 +42,30 @@ def inverse_pth_root(
       Shampoo, arXiv 1802.09568, algorithm 1; Guo and Higham, A Schur-Newton method for the matrix p-th root and its
       inverse, SIAM J. Matrix Anal. Appl. 28(3), 2006, for the coupled iteration.
     """
-    if not relative_eps:
-        roots = _shifted_eigh_root(statistics, p, eps)
-        return roots, jnp.where(jnp.isfinite(roots).all((1, 2)), 0, jnp.inf).astype(jnp.float32)
-    if isinstance(eps, jax.Array):
-        eps = jnp.maximum(eps, LEAST_EPS[statistics.dtype.name])
-    unit, norm = normalize(statistics)
-    damped = unit + eps * jnp.eye(statistics.shape[-1], dtype=statistics.dtype)[None]
+    # Rounding of TF32 or bfloat16 products breaks roots: with them the iteration diverges.
+    with jax.default_matmul_precision("highest"):
+        if not relative_eps:
+            eigenvalues, vectors = eigh(statistics)
+            # In two steps, because in a single sum the rounding of a large smallest eigenvalue would absorb eps.
+            eigenvalues = (eigenvalues - jnp.minimum(eigenvalues[:, :1], 0)) + eps
+            roots = _spectral_power(eigenvalues, vectors, -1 / p)
+            return roots, jnp.where(jnp.isfinite(roots).all((1, 2)), 0, jnp.inf).astype(jnp.float32)
+        if isinstance(eps, jax.Array):
+            eps = jnp.maximum(eps, LEAST_EPS[statistics.dtype.name])
+        unit, norm = normalize(statistics)
+        damped = unit + eps * jnp.eye(statistics.shape[-1], dtype=statistics.dtype)[None]
 
-    def by_eigh(damped: jax.Array) -> jax.Array:
-        # Damp before the decomposition, not after, so that rounding does not reach the eigenvalues that damping makes.
-        eigenvalues, vectors = eigh(damped)
-        return _spectral_power(jnp.maximum(eigenvalues, eps / 2), vectors, -1 / p)
+        def by_eigh(damped: jax.Array) -> jax.Array:
+            # Damp before the decomposition, not after, so that rounding does not reach the eigenvalues damping makes.
+            eigenvalues, vectors = eigh(damped)
+            return _spectral_power(jnp.maximum(eigenvalues, eps / 2), vectors, -1 / p)
 
-    def by_newton(damped: jax.Array) -> jax.Array:
-        return _newton_root(damped, p, eps)
-
-    if root == "auto":  # LAPACK is faster on a CPU, matrix products elsewhere
-        roots = jax.lax.platform_dependent(damped, cpu=by_eigh, default=by_newton)
-    else:
-        roots = {"eigh": by_eigh, "newton": by_newton}[root](damped)
-    return jnp.where(norm == 0, 1, norm) ** (-1 / p) * roots, backward_error(roots, damped, p)
+        by_newton = functools.partial(_newton_root, p=p, eps=eps)
+        if root == "auto":  # LAPACK is faster on a CPU, matrix products elsewhere
+            roots = jax.lax.platform_dependent(damped, cpu=by_eigh, default=by_newton)
+        else:
+            roots = {"eigh": by_eigh, "newton": by_newton}[root](damped)
+        return jnp.where(norm == 0, 1, norm) ** (-1 / p) * roots, backward_error(roots, damped, p)
 
 
 def one_by_one(decompose: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
@@ -105,24 +105,17 @@ def backward_error(root: jax.Array, matrix: jax.Array, p: int) -> jax.Array:
     """
     product = matrix
     if p > 1:
-        half = _matrix_power(root, p // 2)
-        product = _matmul(half, _matmul(half, product))
+        half = jnp.linalg.matrix_power(root, p // 2)
+        product = half @ (half @ product)
     if p % 2:
-        product = _matmul(root, product)
+        product = root @ product
     # Transposed, or XLA for CPUs (jaxlib 0.10) takes the products into the norm, where it computes them over and over.
-    error = _matmul(matrix, product).mT - matrix
+    error = (matrix @ product).mT - matrix
     return (frobenius_norm(error) / frobenius_norm(matrix))[:, 0, 0].astype(jnp.float32)
 
 
-def _shifted_eigh_root(matrix: jax.Array, p: int, eps: Number) -> jax.Array:
-    eigenvalues, vectors = eigh(matrix)
-    # In two steps, because in a single sum the rounding of a large smallest eigenvalue would absorb eps.
-    eigenvalues = (eigenvalues - jnp.minimum(eigenvalues[:, :1], 0)) + eps
-    return _spectral_power(eigenvalues, vectors, -1 / p)
-
-
 def _spectral_power(eigenvalues: jax.Array, vectors: jax.Array, exponent: float) -> jax.Array:
-    return _matmul(vectors * (eigenvalues**exponent)[:, None, :], vectors.mT)
+    return (vectors * (eigenvalues**exponent)[:, None, :]) @ vectors.mT
 
 
 def _newton_root(matrix: jax.Array, p: int, eps: Number) -> jax.Array:
@@ -141,11 +134,11 @@ def _newton_root(matrix: jax.Array, p: int, eps: Number) -> jax.Array:
         x, m = carry
         h = pair[0] * identity - pair[1] * m
         if p > 1:
-            half = _matrix_power(h, p // 2)
-            m = _matmul(_matmul(half, m), half)
+            half = jnp.linalg.matrix_power(h, p // 2)
+            m = half @ m @ half
         if p % 2:
-            m = _matmul(h, m)
-        return (_matmul(x, h), m), None
+            m = h @ m
+        return (x @ h, m), None
 
     # I is made from the matrix, so that within `jax.shard_map` it varies over the same devices.
     start = (jnp.zeros_like(matrix) + identity, matrix / bound)
@@ -193,18 +186,6 @@ def newton_coefficients(p: int, lowest: float) -> np.ndarray:
     return np.array(steps)
 
 
-def _matrix_power(matrix: jax.Array, exponent: int) -> jax.Array:
-    """Compute matrix^exponent by squaring, for an exponent of at least 1."""
-    result: Any = None
-    while exponent:
-        if exponent % 2:
-            result = matrix if result is None else _matmul(result, matrix)
-        exponent //= 2
-        if exponent:
-            matrix = _matmul(matrix, matrix)
-    return result
-
-
 def refresh_basis(statistics: jax.Array, basis: jax.Array, method: Basis) -> tuple[jax.Array, jax.Array]:
     """Compute bases that are closer to the eigenvectors of the statistics.
 
@@ -226,16 +207,17 @@ def refresh_basis(statistics: jax.Array, basis: jax.Array, method: Basis) -> tup
     n = statistics.shape[-1]
     identity = jnp.eye(n, dtype=statistics.dtype)[None]
     unit, norm = normalize(statistics)
-    if method == "eigh":
-        new = jnp.where(norm == 0, basis, eigh(unit)[1])
-    else:
-        # Along directions without any gradient the product would be rounding errors, so they stay as they are.
-        moved = _matmul(unit, basis) + jnp.finfo(unit.dtype).eps * basis
-        if method == "auto":
-            new = jax.lax.platform_dependent(moved, cpu=qr, default=gram_schmidt)
+    with jax.default_matmul_precision("highest"):
+        if method == "eigh":
+            new = jnp.where(norm == 0, basis, eigh(unit)[1])
         else:
-            new = {"qr": qr, "gram_schmidt": gram_schmidt}[method](moved)
-    error = _matmul(new.mT, new) - identity
+            # Along directions without any gradient the product would be rounding errors, so they stay as they are.
+            moved = unit @ basis + jnp.finfo(unit.dtype).eps * basis
+            if method == "auto":
+                new = jax.lax.platform_dependent(moved, cpu=qr, default=gram_schmidt)
+            else:
+                new = {"qr": qr, "gram_schmidt": gram_schmidt}[method](moved)
+        error = new.mT @ new - identity
     return new, (jnp.linalg.norm(error, axis=(-2, -1)) / n**0.5).astype(jnp.float32)
 
 
@@ -257,7 +239,7 @@ def gram_schmidt(matrices: jax.Array) -> jax.Array:
 
     def project(new: jax.Array, done: jax.Array) -> jax.Array:
         for _ in range(2):
-            new = new - _matmul(done, _matmul(done.mT, new))
+            new = new - done @ (done.mT @ new)
         return new
 
     def column(panel: jax.Array, done: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
@@ -272,4 +254,4 @@ def gram_schmidt(matrices: jax.Array) -> jax.Array:
 
     basis, _ = jax.lax.scan(next_panel, jnp.zeros_like(padded), jnp.arange(panels))
     basis = basis[..., :n]
-    return 1.5 * basis - 0.5 * _matmul(basis, _matmul(basis.mT, basis))
+    return 1.5 * basis - 0.5 * (basis @ (basis.mT @ basis))
