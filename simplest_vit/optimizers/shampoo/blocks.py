@@ -5,33 +5,29 @@ A kernel (12, 400, 300) of 12 layers, in blocks of at most 200:
     (12, 400, 300) -> (12, 2, 200, 2, 150) -> (12, 2, 2, 200, 150) -> 48 slots of (N, 200, 150)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from .plan import Blocks, ParamPlan, Plan
-
-# Lays out the blocks (layers, k1, b1, k2, b2, ...) of a parameter over devices.
-Constrain = Callable[[jax.Array], jax.Array]
+from .sharding import split_blocks
 
 
-def to_blocks(plan: Plan, leaves: Sequence[jax.Array], constrain: Constrain = lambda x: x) -> list[jax.Array]:
-    """Cut leaves, one for each parameter, into an array (count, *block_shape) of the plan's dtype for each stack.
-
-    `constrain` is applied to the blocks of each parameter, (layers, k1, b1, k2, b2, ...).
-    """
+def to_blocks(plan: Plan, leaves: Sequence[jax.Array], mesh: Mesh | None = None) -> list[jax.Array]:
+    """Cut leaves, one for each parameter, into an array (count, *block_shape) of the plan's dtype for each stack."""
     found: list[list[jax.Array]] = [[] for _ in plan.stacks]  # in the order of the slots
     for param, value in zip(plan.params, leaves, strict=True):
         if param.blocks:
-            found[param.blocks.stack].append(_cut(param, param.blocks, value.astype(plan.options.dtype), constrain))
+            found[param.blocks.stack].append(_cut(param, param.blocks, value.astype(plan.options.dtype), mesh))
     return [jnp.concatenate(blocks) for blocks in found]
 
 
-def from_blocks(plan: Plan, stacks: Sequence[jax.Array], constrain: Constrain = lambda x: x) -> list[Any]:
+def from_blocks(plan: Plan, stacks: Sequence[jax.Array], mesh: Mesh | None = None) -> list[Any]:
     """Put blocks back into leaves, the inverse of `to_blocks`; a parameter without blocks gets None."""
-    return [_join(param, param.blocks, stacks, constrain) if param.blocks else None for param in plan.params]
+    return [_join(param, param.blocks, stacks, mesh) if param.blocks else None for param in plan.params]
 
 
 def gradient_leaves(plan: Plan, updates: Any, params: Any) -> list[jax.Array]:
@@ -68,23 +64,23 @@ def _flatten_up_to(params: Any, updates: Any) -> list[Any]:
     return tree.flatten_up_to(updates)
 
 
-def _cut(param: ParamPlan, blocks: Blocks, value: jax.Array, constrain: Constrain) -> jax.Array:
+def _cut(param: ParamPlan, blocks: Blocks, value: jax.Array, mesh: Mesh | None) -> jax.Array:
     """(layers, up to k1 b1, up to k2 b2, ...) -> (layers k1 k2 ..., b1, b2, ...)."""
     order, pairs = len(blocks.counts), list(zip(blocks.counts, blocks.block_shape, strict=True))
     missing = [k * b - size for (k, b), size in zip(pairs, param.merged_shape, strict=True)]
     value = value.reshape(param.num_layers, *param.merged_shape)
     if any(missing):
         value = jnp.pad(value, [(0, 0), *((0, n) for n in missing)])
-    value = constrain(value.reshape(param.num_layers, *(n for pair in pairs for n in pair)))
+    value = split_blocks(value.reshape(param.num_layers, *(n for pair in pairs for n in pair)), mesh)
     counts_first = (0, *range(1, 2 * order, 2), *range(2, 2 * order + 1, 2))
     return value.transpose(counts_first).reshape(blocks.num_blocks, *blocks.block_shape)
 
 
-def _join(param: ParamPlan, blocks: Blocks, stacks: Sequence[jax.Array], constrain: Constrain) -> jax.Array:
+def _join(param: ParamPlan, blocks: Blocks, stacks: Sequence[jax.Array], mesh: Mesh | None) -> jax.Array:
     order = len(blocks.counts)
     value = stacks[blocks.stack][blocks.slot : blocks.slot + blocks.num_blocks]
     value = value.reshape(param.num_layers, *blocks.counts, *blocks.block_shape)
     interleaved = (0, *(axis for i in range(1, order + 1) for axis in (i, order + i)))
     sizes = (k * b for k, b in zip(blocks.counts, blocks.block_shape, strict=True))
-    value = constrain(value.transpose(interleaved)).reshape(param.num_layers, *sizes)
+    value = split_blocks(value.transpose(interleaved), mesh).reshape(param.num_layers, *sizes)
     return value[(slice(None), *map(slice, param.merged_shape))].reshape(param.shape)

@@ -17,12 +17,7 @@ Statistics = Literal["shampoo", "kl"]
 Precision = Literal["jax", "default", "high", "highest"]
 Number = float | jax.Array
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "root": get_args(Root),
-    "basis": get_args(Basis),
-    "grafting": get_args(Grafting),
-    "statistics": get_args(Statistics),
-    "precision": get_args(Precision),
+_DTYPES = {
     "preconditioner_dtype": ("float32", "float64"),
     "mu_dtype": ("bfloat16", "float32", "float64"),  # float16 would overflow and stay infinite
 }
@@ -34,13 +29,7 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "grafting_b2": (lambda x: 0 < x < 1, "in (0, 1)"),
     "grafting_eps": (lambda x: 0 < x < math.inf, "finite and > 0"),
 }
-_LEAST = {  # of integers
-    "precondition_frequency": 1,
-    "start_preconditioning_step": 0,
-    "max_preconditioner_dim": 1,
-    "ignored_dim": 1,
-    "exponent_override": 0,
-}
+_MAY_BE_ZERO = ("start_preconditioning_step", "exponent_override")  # other integers are at least 1
 # A smaller relative damping would be lost in the rounding of the statistics.
 LEAST_EPS = {"float32": 1e-6, "float64": 1e-14}
 
@@ -77,26 +66,27 @@ class Options(types.SimpleNamespace):
         bound = inspect.Signature(parameters).bind(**arguments)
         bound.apply_defaults()
         super().__init__(**bound.arguments)
-        for name, value in bound.arguments.items():
-            if name not in ("stack_axes", "mesh"):
-                setattr(self, name, self._checked(name, value))
+        for parameter in parameters:
+            setattr(self, parameter.name, self._checked(parameter, bound.arguments[parameter.name]))
 
-    def _checked(self, name: str, value: Any) -> Any:
+    def _checked(self, parameter: inspect.Parameter, value: Any) -> Any:
         """Return the value as a Python type, because NumPy scalars would bring their dtype into the state."""
-        if name in _NUMBERS:
+        name, kind = parameter.name, type(parameter.default)
+        if kind is float:
             valid, allowed = _NUMBERS[name]
             traced = isinstance(value, jax.Array)
             self.require(name, traced or (_is(numbers.Real, value) and valid(float(value))), allowed)
             return value if traced else float(value)
-        if name in _LEAST:
-            valid_integer = _is(numbers.Integral, value) and int(value) >= _LEAST[name]
-            self.require(name, valid_integer, f"an integer >= {_LEAST[name]}")
+        if kind is int:
+            least = 0 if name in _MAY_BE_ZERO else 1
+            self.require(name, _is(numbers.Integral, value) and int(value) >= least, f"an integer >= {least}")
             return int(value)
-        if name in _CHOICES:
-            given = _dtype_name(value) if name.endswith("dtype") else value
-            self.require(name, isinstance(given, str) and given in _CHOICES[name], f"one of {_CHOICES[name]}")
+        if kind is str:
+            choices = _DTYPES.get(name) or get_args(parameter.annotation)
+            given = _dtype_name(value) if name in _DTYPES else value
+            self.require(name, isinstance(given, str) and given in choices, f"one of {choices}")
             return given
-        self.require(name, isinstance(value, bool), "True or False")
+        self.require(name, kind is not bool or isinstance(value, bool), "True or False")
         return value
 
     def require(self, name: str, valid: bool, allowed: str) -> None:

@@ -88,23 +88,20 @@ def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) ->
         tree = updates if params is None else params
         count = optax.safe_increment(state.count)
         gradients = sharding.match_sharding(gradient_leaves(plan, updates, tree), params, auto_mesh, count)
-        constrain = functools.partial(sharding.split_blocks, mesh=auto_mesh)
-        blocks = to_blocks(plan, gradients, constrain)
+        blocks = to_blocks(plan, gradients, auto_mesh)
         on_device = functools.partial(_step_stacks, plan=plan, refresh=refresh, direction=direction)
         run = sharding.shard_over_devices(on_device, plan, auto_mesh)
         stacks, directions = run(count, list(state.stacks) if plan.stacks else [], blocks)
-        leaves = from_blocks(plan, directions, constrain)
+        leaves = from_blocks(plan, directions, auto_mesh)
         # Parameters without blocks take the diagonal method's step.
-        whole = [index for index, param in enumerate(plan.params) if not param.blocks]
-        mus = jax.tree.leaves(state.mu)
-        nus: list[Any] = jax.tree.leaves(state.nu) or [optax.MaskedNode()] * len(whole)
-        for place, index in enumerate(whole):
+        mus, nus = (jax.tree.leaves(tree, is_leaf=_is_masked) for tree in (state.mu, state.nu))
+        for index in (index for index, param in enumerate(plan.params) if not param.blocks):
             gradient, finite = _split_finite(gradients[index].astype(options.dtype))
-            moments, diagonal = (mus[place], nus[place]), options.diagonal(False)
+            moments, diagonal = (mus[index], nus[index]), options.diagonal(False)
             moments, _, leaves[index] = diagonal_step(count, moments, gradient, finite, options.b1, diagonal)
-            mus[place], nus[place] = moments
+            mus[index], nus[index] = moments
         mu, nu = (
-            jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(new))
+            jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_masked), new)
             for tree, new in ((state.mu, mus), (state.nu, nus))
         )
         leaves = sharding.match_sharding(leaves, params, auto_mesh, count)
@@ -112,6 +109,10 @@ def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) ->
         return as_updates(leaves, updates, tree), PreconditionedState(count, state.version, mu, nu, stacks)
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def _split_finite(gradient: jax.Array, axes: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
