@@ -170,151 +170,138 @@ def _backward(num_heads: int, interpret: bool, kept: Any, gradient: jax.Array) -
 _fused.defvjp(_forward, _backward)
 
 
-def attention_forward(qkv: Any, qkv_bias: Any, attention_bias: Any, row_scale: Any, out: Any, *, plan: _Plan) -> None:
-    """Compute one head of one image, [T, d_head] of `out`: the forward kernel."""
-    program = pl.program_id(0)
-    heads = plan.width // plan.head_width
-    image, head = program // heads, program % heads
-    projection = functools.partial(_projection, qkv, qkv_bias, plan, image, head)
-    keys, values = (_whole(plan, functools.partial(projection, index, 0, plan.keys)) for index in (1, 2))
+def attention_forward(*refs: Any, plan: _Plan) -> None:
+    """Compute one head of one image, [T, d_head] of the last reference: the forward kernel."""
+    *inputs, out = refs
+    head = _Head(plan, pl.program_id(0), *inputs)
 
-    def attend(tile: Any, _: None) -> None:
-        row = tile * plan.queries
-        weights, total = _weights(projection(0, row, plan.queries), keys(), attention_bias, plan, head, row)
-        mixed = _dot(weights.astype(qkv.dtype), values()) / total
-        mixed = mixed * _row_scale(row_scale, plan, row) if row_scale is not None else mixed
-        _store(out, mixed, plan, image, row, head * plan.head_width)
+    def attend(row: Any, _: None) -> None:
+        weights, total = head.weights(head.projection(0, row, plan.queries), row)
+        mixed = _dot(weights.astype(out.dtype), head.values()) / total
+        head.store(out, mixed if head.row_scale is None else mixed * head.scale(row), row)
 
     _for_each_tile(plan, attend, None)
 
 
-def attention_backward(
-    qkv: Any, qkv_bias: Any, attention_bias: Any, row_scale: Any, gradient: Any, dqkv: Any, dbias: Any, *, plan: _Plan
-) -> None:
+def attention_backward(*refs: Any, plan: _Plan) -> None:
     """Compute the gradients of one head of one image, or of a part of its columns: the backward kernel."""
+    *inputs, gradient, dqkv, dbias = refs
     program = pl.program_id(0)
     part, program = program % plan.splits, program // plan.splits
-    heads = plan.width // plan.head_width
-    image, head = program // heads, program % heads
+    head = _Head(plan, program, *inputs)
     columns = plan.columns // plan.splits
     first = part * columns
-    projection = functools.partial(_projection, qkv, qkv_bias, plan, image, head)
-    keys, values = (_whole(plan, functools.partial(projection, index, 0, plan.keys)) for index in (1, 2))
-    some_keys = keys
-    if plan.splits > 1:
-        some_keys = _whole(plan, functools.partial(projection, 1, 0, plan.keys, first, columns))
+    some_keys = head.keys if plan.splits == 1 else head.keep(1, first, columns)
 
     def part_of(x: jax.Array, load: Any) -> jax.Array:
         return x if plan.splits == 1 else load(first, columns)
 
-    def attend(tile: Any, carry: Any) -> Any:
+    def attend(row: Any, carry: Any) -> Any:
         dq_sum, dk, dv = carry
-        row = tile * plan.queries
-        scale = None if row_scale is None else _row_scale(row_scale, plan, row)
+        scale = None if head.row_scale is None else head.scale(row)
 
-        def output_gradient(first: Any = 0, columns: int = plan.columns) -> jax.Array:
-            g = _load(gradient, plan, image, row, plan.queries, head * plan.head_width, first, columns)
+        def output_gradient(first: Any = 0, columns: int | None = None) -> jax.Array:
+            g = head.load(gradient, row, plan.queries, 0, first, columns)
             return g if scale is None else (g * scale).astype(g.dtype)
 
-        q, g = projection(0, row, plan.queries), output_gradient()
-        weights, total = _weights(q, keys(), attention_bias, plan, head, row)
+        q, g = head.projection(0, row, plan.queries), output_gradient()
+        weights, total = head.weights(q, row)
         weights = weights / total
-        dweights = _dot(g, values(), transpose_b=True)
+        dweights = _dot(g, head.values(), transpose_b=True)
         mean = jnp.sum(weights * dweights, axis=1, keepdims=True)
         dlogits = (weights * (dweights - mean) * plan.head_width**-0.5).astype(q.dtype)
         dq = _dot(dlogits, some_keys())
-        _store(dqkv, dq, plan, image, row, head * plan.head_width, first)
-        dk += _dot(dlogits, part_of(q, functools.partial(projection, 0, row, plan.queries)), transpose_a=True)
+        head.store(dqkv, dq, row, 0, first)
+        dk += _dot(dlogits, part_of(q, functools.partial(head.projection, 0, row, plan.queries)), transpose_a=True)
         dv += _dot(weights.astype(q.dtype), part_of(g, output_gradient), transpose_a=True)
         return dq_sum + dq.sum(axis=0), dk, dv
 
     zeros = jnp.zeros((plan.keys, columns), jnp.float32)
     dq_sum, dk, dv = _for_each_tile(plan, attend, (jnp.zeros(columns, jnp.float32), zeros, zeros))
     for index, x in ((1, dk), (2, dv)):
-        _store(dqkv, x, plan, image, 0, index * plan.width + head * plan.head_width, first)
+        head.store(dqkv, x, 0, index, first)
     if dbias is not None:
-        column = first + jnp.arange(columns)
+        mask = first + jnp.arange(columns) < plan.head_width
         for index, total in enumerate((dq_sum, dk.sum(axis=0), dv.sum(axis=0))):
-            start = index * plan.width + head * plan.head_width + first
-            mask = column < plan.head_width
-            plgpu.store(dbias.at[image, pl.ds(start, columns)], total, mask=mask)
-
-
-def _whole(plan: _Plan, load: Callable[[], jax.Array]) -> Callable[[], jax.Array]:
-    """Return keys or values of a head: loaded once, or in float32, where both do not fit, at each use."""
-    if plan.itemsize == 4:
-        return load
-    array = load()
-    return lambda: array
+            plgpu.store(dbias.at[head.image, pl.ds(head.start(index) + first, columns)], total, mask=mask)
 
 
 def _for_each_tile(plan: _Plan, body: Any, carry: Any) -> Any:
-    """Apply `body` to each tile of queries and the carry."""
+    """Apply `body` to the first row of each tile of queries and the carry."""
     tiles = pl.cdiv(plan.tokens, plan.queries)
-    return body(0, carry) if tiles == 1 else jax.lax.fori_loop(0, tiles, body, carry)
+    if tiles == 1:
+        return body(0, carry)
+    return jax.lax.fori_loop(0, tiles, lambda tile, carry: body(tile * plan.queries, carry), carry)
 
 
-def _mask(plan: _Plan, row: Any, rows: int, first: Any, columns: int) -> jax.Array:
-    """Return which entries of a tile exist, bool [rows, columns]."""
-    return (row + jnp.arange(rows) < plan.tokens)[:, None] & (first + jnp.arange(columns) < plan.head_width)[None]
+class _Head:
+    """One head of one image: what a program loads and stores, as tiles [rows, columns] with zeros outside the head."""
 
+    def __init__(self, plan: _Plan, program: Any, qkv: Any, qkv_bias: Any, attention_bias: Any, row_scale: Any) -> None:
+        heads = plan.width // plan.head_width
+        self.plan, self.image, self.head = plan, program // heads, program % heads
+        self.qkv, self.qkv_bias, self.attention_bias, self.row_scale = qkv, qkv_bias, attention_bias, row_scale
+        self.keys, self.values = self.keep(1), self.keep(2)
 
-def _load(ref: Any, plan: _Plan, image: Any, row: Any, rows: int, start: Any, first: Any, columns: int) -> jax.Array:
-    """Load rows of a head that begins at column `start`, from its column `first` on; zeros outside."""
-    tile = ref.at[image, pl.ds(row, rows), pl.ds(start + first, columns)]
-    return plgpu.load(tile, mask=_mask(plan, row, rows, first, columns), other=0.0)
+    def keep(self, index: int, first: Any = 0, columns: int | None = None) -> Callable[[], jax.Array]:
+        """Return keys or values as functions: loaded once, or in float32, where both do not fit, at each use."""
+        load = functools.partial(self.projection, index, 0, self.plan.keys, first, columns)
+        if self.plan.itemsize == 4:
+            return load
+        array = load()
+        return lambda: array
 
+    def start(self, index: int) -> Any:
+        """Return the first column of queries (index 0), keys (1) or values (2); 0 also for an array of one of them."""
+        return index * self.plan.width + self.head * self.plan.head_width
 
-def _store(ref: Any, x: jax.Array, plan: _Plan, image: Any, row: Any, start: Any, first: Any = 0) -> None:
-    """Store the tile that `_load` loads."""
-    tile = ref.at[image, pl.ds(row, x.shape[0]), pl.ds(start + first, x.shape[1])]
-    plgpu.store(tile, x.astype(ref.dtype), mask=_mask(plan, row, x.shape[0], first, x.shape[1]))
+    def tile(self, ref: Any, row: Any, rows: int, index: int, first: Any, columns: int) -> tuple[Any, jax.Array]:
+        """Return a tile from a row and column of the head on, and which of its entries exist, bool [rows, columns]."""
+        rows_exist = (row + jnp.arange(rows) < self.plan.tokens)[:, None]
+        mask = rows_exist & (first + jnp.arange(columns) < self.plan.head_width)[None]
+        return ref.at[self.image, pl.ds(row, rows), pl.ds(self.start(index) + first, columns)], mask
 
+    def load(
+        self, ref: Any, row: Any, rows: int, index: int = 0, first: Any = 0, columns: int | None = None
+    ) -> jax.Array:
+        """Load a tile; by default of all columns."""
+        tile, mask = self.tile(ref, row, rows, index, first, columns or self.plan.columns)
+        return plgpu.load(tile, mask=mask, other=0.0)
 
-def _projection(
-    qkv: Any,
-    qkv_bias: Any,
-    plan: _Plan,
-    image: Any,
-    head: Any,
-    index: int,
-    row: Any,
-    rows: int,
-    first: Any = 0,
-    columns: int | None = None,
-) -> jax.Array:
-    """Load queries (index 0), keys (1) or values (2) of a head with their bias, [rows, columns]."""
-    columns = columns or plan.columns
-    start = index * plan.width + head * plan.head_width
-    x = _load(qkv, plan, image, row, rows, start, first, columns)
-    if qkv_bias is None:
-        return x
-    mask = first + jnp.arange(columns) < plan.head_width
-    bias = plgpu.load(qkv_bias.at[pl.ds(start + first, columns)], mask=mask, other=0.0)
-    return (x.astype(jnp.float32) + bias.astype(jnp.float32)[None]).astype(x.dtype)
+    def store(self, ref: Any, x: jax.Array, row: Any, index: int = 0, first: Any = 0) -> None:
+        """Store a tile."""
+        tile, mask = self.tile(ref, row, x.shape[0], index, first, x.shape[1])
+        plgpu.store(tile, x.astype(ref.dtype), mask=mask)
 
+    def projection(self, index: int, row: Any, rows: int, first: Any = 0, columns: int | None = None) -> jax.Array:
+        """Load a tile of queries, keys or values, with their bias."""
+        x = self.load(self.qkv, row, rows, index, first, columns)
+        if self.qkv_bias is None:
+            return x
+        columns = x.shape[1]
+        mask = first + jnp.arange(columns) < self.plan.head_width
+        bias = plgpu.load(self.qkv_bias.at[pl.ds(self.start(index) + first, columns)], mask=mask, other=0.0)
+        return (x.astype(jnp.float32) + bias.astype(jnp.float32)[None]).astype(x.dtype)
 
-def _row_scale(row_scale: Any, plan: _Plan, row: Any) -> jax.Array:
-    """Load the scale of the rows of a tile, float32 [queries, 1]."""
-    mask = row + jnp.arange(plan.queries) < plan.tokens
-    return plgpu.load(row_scale.at[pl.ds(row, plan.queries)], mask=mask, other=0.0)[:, None]
+    def scale(self, row: Any) -> jax.Array:
+        """Load the row scale of a tile of queries, float32 [queries, 1]."""
+        mask = row + jnp.arange(self.plan.queries) < self.plan.tokens
+        return plgpu.load(self.row_scale.at[pl.ds(row, self.plan.queries)], mask=mask, other=0.0)[:, None]
 
-
-def _weights(
-    q: jax.Array, k: jax.Array, attention_bias: Any, plan: _Plan, head: Any, row: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Compute weights before normalization, float32 [queries, keys], and their sums [queries, 1]."""
-    logits = _dot(q, k, transpose_b=True) * plan.head_width**-0.5
-    exists = (jnp.arange(plan.keys) < plan.tokens)[None]
-    if attention_bias is not None:
-        of_head = () if len(attention_bias.shape) == 2 else (head,)
-        mask = (row + jnp.arange(plan.queries) < plan.tokens)[:, None] & exists
-        tile = attention_bias.at[*of_head, pl.ds(row, plan.queries), pl.ds(0, plan.keys)]
-        logits += plgpu.load(tile, mask=mask, other=0.0)
-    if plan.keys != plan.tokens:
-        logits = jnp.where(exists, logits, -jnp.inf)
-    weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
-    return weights, jnp.sum(weights, axis=1, keepdims=True)
+    def weights(self, q: jax.Array, row: Any) -> tuple[jax.Array, jax.Array]:
+        """Compute weights before normalization, float32 [queries, keys], and their sums [queries, 1]."""
+        plan = self.plan
+        logits = _dot(q, self.keys(), transpose_b=True) * plan.head_width**-0.5
+        exists = (jnp.arange(plan.keys) < plan.tokens)[None]
+        if self.attention_bias is not None:
+            of_head = () if len(self.attention_bias.shape) == 2 else (self.head,)
+            mask = (row + jnp.arange(plan.queries) < plan.tokens)[:, None] & exists
+            tile = self.attention_bias.at[*of_head, pl.ds(row, plan.queries), pl.ds(0, plan.keys)]
+            logits += plgpu.load(tile, mask=mask, other=0.0)
+        if plan.keys != plan.tokens:
+            logits = jnp.where(exists, logits, -jnp.inf)
+        weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
+        return weights, jnp.sum(weights, axis=1, keepdims=True)
 
 
 def _dot(a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
