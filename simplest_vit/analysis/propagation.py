@@ -24,7 +24,7 @@ from flax import nnx
 
 from simplest_vit.analysis.jacobian import jacobian_spectrum, merge_spectra
 from simplest_vit.models import ViT
-from simplest_vit.models.layers import patchify
+from simplest_vit.models.layers import identity, patchify
 
 Curves = dict[str, np.ndarray]
 
@@ -117,7 +117,8 @@ def theoretical_kernels(model: ViT, image: jax.Array) -> np.ndarray | None:
     there are normalizations, skip connections or kernels that change mean products.
     """
     matrices, c_map = model.initial_attention(), model.blocks.mlp.initial_c_map()
-    if matrices is None or c_map is None or model.has_norm or model.has_skip or not model.preserves_kernels:
+    is_plain = model.norm is identity and model.blocks.skip == "none"
+    if matrices is None or c_map is None or not (is_plain and model.preserves_kernels):
         return None
     # The weights of the patch embedding are N(0, 1 / fan_in).
     patches = np.asarray(patchify(image, model.patch_size), np.float64)

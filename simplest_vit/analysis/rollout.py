@@ -39,7 +39,7 @@ def _rollout(model: ViT, image: jax.Array) -> jax.Array:
         # Value-SkipInit may have negative weights; their magnitude counts.
         matrix = jnp.abs(block.attention.matrix(x).mean(axis=1))
         matrix = matrix / matrix.sum(axis=-1, keepdims=True)
-        if model.has_skip:
+        if block.skip != "none":
             matrix = (matrix + eye) / 2
         return (block(x), matrix @ product), None
 

@@ -56,15 +56,6 @@ def _one_of(field: str, value: Any, choices: Collection[str]) -> Any:
     return value
 
 
-def _check_names(fields: Collection[str]) -> None:
-    known = {*VARIANTS["S"], *_CHOICES, "activation", "c_val_0_target"}
-    known |= {"dropout", "remat", "attention_kernel"}
-    known |= {field for kind in attention_kinds.KINDS for field in attention_kinds.settings_of(kind)}
-    for field in fields:
-        if field not in known:
-            raise UserError(f"config.model.{field} is unknown; {did_you_mean(field, known, 'remove it')}")
-
-
 def model_arguments(
     name: str, *, image_shape: tuple[int, int, int], variant: str = "S", patch_size: int = 4, **fields: Any
 ) -> dict[str, Any]:
@@ -84,7 +75,10 @@ def model_arguments(
       UserError: If a name is unknown, a value is not allowed, or sizes do not fit.
     """
     defaults = VARIANTS[_one_of("variant", variant, VARIANTS)] | PRESETS[_one_of("name", name, PRESETS)]
-    _check_names(fields)
+    known = {*MODEL, *_CHOICES, "activation"}
+    for field in fields:
+        if field not in known:
+            raise UserError(f"config.model.{field} is unknown; {did_you_mean(field, known, 'remove it')}")
     given = {field: value for field, value in fields.items() if value is not None}
     for field, value in (given | {"patch_size": patch_size}).items():
         if field in MODEL and not MODEL[field].allows(value):

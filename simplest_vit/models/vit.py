@@ -119,8 +119,6 @@ class ViT(nnx.Module):
         )
         self.patch_size = patch_size
         self.depth = depth
-        self.has_norm = norm != "none"
-        self.has_skip = skip != "none"
         self.preserves_kernels = initializers.preserves_kernels
         self.remat = remat
         self.attention_kernel = attention_kernel

@@ -60,8 +60,7 @@ def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
         for name, function in vars(module).items()
         if isinstance(function, _FUNCTIONS) and not name.startswith(("_", "scale_by_")) and name not in _UNUSABLE
     }
-    usable = {name: function for name, function in found.items() if _takes_only_a_rate(function)}
-    return usable | _SHAMPOOS
+    return {name: function for name, function in found.items() if _takes_only_a_rate(function)} | _SHAMPOOS
 
 
 def _takes_only_a_rate(function: Callable[..., Any]) -> bool:
