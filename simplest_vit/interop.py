@@ -161,18 +161,16 @@ class PthFile:
     def __getitem__(self, name: str) -> np.ndarray:
         """Read the numbers of a tensor, in its dtype and shape; a UserError if they are not in the file."""
         tensor = self.tensors[name]
+        size = tensor.dtype.itemsize
         try:
             with self._open(f"{self._root}data/{tensor.key}") as file:
-                data = np.frombuffer(file.read(), tensor.dtype)
-        except Exception as error:  # of the archive
+                content = file.read()
+            if size * math.prod(tensor.shape) > len(content):  # strides of 0 would repeat numbers
+                raise ValueError("a tensor larger than its storage")
+            strides = [size * stride for stride in tensor.strides]
+            return np.ndarray(tensor.shape, tensor.dtype, content, size * tensor.offset, strides).copy()
+        except Exception as error:  # of the archive, or NumPy's for a view beyond the storage
             raise self._error(f"is damaged: the numbers of {name} cannot be read") from error
-        last = tensor.offset + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
-        if 0 in tensor.shape:
-            return np.zeros(tensor.shape, tensor.dtype)
-        if last >= len(data) or math.prod(tensor.shape) > len(data):
-            raise self._error(f"is damaged: {name} reaches beyond its storage")
-        strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
-        return np.lib.stride_tricks.as_strided(data[tensor.offset :], tensor.shape, strides).copy()
 
     def _open(self, name: str) -> Any:
         """Open a member, which must not be compressed: a small file could then hold any number of bytes."""

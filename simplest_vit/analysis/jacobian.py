@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy.linalg import eigh_tridiagonal
 
 from simplest_vit.models import ViT, layers
 
@@ -37,7 +38,11 @@ def jacobian_spectrum(model: ViT, image: jax.Array, seed: int = 0) -> tuple[np.n
         iterations = min(_ITERATIONS, x.size)
         keys = jax.random.split(jax.random.key(seed), _STARTS)
         lanczos = [np.asarray(_lanczos(graphdef, nnx.as_pure(state), x, key, iterations), np.float64) for key in keys]
-    return merge_spectra([_quadrature(diagonal, off_diagonal) for diagonal, off_diagonal in lanczos])
+    spectra = []
+    for diagonal, off_diagonal in lanczos:
+        eigenvalues, vectors = eigh_tridiagonal(diagonal, off_diagonal[:-1])
+        spectra.append((np.sqrt(np.maximum(eigenvalues, 0.0)), vectors[0] ** 2))
+    return merge_spectra(spectra)
 
 
 def merge_spectra(spectra: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -76,10 +81,3 @@ def _lanczos(graphdef: nnx.GraphDef, state: Any, x: jax.Array, key: jax.Array, i
     start = jax.random.normal(key, (x.size,))
     carry = jnp.zeros((iterations, x.size)), start / jnp.linalg.norm(start)
     return jnp.stack(jax.lax.scan(body, carry, jnp.arange(iterations))[1])
-
-
-def _quadrature(diagonal: np.ndarray, off_diagonal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the nodes (as singular values) and weights of a tridiagonal matrix."""
-    matrix = np.diag(diagonal) + np.diag(off_diagonal[:-1], 1) + np.diag(off_diagonal[:-1], -1)
-    eigenvalues, vectors = np.linalg.eigh(matrix)
-    return np.sqrt(np.maximum(eigenvalues, 0.0)), vectors[0] ** 2
