@@ -17,20 +17,11 @@ class Difference(NamedTuple):
       mean: Mean of the first group minus that of the second.
       half_width: Half the width of the 95 % interval.
       p: Two-sided p value of no difference.
-      paired: Whether runs of equal seeds were compared.
     """
 
     mean: float
     half_width: float
     p: float
-    paired: bool
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Return half of the 95 % interval of a mean by Student's t; infinite for fewer than two values."""
-    if len(values) < 2:
-        return math.inf
-    return _quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> Difference | None:
@@ -41,7 +32,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Difference | None:
     error = math.sqrt(sum(parts))
     shares = sum(part**2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True))
     degrees = sum(parts) ** 2 / shares if shares else math.inf
-    return _difference(statistics.fmean(first) - statistics.fmean(second), error, degrees, paired=False)
+    return _difference(statistics.fmean(first) - statistics.fmean(second), error, degrees)
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference | None:
@@ -50,7 +41,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference | None
     if len(differences) < 2:
         return None
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return _difference(statistics.fmean(differences), error, len(differences) - 1, paired=True)
+    return _difference(statistics.fmean(differences), error, len(differences) - 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -63,11 +54,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _quantile(degrees: float) -> float:
-    return float(scipy.stats.t.ppf((1 + LEVEL) / 2, degrees))
-
-
-def _difference(mean: float, error: float, degrees: float, *, paired: bool) -> Difference:
+def _difference(mean: float, error: float, degrees: float) -> Difference:
     ratio = abs(mean) / error if error else math.inf if mean else 0.0
-    p = 2 * float(scipy.stats.t.sf(ratio, degrees))
-    return Difference(mean, _quantile(degrees) * error, p, paired)
+    student = scipy.stats.t(degrees)
+    return Difference(mean, float(student.ppf((1 + LEVEL) / 2)) * error, 2 * float(student.sf(ratio)))
