@@ -60,7 +60,9 @@ def inverse_pth_root(
             eigenvalues, vectors = eigh(damped)
             return _spectral_power(jnp.maximum(eigenvalues, eps / 2), vectors, -1 / p)
 
-        by_newton = functools.partial(_newton_root, p=p, eps=eps)
+        def by_newton(damped: jax.Array) -> jax.Array:
+            return _newton_root(damped, p, eps)
+
         if root == "auto":  # LAPACK is faster on a CPU, matrix products elsewhere
             roots = jax.lax.platform_dependent(damped, cpu=by_eigh, default=by_newton)
         else:
