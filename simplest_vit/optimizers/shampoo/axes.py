@@ -113,20 +113,13 @@ def update_if_valid(
     )
 
 
-def refresh_together(refresh: Callable[[Any, Any], Any], fixed: Any, changing: Any, is_due: jax.Array) -> Any:
+def refresh_together(refresh: Callable[[Any], Any], stacks: Any, is_due: jax.Array) -> Any:
     """Refresh all slots if they are due; see `refresh_staggered` for the arguments."""
-    changing = _vary_as(fixed, changing)
-    return jax.lax.cond(is_due, lambda changing: refresh(fixed, changing), lambda changing: changing, changing)
+    return jax.lax.cond(is_due, refresh, lambda stacks: stacks, _vary_alike(stacks))
 
 
 def refresh_staggered(
-    refresh: Callable[[Any, Any], Any],
-    fixed: Any,
-    changing: Any,
-    phase: jax.Array,
-    phases: jax.Array | int,
-    k: int,
-    device: Any,
+    refresh: Callable[[Any], Any], stacks: Any, phase: jax.Array, phases: jax.Array | int, k: int, device: Any
 ) -> Any:
     """Refresh the slots i with i = phase (modulo k), and those of the next phases if there is more than one.
 
@@ -135,8 +128,9 @@ def refresh_staggered(
     has to read.
 
     Args:
-      refresh: Function from (fixed, changing) of some slots to the new `changing`.
-      fixed: A tree for each stack, of arrays with N slots; so is `changing`.
+      refresh: Function from some slots of all stacks to the same with new arrays; what it returns as it was is not
+        written.
+      stacks: A tree for each stack, of arrays with N slots.
       phase: int32, from 0.
       phases: Number of phases that are due: 1, or a traced number up to k.
       k: The period in steps.
@@ -150,19 +144,21 @@ def refresh_staggered(
     def take(tree: Any, rows: jax.Array) -> Any:
         return jax.tree.map(lambda x: x.at[rows].get(mode="clip", unique_indices=True, indices_are_sorted=True), tree)
 
-    def put(tree: Any, rows: jax.Array, new: Any) -> Any:
-        return jax.tree.map(
-            lambda x, y: x.at[rows].set(y, mode="drop", unique_indices=True, indices_are_sorted=True), tree, new
-        )
+    def put(tree: Any, rows: jax.Array, old: Any, new: Any) -> Any:
+        def write(x: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+            at = x.at[rows]
+            return x if new is old else at.set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
 
-    def refresh_phase(offset: jax.Array | int, changing: Any) -> Any:
-        rows = [rows_of(tree, phase + offset) for tree in changing]
-        new = refresh(*([take(tree, r) for tree, r in zip(trees, rows, strict=True)] for trees in (fixed, changing)))
-        return [put(*row) for row in zip(changing, rows, new, strict=True)]
+        return jax.tree.map(write, tree, old, new)
+
+    def refresh_phase(offset: jax.Array | int, stacks: Any) -> Any:
+        rows = [rows_of(tree, phase + offset) for tree in stacks]
+        old = [take(*pair) for pair in zip(stacks, rows, strict=True)]
+        return [put(*row) for row in zip(stacks, rows, old, refresh(old), strict=True)]
 
     if isinstance(phases, int):
-        return refresh_phase(0, changing)
-    return jax.lax.fori_loop(0, phases, refresh_phase, _vary_as(fixed, changing))
+        return refresh_phase(0, stacks)
+    return jax.lax.fori_loop(0, phases, refresh_phase, _vary_alike(stacks))
 
 
 def shampoo_metrics(opt_state: Any) -> dict[str, jax.Array]:
@@ -188,17 +184,17 @@ def shampoo_metrics(opt_state: Any) -> dict[str, jax.Array]:
     }
 
 
-def _vary_as(fixed: Any, changing: Any) -> Any:
-    """Mark arrays as varying over the same devices as others, as branches and loops within `jax.shard_map` need."""
+def _vary_alike(tree: Any) -> Any:
+    """Mark arrays as varying over the same devices, as branches and loops within `jax.shard_map` need."""
 
     def axes_of(x: jax.Array) -> set[str]:
         kind: Any = jax.typeof(x)
         return set(kind.vma if hasattr(kind, "vma") else kind.mat.varying)  # JAX 0.10 has the latter
 
-    over = set().union(*map(axes_of, jax.tree.leaves((fixed, changing))))
+    over = set().union(*map(axes_of, jax.tree.leaves(tree)))
 
     def vary(x: jax.Array) -> jax.Array:
         missing = tuple(sorted(over - axes_of(x)))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(vary, changing) if over else changing
+    return jax.tree.map(vary, tree)

@@ -118,7 +118,6 @@ class ShampooOptions(Options):
 
     number = 1  # of the method, in the version of its state
     refreshes_early = False  # whether each of the first k steps after `start` refreshes all preconditioners as well
-    rotates_moments = False  # whether a refresh changes the moments
 
     def __init__(self, alias: Callable[..., Any], arguments: dict[str, Any]):
         """Raise ValueError as `Options`."""
@@ -153,7 +152,7 @@ class SoapOptions(Options):
     """The arguments of SOAP, and what they imply; see `ShampooOptions`."""
 
     number, first_statistics, whitened, even_blocks = 2, 0.0, False, True
-    refreshes_early = rotates_moments = True
+    refreshes_early = True
 
     def __init__(self, alias: Callable[..., Any], arguments: dict[str, Any]):
         """Raise ValueError as `Options`."""

@@ -47,16 +47,18 @@ def scale_by_shampoo(**arguments: Any) -> optax.GradientTransformation:
     return precondition(ShampooOptions(shampoo, arguments), _refresh, _direction)
 
 
-def _refresh(plan: Plan, count: jax.Array, statistics: Any, changing: Any) -> Any:
+def _refresh(plan: Plan, count: jax.Array, states: list[StackState]) -> list[StackState]:
     """Compute the inverse roots of some slots from their bias-corrected statistics."""
     options: Any = plan.options
     correction = bias_correction(options.b2, count, options.dtype)
     settings = {"eps": options.eps, "relative_eps": options.relative_eps, "root": options.root}
+    statistics = [[axis.statistics for axis in state.axes] for state in states]
     roots = map_by_size(plan, lambda s, p: inverse_pth_root(s / correction, p, **settings), statistics)
-    return [
-        (None, tuple(update_if_valid(axis, *root, MOST_ERROR) for axis, root in zip(axes, new, strict=True)))
-        for (_, axes), new in zip(changing, roots, strict=True)
+    axes = [
+        tuple(update_if_valid(axis, *root, MOST_ERROR) for axis, root in zip(state.axes, found, strict=True))
+        for state, found in zip(states, roots, strict=True)
     ]
+    return [state._replace(axes=new) for state, new in zip(states, axes, strict=True)]
 
 
 def _direction(

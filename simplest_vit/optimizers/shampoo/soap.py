@@ -43,13 +43,14 @@ def scale_by_soap(**arguments: Any) -> optax.GradientTransformation:
     return precondition(SoapOptions(soap, arguments), _refresh, _direction)
 
 
-def _refresh(plan: Plan, count: jax.Array, statistics: Any, changing: Any) -> Any:
+def _refresh(plan: Plan, count: jax.Array, states: list[StackState]) -> list[StackState]:
     """Refresh the bases of some slots and rotate their moments; before the start step, change nothing."""
     options: Any = plan.options
-    old = [[axis.preconditioner for axis in axes] for _, axes in changing]
+    statistics = [[axis.statistics for axis in state.axes] for state in states]
+    old = [[axis.preconditioner for axis in state.axes] for state in states]
     bases = map_by_size(plan, lambda s, q, _: refresh_basis(s, q, options.basis), statistics, old)
     new = []
-    for stack, ((mu, nu), axes), found in zip(plan.stacks, changing, bases, strict=True):
+    for stack, (mu, nu, axes), found in zip(plan.stacks, states, bases, strict=True):
         after = tuple(
             update_if_valid(axis, *basis, MOST_ERROR, count >= options.start)
             for axis, basis in zip(axes, found, strict=True)
@@ -59,7 +60,7 @@ def _refresh(plan: Plan, count: jax.Array, statistics: Any, changing: Any) -> An
             for axis, a, b in zip(stack.axes, axes, after, strict=True)
         ]
         rotated, squares = rotate_moments(mu, nu, rotations, options.matmul_precision)
-        new.append(((rotated.astype(mu.dtype), squares), after))
+        new.append(StackState(rotated.astype(mu.dtype), squares, after))
     return new
 
 

@@ -43,9 +43,8 @@ class PreconditionedState(NamedTuple):
     stacks: Any
 
 
-# (plan, count, statistics, changing) -> changing, for some slots of all stacks. `changing` has for each stack its
-# moments, or None if a refresh leaves them, and the states of its axes without the statistics.
-Refresh = Callable[[Plan, jax.Array, Any, Any], Any]
+# (plan, count, states) -> the states with new preconditioners, for some slots of all stacks.
+Refresh = Callable[[Plan, jax.Array, list[StackState]], list[StackState]]
 # (count, stack, state, gradients, finite, options) -> the new state and the direction of a stack.
 Direction = Callable[..., tuple[StackState, jax.Array]]
 
@@ -94,14 +93,16 @@ def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) ->
         stacks, directions = run(count, list(state.stacks) if plan.stacks else [], blocks)
         leaves = from_blocks(plan, directions, auto_mesh)
         # Parameters without blocks take the diagonal method's step.
-        mus, nus = (jax.tree.leaves(tree, is_leaf=_is_masked) for tree in (state.mu, state.nu))
-        for index in (index for index, param in enumerate(plan.params) if not param.blocks):
+        whole = [index for index, param in enumerate(plan.params) if not param.blocks]
+        mus = jax.tree.leaves(state.mu)
+        nus: list[Any] = jax.tree.leaves(state.nu) or [optax.MaskedNode()] * len(whole)
+        for place, index in enumerate(whole):
             gradient, finite = _split_finite(gradients[index].astype(options.dtype))
-            moments, diagonal = (mus[index], nus[index]), options.diagonal(False)
+            moments, diagonal = (mus[place], nus[place]), options.diagonal(False)
             moments, _, leaves[index] = diagonal_step(count, moments, gradient, finite, options.b1, diagonal)
-            mus[index], nus[index] = moments
+            mus[place], nus[place] = moments
         mu, nu = (
-            jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_masked), new)
+            jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(new))
             for tree, new in ((state.mu, mus), (state.nu, nus))
         )
         leaves = sharding.match_sharding(leaves, params, auto_mesh, count)
@@ -109,10 +110,6 @@ def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) ->
         return as_updates(leaves, updates, tree), PreconditionedState(count, state.version, mu, nu, stacks)
 
     return optax.GradientTransformation(init, update)
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
 
 
 def _split_finite(gradient: jax.Array, axes: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
@@ -138,35 +135,23 @@ def _step_stacks(
     options = plan.options
     k, start = options.precondition_frequency, options.start
     split = [_split_finite(g, range(1, g.ndim)) for g in gradients]
-    axes = [
-        update_statistics(stack, s.axes, g, f.reshape(-1), options)
-        for stack, s, (g, f) in zip(plan.stacks, states, split, strict=True)
-    ]
-    statistics = [tuple(axis.statistics for axis in stack) for stack in axes]
-    none: Any = None  # without its statistics, an axis changes only when a slot is refreshed
-    changing: Any = [
-        ((s.mu, s.nu) if options.rotates_moments else None, tuple(axis._replace(statistics=none) for axis in stack))
-        for s, stack in zip(states, axes, strict=True)
+    states = [
+        state._replace(axes=update_statistics(stack, state.axes, g, finite.reshape(-1), options))
+        for stack, state, (g, finite) in zip(plan.stacks, states, split, strict=True)
     ]
     refresh_slots = functools.partial(refresh, plan, count)
     is_early = (count > start) & (count <= start + k)
     if plan.is_staggered:
         phases = jnp.where(is_early, k, 1) if options.refreshes_early and k > 1 else 1
-        changing = refresh_staggered(refresh_slots, statistics, changing, count - 1, phases, k, device)
+        states = refresh_staggered(refresh_slots, states, count - 1, phases, k, device)
     else:
         is_due = (count % k == 0) & (count >= start)
-        is_due = is_due | is_early if options.refreshes_early else is_due
-        changing = refresh_together(refresh_slots, statistics, changing, is_due)
-    new, directions = [], []
-    for stack, state, kept, (moments, rest), (gradient, finite) in zip(
-        plan.stacks, states, statistics, changing, split, strict=True
-    ):
-        mu, nu = moments or (state.mu, state.nu)
-        whole = tuple(axis._replace(statistics=s) for axis, s in zip(rest, kept, strict=True))
-        state, step = direction(count, stack, StackState(mu, nu, whole), gradient, finite, options)
-        new.append(state)
-        directions.append(step)
-    return new, directions
+        states = refresh_together(refresh_slots, states, is_due | is_early if options.refreshes_early else is_due)
+    new = [
+        direction(count, stack, state, gradient, finite, options)
+        for stack, state, (gradient, finite) in zip(plan.stacks, states, split, strict=True)
+    ]
+    return [state for state, _ in new], [step for _, step in new]
 
 
 def _check(state: PreconditionedState, expected: Any) -> None:
