@@ -131,16 +131,12 @@ def load_config(arguments: list[str]) -> ConfigDict:
     return config.value
 
 
-def config_arguments(arguments: list[str]) -> list[str]:
-    """Return the `--config...` flags among the arguments of a command that has parsed them."""
-    given, words = [], iter(arguments)
-    for word in words:
-        name, equals, _ = word.lstrip("-").partition("=")
-        if word.startswith("-") and name.removeprefix("no").split(".")[0] == CONFIG.name:
-            given.append(word)
-            if not equals and not flags.FLAGS[name.removeprefix("no")].boolean:
-                given.append(next(words))
-    return given
+def config_arguments() -> list[str]:
+    """Return the flags that give the config of this command again."""
+    config = flags.FLAGS[CONFIG.name]
+    fields = config_flags.get_override_values(config).items()
+    set_fields = (f"--{CONFIG.name}.{field}={value}" for field, value in fields)
+    return [f"--{CONFIG.name}={config_flags.get_config_filename(config)}", *set_fields]
 
 
 def seeds_from(first: int, count: int) -> range:
@@ -182,7 +178,7 @@ def run(
     preemption.install()
     streams.install()
     try:
-        # Overrides of a config, and the commands of a sweep, are read from sys.argv.
+        # ml_collections finds the fields of a config in sys.argv.
         sys.argv[1:] = flags.FLAGS.read_flags_from_files(sys.argv[1:])
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(_help(program, (*required, *optional)))

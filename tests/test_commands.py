@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import json
 import shlex
-import sys
 import types
 
 import jax
@@ -131,7 +130,7 @@ def test_signal_propagation(run, record):
 
 
 def test_sweep(run, record, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sweep", "--config=digits", "--seeds=2"])
+    monkeypatch.setattr(cli, "config_arguments", lambda: ["--config=digits"])
     record(sweep, "find_devices", ("gpu", [0, 1]))
     checked, calls = record(sweep, "check_points"), record(sweep, "execute", 0)
     axes = {"grid": ["config.weight_decay=0,1"], "seeds": 2, "at_once": 3}

@@ -199,15 +199,18 @@ def test_each_run_gets_the_flags_of_the_config(tmp_path):
     """Those in a flag file, too."""
     (tmp_path / "flags.txt").write_text("--config.label_smoothing=0.25\n")
     given = ["--config", "configs/digits.py", "--noconfig.data.flip", "--config.weight_decay", "1e-5"]
-    given += ["-config.epochs=3", "--config.data.flip"]
+    given += ["-config.epochs=3", "--config.data.flip", "--config.log_every=2 epochs", "--config.steps=None"]
     arguments = ["--seeds", "1", "--print_commands", "--workdir", str(tmp_path / "sweep"), "--grid", "config.sam.rho=0"]
     command = [sys.executable, "-m", "simplest_vit", "sweep", *given, f"--flagfile={tmp_path}/flags.txt", *arguments]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     words = shlex.split(printed)
+    expected = ["data.flip=True", "weight_decay=1e-05", "epochs=3.0", "log_every=2 epochs", "steps=None"]
+    expected += ["label_smoothing=0.25", "sam.rho=0", "seed=3407"]
     assert words[words.index("train") + 1 : -1] == [
-        *given,
-        *("--config.label_smoothing=0.25", "--config.sam.rho=0", "--config.seed=3407"),
+        "--config=configs/digits.py",
+        *(f"--config.{assignment}" for assignment in expected),
     ]
+    assert cli.load_config(words[words.index("train") + 1 : -1]).steps is None
 
 
 def test_jax_tells_its_devices():

@@ -227,7 +227,7 @@ def main() -> None:
             raise UserError(f"--workdir={cli.WORKDIR.value} is the folder of a run; a sweep needs its own folder")
         check_workdir(str(cli.WORKDIR.value), {})
         grid = parse_grid(axes.value, config)
-        points = plan(grid, seeds.value, config.seed, str(cli.WORKDIR.value), cli.config_arguments(sys.argv[1:]))
+        points = plan(grid, seeds.value, config.seed, str(cli.WORKDIR.value), cli.config_arguments())
         check_points(points)
         if printed.value:
             for point in points:
