@@ -195,6 +195,7 @@ def test_runs_share_the_gpus(platform, devices, at_once, expected):
         assert float(share.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) * together < 1
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
 def test_each_run_gets_the_flags_of_the_config(tmp_path):
     """Those in a flag file, too."""
     (tmp_path / "flags.txt").write_text("--config.label_smoothing=0.25\n")

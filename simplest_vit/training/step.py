@@ -114,15 +114,21 @@ def make_train_step(
         return sums["loss"], sums
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        dropout_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _DROPOUT), state.step)
+        keys = jax.random.split(key, accumulation_steps) if accumulation_steps > 1 else key[None]  # of micro-batches
 
         # 1. The gradient of the mean loss; with SAM, at the worst point nearby.
         def mean_gradient(params: Any) -> tuple[Sums, Any]:
-            def of_part(part: Batch, key: jax.Array) -> tuple[Sums, Any]:
-                gradient, sums = jax.grad(loss, has_aux=True)(params, state.constants, part, key)
+            def of_part(part: Batch, numbers: jax.Array) -> tuple[Sums, Any]:
+                gradient, sums = jax.grad(loss, has_aux=True)(params, state.constants, part, keys[numbers[0]])
                 return sums, gradient
 
-            sums, total = _accumulate(of_part, batch, dropout_key, accumulation_steps)
+            # One micro-batch at a time is in memory. Micro-batch i of n takes every n-th example from the i-th on, so that
+            # every device splits its own share of the batch.
+            size = len(batch["weight"])
+            part_size = size // accumulation_steps if accumulation_steps > 1 else None
+            sum_of_parts = optax.microbatching.microbatch(of_part, argnums=(0, 1), microbatch_size=part_size)
+            sums, total = sum_of_parts(batch, jnp.arange(size) % accumulation_steps)
             return sums, jax.tree.map(lambda g: g / sums["count"], total)
 
         at_worst_point = functools.partial(_gradient_at_worst_point, mean_gradient, sam.rho)
@@ -175,24 +181,6 @@ def _gradient_at_worst_point(gradient: Callable[[Any], tuple[Sums, Any]], rho: f
     sums, gradients = gradient(params)
     scale = rho / (optax.tree.norm(gradients) + 1e-12)
     return sums, gradient(jax.tree.map(lambda p, g: p + scale * g, params, gradients))[1]
-
-
-def _accumulate(
-    of_part: Callable[[Batch, jax.Array], tuple[Sums, Any]], batch: Batch, key: jax.Array, steps: int
-) -> tuple[Sums, Any]:
-    """Add up sums and gradients over `steps` micro-batches, with one at a time in memory."""
-    if steps == 1:
-        return of_part(batch, key)
-    # [B, ...] -> [steps, B / steps, ...]; every device splits its own share of the batch.
-    parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1), batch)
-    keys = jax.random.split(key, steps)
-    first = jax.tree.map(lambda x: x[0], (parts, keys))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, *first))
-
-    def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of_part(*part)), None
-
-    return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, detailed: bool = False) -> Callable[[Any, Any, Batch], Sums]:
