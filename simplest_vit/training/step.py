@@ -123,8 +123,8 @@ def make_train_step(
                 gradient, sums = jax.grad(loss, has_aux=True)(params, state.constants, part, keys[numbers[0]])
                 return sums, gradient
 
-            # One micro-batch at a time is in memory. Micro-batch i of n takes every n-th example from the i-th on, so that
-            # every device splits its own share of the batch.
+            # One micro-batch at a time is in memory. Each takes every n-th example of the batch, so that every device
+            # splits its own share.
             size = len(batch["weight"])
             part_size = size // accumulation_steps if accumulation_steps > 1 else None
             sum_of_parts = optax.microbatching.microbatch(of_part, argnums=(0, 1), microbatch_size=part_size)
