@@ -94,7 +94,7 @@ def test_other_runtimes_compute_the_logits(model, tmp_path, monkeypatch):
         assert about["class_names"] == list(DATA.class_names)
         assert (about["network"], about["image_shape"]) == (run.config.model.name, list(DATA.image_shape))
         assert ("inside" in about["preprocessing"]) == (format != "safetensors")
-        assert "shorter side resized to 9, 8 x 12 cropped" in about["preprocessing"]
+        assert "shorter side resized to 9 by Pillow's bilinear filter, 8 x 12 cropped" in about["preprocessing"]
         assert (about["mean"], about["std"], about["model"]["depth"]) == (list(DATA.mean), list(DATA.std), 2)
 
 

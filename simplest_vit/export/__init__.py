@@ -102,7 +102,7 @@ def _metadata(run: Run, model: ViT, step: int, format: str) -> Metadata:
     """Describe the model, and how images are prepared for it."""
     height, width, channels = run.data.image_shape
     pixels = f"{'gray' if channels == 1 else 'RGB'} pixels 0 to 255"
-    resized = f"{pixels}; shorter side resized to {run.data.eval_resize}, {height} x {width} cropped"
+    resized = f"{pixels}; shorter side resized to {run.data.eval_resize} by Pillow's bilinear filter, {height} x {width} cropped"
     return {
         "producer": f"simplest-vit {__version__}",
         "network": run.config.model.name,
