@@ -1,7 +1,6 @@
 """Multi-head attention: one class and one formula for all kinds of attention in `attention_kinds`."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from flax import nnx
 from jax.nn.initializers import zeros
 
 from simplest_vit.models import fused_attention, initializers, layers
-from simplest_vit.models.attention_kinds import AttentionKind
+from simplest_vit.models.attention_kinds import Attend, AttentionKind
 
 # Kernels [..., D, 3 D] and biases [..., 3 D] (or None) of queries, keys and values, side by side.
 QKV = tuple[jax.Array, jax.Array | None]
@@ -106,9 +105,7 @@ class Attention(nnx.Module):
         kernel = jnp.concatenate([layer.kernel[...] for layer in parts], axis=-1)
         return kernel, jnp.concatenate(biases, axis=-1) if biases else None
 
-    def _softmax_attention(
-        self, tokens: jax.Array, shape: tuple[int, ...], qkv: QKV | None
-    ) -> Callable[[jax.Array], jax.Array]:
+    def _softmax_attention(self, tokens: jax.Array, shape: tuple[int, ...], qkv: QKV | None) -> Attend:
         """Return a function that applies the softmax attention of tokens [B * T, D] to values [B, T, H * d]."""
         arrays = self._arrays()
         constants = self.num_heads, arrays.get("attention_bias"), arrays.get("row_scale")

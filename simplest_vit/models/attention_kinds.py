@@ -18,6 +18,7 @@ from simplest_vit.models import espa, shift
 
 Grid = tuple[int, int]
 Arrays = dict[str, Any]
+Attend = Callable[[jax.Array], jax.Array]  # applies the attention of given tokens to values [B, T, H * d]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,7 @@ class AttentionKind:
         """
         return {}
 
-    def mix(
-        self, value: jax.Array, softmax_attention: Callable[[jax.Array], jax.Array], num_heads: int, arrays: Arrays
-    ) -> jax.Array:
+    def mix(self, value: jax.Array, softmax_attention: Attend, num_heads: int, arrays: Arrays) -> jax.Array:
         """Mix values over tokens, linearly.
 
         Args:
@@ -130,9 +129,7 @@ class FixedShift(Shift):
         """Return the tokens that the heads attend to."""
         return {"source": self.sources(grid, depth, num_heads)}
 
-    def mix(
-        self, value: jax.Array, softmax_attention: Callable[[jax.Array], jax.Array], num_heads: int, arrays: Arrays
-    ) -> jax.Array:
+    def mix(self, value: jax.Array, softmax_attention: Attend, num_heads: int, arrays: Arrays) -> jax.Array:
         """Translate values instead of multiplying them with [T, T] matrices; see `AttentionKind.mix`."""
         heads = value.reshape(*value.shape[:2], num_heads, -1)
         mean = heads.mean(axis=1, keepdims=True, dtype=jnp.float32).astype(value.dtype)
@@ -153,9 +150,7 @@ class ValueSkipInit(AttentionKind):
 
     parameters: ClassVar[dict[str, float]] = {"alpha": 1.0, "beta": 0.0}
 
-    def mix(
-        self, value: jax.Array, softmax_attention: Callable[[jax.Array], jax.Array], num_heads: int, arrays: Arrays
-    ) -> jax.Array:
+    def mix(self, value: jax.Array, softmax_attention: Attend, num_heads: int, arrays: Arrays) -> jax.Array:
         """Add the values to the output of softmax attention; see `AttentionKind.mix`."""
         alpha, beta = (arrays[name].astype(value.dtype) for name in ("alpha", "beta"))
         return alpha * value + beta * softmax_attention(value)

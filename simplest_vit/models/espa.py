@@ -76,14 +76,6 @@ def kernel_matrices(grid: tuple[int, int], depth: int, at_max_depth: float = 0.0
     return np.stack([eye, *kernels])
 
 
-def symmetric_sqrt(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute symmetric square roots of positive definite matrices [..., n, n], and their inverses."""
-    eigenvalues, vectors = np.linalg.eigh(matrices)
-    root = np.sqrt(eigenvalues)[..., None, :]
-    transposed = np.swapaxes(vectors, -1, -2)
-    return (vectors * root) @ transposed, (vectors / root) @ transposed
-
-
 def attention_matrices(
     grid: tuple[int, int], depth: int, at_max_depth: float = 0.005, form: str = "espa"
 ) -> np.ndarray:
@@ -104,8 +96,9 @@ def attention_matrices(
         # X = F_l F_{l-1}^-1 by solving F_{l-1}^T X^T = F_l^T.
         previous, current = np.swapaxes(factors[:-1], -1, -2), np.swapaxes(factors[1:], -1, -2)
         return np.tril(np.swapaxes(np.linalg.solve(previous, current), -1, -2))
-    root, inverse_root = symmetric_sqrt(kernels)
-    return root[1:] @ inverse_root[:-1]
+    eigenvalues, vectors = np.linalg.eigh(kernels)
+    root, transposed = np.sqrt(eigenvalues)[:, None], np.swapaxes(vectors, -1, -2)
+    return (vectors * root @ transposed)[1:] @ (vectors / root @ transposed)[:-1]
 
 
 @functools.lru_cache(maxsize=16)

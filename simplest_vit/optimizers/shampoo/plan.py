@@ -164,19 +164,18 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(params: Any, options: AnyOptions, stack_axes: StackAxes = None) -> Plan:
+def make_plan(params: Any, options: AnyOptions) -> Plan:
     """Cut every parameter into blocks and assign a slot to each block.
 
     Args:
       params: Any pytree of arrays or `jax.ShapeDtypeStruct`s.
       options: The arguments.
-      stack_axes: The number of leading axes that stack layers, for each parameter.
 
     Raises:
       ValueError: For a parameter that is not a real floating-point array, or whose rank is less than its stack axes;
         the message names its path.
     """
-    axes = stack_axes(params) if callable(stack_axes) else stack_axes
+    axes = options.stack_axes(params) if callable(options.stack_axes) else options.stack_axes
     axes = jax.tree.leaves(jax.tree.broadcast(0 if axes is None else axes, params))
     stacks: dict[tuple[Any, Any], int] = {}  # (block shape, preconditioned axes) -> number of the stack
     taken: list[int] = []  # blocks of each stack so far

@@ -243,5 +243,4 @@ def shampoo_plan(params: Any, **arguments: Any) -> Plan:
       28 parameters; state 0.0 MiB, of which statistics and preconditioners 0.0
       1.02e-06 GFLOP a step; sum of n^3 for a refresh 256, in a step 10 (all together)
     """
-    options = ShampooOptions(shampoo, arguments)
-    return make_plan(params, options, options.stack_axes)
+    return make_plan(params, ShampooOptions(shampoo, arguments))

@@ -145,5 +145,4 @@ def soap(
 
 def soap_plan(params: Any, **arguments: Any) -> Plan:
     """Return the plan of `soap` for these parameters; see `shampoo_plan`."""
-    options = SoapOptions(soap, arguments)
-    return make_plan(params, options, options.stack_axes)
+    return make_plan(params, SoapOptions(soap, arguments))

@@ -51,8 +51,7 @@ Direction = Callable[..., tuple[StackState, jax.Array]]
 
 def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) -> optax.GradientTransformation:
     """Make the transformation of a method from its checked arguments and its two steps."""
-    mesh, stack_axes = options.mesh, options.stack_axes
-    auto_mesh = sharding.as_auto(mesh)
+    auto_mesh = sharding.as_auto(options.mesh)
     version = (VERSION, options.number)
 
     def init_stack(stack: BlockStack) -> StackState:
@@ -72,14 +71,14 @@ def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) ->
         return PreconditionedState(jnp.zeros((), jnp.int32), jnp.zeros(version, jnp.int8), mu, nu, stacks)
 
     def init(params: optax.Params) -> PreconditionedState:
-        state = init_state(make_plan(params, options, stack_axes), params)
-        return state._replace(stacks=sharding.shard_state(state.stacks, mesh))
+        state = init_state(make_plan(params, options), params)
+        return state._replace(stacks=sharding.shard_state(state.stacks, options.mesh))
 
     def update(
         updates: optax.Updates, state: PreconditionedState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, PreconditionedState]:
         given = updates if params is None else params
-        plan = make_plan(given, options, stack_axes)
+        plan = make_plan(given, options)
         _check(state, jax.eval_shape(functools.partial(init_state, plan), given))
         return sharding.in_auto_axes(functools.partial(step, plan), updates, state, params)
 
