@@ -25,7 +25,7 @@ def jacobian_spectrum(model: ViT, image: jax.Array, seed: int = 0) -> tuple[np.n
     """Estimate the distribution of singular values at one image.
 
     Args:
-      model: The model, in float32.
+      model: The model, in float32; so must be the precision of products.
       image: Normalized image [1, H, W, C].
 
     Returns:
@@ -33,13 +33,10 @@ def jacobian_spectrum(model: ViT, image: jax.Array, seed: int = 0) -> tuple[np.n
       float32, values below about 3e-4 of the largest are rounding errors.
     """
     graphdef, state = nnx.split(model.blocks)
-    with jax.default_matmul_precision("float32"):
-        x = model.embed(image)
-        iterations = min(_ITERATIONS, x.size)
-        keys = jax.random.split(jax.random.key(seed), _STARTS)
-        lanczos = [np.asarray(_lanczos(graphdef, nnx.as_pure(state), x, key, iterations), np.float64) for key in keys]
-    spectra = []
-    for diagonal, off_diagonal in lanczos:
+    x, spectra = model.embed(image), []
+    for key in jax.random.split(jax.random.key(seed), _STARTS):
+        tridiagonal = _lanczos(graphdef, nnx.as_pure(state), x, key, min(_ITERATIONS, x.size))
+        diagonal, off_diagonal = np.asarray(tridiagonal, np.float64)
         eigenvalues, vectors = eigh_tridiagonal(diagonal, off_diagonal[:-1])
         spectra.append((np.sqrt(np.maximum(eigenvalues, 0.0)), vectors[0] ** 2))
     return merge_spectra(spectra)

@@ -57,8 +57,9 @@ def analyse(name: str, models: Iterable[ViT], image: jax.Array, label: jax.Array
     """
     measurements, spectra = [], []
     for model in models:
-        measurements.append(measure_propagation(model, image, label, model.initial_attention()))
-        spectra.append(jacobian_spectrum(model, image[:1]))
+        with jax.default_matmul_precision("float32"):
+            measurements.append(measure_propagation(model, image, label, model.initial_attention()))
+            spectra.append(jacobian_spectrum(model, image[:1]))
     mean = {key: np.stack([m[key] for m in measurements]).mean(axis=0, dtype=np.float64) for key in measurements[0]}
     kernel = mean.pop("kernel")
     measured = _curves(kernel) | {
@@ -163,19 +164,20 @@ def correlation(kernel: np.ndarray) -> np.ndarray:
 # Measurement.
 
 
+@nnx.jit
 def measure_propagation(
     model: ViT, image: jax.Array, label: jax.Array, start: np.ndarray | None
-) -> dict[str, np.ndarray]:
+) -> dict[str, jax.Array]:
     """Run a batch forward and backward, and measure it at each block.
 
     Args:
-      model: The model, in float32.
+      model: The model, in float32; so must be the precision of products.
       image: Normalized images [B, H, W, C].
       label: Class distributions, float32 [B, num_classes], for the loss whose gradients are taken.
       start: Attention matrices at initialization, [L, H or 1, T, T], or None if they depend on the weights drawn.
 
     Returns:
-      NumPy arrays, with block 0 for the embedding:
+      Arrays, with block 0 for the embedding:
         kernel: [L + 1, 2, B, T, T].
         attention_entropy: [L], mean entropy in nats of the rows |A| / sum |A| of the attention matrices A.
         attention_distance: [L], root mean square over images and heads of |A - A_start| / |A_start| (Frobenius); absent
@@ -183,13 +185,6 @@ def measure_propagation(
         token_gradient: [L + 1], norm of the loss's gradient at the tokens.
         parameter_gradient: [L], norm of the loss's gradient at the parameters of the block.
     """
-    with jax.default_matmul_precision("float32"):
-        measured = _measure(model, image, label, None if start is None else jnp.asarray(start, jnp.float32))
-    return jax.tree.map(np.asarray, measured)
-
-
-@nnx.jit
-def _measure(model: ViT, image: jax.Array, label: jax.Array, start: jax.Array | None) -> dict[str, jax.Array]:
     blocks_def, *parts = nnx.split(model.blocks, nnx.Param, ...)
     params, constants = (nnx.as_pure(part) for part in parts)
     x = model.embed(image)
