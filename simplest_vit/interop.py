@@ -70,6 +70,14 @@ class _Inert:
     __setitem__ = append = extend = _ignore
 
 
+class _Dict(dict[Any, Any]):
+    """Ignores keys such as nested tuples, whose hash can take forever."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, str | int):
+            super().__setitem__(key, value)
+
+
 # Python's implementation, because the one in C allocates what a pickle asks for and cannot drop opcodes.
 _PythonUnpickler: Any = pickle._Unpickler
 
@@ -83,7 +91,7 @@ class _Unpickler(_PythonUnpickler):
         known = {
             ("torch._utils", "_rebuild_tensor_v2"): _tensor,
             ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
-            ("collections", "OrderedDict"): lambda *_: {},  # its items come after the call
+            ("collections", "OrderedDict"): lambda *_: _Dict(),  # its items come after the call
         }
         return known.get((module, name), _Inert)
 
@@ -96,22 +104,11 @@ class _Unpickler(_PythonUnpickler):
         """Ignore the attributes of an object, which could hide its methods."""
         self.stack.pop()
 
-    def _set(self, target: Any, items: list[Any]) -> None:
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if isinstance(key, str | int):  # the hash of nested tuples can take forever
-                target[key] = value
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set(self.stack[-1], [key, value])
-
-    def load_setitems(self) -> None:
-        items = self.pop_mark()
-        self._set(self.stack[-1], items)
+    def load_empty_dictionary(self) -> None:
+        self.append(_Dict())
 
     dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.SETITEM[0]] = load_setitem
-    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dictionary
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorView | None:
