@@ -148,20 +148,17 @@ def attend(
       [B, T, H * d] in the dtype of `value`.
     """
     d_head = query.shape[-1] // num_heads
-    return _attend(query * d_head**-0.5, key, value, attention_bias, row_scale, num_heads)
+    return _attend((query * d_head**-0.5, key, value, attention_bias, row_scale), num_heads)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, row_scale: jax.Array | None, num_heads: int
-) -> jax.Array:
-    """Compute `attend` with logits q k^T + bias."""
-    return _forward(q, k, v, bias, row_scale, num_heads)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _attend(inputs: tuple[Any, ...], num_heads: int) -> jax.Array:
+    """Compute `attend` with logits q k^T + bias, for (q, k, v, bias, row_scale)."""
+    return _forward(inputs, num_heads)[0]
 
 
-def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, row_scale: jax.Array | None, num_heads: int
-) -> tuple[jax.Array, Any]:
+def _forward(inputs: tuple[Any, ...], num_heads: int) -> tuple[jax.Array, Any]:
+    q, k, v, bias, row_scale = inputs
     heads = functools.partial(_split_heads, num_heads=num_heads)
     logits = jnp.einsum("bhtd,bhsd->bhts", heads(q), heads(k), preferred_element_type=jnp.float32)
     if bias is not None:
@@ -175,7 +172,7 @@ def _forward(
     return _join_heads(mixed.astype(v.dtype)), (q, k, v, exponentials, normalizer, scale)
 
 
-def _backward(num_heads: int, kept: Any, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(num_heads: int, kept: Any, gradient: jax.Array) -> tuple[Any]:
     q, k, v, exponentials, normalizer, scale = kept
     heads = functools.partial(_split_heads, num_heads=num_heads)
     gradient = (heads(gradient) * scale).astype(v.dtype)
@@ -188,7 +185,7 @@ def _backward(num_heads: int, kept: Any, gradient: jax.Array) -> tuple[jax.Array
         jnp.einsum("bhdt,bhts->bhds", x.swapaxes(2, 3), y).swapaxes(2, 3)
         for x, y in ((heads(q), dlogits), (gradient, exponentials))
     )
-    return *(_join_heads(x) for x in (dq, dk, dv)), None, None
+    return ((*(_join_heads(x) for x in (dq, dk, dv)), None, None),)
 
 
 _attend.defvjp(_forward, _backward)

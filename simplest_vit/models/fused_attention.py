@@ -118,20 +118,14 @@ def fused(
     if not mesh.empty:
         images, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
         # Not checked, because a kernel does not say along which axes its output varies.
-        compute = jax.shard_map(compute, in_specs=(images, whole, whole, whole), out_specs=images, check_vma=False)
-    return compute(qkv, qkv_bias, attention_bias, row_scale)
+        compute = jax.shard_map(compute, in_specs=((images, *[whole] * 3),), out_specs=images, check_vma=False)
+    return compute((qkv, qkv_bias, attention_bias, row_scale))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _fused(
-    qkv: jax.Array,
-    qkv_bias: jax.Array | None,
-    attention_bias: jax.Array | None,
-    row_scale: jax.Array | None,
-    num_heads: int,
-    interpret: bool,
-) -> jax.Array:
-    """Compute `fused` on one device."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _fused(inputs: tuple[Any, ...], num_heads: int, interpret: bool) -> jax.Array:
+    """Compute `fused` on one device, for (qkv, qkv_bias, attention_bias, row_scale)."""
+    qkv = inputs[0]
     b, t, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     plan = _Plan(t, width // num_heads, width, qkv.dtype.itemsize)
     return pl.pallas_call(
@@ -141,18 +135,15 @@ def _fused(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="attention_forward",
-    )(qkv, qkv_bias, attention_bias, row_scale)
+    )(*inputs)
 
 
-def _forward(
-    qkv: jax.Array, qkv_bias: Any, attention_bias: Any, row_scale: Any, num_heads: int, interpret: bool
-) -> tuple[jax.Array, Any]:
-    constants = (qkv_bias, attention_bias, row_scale)
-    return _fused(qkv, *constants, num_heads, interpret), (qkv, constants)
+def _forward(inputs: tuple[Any, ...], num_heads: int, interpret: bool) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _fused(inputs, num_heads, interpret), inputs
 
 
-def _backward(num_heads: int, interpret: bool, kept: Any, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
-    qkv, (qkv_bias, attention_bias, row_scale) = kept
+def _backward(num_heads: int, interpret: bool, inputs: tuple[Any, ...], gradient: jax.Array) -> tuple[Any]:
+    qkv, qkv_bias, *_ = inputs
     b, t, width = gradient.shape
     plan = _Plan(t, width // num_heads, width, qkv.dtype.itemsize)
     of_bias = None if qkv_bias is None else jax.ShapeDtypeStruct((b, 3 * width), jnp.float32)
@@ -163,8 +154,8 @@ def _backward(num_heads: int, interpret: bool, kept: Any, gradient: jax.Array) -
         compiler_params=plgpu.CompilerParams(num_warps=4 if plan.keys <= 64 else 8, num_stages=1),
         interpret=interpret,
         name="attention_backward",
-    )(qkv, qkv_bias, attention_bias, row_scale, gradient)
-    return dqkv, None if qkv_bias is None else dbias.sum(axis=0).astype(qkv_bias.dtype), None, None
+    )(*inputs, gradient)
+    return ((dqkv, None if qkv_bias is None else dbias.sum(axis=0).astype(qkv_bias.dtype), None, None),)
 
 
 _fused.defvjp(_forward, _backward)
