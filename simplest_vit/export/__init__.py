@@ -102,13 +102,13 @@ def _metadata(run: Run, model: ViT, step: int, format: str) -> Metadata:
     """Describe the model, and how images are prepared for it."""
     height, width, channels = run.data.image_shape
     pixels = f"{'gray' if channels == 1 else 'RGB'} pixels 0 to 255"
-    resized = f"{pixels}; shorter side resized to {run.data.eval_resize} by Pillow's bilinear filter, {height} x {width} cropped"
+    resized = f"{pixels}; shorter side resized to {run.data.eval_resize} by Pillow's bilinear filter"
     return {
         "producer": f"simplest-vit {__version__}",
         "network": run.config.model.name,
         "class_names": list(run.data.class_names),
         "image_shape": list(run.data.image_shape),
-        "preprocessing": f"{resized} from the centre; "
+        "preprocessing": f"{resized}, {height} x {width} cropped from the centre; "
         + ("(pixels / 255 - mean) / std" if format == "safetensors" else "normalization is inside the graph"),
         "mean": list(run.data.mean),
         "std": list(run.data.std),
