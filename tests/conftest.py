@@ -12,12 +12,16 @@ from simplest_vit.commands import ENVIRONMENT
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.update(ENVIRONMENT | os.environ)  # so that commands need not start again to set it
 # Most of the time goes into compiling programs that run once. LLVM need not optimize them or split them over threads.
-# jaxlib 0.10 still has the older emitters, which compile them in half the time.
+# jaxlib 0.10 still has the older emitters, which compile them in half the time; its YNN compiles when it first runs.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     + " --xla_cpu_parallel_codegen_split_count=1"
-    + (" --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "")
+    + (
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_experimental_ynn_fusion_type="
+        if importlib.metadata.version("jaxlib").startswith("0.10.")
+        else ""
+    )
 )
 
 import hypothesis
@@ -31,7 +35,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
 hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("same")  # every run tries the same examples
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)  # others cost more to keep than they save
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
@@ -57,7 +61,7 @@ def pytest_collection_finish():
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000)
+    gc.set_threshold(50_000)
     gc.enable()
 
 

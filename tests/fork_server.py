@@ -5,6 +5,7 @@ environment, standard error and exit code, and takes a tenth of a second instead
 """
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -32,7 +33,7 @@ class ForkServer:
         environment |= {
             "XLA_FLAGS": xla_flags(devices=1),
             "JAX_COMPILATION_CACHE_DIR": os.environ["SIMPLEST_VIT_TEST_CACHE"],
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         }
         self._process = subprocess.Popen(
             [sys.executable, __file__],
@@ -100,6 +101,8 @@ def _run(request):
 
 
 def _serve():
+    import scipy.optimize  # noqa: F401  # which networks with TAT import
+
     import input_pipeline  # noqa: F401
     from simplest_vit import config, predict  # noqa: F401
     from simplest_vit.analysis import report  # noqa: F401
@@ -107,6 +110,8 @@ def _serve():
     from simplest_vit.training import evaluate, train  # noqa: F401
 
     warnings.filterwarnings("ignore", "os.fork|.*found in sys.modules")
+    gc.collect()
+    gc.freeze()  # as in `conftest.py`; and collecting would copy their pages into each child
     for line in sys.stdin:
         request = json.loads(line)
         with contextlib.ExitStack() as stack:

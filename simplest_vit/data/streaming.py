@@ -170,7 +170,7 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
         threads = cpu_count()
         stream = chunks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     iterator = iter(stream)
-    stop = atexit.register(functools.partial(_close, iterator))  # runs before multiprocessing's own cleanup
+    stop = atexit.register(functools.partial(_close, iterator, num_workers))  # before multiprocessing's own
     try:
         if num_workers:
             _start_workers(iterator)
@@ -201,10 +201,11 @@ def _start_workers(iterator: grain.DatasetIterator) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _close(iterator: grain.DatasetIterator) -> None:
+def _close(iterator: grain.DatasetIterator, num_workers: int) -> None:
     """End the workers and free their shared memory."""
     iterator.close()
-    gc.collect()  # Grain ends iteration with an exception, in a reference cycle with frames that hold the last chunks
+    if num_workers:
+        gc.collect()  # Grain ends iteration with an exception, in a reference cycle with frames that hold shared memory
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
