@@ -217,8 +217,11 @@ def judged(results: Results, page: str) -> str:
 def criteria(results: Results, page: str) -> str:
     """List the criteria of the verdict, with what was measured."""
     del page
-    body = [[criterion.text, criterion.found, criterion.state] for criterion in verdict.criteria(results)]
-    return table(["criterion (SOAP, 1,500 steps or equal time)", "measured difference, points", ""], body)
+    found = verdict.criteria(results)
+    body = [[criterion.text, criterion.effect, criterion.found, criterion.state] for criterion in found]
+    return table(
+        ["criterion (SOAP, 1,500 steps or equal time)", "if it holds, it", "measured difference, points", ""], body
+    )
 
 
 BLOCKS: dict[str, Callable[[Results, str], str]] = {

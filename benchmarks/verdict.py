@@ -38,9 +38,7 @@ class Criterion(NamedTuple):
     @property
     def state(self) -> str:
         """The state, for the table."""
-        if self.holds is None:
-            return "open"
-        return self.effect if self.holds else "does not hold"
+        return {None: "open", True: "holds", False: "does not hold"}[self.holds]
 
 
 def criteria(results: Results) -> list[Criterion]:
