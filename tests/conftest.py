@@ -12,16 +12,12 @@ from simplest_vit.commands import ENVIRONMENT
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.update(ENVIRONMENT | os.environ)  # so that commands need not start again to set it
 # Most of the time goes into compiling programs that run once. LLVM need not optimize them or split them over threads.
-# jaxlib 0.10 still has the older emitters, which compile them in half the time; its YNN compiles when it first runs.
+# jaxlib 0.10 still has the older emitters, which compile them in half the time.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     + " --xla_cpu_parallel_codegen_split_count=1"
-    + (
-        " --xla_cpu_use_fusion_emitters=false --xla_cpu_experimental_ynn_fusion_type="
-        if importlib.metadata.version("jaxlib").startswith("0.10.")
-        else ""
-    )
+    + (" --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "")
 )
 
 import hypothesis
