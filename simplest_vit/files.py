@@ -92,7 +92,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Read a JSON object; a UserError if the file cannot be read or holds anything else."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise UserError(f"{path} cannot be read (it is nested too deeply); the file is damaged") from error
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); the file is damaged") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} cannot be read (it holds no JSON object); the file is damaged")

@@ -251,7 +251,7 @@ COMMANDS = [
     ("main.py --config configs/digits.py --workdir {new}/\udcff", "is not valid UTF-8; rename it or give another path"),
     ("main.py --config configs/digits.py --workdir {old}/orphan", "has checkpoints but no config.json"),
     ("main.py --config configs/digits.py --workdir {old}/foreign", "has results.json but no config.json"),
-    (OLD + "/deep", "config.json cannot be read (maximum recursion depth exceeded"),
+    (OLD + "/deep", "config.json cannot be read (it is nested too deeply)"),
     (DIGITS + " --flagfile={new}/none.txt", "none.txt"),
     ("main.py --config configs/digits.py --workdir {old}/torn", "config.json cannot be read"),
     ("main.py --config configs/digits.py --workdir {old}/list", "config.json cannot be read"),

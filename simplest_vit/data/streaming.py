@@ -178,7 +178,8 @@ def _read_batches(chunks: grain.MapDataset, chunks_per_batch: int, num_workers: 
             yield batch
     except RuntimeError as error:  # Grain's
         number = re.search(r"exit code -(\d+)", str(error))
-        reason = _SIGNALS.get(signal.Signals(int(number[1])).name) if number else None
+        reasons = {getattr(signal, name, None): text for name, text in _SIGNALS.items()}
+        reason = reasons.get(int(number[1])) if number else None
         if reason is None:
             raise
         raise TrainingError(f"a process that decodes images was ended by {reason}") from error

@@ -103,9 +103,10 @@ def test_a_full_dev_shm_is_told():
     assert expected in str(error.value)
 
 
-def test_any_other_error_of_a_worker_is_raised_as_it_is():
+@pytest.mark.parametrize("code", [1, -50])  # -50: a real-time signal, which has no name
+def test_any_other_error_of_a_worker_is_raised_as_it_is(code):
     """And not as its own cause: who follows the causes would not come to an end."""
-    other = RuntimeError("Worker process was terminated unexpectedly with exit code 1. Search")
+    other = RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. Search")
     with pytest.raises(RuntimeError) as error:
         list(failing(other))
     assert error.value is other
