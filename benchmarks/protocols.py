@@ -6,6 +6,8 @@
 import importlib
 from typing import Any, NamedTuple
 
+from benchmarks.attention_ideas import IDEAS
+
 # Protocol -> fields that differ from the data set's recipe. `small` takes nine minutes on one core: 12 blocks of width
 # 64, batches of 64, 1,500 steps (1.9 epochs of CIFAR).
 SMALL = {
@@ -119,6 +121,7 @@ NETWORKS |= {
     f"isometric, uniform fraction {fraction:g}": _isometric(uniform_fraction=fraction)
     for fraction in (0.002, 0.05, 0.1, 0.2, 0.5)
 }
+NETWORKS |= {f"isometric, {kind}": _isometric(attention=kind) for kind in IDEAS}
 NETWORKS |= {
     f"{row}, {blocks} blocks": NETWORKS[row]._replace(
         fields=NETWORKS[row].fields | {"model.depth": blocks}, learning_rates=rates
@@ -208,9 +211,13 @@ TABLES: dict[str, Table] = {
         seeds=(),
     ),
     "ablation": Table("one thing replaced", ("isometric", *_REPLACED, "isometric, ReLU"), _SOAP, steps=500, seeds=()),
-    "uniform": Table(
-        "how much uniform attention a head starts with",
-        ("isometric, attention frozen", "isometric", *(row for row in NETWORKS if "isometric, uniform" in row)),
+    "attention": Table(
+        "whether attention gains anything: more uniform heads, and other ways to let queries act",
+        (
+            *("isometric, attention frozen", "isometric"),
+            *(row for row in NETWORKS if "isometric, uniform" in row),
+            *(f"isometric, {kind}" for kind in IDEAS),
+        ),
         _SOAP,
         steps=500,
         seeds=(),

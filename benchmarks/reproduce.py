@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import flags
 
+from benchmarks import attention_ideas
 from benchmarks.protocols import (
     CHOOSING_EPOCHS,
     CHOOSING_SEED,
@@ -95,7 +96,13 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
         folder = pathlib.Path(run["root"], run["stage"], data, optimizer, row, f"{rate:g}", f"seed={seed}")
         arguments = recipe_arguments(network.preset, optimizer)
         overrides = (f"--config.{name}={value}" for name, value in {**fields, "seed": seed}.items())
-        command = [sys.executable, "-m", "simplest_vit", "train", f"--config=configs/{data}.py:{arguments}"]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.attention_ideas",
+            "train",
+            f"--config=configs/{data}.py:{arguments}",
+        ]
         result.workdirs.append(folder)
         result.commands.append([*command, *overrides, f"--workdir={folder}"])
     return result
@@ -165,6 +172,7 @@ def main() -> None:
     usage = f"python -m benchmarks.reproduce {'|'.join(TABLES)} --workdir FOLDER"
 
     def program(arguments: list[str]) -> None:
+        attention_ideas.register()
         if len(arguments) != 1 or arguments[0] not in TABLES:
             raise UserError(f"unknown table {' '.join(arguments) or '(none)'}; usage: {usage}")
         table = part(TABLES[arguments[0]], **{kind: flag.value for kind, flag in named.items()})

@@ -116,7 +116,7 @@ def equal_time(results: Results, page: str) -> str:
 
 def replaced(results: Results, page: str) -> str:
     """Compare networks with one thing replaced, after 500 steps of SOAP."""
-    tables = (TABLES[name] for name in ("controls", "ablation", "uniform", "heads", "baseline"))
+    tables = (TABLES[name] for name in ("controls", "ablation", "attention", "heads", "baseline"))
     names = [*(row for table in tables for row in table.rows), *(row for row in NETWORKS if row.endswith(AT_ONCE))]
     rows = []
     for row in dict.fromkeys(names):

@@ -4,16 +4,23 @@ import json
 
 import pytest
 
-from benchmarks import reproduce
+from benchmarks import attention_ideas, reproduce
 from benchmarks.protocols import HOLD_OUT, NETWORKS, RECIPE_NETWORKS, TABLES
 from simplest_vit import cli
 from simplest_vit.commands.sweep import check_points
 from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.models.attention_kinds import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
 
 ROWS = ("isometric", "SimpleViT", "E-SPA + TAT, 24 blocks")
 TABLE = TABLES["headline"]._replace(rows=ROWS, learning_rates={"soap": (1e-3, 2e-3)}, data=("cifar10",), seeds=(11, 12))
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    for name, kind in attention_ideas.IDEAS.items():
+        monkeypatch.setitem(KINDS, name, kind)
 
 
 def config(point, run=0):
