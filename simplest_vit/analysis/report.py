@@ -1,6 +1,7 @@
-"""A table of the finished runs below some folders: the settings that differ, and the accuracy over seeds."""
+"""Tables of the finished runs below some folders, one for each data set: the settings that differ, and the accuracy."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import statistics
@@ -13,7 +14,13 @@ from simplest_vit.files import read_json
 from simplest_vit.training.workdir import CONFIG, DATASET, RESULTS, is_resumable
 
 # What a report needs from `results.json`; runs of other versions are listed, not guessed at.
-_NEEDED = ("validation_accuracy", "best_validation_accuracy", "steps", "seed", "config")
+_NEEDED = ("validation_accuracy", "best_validation_accuracy", "steps", "seed", "config", "wall_time_s")
+# The first columns, and results that are also columns; above the table if they are the same in all of its rows.
+_FIRST = ("model.name", "optimizer.name", "optimizer.learning_rate")
+_RECORDED = ("steps", "device", "commit")
+_EXPLANATION = (
+    "Validation accuracy in percent after the last step and at the best evaluation: mean ± standard deviation (seeds)."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +43,12 @@ class FinishedRun:
 
     @property
     def data(self) -> str:
-        """The data set by its content, such as `cifar10 (d2fbfae3)`."""
+        """The data set by its content and the images evaluated: `cifar10 (d2fbfae3), 10000 images of test`."""
         try:
             info = read_json(self.path / DATASET)
-            return f"{info['name']} ({info['fingerprint'][:8]})"
+            return "{name} ({fingerprint:.8}), {validation_size} images of {validation_split}".format(**info)
         except (UserError, TypeError, KeyError):
             return str(self.config.get("data.name"))
-
-
-def mean(runs: list[FinishedRun], name: str = "validation_accuracy") -> float:
-    """Compute the mean of a result over seeds."""
-    return statistics.fmean(run.results[name] for run in runs)
-
-
-def summary(runs: list[FinishedRun], name: str = "validation_accuracy") -> str:
-    """Format mean, sample standard deviation and number of seeds, such as `0.9741 ± 0.0021 (n = 3)`."""
-    spread = f" ± {statistics.stdev(run.results[name] for run in runs):.4f}" if len(runs) > 1 else ""
-    return f"{mean(runs, name):.4f}{spread} (n = {len(runs)})"
 
 
 def find_runs(folders: Iterable[str]) -> tuple[list[FinishedRun], list[str]]:
@@ -85,62 +81,79 @@ def find_runs(folders: Iterable[str]) -> tuple[list[FinishedRun], list[str]]:
     return runs, problems
 
 
-def group_runs(runs: Iterable[FinishedRun]) -> tuple[list[list[FinishedRun]], list[str]]:
-    """Group runs of the same data set and config that differ only in their seed, in their order of appearance.
+def report(folders: Iterable[str]) -> str:
+    """Return a Markdown table for each data set, and a line for each run that is in none.
 
-    A seed counts once in a group; there is a line for each run that repeats one.
+    Runs that differ only in their seed share a row, in which each seed counts once.
+
+    Raises:
+      UserError: If a folder does not exist.
     """
-    groups: dict[str, dict[int, FinishedRun]] = {}
-    repeated = []
+    runs, problems = find_runs(folders)
+    groups: dict[str, dict[str, dict[int, FinishedRun]]] = {}
     for run in runs:
-        members = groups.setdefault(json.dumps([run.data, run.settings], sort_keys=True), {})
-        first = members.setdefault(run.results["seed"], run)
+        seeds = groups.setdefault(run.data, {}).setdefault(json.dumps(run.settings, sort_keys=True), {})
+        first = seeds.setdefault(run.results["seed"], run)
         if first is not run:
-            repeated.append(f"{run.path}: repeats seed {run.results['seed']} of {first.path}, which counts")
-    return [list(members.values()) for members in groups.values()], repeated
-
-
-def table(header: list[str], body: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _each(values: Iterable[Any]) -> str:
-    """Format each value once: 462, 462, 300 -> "462 / 300"."""
-    return " / ".join(dict.fromkeys(map(str, values)))
-
-
-def differences(groups: list[list[FinishedRun]]) -> list[dict[str, Any]]:
-    """Return, for each group, the fields that are not the same in all groups, by dotted name.
-
-    Two seeds of each of two rates: `[{"optimizer.learning_rate": 1e-3}, {"optimizer.learning_rate": 2e-3}]`.
-    """
-    configs = [{"data": group[0].data} | group[0].settings for group in groups]
-    names = sorted({name for config in configs for name in config})
-    varying = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
-    return [{name: config[name] for name in varying if name in config} for config in configs]
-
-
-def markdown(groups: list[list[FinishedRun]], problems: list[str]) -> str:
-    """Return the report: a row for each group, the best first, and a line for each run that is not in it."""
-    header = ["network, optimizer", "differs in", "accuracy", "best", "steps", "time", "device", "commit"]
-    rows = []
-    for group, own in sorted(zip(groups, differences(groups), strict=True), key=lambda pair: -mean(pair[0])):
-        config = group[0].config
-        seconds = [run.results["wall_time_s"] for run in group if run.results.get("wall_time_s") is not None]
-        cells = [
-            f"{config.get('model.name')}, {config.get('optimizer.name')}",
-            ", ".join(f"{name}={value}" for name, value in own.items()) or "-",
-            summary(group),
-            summary(group, "best_validation_accuracy"),
-            _each(run.results["steps"] for run in group),
-            f"{statistics.fmean(seconds):.0f} s" if seconds else "-",
-            _each(run.results.get("device", "-") for run in group),
-            _each(str(run.results.get("commit") or "-")[:10] for run in group),
-        ]
-        rows.append(cells)
-    parts = [table(header, rows) if rows else "no finished run"]
+            problems.append(f"{run.path}: repeats seed {run.results['seed']} of {first.path}, which counts")
+    tables = [
+        f"## {data}\n\n{_table([[*seeds.values()] for seeds in rows.values()])}"
+        for data, rows in sorted(groups.items())
+    ]
+    parts = [_EXPLANATION, *tables] if tables else ["no finished run"]
     if problems:
-        parts.append("Not in the table:\n\n" + "\n".join(f"- {problem}" for problem in problems))
+        parts.append("Not included:\n\n" + "\n".join(f"- {problem}" for problem in problems))
     return "\n\n".join(parts)
+
+
+def _table(groups: list[list[FinishedRun]]) -> str:
+    """Return what all rows have in common, and a table with a row for each group of seeds, the best first."""
+    groups = sorted(groups, key=lambda group: -_mean(group, "validation_accuracy"))
+    facts = [group[0].settings | {name: _each(group, name) for name in _RECORDED} for group in groups]
+    names = [name for name in dict.fromkeys((*_FIRST, *itertools.chain(*facts))) if _varies(name, facts)]
+    rows = [
+        {_short(name): "-" if own.get(name) is None else str(own[name]) for name in names}
+        | {
+            "accuracy": _over_seeds(group, "validation_accuracy"),
+            "best": _over_seeds(group, "best_validation_accuracy"),
+            "seconds": f"{_mean(group, 'wall_time_s'):.0f}",
+            "best run": str(max(group, key=lambda run: run.results["best_validation_accuracy"]).path),
+        }
+        for group, own in zip(groups, facts, strict=True)
+    ]
+    lines = [[*rows[0]], *([*row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    common = [f"{_short(name)} {facts[0][name]}" for name in (*_FIRST, *_RECORDED) if name not in names]
+    table = ("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+    return "\n".join((*([f"All: {', '.join(common)}.\n"] if common else []), *table))
+
+
+def _varies(name: str, facts: list[dict[str, Any]]) -> bool:
+    """Return whether a setting differs; an optimizer's own setting, between rows of that optimizer."""
+    shared = name in FIELDS or name in _RECORDED
+    values = {(not shared and own["optimizer.name"], str(own[name])) for own in facts if name in own}
+    return len(values) > len({optimizer for optimizer, _ in values})
+
+
+def _short(name: str) -> str:
+    """Shorten a field for a heading: model.name -> network, optimizer.learning_rate -> learning_rate."""
+    section, _, rest = name.partition(".")
+    short = rest if section in ("model", "optimizer", "data") and rest not in FIELDS else name
+    return {"model.name": "network", "optimizer.name": "optimizer"}.get(name, short)
+
+
+def _each(group: list[FinishedRun], name: str) -> str:
+    """Format each value of a result once: 462, 462, 300 -> "462 / 300"; a commit is shortened."""
+    values = (str(run.results.get(name) or "-") for run in group)
+    return " / ".join(dict.fromkeys(value[:10] if name == "commit" else value for value in values))
+
+
+def _mean(group: list[FinishedRun], name: str) -> float:
+    return statistics.fmean(run.results[name] for run in group)
+
+
+def _over_seeds(group: list[FinishedRun], name: str) -> str:
+    """Format an accuracy in percent, such as `97.41 ± 0.21 (3)`."""
+    spread = f" ± {100 * statistics.stdev(run.results[name] for run in group):.2f}" if len(group) > 1 else ""
+    return f"{100 * _mean(group, name):.2f}{spread} ({len(group)})"

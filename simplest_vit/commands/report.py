@@ -1,8 +1,6 @@
-"""Print a table of finished runs: the settings that vary, and the accuracy over seeds.
+"""Print a table of finished runs for each data set: the settings that differ, and the accuracy over seeds.
 
-    simplest-vit report runs/
-
-Runs on the same data whose configs differ only in the seed share a row.
+simplest-vit report runs/
 """
 
 from simplest_vit import cli
@@ -14,13 +12,11 @@ def main() -> None:
     """Run the command."""
     usage = "simplest-vit report FOLDER..."
 
-    def report(arguments: list[str]) -> None:
+    def program(arguments: list[str]) -> None:
         if not arguments:
             raise UserError(f"no folder given; usage: {usage}")
-        from simplest_vit.analysis.report import find_runs, group_runs, markdown
+        from simplest_vit.analysis.report import report
 
-        runs, problems = find_runs([local_path(folder) for folder in arguments])
-        groups, repeated = group_runs(runs)
-        print(markdown(groups, problems + repeated))
+        print(report(map(local_path, arguments)))
 
-    cli.run(report, usage, required=(), positional=True)
+    cli.run(program, usage, required=(), positional=True)

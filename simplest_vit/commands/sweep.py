@@ -1,4 +1,4 @@
-r"""Train a grid of configs over seeds, and print one table at the end.
+r"""Train a grid of configs over seeds, and print their report at the end.
 
     simplest-vit sweep --config my_config.py --workdir runs/sweep --seeds 3 \
         --grid config.optimizer.learning_rate=5e-4,3e-4 --grid config.weight_decay=0,5e-5
@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from simplest_vit import cli, preemption
-from simplest_vit.analysis import report
+from simplest_vit.analysis.report import report
 from simplest_vit.config import flatten
 from simplest_vit.errors import Interrupted, UserError
 from simplest_vit.files import writing
@@ -195,19 +195,6 @@ def _start(folder: pathlib.Path, command: list[str], environment: dict[str, str]
             return subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
-def summary(points: list[Point]) -> str:
-    """Return a Markdown table of the points, by decreasing mean accuracy; points without a finished run come last."""
-    rows = []
-    for point in points:
-        runs, _ = report.find_runs(str(folder) for folder in point.workdirs if (folder / RESULTS).exists())
-        results = ("validation_accuracy", "best_validation_accuracy")
-        cells = [report.summary(runs, name) if runs else "no run" for name in results]
-        cells = [*point.values.values(), *cells, f"{len(runs)} of {len(point.workdirs)}"]
-        rows.append((report.mean(runs) if runs else -1.0, cells))
-    rows.sort(key=lambda row: -row[0])
-    return report.table([*points[0].values, "accuracy", "best accuracy", "finished"], [cells for _, cells in rows])
-
-
 def main() -> None:
     """Run the command."""
     axes = flags.DEFINE_multi_string("grid", [], "config.FIELD=VALUE,VALUE,...; repeat the flag for each field.")
@@ -236,7 +223,7 @@ def main() -> None:
                         print(shlex.join(line))
             return
         failed = execute(points, share_devices(*find_devices(), at_once.value))
-        print(summary(points))
+        print(report(str(folder) for point in points for folder in point.workdirs))
         if failed:
             raise UserError(f"{failed} runs failed, see above; correct what their logs report and rerun the command")
 

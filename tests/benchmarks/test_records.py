@@ -38,6 +38,7 @@ def finish(folder, config, accuracy=0.7, seed=11, evaluations=STEPS, **changes):
         "steps": 1500,
         "seed": seed,
         "config": config.to_dict(),
+        "wall_time_s": 750.0,
         "step_time_median_s": 0.5,
         "device": "1 x H200",
         "commit": "0123456789abcdef",
