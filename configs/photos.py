@@ -16,6 +16,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     config = common.start(f"model=isometric_vit,optimizer=soap,{arguments or ''}")
     config.data.name = "image_folder"
     config.epochs = 20
+    config.min_steps = 240  # 20 epochs of 500 photos; fewer photos need more epochs
     config.batch_size = 32
     config.warmup_steps = 75
     config.weight_decay = 5e-5

@@ -59,6 +59,7 @@ FIELDS = {
     "seed": Field(3407, integer(0, 2**32 - 1), "seed of initialization, example order, augmentation and dropout"),
     "epochs": Field(90.0, number("(0, 1e6]"), "passes over the training split"),
     "steps": Field(None, optional(integer(1)), "number of steps; None: computed from epochs"),
+    "min_steps": Field(0, integer(0), "train for at least so many steps if they are computed from epochs"),
     "batch_size": Field(2048, integer(1), "examples in a step, over all devices"),
     "warmup_steps": Field(75, integer(0), "steps of linear learning-rate warm-up; a cosine decay to 0 follows"),
     "grad_clip": Field(1.0, number("[0, 1e9]"), "clip gradients to this global norm; 0: no clipping"),

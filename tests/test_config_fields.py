@@ -183,6 +183,16 @@ def steps(trained, **_):
     assert outcome["steps"] == max(scalars["loss/train"]) == saved[-1] == 4
 
 
+def min_steps(trained, caplog, **_):
+    caplog.set_level(logging.INFO, "simplest_vit")
+    assert trained("enough", steps=None, epochs=0.1, min_steps=2)[0]["steps"] == 2
+    assert build(config_of(steps=4, min_steps=5), DIGITS).total_steps == 4
+    assert "min_steps" not in caplog.text
+    assert trained(steps=None, epochs=0.1, min_steps=3)[0]["steps"] == 3
+    said = "config.epochs=0.1 makes only 2 steps of the 1437 training examples; training for config.min_steps=3"
+    assert caplog.text.count("min_steps") == caplog.text.count(said) == 1
+
+
 def batch_size(trained, caplog, **_):
     outcome, scalars, _, batches = trained(batch_size=32, steps=4)
     assert {batch["size"] for batch in batches} == {32}

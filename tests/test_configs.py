@@ -1,4 +1,5 @@
 import ast
+import dataclasses
 import importlib
 import itertools
 import pathlib
@@ -13,6 +14,8 @@ from simplest_vit.config import FIELDS, check, default
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.errors import UserError
 from simplest_vit.models import model_arguments
+from simplest_vit.training.run import build
+from tests.tiny import DIGITS
 
 OPTIMIZERS = ("adam", "muon", "shampoo", "reference_shampoo", "soap")
 IMAGES = {
@@ -79,6 +82,15 @@ def test_a_recipe_is_found_by_its_name(name, tmp_path, monkeypatch):
     assert found.to_dict() == expected.to_dict()
     (tmp_path / "mine").write_text("from simplest_vit.config import default as get_config")
     assert cli.load_config(["--config=mine"]).to_dict() == default().to_dict()
+
+
+@pytest.mark.parametrize(("train_size", "steps"), [(40, 240), (120, 240), (399, 240), (416, 260), (960, 600)])
+def test_few_photos_are_trained_on_for_as_many_steps_as_500(train_size, steps):
+    """960 / 32 * 20 = 600; 80 % of 500 photos are 400, which make 12 whole batches of 32 and 12 * 20 = 240 steps."""
+    config = get_config("photos")
+    config.model.depth = 1
+    data = dataclasses.replace(DIGITS, train_size=train_size, image_shape=IMAGES["photos"], mean=(0.5,) * 3)
+    assert build(config, data).total_steps == steps
 
 
 def test_a_recipe_is_found_in_a_place_with_a_colon(tmp_path):

@@ -77,6 +77,12 @@ class Run:
         if self.config.batch_size != config.batch_size:
             size, used = self.data.train_size, self.config.batch_size
             yield f"config.batch_size={config.batch_size} exceeds the {size} training examples; using {used}"
+        of_epochs = round(config.epochs * self.steps_per_epoch)
+        if not config.steps and of_epochs < config.min_steps:
+            yield (
+                f"config.epochs={config.epochs:g} makes only {of_epochs} steps of the {self.data.train_size} training "
+                f"examples; training for config.min_steps={config.min_steps}"
+            )
         tokens = math.prod(token_grid(self.data.image_shape, config.model.patch_size))
         if tokens > _MANY_TOKENS:
             yield (
@@ -137,7 +143,7 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
     with config.ignore_type():  # once its references are resolved, a config would keep the type of "1 epoch"
         for name in INTERVALS:
             config[name] = interval_steps(config[name], per_epoch)
-    total_steps = config.steps or max(round(config.epochs * per_epoch), 1)
+    total_steps = config.steps or max(round(config.epochs * per_epoch), config.min_steps, 1)
     if config.profile.first_step >= total_steps:
         raise UserError(
             f"config.profile.first_step={config.profile.first_step} must be less than the run's {total_steps} steps"
