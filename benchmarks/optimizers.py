@@ -7,10 +7,10 @@ python -m benchmarks.optimizers --network=cnn
 On a device that is fast enough, `--direct` times whole steps at the batch size of the config. Otherwise the step is
 composed of parts measured in this run: the gradient at `--measured_batch_size`, times the ratio of the batch sizes (its
 cost is proportional to them), plus the update, over whole periods of steps after the first. Parts alternate, so that a
-slow minute of the machine affects all of them.
+slow minute of the machine affects all of them. On a CPU all times are CPU time, which other processes on the same
+cores hardly change.
 
-`--network` times whole steps of a small network on a batch of 128 in seconds of CPU time, which other processes on the
-same core hardly change.
+`--network` times whole steps of a small network on a batch of 128.
 """
 
 import functools
@@ -71,8 +71,9 @@ class Times(NamedTuple):
     steps: np.ndarray
 
 
-def timed(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return the seconds of one call, until its work is done."""
+def timed(function: Callable[[], Any]) -> float:
+    """Return the seconds of one call, until its work is done; on a CPU, of CPU time."""
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     start = clock()
     jax.block_until_ready(function())
     return clock() - start
@@ -88,13 +89,12 @@ class Run:
         params: Any,
         gradient_of: Callable[..., Any],
         least_steps: int = LEAST_STEPS,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         def update(params: Any, state: Any, data: Any) -> tuple[Any, Any]:
             updates, state = tx.update(gradient_of(params, data), state, params)
             return optax.apply_updates(params, updates), state
 
-        self.frequency, self.clock = frequency, clock
+        self.frequency = frequency
         self.steps = frequency + math.ceil(least_steps / frequency) * frequency  # whole periods
         self.state = jax.tree.map(jnp.copy, params), jax.jit(tx.init)(params)
         self.update = jax.jit(update, donate_argnums=(0, 1))
@@ -112,7 +112,7 @@ class Run:
             self.state = self.update(*self.state, data)
             return self.state
 
-        self.seconds.append(timed(call, self.clock))
+        self.seconds.append(timed(call))
 
     def times(self) -> Times:
         """Return the seconds of the first step and of those after the first period."""
@@ -158,7 +158,7 @@ def measure_network(name: str) -> dict[str, Times]:
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
     print(shampoo_plan(params))
-    runs = make_runs(params, jax.grad(loss), least_steps=LEAST_STEPS_SMALL, clock=time.process_time)
+    runs = make_runs(params, jax.grad(loss), least_steps=LEAST_STEPS_SMALL)
     return measure(runs, images)
 
 

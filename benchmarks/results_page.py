@@ -241,16 +241,16 @@ BLOCKS: dict[str, Callable[[Results, str], str]] = {
 
 
 def measured(numbers: dict[int, speed.Number], page: str) -> str:
-    """Return a table of results/speed.csv, given by its lines; the devices are in the first cell or a last column."""
+    """Return a table of results/speed.csv, given by its lines; the origins are in the first cell or a last column."""
     columns = list(dict.fromkeys((number.column, number.unit) for number in numbers.values()))
-    devices = {number.row: number.device for number in numbers.values()}
+    origins = {number.row: number.origin for number in numbers.values()}
     cells = {(number.row, number.column, number.unit): number.text for number in numbers.values()}
-    common = len(set(devices.values())) == 1
-    header = [link(common * next(iter(devices.values())) or "records", page, "speed.csv", numbers)]
+    common = len(set(origins.values())) == 1
+    header = [link(common * next(iter(origins.values())) or "records", page, "speed.csv", numbers)]
     header += [", ".join(filter(None, column)) for column in columns] + ["device"] * (not common)
     body = [
-        [row, *(cells.get((row, *column), "") for column in columns), *[device] * (not common)]
-        for row, device in devices.items()
+        [row, *(cells.get((row, *column), "") for column in columns), *[origin] * (not common)]
+        for row, origin in origins.items()
     ]
     return table(header, body)
 

@@ -10,8 +10,8 @@ columns of the file:
   low, high              Quartiles, or the ends of a range
   note                   What else stands in brackets, such as the best learning rate
   device, command, commit
-                         Empty if the page from which the number was taken does not say it
-  source                 `run`, or PAGE@COMMIT for a number that was on a page before numbers were recorded
+                         The command is empty if there is none
+  source                 `run`, or PAGE@COMMIT for a converted number, which was on a page before numbers were recorded
 """
 
 import dataclasses
@@ -62,6 +62,11 @@ class Number:
         spread = f"{self.low} to {self.high}" if self.low else ""
         first, *rest = (part for part in (value, spread, self.note) if part)
         return f"{first} ({', '.join(rest)})" if rest else first
+
+    @property
+    def origin(self) -> str:
+        """The device; `converted` if no run has recorded the number."""
+        return self.device + ", converted" * (self.source != "run")
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Number))

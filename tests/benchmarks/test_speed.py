@@ -69,6 +69,13 @@ def test_rows_of_several_devices_have_them_in_a_column():
     assert lines[2:] == ["|ours|63.84 (63 to 64.26)||1 x H200|", "|theirs||0.5 to 1|1 x H100|"]
 
 
+def test_a_number_that_no_run_has_recorded_is_marked():
+    first, *_, last = (dataclasses.replace(number, source="docs/x.md@0123456") for number in filled().numbers)
+    assert results_page.measured({2: first, 3: last}, "README.md").startswith("|[1 x H200, converted](")
+    lines = results_page.measured({2: first, 3: dataclasses.replace(last, source="run")}, "README.md").splitlines()
+    assert [line.split("|")[-2] for line in lines[2:]] == ["1 x H200, converted", "1 x H200"]
+
+
 def test_a_row_is_replaced_where_it_stands_and_a_new_one_follows_in_its_table(tmp_path):
     path = tmp_path / "speed.csv"
     filled().write(path)
