@@ -104,7 +104,7 @@ FIELDS = {
     "model.attention_kernel": Field(
         "auto",
         MODEL["attention_kernel"],
-        "fused: attention in one kernel, on NVIDIA GPUs from Ampere on; auto: if that is faster (docs/gpu.md)",
+        "fused: attention of up to 64 tokens in one kernel (docs/gpu.md); auto: fused on GPUs that run it, else xla",
     ),
     # None leaves the choice to the network.
     "model.attention": Field(

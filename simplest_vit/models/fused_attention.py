@@ -1,9 +1,10 @@
 """Attention as one kernel forward and one backward, for NVIDIA GPUs from Ampere on (Pallas, compiled by Triton).
 
 `attention.attend` is the definition, which XLA computes in five passes over [B, H, T, T]. Here a program computes one
-head of one image. It reads the projections in place, [B, T, 3 D], adds their biases, and goes over tiles of queries
-with all keys together: rows of the softmax are whole, and no weight leaves the chip. The backward kernel recomputes the
-weights.
+head of one image. It reads the projections in place, [B, T, 3 D], adds their biases, and takes all queries and all keys
+together: rows of the softmax are whole, and no weight leaves the chip. The backward kernel recomputes the weights.
+
+That takes few tokens. A version that went over tiles of queries was slower than XLA for 196 tokens (results/speed.csv).
 """
 
 import dataclasses
@@ -19,11 +20,8 @@ from jax.sharding import PartitionSpec
 
 from simplest_vit.errors import UserError
 
-TOKENS = (16, 256)
+TOKENS = (16, 64)
 HEAD_WIDTHS = (16, 128)
-FASTER_TOKENS = 64  # up to this number it was faster than XLA's (benchmarks/README.md); with 196 it was slower
-_TILE = 8192  # logits in a tile: 64 KB of registers for the two float32 tiles of the backward pass
-_ACCUMULATED = 16384  # entries of the gradient of the keys, and as many of the values: 128 KB of registers
 
 
 def check_sizes(tokens: int, head_width: int) -> None:
@@ -48,10 +46,10 @@ def check_devices(kernel: str, devices: Sequence[jax.Device]) -> None:
 
 
 def choose(kernel: str, devices: Sequence[jax.Device], tokens: int, head_width: int) -> str:
-    """Return `xla` or `fused`: `kernel`, or if that is `auto`, the faster one on the devices of a run."""
+    """Return `xla` or `fused`: `kernel`, or if that is `auto`, `fused` where it can run, which was always faster."""
     if kernel != "auto":
         return kernel
-    fits = TOKENS[0] <= tokens <= FASTER_TOKENS and HEAD_WIDTHS[0] <= head_width <= HEAD_WIDTHS[1]
+    fits = TOKENS[0] <= tokens <= TOKENS[1] and HEAD_WIDTHS[0] <= head_width <= HEAD_WIDTHS[1]
     return "fused" if fits and all(map(_is_recent, devices)) else "xla"
 
 
@@ -71,21 +69,12 @@ class _Plan:
     itemsize: int  # bytes of a number
 
     @property
-    def keys(self) -> int:  # T, padded
+    def rows(self) -> int:  # T, padded
         return max(16, pl.next_power_of_2(self.tokens))
 
     @property
     def columns(self) -> int:  # of the head, padded
         return max(16, pl.next_power_of_2(self.head_width))
-
-    @property
-    def queries(self) -> int:  # in a tile
-        return min(self.keys, 64, _TILE // self.keys)
-
-    # Programs that share the columns of a head's gradients, which need too many registers for one program.
-    @property
-    def splits(self) -> int:
-        return max(1, self.keys * self.columns // _ACCUMULATED)
 
 
 def fused(
@@ -149,9 +138,9 @@ def _backward(num_heads: int, interpret: bool, inputs: tuple[Any, ...], gradient
     of_bias = None if qkv_bias is None else jax.ShapeDtypeStruct((b, 3 * width), jnp.float32)
     dqkv, dbias = pl.pallas_call(
         functools.partial(attention_backward, plan=plan),
-        grid=(b * num_heads * plan.splits,),
+        grid=(b * num_heads,),
         out_shape=(jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), of_bias),
-        compiler_params=plgpu.CompilerParams(num_warps=4 if plan.keys <= 64 else 8, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="attention_backward",
     )(*inputs, gradient)
@@ -165,64 +154,33 @@ def attention_forward(*refs: Any, plan: _Plan) -> None:
     """Compute one head of one image, [T, d_head] of the last reference: the forward kernel."""
     *inputs, out = refs
     head = _Head(plan, pl.program_id(0), *inputs)
-
-    def attend(row: Any, _: None) -> None:
-        weights, total = head.weights(head.projection(0, row, plan.queries), row)
-        mixed = _dot(weights.astype(out.dtype), head.values()) / total
-        head.store(out, mixed if head.row_scale is None else mixed * head.scale(row), row)
-
-    _for_each_tile(plan, attend, None)
+    weights, total = head.weights(head.projection(0))
+    mixed = _dot(weights.astype(out.dtype), head.values()) / total
+    head.store(out, mixed if head.row_scale is None else mixed * head.scale())
 
 
 def attention_backward(*refs: Any, plan: _Plan) -> None:
-    """Compute the gradients of one head of one image, or of a part of its columns: the backward kernel."""
+    """Compute the gradients of one head of one image: the backward kernel."""
     *inputs, gradient, dqkv, dbias = refs
-    program = pl.program_id(0)
-    part, program = program % plan.splits, program // plan.splits
-    head = _Head(plan, program, *inputs)
-    columns = plan.columns // plan.splits
-    first = part * columns
-    some_keys = head.keys if plan.splits == 1 else head.keep(1, first, columns)
-
-    def part_of(x: jax.Array, load: Any) -> jax.Array:
-        return x if plan.splits == 1 else load(first, columns)
-
-    def attend(row: Any, carry: Any) -> Any:
-        dq_sum, dk, dv = carry
-        scale = None if head.row_scale is None else head.scale(row)
-
-        def output_gradient(first: Any = 0, columns: int | None = None) -> jax.Array:
-            g = head.load(gradient, row, plan.queries, 0, first, columns)
-            return g if scale is None else (g * scale).astype(g.dtype)
-
-        q, g = head.projection(0, row, plan.queries), output_gradient()
-        weights, total = head.weights(q, row)
-        weights = weights / total
-        dweights = _dot(g, head.values(), transpose_b=True)
-        mean = jnp.sum(weights * dweights, axis=1, keepdims=True)
-        dlogits = (weights * (dweights - mean) * plan.head_width**-0.5).astype(q.dtype)
-        dq = _dot(dlogits, some_keys())
-        head.store(dqkv, dq, row, 0, first)
-        dk += _dot(dlogits, part_of(q, functools.partial(head.projection, 0, row, plan.queries)), transpose_a=True)
-        dv += _dot(weights.astype(q.dtype), part_of(g, output_gradient), transpose_a=True)
-        return dq_sum + dq.sum(axis=0), dk, dv
-
-    zeros = jnp.zeros((plan.keys, columns), jnp.float32)
-    dq_sum, dk, dv = _for_each_tile(plan, attend, (jnp.zeros(columns, jnp.float32), zeros, zeros))
+    head = _Head(plan, pl.program_id(0), *inputs)
+    scale = None if head.row_scale is None else head.scale()
+    q, g = head.projection(0), head.load(gradient)
+    if scale is not None:
+        g = (g * scale).astype(g.dtype)
+    weights, total = head.weights(q)
+    weights = weights / total
+    dweights = _dot(g, head.values(), transpose_b=True)
+    mean = jnp.sum(weights * dweights, axis=1, keepdims=True)
+    dlogits = (weights * (dweights - mean) * plan.head_width**-0.5).astype(q.dtype)
+    dq = _dot(dlogits, head.keys())
+    head.store(dqkv, dq)
+    dk = _dot(dlogits, q, transpose_a=True)
+    dv = _dot(weights.astype(q.dtype), g, transpose_a=True)
     for index, x in ((1, dk), (2, dv)):
-        head.store(dqkv, x, 0, index, first)
+        head.store(dqkv, x, index)
     if dbias is not None:
-        mask = first + jnp.arange(columns) < plan.head_width
-        for index, total in enumerate((dq_sum, dk.sum(axis=0), dv.sum(axis=0))):
-            plgpu.store(dbias.at[head.image, pl.ds(head.start(index) + first, columns)], total, mask=mask)
-
-
-def _for_each_tile(plan: _Plan, body: Any, carry: Any) -> Any:
-    """Apply `body` to the first row of each tile of queries and the carry."""
-    tiles = pl.cdiv(plan.tokens, plan.queries)
-    if tiles == 1:
-        return body(0, carry)
-    return jax.lax.fori_loop(0, tiles, lambda tile, carry: body(tile * plan.queries, carry), carry)
+        for index, x in enumerate((dq, dk, dv)):
+            plgpu.store(dbias.at[head.image, head.columns(index)], x.sum(axis=0), mask=head.has_column)
 
 
 class _Head:
@@ -232,65 +190,59 @@ class _Head:
         heads = plan.width // plan.head_width
         self.plan, self.image, self.head = plan, program // heads, program % heads
         self.qkv, self.qkv_bias, self.attention_bias, self.row_scale = qkv, qkv_bias, attention_bias, row_scale
+        self.has_row = jnp.arange(plan.rows) < plan.tokens
+        self.has_column = jnp.arange(plan.columns) < plan.head_width
         self.keys, self.values = self.keep(1), self.keep(2)
 
-    def keep(self, index: int, first: Any = 0, columns: int | None = None) -> Callable[[], jax.Array]:
+    def keep(self, index: int) -> Callable[[], jax.Array]:
         """Return keys or values as functions: loaded once, or in float32, where both do not fit, at each use."""
-        load = functools.partial(self.projection, index, 0, self.plan.keys, first, columns)
+        load = functools.partial(self.projection, index)
         if self.plan.itemsize == 4:
             return load
         array = load()
         return lambda: array
 
-    def start(self, index: int) -> Any:
-        """Return the first column of queries (index 0), keys (1) or values (2); 0 also for an array of one of them."""
-        return index * self.plan.width + self.head * self.plan.head_width
+    def columns(self, index: int) -> Any:
+        """Return the columns of queries (index 0), keys (1) or values (2); 0 also for an array of one of them."""
+        return pl.ds(index * self.plan.width + self.head * self.plan.head_width, self.plan.columns)
 
-    def tile(self, ref: Any, row: Any, rows: int, index: int, first: Any, columns: int) -> tuple[Any, jax.Array]:
-        """Return a tile from a row and column of the head on, and which of its entries exist, bool [rows, columns]."""
-        rows_exist = (row + jnp.arange(rows) < self.plan.tokens)[:, None]
-        mask = rows_exist & (first + jnp.arange(columns) < self.plan.head_width)[None]
-        return ref.at[self.image, pl.ds(row, rows), pl.ds(self.start(index) + first, columns)], mask
+    def tile(self, ref: Any, index: int) -> tuple[Any, jax.Array]:
+        """Return the tile of the head, and which of its entries exist, bool [rows, columns]."""
+        tile = ref.at[self.image, pl.ds(0, self.plan.rows), self.columns(index)]
+        return tile, self.has_row[:, None] & self.has_column[None]
 
-    def load(
-        self, ref: Any, row: Any, rows: int, index: int = 0, first: Any = 0, columns: int | None = None
-    ) -> jax.Array:
-        """Load a tile; by default of all columns."""
-        tile, mask = self.tile(ref, row, rows, index, first, columns or self.plan.columns)
+    def load(self, ref: Any, index: int = 0) -> jax.Array:
+        """Load a tile."""
+        tile, mask = self.tile(ref, index)
         return plgpu.load(tile, mask=mask, other=0.0)
 
-    def store(self, ref: Any, x: jax.Array, row: Any, index: int = 0, first: Any = 0) -> None:
+    def store(self, ref: Any, x: jax.Array, index: int = 0) -> None:
         """Store a tile."""
-        tile, mask = self.tile(ref, row, x.shape[0], index, first, x.shape[1])
+        tile, mask = self.tile(ref, index)
         plgpu.store(tile, x.astype(ref.dtype), mask=mask)
 
-    def projection(self, index: int, row: Any, rows: int, first: Any = 0, columns: int | None = None) -> jax.Array:
+    def projection(self, index: int) -> jax.Array:
         """Load a tile of queries, keys or values, with their bias."""
-        x = self.load(self.qkv, row, rows, index, first, columns)
+        x = self.load(self.qkv, index)
         if self.qkv_bias is None:
             return x
-        columns = x.shape[1]
-        mask = first + jnp.arange(columns) < self.plan.head_width
-        bias = plgpu.load(self.qkv_bias.at[pl.ds(self.start(index) + first, columns)], mask=mask, other=0.0)
+        bias = plgpu.load(self.qkv_bias.at[self.columns(index)], mask=self.has_column, other=0.0)
         return (x.astype(jnp.float32) + bias.astype(jnp.float32)[None]).astype(x.dtype)
 
-    def scale(self, row: Any) -> jax.Array:
-        """Load the row scale of a tile of queries, float32 [queries, 1]."""
-        mask = row + jnp.arange(self.plan.queries) < self.plan.tokens
-        return plgpu.load(self.row_scale.at[pl.ds(row, self.plan.queries)], mask=mask, other=0.0)[:, None]
+    def scale(self) -> jax.Array:
+        """Load the row scale, float32 [rows, 1]."""
+        return plgpu.load(self.row_scale.at[pl.ds(0, self.plan.rows)], mask=self.has_row, other=0.0)[:, None]
 
-    def weights(self, q: jax.Array, row: Any) -> tuple[jax.Array, jax.Array]:
-        """Compute weights before normalization, float32 [queries, keys], and their sums [queries, 1]."""
+    def weights(self, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Compute weights before normalization, float32 [rows, rows], and their sums [rows, 1]."""
         plan = self.plan
         logits = _dot(q, self.keys(), transpose_b=True) * plan.head_width**-0.5
-        exists = (jnp.arange(plan.keys) < plan.tokens)[None]
         if self.attention_bias is not None:
             of_head = () if len(self.attention_bias.shape) == 2 else (self.head,)
-            mask = (row + jnp.arange(plan.queries) < plan.tokens)[:, None] & exists
-            tile = self.attention_bias.at[*of_head, pl.ds(row, plan.queries), pl.ds(0, plan.keys)]
-            logits += plgpu.load(tile, mask=mask, other=0.0)
-        if plan.keys != plan.tokens:
-            logits = jnp.where(exists, logits, -jnp.inf)
+            tile = self.attention_bias.at[*of_head, pl.ds(0, plan.rows), pl.ds(0, plan.rows)]
+            logits += plgpu.load(tile, mask=self.has_row[:, None] & self.has_row[None], other=0.0)
+        if plan.rows != plan.tokens:
+            logits = jnp.where(self.has_row[None], logits, -jnp.inf)
         weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
         return weights, jnp.sum(weights, axis=1, keepdims=True)
 

@@ -50,7 +50,7 @@ def plain(arrays, num_heads, bias, scale, dtype):
 CASES = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 100),
-        "t": st.one_of(st.sampled_from([16, 64, 196, 256]), st.integers(16, 256)),
+        "t": st.one_of(st.sampled_from([16, 64]), st.integers(16, 64)),
         "num_heads": st.integers(1, 3),
         "d_head": st.one_of(st.sampled_from([16, 32, 64, 128]), st.integers(16, 128)),
         "bias": st.sampled_from([None, "shared", "of heads"]),
@@ -104,9 +104,9 @@ def test_biases_of_the_projections_are_added_and_their_gradients_summed(t):
 
 @pytest.mark.parametrize("form", ["espa", "espa_causal"])
 def test_with_queries_of_zero_it_is_the_matrix_of_e_spa(form):
-    scales, biases = espa.shaped_attention((14, 14), 12, form=form)
-    matrix = espa.attention_matrices((14, 14), 12, form=form)[5]
-    value = np.random.default_rng(0).normal(size=(1, 196, 32)).astype(np.float32)
+    scales, biases = espa.shaped_attention((8, 8), 12, form=form)
+    matrix = espa.attention_matrices((8, 8), 12, form=form)[5]
+    value = np.random.default_rng(0).normal(size=(1, 64, 32)).astype(np.float32)
     qkv = jnp.concatenate([jnp.zeros_like(value), value, value], axis=-1)
     result = fused_attention.fused(qkv, None, 2, jnp.float32(biases[5]), jnp.float32(scales[5]), interpret=True)
     assert oracle.relative_error(result, matrix @ np.float64(value)) < 1e-6

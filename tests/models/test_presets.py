@@ -115,17 +115,17 @@ def test_a_field_that_does_not_exist_is_refused():
 def test_the_kernel_for_attention_is_xla_unless_it_is_named():
     kernels = {"auto": "xla", "xla": "xla", "fused": "fused"}
     for name, kernel in kernels.items():
-        assert arguments(attention_kernel=name)["attention_kernel"] == kernel
+        assert arguments(attention_kernel=name, patch_size=8)["attention_kernel"] == kernel
     assert arguments("shift_mlp", attention_kernel="fused")["attention_kernel"] == "xla"  # it has no attention to fuse
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"patch_size": 16}, "a number of tokens from 16 to 256, not 6"),
-        ({"patch_size": 1}, "a number of tokens from 16 to 256, not 1536"),
-        ({"num_heads": 48}, "a head width from 16 to 128, not 8"),
-        ({"num_heads": 2}, "a head width from 16 to 128, not 192"),
+        ({"patch_size": 16}, "a number of tokens from 16 to 64, not 6;"),
+        ({"patch_size": 4}, "a number of tokens from 16 to 64, not 96; choose xla or another model$"),
+        ({"num_heads": 48, "patch_size": 8}, "a head width from 16 to 128, not 8"),
+        ({"num_heads": 2, "patch_size": 8}, "a head width from 16 to 128, not 192"),
     ],
 )
 def test_the_fused_kernel_says_what_it_cannot_do(fields, message):
