@@ -126,39 +126,27 @@ def load(workdir: str | os.PathLike[str]) -> Predictor:
     return Predictor(workdir)
 
 
-def predict(workdir: str, images: list[str], rollout_dir: str | None = None) -> Iterator[Prediction]:
+def predict(workdir: str, images: list[str]) -> Iterator[Prediction]:
     """Classify image files, one batch at a time.
 
     Args:
       workdir: The run's folder; nothing else is needed.
       images: Image files and folders of images.
-      rollout_dir: Folder for a picture of the attention over each image, or None.
 
     Returns:
       An iterator over the predictions, in order. A file that is not an image is logged and skipped.
 
     Raises:
-      UserError: If there is no checkpoint, a rollout would show nothing or, after all predictions, if some files were
-        skipped.
+      UserError: If there is no checkpoint or, after all predictions, if some files were skipped.
     """
     files = find_images(images)
     predictor = Predictor(workdir)
-    if rollout_dir is not None and not predictor.model.blocks.attention.kind.has_queries:
-        raise UserError("--attention_rollout: this network's attention is the same for every image; leave the flag out")
     unreadable: list[str] = []
-    readable, predicted = _read(files, predictor, unreadable), 0
+    readable = _read(files, predictor, unreadable)
     while batch := list(itertools.islice(readable, _BATCH)):
-        pixels = np.stack([pixels for _, pixels in batch])
-        probability = predictor.probabilities(pixels)
-        predictions = [predictor.describe(str(file), p) for (file, _), p in zip(batch, probability, strict=True)]
-        if rollout_dir is not None:
-            # Imported here because pictures take a second to import.
-            from simplest_vit.analysis.rollout import attention_rollout, save_rollouts
-
-            rollouts = attention_rollout(predictor.model, predictor.normalize(pixels))
-            save_rollouts(rollout_dir, predictions, pixels, rollouts, predicted)
-        yield from predictions
-        predicted += len(batch)
+        probability = predictor.probabilities(np.stack([pixels for _, pixels in batch]))
+        for (file, _), p in zip(batch, probability, strict=True):
+            yield predictor.describe(str(file), p)
     if unreadable:
         count = f"{len(unreadable)} of {len(files)} cannot be read"
         raise UserError(f"--images: {count}, the first of them {unreadable[0]}; repair or remove them")

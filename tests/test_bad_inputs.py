@@ -375,7 +375,6 @@ ENVIRONMENT = [
             ("simplest_vit report ~/", "nowhere"),
             ("simplest_vit predict --workdir=~/run --images=~/", "text.jpg"),
             ("simplest_vit predict --workdir=~/run --images=~/photos --csv=~/", "empty"),
-            ("simplest_vit predict --workdir=~/run --images=~/photos --attention_rollout=~/", "text.jpg"),
             ("simplest_vit export --workdir=~/run --format=stablehlo --output=~/", "text.jpg"),
             (EVALUATE + " --workdir=~/run --image_folder=~/", "empty"),
             (EVALUATE + " --workdir=~/run --output=~/", "text.jpg"),

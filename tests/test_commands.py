@@ -61,8 +61,8 @@ def record(monkeypatch):
 
 def test_predict(run, record, capsys):
     calls = record(predict, "predict", iter([found := {"image": "a.jpg", "top": []}]))
-    run("predict", "file:///b.jpg", images=["a.jpg"], json=True, attention_rollout="rollouts")
-    assert calls == [("runs/mine", ["a.jpg", "/b.jpg"], "rollouts")]
+    run("predict", "file:///b.jpg", images=["a.jpg"], json=True)
+    assert calls == [("runs/mine", ["a.jpg", "/b.jpg"])]
     assert json.loads(capsys.readouterr().out) == found
 
 

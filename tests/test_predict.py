@@ -1,4 +1,4 @@
-"""Predictions from image files against the model on the validation split, and the rollout against its definition."""
+"""Predictions from image files against the model on the validation split."""
 
 import csv
 import errno
@@ -9,7 +9,6 @@ import pathlib
 import shutil
 import types
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,22 +16,13 @@ from PIL import Image
 
 import input_pipeline
 from simplest_vit import predict as predict_module
-from simplest_vit.analysis import figures
-from simplest_vit.analysis.rollout import attention_rollout, draw_rollout
 from simplest_vit.commands.import_reference import import_reference
 from simplest_vit.errors import UserError
 from simplest_vit.predict import as_text, find_images, predict, saved_as_csv
 from simplest_vit.training.evaluate import restore_best
-from tests.models import tiny
 from tests.tiny import tiny_config
 
 CHECKPOINT = pathlib.Path(__file__).parent / "interop" / "fixtures" / "simplest_vit.pth"
-
-
-@pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
-    """They are looked at by no one."""
-    monkeypatch.setitem(figures._STYLE, "savefig.dpi", 10)
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +42,18 @@ def run(tmp_path_factory):
     return types.SimpleNamespace(
         workdir=str(folder / "run"),
         images=folder / "images",
-        image=batch["image"],
         logits=np.asarray(model(batch["image"])),
-        model=model,
     )
 
 
-def test_predictions_are_those_of_the_validation_split(run, tmp_path):
-    predictions = list(predict(run.workdir, [str(run.images)], str(tmp_path / "rollout")))
+def test_predictions_are_those_of_the_validation_split(run):
+    predictions = list(predict(run.workdir, [str(run.images)]))
     probability = np.exp(run.logits) / np.exp(run.logits).sum(axis=1, keepdims=True)
     assert [pathlib.Path(p["image"]).name for p in predictions] == [f"{i}.png" for i in range(8)]
     for prediction, expected in zip(predictions, probability, strict=True):
         order = np.argsort(-expected)[:5]
         assert [best["class"] for best in prediction["top"]] == [str(k) for k in order]
         np.testing.assert_allclose([best["probability"] for best in prediction["top"]], expected[order], rtol=1e-4)
-    assert len(list((tmp_path / "rollout").glob("*.png"))) == 8
     assert f"{predictions[0]['top'][0]['probability']:.1%}" in as_text(predictions[0])
     assert json.loads(json.dumps(predictions[0])) == predictions[0]
 
@@ -108,39 +95,6 @@ def test_predictions_are_saved_as_csv_whatever_the_files_are_named(run, tmp_path
         with pytest.raises(UserError):
             list(saved_as_csv(predict(run.workdir, [str(images)]), str(path)))
     assert table.read_bytes() == before, "nothing new, nothing written"
-
-
-def test_rollout_is_the_product_of_the_attention_matrices(run):
-    rollout = attention_rollout(run.model, run.image)
-    graphdef, state = nnx.split(run.model.blocks)
-    x, product = run.model.embed(run.image), np.eye(16)
-    for layer in range(2):
-        block = nnx.merge(graphdef, jax.tree.map(lambda a, layer=layer: a[layer], state))
-        matrix = np.asarray(block.attention.matrix(x), np.float64).mean(axis=1)
-        product = matrix / matrix.sum(axis=-1, keepdims=True) @ product  # less E-SPA's scale of the rows
-        x = block(x)
-    np.testing.assert_allclose(rollout, product.mean(axis=1).reshape(8, 4, 4), rtol=1e-4)
-    np.testing.assert_allclose(rollout.sum(axis=(1, 2)), 1, rtol=1e-5)
-
-
-def test_the_rollout_figure_shows_what_was_computed():
-    shares = np.arange(4.0).reshape(2, 2) / 6
-    prediction = {"top": [{"class": "seven", "probability": 0.5}]}
-    figure = draw_rollout(prediction, np.zeros((8, 8, 3), np.uint8), shares)
-    left, right = figure.axes[:2]
-    assert left.get_title() == "seven 50.0%"
-    heat = right.images[1]
-    np.testing.assert_allclose(heat.get_array(), shares * 4)
-    assert (heat.norm.vmin, heat.norm.vmax) == (0, 2)
-    even = draw_rollout(prediction, np.zeros((8, 8, 3), np.uint8), np.full((2, 2), 0.25)).axes[1].images[1]
-    assert (even.norm.vmin, even.norm.vmax) == (0.95, 1.05), "rounding errors stay invisible"
-
-
-def test_a_rollout_of_fixed_attention_is_refused(run, tmp_path, monkeypatch):
-    fixed = types.SimpleNamespace(model=tiny.vit("shift_mlp"))
-    monkeypatch.setattr(predict_module, "Predictor", lambda workdir: fixed)
-    with pytest.raises(UserError, match="--attention_rollout: this network's attention is the same for every image"):
-        list(predict(run.workdir, [str(run.images)], str(tmp_path / "rollout")))
 
 
 def test_an_image_of_another_size_and_mode_is_converted(run, tmp_path):
@@ -188,12 +142,11 @@ def test_mistakes_are_one_line(run, tmp_path):
     }
     for message, images in cases.items():
         with pytest.raises(UserError) as caught:
-            list(predict(run.workdir, images, str(tmp_path / "rollout")))
+            list(predict(run.workdir, images))
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="holds no checkpoint"):
         list(predict(str(tmp_path / "fresh"), [str(run.images)]))
-    assert not (tmp_path / "rollout").exists()
     assert not (tmp_path / "fresh").exists()
 
 
@@ -213,14 +166,12 @@ def test_what_cannot_be_read_is_told_and_the_others_are_predicted(run, tmp_path,
     (folder / "7.png").unlink()
     (folder / "7.png").symlink_to(folder / "nowhere.png")
     monkeypatch.setattr(predict_module, "_BATCH", 2)
-    predictions = predict(run.workdir, [str(folder)], str(tmp_path / "rollout"))
+    predictions = predict(run.workdir, [str(folder)])
     found = {pathlib.Path(p["image"]).name: p["top"][0]["probability"] for p in itertools.islice(predictions, 5)}
     probability = np.exp(run.logits) / np.exp(run.logits).sum(axis=1, keepdims=True)
     expected = {f"{i}.png": probability[i].max() for i in (1, 2, 3, 4, 6)}
     assert found.keys() == expected.keys()
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
-    pictures = sorted(path.name for path in (tmp_path / "rollout").iterdir())
-    assert pictures == ["0000_1.png", "0001_2.png", "0002_3.png", "0003_4.png", "0004_6.png"]
     with pytest.raises(UserError, match=rf"^--images: 3 of 8 cannot be read, the first of them {folder}/0.png: not a "):
         next(predictions)
     told = [record.getMessage() for record in caplog.records if "--images" in record.getMessage()]
@@ -248,11 +199,11 @@ def test_many_images_are_read_a_batch_at_a_time(run, tmp_path, monkeypatch):
     monkeypatch.setattr(predict_module, "_BATCH", 2)
     for i in range(5):
         shutil.copy(run.images / f"{i % 4}.png", tmp_path / "images" / f"{i:03d}.png")
-    predictions = predict(run.workdir, [str(tmp_path / "images")], str(tmp_path / "rollout"))
+    predictions = predict(run.workdir, [str(tmp_path / "images")])
     first = next(predictions)
     assert len(read) == 2
     rest = [first, *predictions]
-    assert len(rest) == len(read) == len(list((tmp_path / "rollout").glob("*.png"))) == 5
+    assert len(rest) == len(read) == 5
     for i, prediction in enumerate(rest):
         for best, expected in zip(prediction["top"], rest[i % 4]["top"], strict=True):
             np.testing.assert_allclose(best["probability"], expected["probability"], rtol=1e-4)

@@ -18,13 +18,12 @@ def main() -> None:
     table = cli.define_path(
         "csv", None, "CSV file for the most probable class of each image: file, class, probability."
     )
-    rollout = cli.define_path("attention_rollout", None, "Folder for a picture of the attention over each image.")
 
     def predict(arguments: list[str]) -> None:
         from simplest_vit import predict
 
         paths = [*images.value, *map(local_path, arguments)]
-        predictions = predict.predict(str(cli.WORKDIR.value), paths, rollout.value)
+        predictions = predict.predict(str(cli.WORKDIR.value), paths)
         for prediction in predict.saved_as_csv(predictions, table.value) if table.value else predictions:
             print(json.dumps(prediction) if as_json.value else predict.as_text(prediction), flush=True)
 
