@@ -180,7 +180,7 @@ class PthFile:
 
 
 # Networks of the reference, and the kinds of attention whose parameters and constants are those of its checkpoints.
-_ATTENTIONS = {"simplest_vit": ("espa", "espa_causal", "espa_2d", "espa_reference", "uspa"), "simple_vit": ("softmax",)}
+_ATTENTIONS = {"simplest_vit": ("espa", "espa_2d", "espa_reference", "uspa"), "simple_vit": ("softmax",)}
 
 
 def _layout(model: Any, params: Any, constants: Any) -> dict[str, np.ndarray]:

@@ -115,8 +115,7 @@ class Shift(AttentionKind):
     def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
         """Return the logarithms of the attention matrices."""
         matrices = shift.attention_matrices(self.sources(grid, depth, num_heads), self.uniform_fraction)
-        with np.errstate(divide="ignore"):  # log 0 = -inf if uniform_fraction is 0
-            return {"attention_bias": np.log(matrices)}
+        return {"attention_bias": np.log(matrices)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +161,7 @@ class ValueSkipInit(AttentionKind):
 
 # Functions from the settings of a kind, which have defaults, to the kind.
 KINDS: dict[str, Callable[..., AttentionKind]] = {
-    **{form: _espa(form) for form in ("espa", "espa_causal", "espa_2d", "espa_reference")},
+    **{form: _espa(form) for form in ("espa", "espa_2d", "espa_reference")},
     "uspa": lambda rho_max_depth=0.8: Shaped("uspa", rho_max_depth),
     "shift": Shift,
     "fixed_shift": FixedShift,

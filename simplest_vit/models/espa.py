@@ -11,7 +11,6 @@ This is exact at initialization, when queries are zero. Everything here is float
 
 Forms (kinds of attention in `model.attention`):
   espa            exponential kernel exp(-gamma_l |i - j|) in raster order, symmetric square roots
-  espa_causal     the same kernel with Cholesky factors: lower triangular, the paper's form for language models
   espa_2d         exponential in rows and in columns: the Kronecker product of two 1-D kernels (not in any paper)
   uspa            uniform kernel (1 - rho_l) I + rho_l 1 1^T
   espa_reference  `espa` with the bias of the PyTorch reference, which divides columns instead of rows. It misses A_l by
@@ -81,8 +80,7 @@ def attention_matrices(
 ) -> np.ndarray:
     """Compute attention matrices A_1 .. A_L with A_l Sigma_{l-1} A_l^T = Sigma_l; arguments as in `kernel_matrices`.
 
-    A_l = Sigma_l^(1/2) Sigma_{l-1}^(-1/2) with symmetric square roots; for `espa_causal`
-    A_l = chol(Sigma_l) chol(Sigma_{l-1})^(-1), which is lower triangular.
+    A_l = Sigma_l^(1/2) Sigma_{l-1}^(-1/2) with symmetric square roots.
 
     Returns:
       float64 [L, T, T].
@@ -90,13 +88,7 @@ def attention_matrices(
     if form == "espa_2d":  # (R^1/2 (x) C^1/2)(R'^-1/2 (x) C'^-1/2) = A_row (x) A_column
         row, column = (attention_matrices((1, n), depth, at_max_depth) for n in grid)
         return np.stack([np.kron(a, b) for a, b in zip(row, column, strict=True)])
-    kernels = kernel_matrices(grid, depth, at_max_depth, form)
-    if form == "espa_causal":
-        factors = np.linalg.cholesky(kernels)
-        # X = F_l F_{l-1}^-1 by solving F_{l-1}^T X^T = F_l^T.
-        previous, current = np.swapaxes(factors[:-1], -1, -2), np.swapaxes(factors[1:], -1, -2)
-        return np.tril(np.swapaxes(np.linalg.solve(previous, current), -1, -2))
-    eigenvalues, vectors = np.linalg.eigh(kernels)
+    eigenvalues, vectors = np.linalg.eigh(kernel_matrices(grid, depth, at_max_depth, form))
     root, transposed = np.sqrt(eigenvalues)[:, None], np.swapaxes(vectors, -1, -2)
     return (vectors * root @ transposed)[1:] @ (vectors / root @ transposed)[:-1]
 
@@ -108,8 +100,8 @@ def shaped_attention(
     """Compute d_l and B_l with d_l * softmax(B_l) = A_l; arguments as in `attention_matrices`.
 
     Returns:
-      `row_scale` d_l = row sums of A_l, float64 [L, T], and `attention_bias` B_l = log A_l, float64 [L, T, T]: entries
-      below `FLOOR` are raised to it; those that `espa_causal` masks are -inf. Cached; the arrays are read-only.
+      `row_scale` d_l = row sums of A_l, float64 [L, T], and `attention_bias` B_l = log A_l, float64 [L, T, T], of which
+      entries below `FLOOR` are raised to it. Cached; the arrays are read-only.
     """
     matrices = attention_matrices(grid, depth, at_max_depth, form)
     row_scale = matrices.sum(axis=-1)
@@ -117,7 +109,5 @@ def shaped_attention(
     if form == "espa_reference":
         matrices = matrices / row_scale[:, None, :]  # the reference's axis; rows would be [:, :, None]
     attention_bias = np.log(matrices)
-    if form == "espa_causal":
-        attention_bias[:, ~np.tri(grid[0] * grid[1], dtype=bool)] = -np.inf
     row_scale.flags.writeable = attention_bias.flags.writeable = False
     return row_scale, attention_bias

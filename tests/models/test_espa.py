@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from simplest_vit.models import espa
 
-CONSISTENT_FORMS = ("espa", "espa_causal", "espa_2d", "uspa")
+CONSISTENT_FORMS = ("espa", "espa_2d", "uspa")
 
 
 def softmax(x):
@@ -75,17 +75,6 @@ def test_any_shape_depth_and_decay(grid, depth, gamma_max_depth, form):
     kernels = espa.kernel_matrices(grid, depth, gamma_max_depth, form)
     np.testing.assert_allclose(result @ kernels[:-1] @ result.swapaxes(1, 2), kernels[1:], atol=1e-6)
     assert (row_scale > 0).all()
-
-
-def test_causal_form_is_lower_triangular_and_masks():
-    matrices = espa.attention_matrices((4, 4), 12, form="espa_causal")
-    _, attention_bias = espa.shaped_attention((4, 4), 12, form="espa_causal")
-    future = ~np.tri(16, dtype=bool)
-    assert (matrices[:, future] == 0).all()
-    assert np.isneginf(attention_bias[:, future]).all()
-    assert np.isfinite(attention_bias[:, ~future]).all()
-    # Its closed form for the first row: a token without predecessors keeps itself.
-    np.testing.assert_allclose(matrices[:, 0, 0], 1.0, rtol=1e-12)
 
 
 def test_2d_form_is_the_kronecker_product_of_rows_and_columns():

@@ -102,7 +102,7 @@ def test_biases_of_the_projections_are_added_and_their_gradients_summed(t):
         assert oracle.relative_error(result, exact) < 2e-6  # the sum of projection and bias is rounded
 
 
-@pytest.mark.parametrize("form", ["espa", "espa_causal"])
+@pytest.mark.parametrize("form", ["espa", "espa_2d"])
 def test_with_queries_of_zero_it_is_the_matrix_of_e_spa(form):
     scales, biases = espa.shaped_attention((8, 8), 12, form=form)
     matrix = espa.attention_matrices((8, 8), 12, form=form)[5]

@@ -63,7 +63,7 @@ def test_every_variant_gives_float32_logits(name, variant):
     assert (result.shape, result.dtype) == ((2, 7), jnp.float32)
 
 
-@pytest.mark.parametrize("attention", ["espa_causal", "shift", "fixed_shift", "value_skipinit", "softmax"])
+@pytest.mark.parametrize("attention", ["espa_2d", "shift", "fixed_shift", "value_skipinit", "softmax"])
 def test_attention_computes_finite_logits_and_gradients(attention):
     model = tiny.vit(attention=attention, dtype=jnp.bfloat16, depth=1, c_val_0_target=0.3)
     graphdef, params, constants = tiny.split(model)

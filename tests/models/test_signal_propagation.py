@@ -36,7 +36,7 @@ def recursion(first, matrices, slope):
     return kernels
 
 
-@pytest.mark.parametrize("form", ["espa", "espa_causal"])
+@pytest.mark.parametrize("form", ["espa", "espa_2d"])
 def test_attention_alone_gives_the_chosen_kernels(form):
     """From orthogonal tokens, over 64 seeds: the mean of K_l is Sigma_l, its error about sqrt(l / (64 * 128))."""
     grid, depth, width = (3, 4), 4, 128
