@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks import records
-from benchmarks.cells import Results
+from benchmarks.cells import Cell, Results
 from benchmarks.protocols import NETWORKS
 from benchmarks.results_page import OPTIMIZERS, ROOT
 from benchmarks.verdict import DATA
 from simplest_vit.analysis import figures
 
-ROWS = ("isometric", "isometric, attention frozen", "SimpleViT", "E-SPA + TAT")
+ROWS = ("isometric", "isometric, attention frozen", "SimpleViT", "SimpleViT, constant shifts")
+DEEP_ROWS = ("isometric", "isometric, attention frozen", "SimpleViT", "E-SPA + TAT")
 BLOCKS = (12, 24, 64)
 
 
@@ -32,27 +33,29 @@ def draw(results: Results) -> Figure:
     settings = {pair: cell for pair, cell in found.items() if cell}
     equal_time = [data for data in DATA if results.in_equal_time(ROWS[1], data)]
     handles = []
-    for row, color, marker in figures.styled(ROWS):
-        shift = 0.16 * (ROWS.index(row) - 1.5)
+    for row, color, marker in figures.styled(dict.fromkeys((*ROWS, *DEEP_ROWS))):
         style: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "none", "markersize": 5}
         fill = {True: "white", False: color}
         handles.append(Line2D([], [], label=row, **style))
-        cells = [
-            results.find(NETWORKS[row], data=data, optimizer=optimizer, like=ours)
-            for (data, optimizer), ours in settings.items()
-        ]
-        cells = [results.in_equal_time(row, data) for data in equal_time] + cells
+        cells: list[Cell | None] = []
+        if row in ROWS:
+            cells += [results.in_equal_time(row, data) for data in equal_time]
+            cells += [
+                results.find(NETWORKS[row], data=data, optimizer=optimizer, like=ours)
+                for (data, optimizer), ours in settings.items()
+            ]
         for at, cell in enumerate(cells):
             if cell:
                 values = list(cell.values.values())
-                old = fill[cell.basis[0]]
-                seeds.plot([at + shift] * len(values), values, alpha=0.8, markerfacecolor=old, **style)
-        deep = [NETWORKS[row if blocks == BLOCKS[0] else f"{row}, {blocks} blocks"] for blocks in BLOCKS]
-        means = [(blocks, results.find(network, steps=500)) for blocks, network in zip(BLOCKS, deep, strict=True)]
-        points = [(blocks, cell.mean, fill[cell.basis[0]]) for blocks, cell in means if cell]
-        depth.plot([x for x, _, _ in points], [y for _, y, _ in points], color=color)
-        for x, y, face in points:
-            depth.plot(x, y, markerfacecolor=face, **style)
+                places = [at + 0.16 * (ROWS.index(row) - 1.5)] * len(values)
+                seeds.plot(places, values, alpha=0.8, markerfacecolor=fill[cell.basis[0]], **style)
+        if row in DEEP_ROWS:
+            deep = [NETWORKS[row if blocks == BLOCKS[0] else f"{row}, {blocks} blocks"] for blocks in BLOCKS]
+            means = [(blocks, results.find(network, steps=500)) for blocks, network in zip(BLOCKS, deep, strict=True)]
+            points = [(blocks, cell.mean, fill[cell.basis[0]]) for blocks, cell in means if cell]
+            depth.plot([x for x, _, _ in points], [y for _, y, _ in points], color=color)
+            for x, y, face in points:
+                depth.plot(x, y, markerfacecolor=face, **style)
     names = [f"{DATA[data]}\n{OPTIMIZERS[optimizer]}" for data, optimizer in settings]
     ticks = [*(f"{DATA[data]}\nSOAP,\nequal time" for data in equal_time), *names]
     seeds.set_xticks(range(len(ticks)), ticks, fontsize=7.5)
@@ -61,7 +64,7 @@ def draw(results: Results) -> Figure:
     depth.set_xticks(BLOCKS, [str(blocks) for blocks in BLOCKS])
     depth.minorticks_off()
     depth.set(title="CIFAR-10, SOAP, after 500 steps", xlabel="blocks", ylabel="test accuracy (%)")
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(ROWS))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return figure
 
 
