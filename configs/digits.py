@@ -1,7 +1,7 @@
 """An isometric ViT of 12 blocks on scikit-learn's 8 x 8 digits: real images, bundled, no download.
 
 Validation accuracy on 360 images over three seeds: isometric_vit with Muon 98.9 to 99.4 %, simplest_vit 98.1 to 99.2 %
-in 60 epochs. Takes about two minutes on two CPU cores.
+in 60 epochs.
 
     python main.py --config configs/digits.py --workdir runs/digits
 

@@ -1,6 +1,7 @@
 """The runs that a table is made of, and the choice of their rates."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -124,3 +125,15 @@ def test_every_row_of_every_table_is_a_network_of_its_own():
     settings = [(network.preset, str(sorted(network.fields.items()))) for network in NETWORKS.values()]
     assert len(set(settings)) == len(settings)
     assert set(RECIPE_NETWORKS) <= set(NETWORKS)
+
+
+def test_the_readme_says_how_many_runs_its_comparisons_take(tmp_path):
+    counts = []
+    for name in ("headline", "equal_time"):
+        table = reproduce.part(TABLES[name], data=["cifar10"], optimizer=["soap"], row=[])
+        found = reproduce.choices(table, str(tmp_path), {}, check=False)
+        points = [point for points in found.values() for point in points]
+        points += reproduce.reported(table, dict.fromkeys(found, 1e-3), str(tmp_path), {})
+        counts.append(sum(len(point.commands) for point in points))
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    assert f"({counts[0]} and {counts[1]} runs of " in readme
