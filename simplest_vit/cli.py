@@ -46,15 +46,15 @@ def _is_run(folder: str | None) -> bool:
 
 
 class _ConfigParser(ConfigFileFlagParser):
-    """Accepts the name of a recipe, the folder of a run, or a file, which the base class cuts at its first colon."""
+    """Accepts the name of a recipe, else the folder of a run or a file, which the base class cuts at its colon."""
 
     def parse(self, path: str) -> Any:
-        if _is_run(path):
+        from simplest_vit import recipes  # a clone without symbolic links does not have it
+
+        if _is_run(path) and path not in recipes.NAMES:  # a run in the folder `digits` is ./digits
             from simplest_vit.training.workdir import read_run
 
             return read_run(path)[1].lock()
-        from simplest_vit import recipes  # a clone without symbolic links does not have it
-
         recipe = recipes.find(path, self.name)
         return super().parse(path) if recipe is None else recipe.lock()
 
@@ -110,7 +110,9 @@ def _with_own_config(arguments: list[str]) -> list[str]:
     workdir = flags.DEFINE(_PathParser(), WORKDIR.name, None, "", flag_values=values)
     values.set_gnu_getopt()
     values(["", *arguments], known_only=True)
-    return [f"--{CONFIG.name}={workdir.value}", *arguments] if _is_run(workdir.value) else arguments
+    if not _is_run(workdir.value):
+        return arguments
+    return [f"--{CONFIG.name}={os.path.join(os.curdir, workdir.value)}", *arguments]  # not a recipe of that name
 
 
 def load_config(arguments: list[str]) -> ConfigDict:

@@ -9,6 +9,9 @@ import simplest_vit
 from simplest_vit import cli
 from simplest_vit.commands import ENVIRONMENT
 from simplest_vit.errors import TrainingError, UserError
+from simplest_vit.recipes import digits
+from simplest_vit.training.workdir import lock_workdir
+from tests.tiny import DIGITS, tiny_config
 
 
 def test_a_device_out_of_memory_is_told_in_one_line():
@@ -47,6 +50,19 @@ def test_a_config_is_loaded_from_its_flags_or_told_what_is_wrong_with_it(tmp_pat
     (tmp_path / "own.py").write_text(f"from simplest_vit.config import default\ndef get_config(): return {source}\n")
     with pytest.raises(UserError, match=message):
         cli.load_config([f"--config={tmp_path}/own.py", *arguments])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
+def test_a_recipe_is_meant_even_beside_a_run_in_a_folder_of_its_name(tmp_path, monkeypatch):
+    """`train --config digits --workdir digits` and then `--config digits` for another run."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(epochs=7.0)
+    with lock_workdir(tmp_path / "digits", config.to_dict(), DIGITS):
+        pass
+    assert cli.load_config(["--config=digits"]).epochs == digits.get_config().epochs != 7
+    assert cli.load_config(["--config=./digits"]).epochs == 7
+    own, *_ = cli._with_own_config(["--workdir=digits", "--config.log_every=9"])
+    assert cli.load_config([own]).epochs == 7
 
 
 def test_nobody_reads_on():
