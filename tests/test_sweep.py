@@ -76,6 +76,15 @@ def test_a_point_that_is_there_twice_is_one_line(tmp_path, values):
         sweep.check_points(points)
 
 
+def test_a_run_uses_the_code_of_its_sweep_not_another_copy_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "simplest_vit").mkdir()
+    (tmp_path / "simplest_vit" / "__init__.py").write_text("raise SystemExit('another copy')")
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "simplest_vit", "--version"]
+    assert sweep.execute([sweep.Point({}, [tmp_path / "run"], [command])], [{}]) == 0
+    assert (tmp_path / "run" / "log.txt").read_text().startswith("simplest-vit ")
+
+
 def test_failures_are_counted_and_the_sweep_goes_on_behind_them(tmp_path, capsys):
     fails = [sys.executable, "-c", "print('first'); raise SystemExit('last')"]
     works = [sys.executable, "-c", f"open({str(tmp_path / 'made')!r}, 'w')"]

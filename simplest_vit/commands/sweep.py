@@ -191,7 +191,9 @@ def _start(folder: pathlib.Path, command: list[str], environment: dict[str, str]
     with writing(f"--workdir={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / _LOG).open("ab") as log:
-            variables = os.environ | environment
+            # The run imports what this process does, even if another copy of the package is in the current folder.
+            paths = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+            variables = os.environ | paths | environment
             return subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
