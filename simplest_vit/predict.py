@@ -149,7 +149,7 @@ def predict(workdir: str, images: list[str]) -> Iterator[Prediction]:
             yield predictor.describe(str(file), p)
     if unreadable:
         count = f"{len(unreadable)} of {len(files)} cannot be read"
-        raise UserError(f"--images: {count}, the first of them {unreadable[0]}; repair or remove them")
+        raise UserError(f"--images: {count}, the first of them {unreadable[0]}; repair them or leave them out")
 
 
 def saved_as_csv(predictions: Iterator[Prediction], path: str) -> Iterator[Prediction]:

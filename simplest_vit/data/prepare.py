@@ -219,12 +219,13 @@ def _write(builder: Builder, content: Content, folder: Path, skip_corrupt: bool)
         files[split] = dict(zip(map(Path, paths), shards, strict=True))
     for partial in set(folder.iterdir()).difference(*files.values()):
         partial.unlink()
+    data_dir = folder.parents[2 if builder.config else 1]
     missing = {file: shard for written in files.values() for file, shard in written.items() if not file.exists()}
     needed, free = sum(shard.size for shard in missing.values()), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"config.data.dir={folder.parents[1]}: {builder.name} takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB "
-            "are free; free some space or choose another"
+            f"config.data.dir={data_dir}: {builder.name} takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; "
+            "free some space or choose another"
         )
     unreadable = 0
     for split, written in files.items():
@@ -234,8 +235,8 @@ def _write(builder: Builder, content: Content, folder: Path, skip_corrupt: bool)
             unreadable += _write_shard(file, shard, features, progress, skip_corrupt)
     if unreadable and not skip_corrupt:
         raise UserError(
-            f"unreadable images, listed above: {unreadable}; repair or delete them, or skip them: simplest-vit prepare "
-            f"{builder.name} --skip_corrupt --manual_dir=FOLDER"
+            f"unreadable images, listed above: {unreadable}; repair them, move them away, or skip them: simplest-vit "
+            f"prepare {builder.name} --skip_corrupt --manual_dir=FOLDER --data_dir={shlex.quote(str(data_dir))}"
         )
     splits = []
     for split, written in files.items():

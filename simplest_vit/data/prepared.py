@@ -168,7 +168,7 @@ class Prepared:
         try:
             with path.open("rb") as opened, np.load(opened) as file:
                 found = {name: file[name] for name in file.files if not name.endswith("/pixels")}
-            if str(found["state"]) == state:
+            if str(found["state"]) == state and (self._mean or "mean" in found):  # it was opened by another name
                 return found
         except FileNotFoundError:
             pass

@@ -184,7 +184,7 @@ class Checkpoints:
         if reason is not None:
             raise UserError(
                 f"checkpoint {self.directory / str(step)} cannot be restored ({reason}); expected one written by this "
-                "config; remove it to resume from an older one, or choose another --workdir"
+                "config; return to the versions of code and libraries that wrote it, or choose another --workdir"
             )
         with self._translate_errors("cannot be read", "check the disk and rerun the command"):
             arguments = ocp.args.PyTreeRestore(
@@ -263,8 +263,8 @@ class Checkpoints:
         if damages:
             reasons = "; ".join(f"{step}: {reason}" for step, reason in damages.items())
             raise UserError(
-                f"every checkpoint in {self.directory} is damaged ({reasons}); remove that folder to restart the run, "
-                "or choose another --workdir"
+                f"every checkpoint in {self.directory} is damaged ({reasons}); check the disk, restore a copy, or "
+                "choose another --workdir"
             )
         if not self._writable:
             raise UserError(f"{self.directory} holds no finished checkpoint; resume training there first")

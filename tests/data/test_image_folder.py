@@ -20,6 +20,8 @@ from simplest_vit.data.builders.image_folder import image_files
 from simplest_vit.data.decode import decode_image, eval_image, image_size
 from simplest_vit.data.prepare import describe, prepare
 from simplest_vit.errors import UserError
+from simplest_vit.training.train import train
+from simplest_vit.training.workdir import lock_workdir
 
 
 def originals(prepared, split):
@@ -89,6 +91,7 @@ def test_a_flat_folder_is_split_80_to_20_in_each_class_and_says_so(tmp_path, mak
         (["Train", "Test"], "Test and Train"),
         (["training", "validation", "meta"], ": training and validation"),
         (["val"], "val"),
+        (["val", "cat", "dog"], "val"),
     ],
 )
 def test_splits_of_other_names_are_not_classes(photos, tmp_path, names, expected):
@@ -157,6 +160,20 @@ def test_a_changed_folder_is_another_data_set_with_another_fingerprint(photos, t
     assert all((pathlib.Path(path) / "3.0.0").is_dir() for path in named)
 
 
+def test_a_finished_run_is_not_taken_for_one_on_other_photos(photos, tmp_path, make_config):
+    moved, other = shutil.copytree(photos, tmp_path / "moved"), shutil.copytree(photos, tmp_path / "other")
+    (other / "train/cat/9.jpg").write_bytes(jpeg(smooth_image(77)))
+    configs = [make_config("image_folder", dir=tmp_path / "tfds", manual_dir=str(f)) for f in (photos, moved, other)]
+    for config in configs:
+        config.data.image_size, config.batch_size = 32, 8
+    with lock_workdir(tmp_path / "run", configs[0].to_dict(), input_pipeline.load(configs[0].data).info):
+        (tmp_path / "run" / "results.json").write_text('{"steps": 1}')
+    for config in configs[:2]:
+        assert train(config, str(tmp_path / "run")) == {"steps": 1}
+    with pytest.raises(UserError, match=r"was started with other data: their train_size was 9, now 10"):
+        train(configs[2], str(tmp_path / "run"))
+
+
 def test_a_copy_in_another_place_has_the_same_fingerprint(photos, tmp_path, monkeypatch):
     shutil.copytree(photos, tmp_path / "copy")
     first, second = (prepare("image_folder", tmp_path / "tfds", folder) for folder in (photos, tmp_path / "copy"))
@@ -215,13 +232,15 @@ def test_bad_image_folders_are_told(photos, tmp_path, capfd):
         assert "\n" not in str(error.value)
 
     (photos / "val/bird").mkdir()
-    fails(r"val/bird: a class folder without images")
+    (photos / "val/bird/1.cr2").touch()
+    fails(r"val/bird: a class folder without images.* or move it away$")  # it may be a run, or photos of another kind
+    assert "skipped unused files: 1 .cr2" in capfd.readouterr().err
     shutil.copy(photos / "train/cat/0.jpg", photos / "val/bird")
     fails(r"val/bird: no such class in .*train; add")
     shutil.rmtree(photos / "val/bird")
     for name, content in (("a.jpg", b"no image"), ("b.jpg", jpeg(smooth_image(1))[:-30])):
         (photos / "train/dog" / name).write_bytes(content)
-    fails(r"unreadable images, listed above: 2;")
+    fails(rf"unreadable images, listed above: 2; repair them, move.* --skip_corrupt .* --data_dir={tmp_path}/tfds$")
     errors = capfd.readouterr().err
     assert "unreadable image train/dog/a.jpg: not a complete image (unknown format)" in errors
     assert "unreadable image train/dog/b.jpg: not a complete image (the JPEG is truncated)" in errors

@@ -247,6 +247,13 @@ def test_the_sidecar_is_read_not_made_again_and_made_again_only_where_it_does_no
     assert len(measured) == 3
 
 
+def test_a_set_of_a_builder_may_be_opened_by_tfds_s_name_for_it(tmp_path, make_config):
+    """Then its mean is measured, which the builder knows, so that its sidecar lacks it."""
+    known, measured = (input_pipeline.load(make_config(n, dir=tmp_path).data) for n in ("digits", "digits:1.0.0"))
+    assert (known.fingerprint, known.image_shape) == (measured.fingerprint, measured.image_shape)
+    np.testing.assert_allclose([measured.mean, measured.std], [known.mean, known.std], atol=1e-4)
+
+
 def test_a_set_that_was_made_again_with_other_labels_is_measured_again(tmp_path, make_config):
     features, labels = {"image": IMAGE, "label": TWO}, []
     for time, label in ((1000, 0), (2000, 1)):  # files of the same size

@@ -118,12 +118,13 @@ def _list_files(folder: Path) -> dict[str, list[_File]]:
         validation = folder / next((name for name in _VALIDATION_FOLDERS if (folder / name).is_dir()), "val")
         splits = {"train": _images(folder, folder / "train"), "validation": _images(folder, validation)}
         for label in {file.label for file in splits["validation"]} - {file.label for file in splits["train"]}:
-            raise UserError(f"{validation / label}: no such class in {folder / 'train'}; add it there or delete it")
+            raise UserError(f"{validation / label}: no such class in {folder / 'train'}; add it there or move it away")
         return splits
     files = _images(folder, folder)
     labels = {file.label for file in files}
     splits_by_name = sorted(label for label in labels if label.lower() in _SPLIT_NAMES)
-    if len(splits_by_name) >= min(2, len(labels)):
+    with_classes = any((folder / split / label).is_dir() for split in splits_by_name for label in labels)
+    if len(splits_by_name) >= min(2, len(labels)) or with_classes:
         raise UserError(
             f"config.data.manual_dir={folder}: {' and '.join(splits_by_name)} are names of splits, expected classes; "
             "name the splits train/ and val/, with CLASS/*.jpg in each"
@@ -156,7 +157,8 @@ def _images(root: Path, folder: Path) -> list[_File]:
             )
         found = image_files(path)
         if not found:
-            raise UserError(f"{path}: a class folder without images; add some ({', '.join(SUFFIXES)}) or delete it")
+            name_others(path, set())  # which may be a run, prepared data, or photos of another format
+            raise UserError(f"{path}: a class folder without images; add some ({', '.join(SUFFIXES)}) or move it away")
         for image in found:
             try:
                 status = os.stat(image)
