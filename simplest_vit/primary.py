@@ -54,3 +54,14 @@ def broadcast_from_primary(ask: Callable[[], Any]) -> Any:
     if "error" in received:
         raise _BY_EXIT_CODE.get(received["exit_code"], UserError)(received["error"])
     return received["answer"]
+
+
+def require_same(values: dict[str, Any]) -> None:
+    """Raise a UserError in each process whose values (plain JSON, by name) are not those of process 0."""
+    for name, value in broadcast_from_primary(lambda: values).items():
+        if values.get(name) != value:
+            here, there = (repr(each)[:80] for each in (values.get(name), value))
+            raise UserError(
+                f"{name} is {here} in process {jax.process_index()} and {there} in process 0; start the same command "
+                "with the same data in all processes"
+            )

@@ -108,9 +108,13 @@ def evaluate(
         if dataset.class_names != data.class_names:
             found, expected = set(dataset.class_names), set(data.class_names)
             differences = f"missing: {_some(expected - found)}; unknown: {_some(found - expected)}"
+            if found == expected:
+                differences = "the same in another order"
             raise UserError(
                 f"{dataset.name} has other classes than the run in {path} ({differences}); give the same classes"
             )
+        if "name" not in other_data:  # another split of the run's own data
+            check_data(path, dataclasses.replace(data, fingerprint=dataset.fingerprint))
         # The model expects images normalized as its training images were.
         dataset = dataclasses.replace(dataset, mean=data.mean, std=data.std)
     else:

@@ -18,7 +18,7 @@ from simplest_vit.data.preview import image_grid
 from simplest_vit.errors import Interrupted
 from simplest_vit.files import read_json
 from simplest_vit.models import fused_attention
-from simplest_vit.primary import broadcast_from_primary, is_primary
+from simplest_vit.primary import broadcast_from_primary, is_primary, require_same
 from simplest_vit.training import distributed
 from simplest_vit.training.checkpoint import Checkpoints, has_checkpoint
 from simplest_vit.training.evaluate import validate
@@ -29,13 +29,18 @@ from simplest_vit.training.sharding import batch_sharding, check_batch_size, cre
 from simplest_vit.training.state import RunProgress
 from simplest_vit.training.workdir import (
     RESULTS,
+    check_data,
     check_workdir,
     environment,
     lock_workdir,
+    names_other_originals,
     with_absolute_folders,
     write_results,
 )
 from simplest_vit.training.writers import create_writer, import_wandb, log
+
+# Fields that may differ between the processes of a run.
+_OF_A_PROCESS = ("compilation_cache", "data.dir", "data.manual_dir", "data.num_workers")
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -48,6 +53,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
       Interrupted: If a signal was received; the step reached is saved.
     """
     start_time, settings = time.monotonic(), config.to_dict()
+    this = environment()  # now, because the code and the libraries on disk may change while the run lasts
     _enable_compilation_cache(config.compilation_cache)
 
     # 1. Devices and folder are checked first, so that mistakes in them are found before the data are prepared.
@@ -56,13 +62,18 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     fused_attention.check_devices(config.model.attention_kernel, jax.devices())
     if config.wandb:
         import_wandb()
+    shared = {f"config.{name}": value for name, value in flatten(settings).items() if name not in _OF_A_PROCESS}
+    require_same({"--workdir": os.fspath(workdir)} | shared)
     path = check_workdir(workdir, settings)
     if broadcast_from_primary((path / RESULTS).exists):  # even if the data no longer exist
-        log.info("%s has finished; this is its %s", path, RESULTS)
+        if names_other_originals(path, settings):
+            check_data(path, input_pipeline.load(config.data).info)
+        log.info("%s has finished; this is its %s (other data or settings need another folder)", path, RESULTS)
         return broadcast_from_primary(lambda: read_json(path / RESULTS))
 
     # 2. Data, model, optimizer and schedule; nothing is computed or written yet.
     dataset = input_pipeline.load(config.data)
+    require_same({f"the data's {name}": value for name, value in dataset.info.to_json().items()})
     run = build(config, dataset.info, mesh)
     for remark in run.remarks(config):
         log.info(remark)
@@ -185,7 +196,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             "images_per_second": run.config.batch_size / meter.step_time_median if meter.step_time_median else None,
             "seed": config.seed,
             "config": with_absolute_folders(run.config.to_dict()),
-            **environment(),
+            **this,
         }
         if is_primary():
             write_results(path, outcome)

@@ -200,6 +200,11 @@ def with_absolute_folders(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def names_other_originals(path: pathlib.Path, settings: dict[str, Any]) -> bool:
+    """Return whether a config names another folder of original files than the run in `path`, perhaps other photos."""
+    return with_absolute_folders(settings)["data"]["manual_dir"] not in (None, _read_settings(path)["data.manual_dir"])
+
+
 def _commit() -> str | None:
     root = pathlib.Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]

@@ -106,6 +106,24 @@ def test_all_processes_end_with_the_exit_code_of_process_0(monkeypatch, error, r
         assert type(caught.value) is expected
 
 
+@pytest.mark.parametrize("there", [{"config.seed": 1}, {"config.seed": 2}, {}])
+def test_processes_with_other_values_than_process_0_say_which(monkeypatch, there):
+    """Before, each process trained with its own learning rate and data, and the run ended as if nothing were wrong."""
+    coordinator = Coordinator()
+    monkeypatch.setattr(primary.ocp.multihost, "get_jax_distributed_client", lambda: coordinator)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process, values in enumerate(({"config.seed": 1}, there)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(primary, "_CALLS", iter([7]))
+        if values == {"config.seed": 1}:
+            primary.require_same(values)
+            continue
+        with pytest.raises(
+            UserError, match=rf"^config.seed is {there.get('config.seed')} in process 1 and 1 in process 0"
+        ):
+            primary.require_same(values)
+
+
 GONE = "another process of the run was lost"
 
 

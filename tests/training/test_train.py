@@ -202,7 +202,11 @@ def test_evaluation_takes_another_split_or_folder_of_the_same_classes(finished, 
     with pytest.raises(UserError, match=r"has images of 3 channels, the run in .* expects 1; give matching"):
         evaluate.evaluate(str(workdir), other_data={"name": "image_folder", "manual_dir": str(tmp_path)})
     assert sizes == [8, 8, 8]
-    for names, message in (("012345678", "9; unknown: none"), ("abcdefghij", "0, 1, 2, ...; unknown: a, b, c, ...")):
+    for names, message in (
+        ("012345678", "9; unknown: none"),
+        ("abcdefghij", "0, 1, 2, ...; unknown: a, b, c, ..."),
+        ("9876543210", "the same in another order"),
+    ):
         monkeypatch.setattr(
             input_pipeline,
             "load",
@@ -210,6 +214,16 @@ def test_evaluation_takes_another_split_or_folder_of_the_same_classes(finished, 
         )
         with pytest.raises(UserError, match=rf"has other classes than the run in .*{message}\); give the same"):
             evaluate.evaluate(str(workdir), other_data={"validation_split": "validation"})
+
+
+def test_another_split_is_one_of_the_data_that_the_run_was_trained_on(finished, monkeypatch):
+    load = input_pipeline.load
+    changed = {"fingerprint": "changed"}
+    monkeypatch.setattr(
+        input_pipeline, "load", lambda data, **named: dataclasses.replace(load(data, **named), **changed)
+    )
+    with pytest.raises(UserError, match=r"was started with other data: their fingerprint was .*, now 'changed'"):
+        evaluate.evaluate(str(finished[0]), other_data={"validation_split": "train"})
 
 
 def test_what_is_evaluated_is_the_average_where_there_is_one(finished):
@@ -520,6 +534,14 @@ def test_nothing_is_written_for_a_config_that_cannot_run(data_dir, tmp_path):
     with pytest.raises(UserError, match=r"patch_size=3 does not divide"):
         train.train(tiny_config(data__dir=data_dir, model__patch_size=3), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@share_programs
+def test_results_name_the_code_that_ran_not_what_is_on_the_disk_at_the_end(data_dir, tmp_path, monkeypatch):
+    on_disk, load = ["old"], input_pipeline.load
+    monkeypatch.setattr(train, "environment", lambda: {"commit": on_disk[-1]})
+    monkeypatch.setattr(input_pipeline, "load", lambda data: on_disk.append("new") or load(data))
+    assert train.train(tiny_config(data__dir=data_dir, steps=1), str(tmp_path))["commit"] == "old"
 
 
 def test_a_finished_run_stays_finished_whatever_becomes_of_the_data(finished, tmp_path):
