@@ -112,7 +112,7 @@ def _with_own_config(arguments: list[str]) -> list[str]:
     values(["", *arguments], known_only=True)
     if not _is_run(workdir.value):
         return arguments
-    return [f"--{CONFIG.name}={os.path.join(os.curdir, workdir.value)}", *arguments]  # not a recipe of that name
+    return [f"--{CONFIG.name}={os.path.join(os.curdir, str(workdir.value))}", *arguments]  # not a recipe of that name
 
 
 def load_config(arguments: list[str]) -> ConfigDict:
