@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from simplest_vit.training.evaluate import restore_best
 log = logging.getLogger("simplest_vit")
 _BATCH = 64  # images computed at a time
 _TOP = 5
+_PATH = str | os.PathLike
 
 # `image`: a path; `top`: the most probable classes, each with `class` and `probability`.
 Prediction = dict[str, Any]
@@ -53,8 +54,7 @@ class Predictor:
         self.model = run.model(state)
         self._size = 1
         # Not `nnx.jit`, which copies all parameters in each call.
-        graphdef, arrays = nnx.split(self.model)
-        self._arrays = nnx.as_pure(arrays)
+        graphdef = nnx.graphdef(self.model)
         self._classify = jax.jit(lambda arrays, image: jax.nn.softmax(nnx.merge(graphdef, arrays)(image)))
         self._embed = jax.jit(lambda arrays, image: nnx.merge(graphdef, arrays).features(image))
 
@@ -93,8 +93,9 @@ class Predictor:
 
     def predict(self, images: Images) -> list[Prediction]:
         """Find the five most probable classes of each image. Errors as in `probabilities`."""
+        probabilities = self.probabilities(images)
         names = map(str, range(len(images)) if isinstance(images, np.ndarray) else images)
-        return [self.describe(name, p) for name, p in zip(names, self.probabilities(images), strict=True)]
+        return [self.describe(name, p) for name, p in zip(names, probabilities, strict=True)]
 
     def describe(self, name: str, probability: np.ndarray) -> Prediction:
         """List the most probable classes of one image from its probabilities [num_classes]."""
@@ -103,8 +104,11 @@ class Predictor:
         return {"image": name, "top": best}
 
     def _compute(self, function: Callable[..., jax.Array], images: Images) -> np.ndarray:
-        if isinstance(images, str | os.PathLike):
+        if isinstance(images, _PATH):
             raise UserError(f"images={os.fspath(images)!r} must be a list of paths; write [{os.fspath(images)!r}]")
+        are_paths = isinstance(images, Collection) and all(isinstance(image, _PATH) for image in images)
+        if not isinstance(images, np.ndarray) and not are_paths:
+            raise UserError("images must be a list of paths, or pixels as one NumPy array, such as np.stack(images)")
         if len(images) == 0:
             raise UserError("images is empty; give at least one path, or pixels")
         pixels = images if isinstance(images, np.ndarray) else np.stack([self.read(path) for path in images])
@@ -112,13 +116,14 @@ class Predictor:
             height, width, channels = self.image_shape
             raise UserError(
                 f"images: {pixels.dtype} {list(pixels.shape)} must be uint8 [N, {height}, {width}, {channels}]; "
-                "give paths to have images resized"
+                "give a list of paths to have images resized"
             )
-        # Pad batches to the largest size so far, because each new size is compiled.
-        self._size = max(self._size, min(len(pixels), _BATCH))
-        parts = [pixels[start : start + self._size] for start in range(0, len(pixels), self._size)]
-        padded = [np.pad(part, ((0, self._size - len(part)), (0, 0), (0, 0), (0, 0))) for part in parts]
-        return np.concatenate([function(self._arrays, self.normalize(part)) for part in padded])[: len(pixels)]
+        # Pad batches to the largest size so far, because each new size is compiled. Other threads may change the size.
+        size = self._size = max(self._size, min(len(pixels), _BATCH))
+        parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
+        padded = [np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0))) for part in parts]
+        arrays = nnx.as_pure(nnx.state(self.model))  # in each call, because the caller may change the model
+        return np.concatenate([function(arrays, self.normalize(part)) for part in padded])[: len(pixels)]
 
 
 def load(workdir: str | os.PathLike[str]) -> Predictor:

@@ -82,6 +82,33 @@ def test_wrong_images_are_named(run, images, message):
         simplest_vit.load(run[0]).predict(images)
 
 
+@pytest.mark.parametrize("convert", [list, jnp.asarray, lambda pixels: [Image.fromarray(pixels[0, ..., 0])], iter])
+def test_images_of_other_kinds_are_named(run, convert):
+    images = convert(np.zeros((2, 8, 8, 1), np.uint8))
+    with pytest.raises(UserError, match="images must be a list of paths, or pixels as one NumPy array"):
+        simplest_vit.load(run[0]).predict(images)
+
+
+def test_a_changed_model_changes_the_predictions(run):
+    predictor = simplest_vit.load(run[0])
+    images = np.asarray(run[1].validation.images[:2])
+    assert np.ptp(predictor.probabilities(images)) > 1e-3
+    head = predictor.model.head
+    head.kernel[...], head.bias[...] = jnp.zeros((16, 10)), jnp.zeros(10)
+    np.testing.assert_allclose(predictor.probabilities(images), 0.1, rtol=1e-6)
+
+
+def test_a_batch_is_not_cut_by_the_size_of_another_thread(run, monkeypatch):
+    """Which sets the size of its own batch while this one is cut."""
+    images = np.asarray(run[1].validation.images[:70])
+    expected = simplest_vit.load(run[0]).embed(images)
+    predictor = simplest_vit.load(run[0])
+    sizes = iter(range(1, 1000))
+    other = property(lambda self: next(sizes), lambda self, value: None)
+    monkeypatch.setattr(simplest_vit.Predictor, "_size", other, raising=False)
+    np.testing.assert_allclose(predictor.embed(images), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("use", [simplest_vit.load, lambda workdir: simplest_vit.train(tiny_config(), workdir)])
 def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, use):
     monkeypatch.chdir(tmp_path)
@@ -103,6 +130,8 @@ def test_training_logs_to_standard_output_and_leaves_logging_as_it_was(run, caps
 def test_a_wrong_config_is_refused_before_a_folder_is_made(tmp_path):
     with pytest.raises(UserError, match=r"config.batch_size=0 must be"):
         simplest_vit.train(tiny_config(batch_size=0), tmp_path / "run")
+    with pytest.raises(UserError, match=r"config must be a ConfigDict, as default_config.. returns, not dict"):
+        simplest_vit.train(tiny_config().to_dict(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
