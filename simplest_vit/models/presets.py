@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from simplest_vit.errors import UserError, did_you_mean
@@ -14,7 +15,7 @@ from simplest_vit.models.initializers import INITS
 from simplest_vit.models.layers import NORMS, token_grid
 from simplest_vit.models.mlp import MLPS
 from simplest_vit.models.vit import SKIPS, ViT
-from simplest_vit.ranges import MODEL
+from simplest_vit.ranges import MODEL, integer
 
 _ISOMETRIC = {"attention": "shift", "mlp": "looks_linear", "init": "orthogonal", "norm": "none", "skip": "none"}
 # The parts of each network; fields of the config that are not None override them.
@@ -79,7 +80,10 @@ def model_arguments(
     for field in fields:
         if field not in known:
             raise UserError(f"config.model.{field} is unknown; {did_you_mean(field, known, 'remove it')}")
-    given = {field: value for field, value in fields.items() if value is not None}
+    if len(image_shape) != 3 or not all(map(integer(1).allows, image_shape)):
+        raise UserError(f"image_shape={image_shape!r} must be three positive integers (height, width, channels)")
+    plain = {field: x.item() if isinstance(x, np.generic) else x for field, x in fields.items()}
+    given = {field: value for field, value in plain.items() if value is not None}
     for field, value in (given | {"patch_size": patch_size}).items():
         if field in MODEL and not MODEL[field].allows(value):
             raise UserError(f"config.model.{field}={value!r} must be {MODEL[field].expected}")
@@ -151,5 +155,7 @@ def create_model(
     """
     if sized := re.fullmatch(r"(\w+)/(\d+)", variant):
         variant, fields = sized[1], {"patch_size": int(sized[2])} | fields
+    if not integer(1).allows(num_classes):
+        raise UserError(f"num_classes={num_classes!r} must be a positive integer")
     arguments = model_arguments(name, image_shape=image_shape, variant=variant, **fields)
     return ViT(image_shape=image_shape, num_classes=num_classes, dtype=dtype, rngs=rngs, **arguments)

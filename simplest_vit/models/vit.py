@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from simplest_vit.errors import UserError
 from simplest_vit.models import layers, tat
 from simplest_vit.models.attention import QKV, Attention
 from simplest_vit.models.attention_kinds import KINDS
@@ -117,6 +118,7 @@ class ViT(nnx.Module):
         self.head = nnx.Linear(
             width, num_classes, kernel_init=initializers.dense, bias_init=initializers.bias(width), rngs=rngs
         )
+        self.image_shape = tuple(image_shape)
         self.patch_size = patch_size
         self.depth = depth
         self.preserves_kernels = initializers.preserves_kernels
@@ -135,7 +137,10 @@ class ViT(nnx.Module):
         return self.pool(self.dropout(x, deterministic=dropout_key is None, rngs=dropout_key))
 
     def embed(self, image: jax.Array) -> jax.Array:
-        """Map images [B, H, W, C] to tokens [B, T, D] before the first block."""
+        """Map images [B, H, W, C] to tokens [B, T, D] before the first block; a UserError if their shape is another."""
+        if image.shape[1:] != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise UserError(f"images: {list(image.shape)} must be [N, {expected}], normalized")
         x = self.patch_embedding(layers.patchify(image, self.patch_size))
         return x + self.position_embedding[...].astype(self.dtype)[None]
 

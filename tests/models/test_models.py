@@ -1,5 +1,7 @@
 """What holds for whole models: counts, shapes, dtypes, depth as a scan, and the contrasts."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx, traverse_util
 from jax.extend.core import jaxprs_in_params
 
+from simplest_vit.errors import UserError
 from simplest_vit.models import PRESETS, VARIANTS, create_model
 from tests.models import tiny
 
@@ -82,6 +85,14 @@ def test_attention_computes_finite_logits_and_gradients(attention):
 def test_images_of_other_sizes_channels_and_depths():
     model = tiny.vit(image_shape=(4, 20, 1), patch_size=2, depth=1, c_val_0_target=0.4)
     assert model(jnp.zeros((3, 4, 20, 1))).shape == (3, 5)
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 4, 1), (2, 4, 20, 3), (2, 4, 4, 1)])
+def test_images_of_another_shape_are_refused(shape):
+    """The first has as many tokens, so that it would silently get the positions of others."""
+    model = tiny.vit(image_shape=(4, 20, 1), patch_size=2, depth=1, c_val_0_target=0.4)
+    with pytest.raises(UserError, match=rf"images: {re.escape(str(list(shape)))} must be \[N, 4, 20, 1\], normalized"):
+        model(jnp.zeros(shape))
 
 
 @pytest.mark.parametrize("name", ["simplest_vit", "shift_mlp", "simple_vit"])

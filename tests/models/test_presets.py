@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -32,6 +33,28 @@ def test_a_variant_may_name_the_patch_size(given, patch_size, width):
     )
     assert model.patch_size == patch_size
     assert model.head.kernel.shape == (width, 5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"image_shape": (32, 48)},
+            r"image_shape=\(32, 48\) must be three positive integers \(height, width, channels\)",
+        ),
+        ({"image_shape": (32, 48, 0)}, r"image_shape=\(32, 48, 0\) must be three positive integers"),
+        ({"num_classes": 0}, "num_classes=0 must be a positive integer"),
+        ({"num_classes": 10.0}, r"num_classes=10.0 must be a positive integer"),
+    ],
+)
+def test_sizes_of_images_and_classes_are_checked(fields, message):
+    with pytest.raises(UserError, match=message):
+        create_model("simple_vit", **{"image_shape": IMAGE, "num_classes": 5, "rngs": nnx.Rngs(0)} | fields)
+
+
+def test_numpy_numbers_are_numbers():
+    found = arguments(depth=np.int32(8), width=np.int64(16), num_heads=np.int64(2))
+    assert {type(found[field]) for field in ("depth", "width", "num_heads")} == {int}
 
 
 def test_a_variant_that_does_not_exist_is_refused_with_its_patch_size_too():
