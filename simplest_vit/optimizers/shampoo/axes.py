@@ -109,7 +109,7 @@ def update_if_valid(
     return old._replace(
         preconditioner=jnp.where((good & counts)[:, None, None], new, old.preconditioner),
         error=error,
-        rejections=old.rejections + (~good & counts),
+        rejections=old.rejections + (~good & counts).astype(jnp.int32),
     )
 
 

@@ -66,7 +66,8 @@ class Options(types.SimpleNamespace):
         bound = inspect.Signature(parameters).bind(**arguments)
         bound.apply_defaults()
         super().__init__(**bound.arguments)
-        for parameter in parameters:
+        # Numbers last, because traced ones are cast to the type of the statistics.
+        for parameter in sorted(parameters, key=lambda parameter: isinstance(parameter.default, float)):
             setattr(self, parameter.name, self._checked(parameter, bound.arguments[parameter.name]))
 
     def _checked(self, parameter: inspect.Parameter, value: Any) -> Any:
@@ -74,9 +75,13 @@ class Options(types.SimpleNamespace):
         name, kind = parameter.name, type(parameter.default)
         if kind is float:
             valid, allowed = _NUMBERS[name]
-            traced = isinstance(value, jax.Array)
-            self.require(name, traced or (_is(numbers.Real, value) and valid(float(value))), allowed)
-            return value if traced else float(value)
+            if isinstance(value, jax.Array):
+                if value.dtype.itemsize < 4:
+                    rounded = f"{name}: {value.dtype} would round it, such as 0.999 to 1"
+                    raise ValueError(f"{rounded}; give optax.inject_hyperparams hyperparam_dtype=jnp.float32.")
+                return value.astype(self.dtype)
+            self.require(name, _is(numbers.Real, value) and valid(float(value)), allowed)
+            return float(value)
         if kind is int:
             least = 0 if name in _MAY_BE_ZERO else 1
             self.require(name, _is(numbers.Integral, value) and int(value) >= least, f"an integer >= {least}")
@@ -138,6 +143,7 @@ class ShampooOptions(Options):
             )
         # The last step that is the grafting method's own; by then every block has its first root.
         self.start = max(self.start_preconditioning_step, self.precondition_frequency)
+        self.first_due = self.start - self.precondition_frequency + 1  # of refreshes that are not staggered
         self.statistics_decay = self.b2
         # A multiple of the identity: eps I as in the PyTorch reference.
         self.first_statistics = 0.0 if self.relative_eps else self.eps
@@ -157,7 +163,8 @@ class SoapOptions(Options):
     def __init__(self, alias: Callable[..., Any], arguments: dict[str, Any]):
         """Raise ValueError as `Options`."""
         super().__init__(alias, arguments)
-        self.start, self.statistics_decay = self.start_preconditioning_step, self.shampoo_beta
+        self.start = self.first_due = self.start_preconditioning_step
+        self.statistics_decay = self.shampoo_beta
 
     def diagonal(self, preconditioned: bool) -> Diagonal:
         """Choose Adam, in the eigenbasis and elsewhere."""

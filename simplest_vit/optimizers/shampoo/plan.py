@@ -185,7 +185,7 @@ def make_plan(params: Any, options: AnyOptions) -> Plan:
         shape, dtype = tuple(jnp.shape(leaf)), jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"{path}: its dtype is {dtype}: it must be a real floating-point type.")
-        if not 0 <= leaf_axes <= len(shape):
+        if not isinstance(leaf_axes, int) or not 0 <= leaf_axes <= len(shape):
             raise ValueError(f"{path}: stack_axes={leaf_axes}: it must be in 0..{len(shape)} (its rank).")
         layers, merged = math.prod(shape[:leaf_axes]), _merged_shape(shape[leaf_axes:], options)
         long = _preconditioned_axes(merged, options)

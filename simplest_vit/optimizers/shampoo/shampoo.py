@@ -138,7 +138,8 @@ def shampoo(
         'none', that step is Adam's).
       grafting_b2: Decay of the grafting method's second moment, in (0, 1); 'adagrad' sums.
       grafting_eps: Added to the root of that second moment, > 0.
-      preconditioner_dtype: float32, or float64 with x64 enabled.
+      preconditioner_dtype: Type of the computation and of the state but the momentum: float32, or float64 with x64
+        enabled.
       mu_dtype: Type of the stored momentum, such as bfloat16.
       precision: Precision of products that make and apply preconditioners: 'default' (TF32 on a GPU), 'high', 'highest'
         or 'jax' for `jax.default_matmul_precision`. Roots and bases always take 'highest'.

@@ -112,8 +112,8 @@ def precondition(options: AnyOptions, refresh: Refresh, direction: Direction) ->
 
 
 def _split_finite(gradient: jax.Array, axes: Sequence[int] = ()) -> tuple[jax.Array, jax.Array]:
-    """Return the gradient with zeros where it is not finite, and where it is finite, by whole blocks along `axes`."""
-    finite = jnp.isfinite(gradient).all(axes, keepdims=True)
+    """Return the gradient with zeros where its square is not finite, and where it is, by whole blocks along `axes`."""
+    finite = jnp.isfinite(jnp.square(gradient)).all(axes, keepdims=True)
     return jnp.where(finite, gradient, 0), finite
 
 
@@ -144,7 +144,7 @@ def _step_stacks(
         phases = jnp.where(is_early, k, 1) if options.refreshes_early and k > 1 else 1
         states = refresh_staggered(refresh_slots, states, count - 1, phases, k, device)
     else:
-        is_due = (count % k == 0) & (count >= start)
+        is_due = (count % k == 0) & (count >= options.first_due)
         states = refresh_together(refresh_slots, states, is_due | is_early if options.refreshes_early else is_due)
     new = [
         direction(count, stack, state, gradient, finite, options)
@@ -167,7 +167,7 @@ def _check(state: PreconditionedState, expected: Any) -> None:
                 f"state.{name}: it has {given}: it must have {needed}. The state was made with other parameters or "
                 "stack_axes, or a different value of an argument that sets shapes and types (max_preconditioner_dim, "
                 "even_blocks, merge_dims, precondition_1d, one_sided, ignored_dim, grafting, preconditioner_dtype, "
-                "mu_dtype)."
+                "mu_dtype); or a gradient is None and `params` is not given."
             )
 
 

@@ -57,7 +57,8 @@ class Block:
 
     def __init__(self, shape, slot, *, b1, b2, beta=None, frequency, start, axes, stagger=False, whiten=False):
         self.b1, self.b2, self.frequency, self.stagger, self.whiten = b1, b2, frequency, stagger, whiten
-        self.start, self.beta = start, b2 if beta is None else beta
+        self.start = self.first_due = start
+        self.beta = b2 if beta is None else beta
         self.slot, self.t, self.m, self.v = slot, 0, np.zeros(shape), np.zeros(shape)
         self.statistics = {axis: np.zeros((shape[axis], shape[axis])) for axis in axes}
 
@@ -78,7 +79,7 @@ class Block:
     def is_due(self):
         if self.stagger:
             return (self.t - 1) % self.frequency == self.slot % self.frequency
-        return self.t % self.frequency == 0 and self.t >= self.start
+        return self.t % self.frequency == 0 and self.t >= self.first_due
 
 
 class Shampoo(Block):
@@ -100,7 +101,8 @@ class Shampoo(Block):
         **common,
     ):
         super().__init__(shape, slot, b1=b1, b2=b2, **common)
-        self.start = max(self.start, self.frequency)  # by then there is a root
+        self.start = max(self.start, self.frequency)
+        self.first_due = self.start - self.frequency + 1  # so that there is a root after the start
         self.epsilon, self.relative, self.grafting = epsilon, relative, grafting
         self.grafting_b2, self.grafting_epsilon = grafting_b2, grafting_epsilon
         self.p = exponent or (2 if self.whiten else 2 * len(self.statistics))

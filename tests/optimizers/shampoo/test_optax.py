@@ -118,6 +118,29 @@ def test_a_scheduled_decay_of_one_sums(method):
 
 
 @every_method
+def test_scheduled_numbers_bring_no_type_of_their_own_into_the_state(method):
+    """With float64 enabled they are float64, and the statistics of the default settings float32."""
+    with jax.enable_x64(True):
+        params = jax.tree.map(np.float64, parameters())
+        tx = optax.inject_hyperparams(method, static_args=static_args(method))(0.1, **SETTINGS)
+        _, state = loop(jax.jit(tx.update), params, tx.init(params), steps=2)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(state.inner_state)} == {"float32", "int32", "int8"}
+
+
+@every_method
+def test_scheduled_numbers_of_too_few_bits_are_refused(method):
+    """By default they are as wide as the parameters: a decay of 0.999 would be 1 in bfloat16, and sum."""
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), parameters())
+    inject = functools.partial(optax.inject_hyperparams, method, static_args=static_args(method))
+    with pytest.raises(ValueError, match=r"b1: bfloat16 would round it, .* hyperparam_dtype=jnp.float32"):
+        inject()(0.1, **SETTINGS).init(params)
+    tx = inject(hyperparam_dtype=jnp.float32)(0.1, **SETTINGS)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    plain, _ = alone(method).update(params, alone(method).init(params), params)
+    assert_close(jax.tree.map(np.float32, updates), jax.tree.map(np.float32, plain), rtol=1e-2)
+
+
+@every_method
 def test_multi_transform_is_the_method_alone(method):
     """What others do to other parameters changes nothing; each is an `optax.masked` of its own."""
     tx = alone(method)

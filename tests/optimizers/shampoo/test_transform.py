@@ -92,6 +92,22 @@ def test_few_blocks_of_many_shapes_are_refreshed_together(method):
         assert changed == [step in (4, 8) or (method == "soap" and step < 4)] * 3
 
 
+@pytest.mark.parametrize("stagger", [True, False])
+def test_every_block_has_a_root_before_the_first_preconditioned_step(stagger):
+    """Also if the start step is not a multiple of the frequency."""
+    tx = scale("shampoo", precondition_frequency=4, start_preconditioning_step=6, stagger=stagger)
+    params = {"kernel": PARAMS["kernel"]}
+    _, state = run(tx, params, 6)
+    for axis in state.stacks[0].axes:
+        assert np.linalg.norm(axis.preconditioner[0] - np.eye(len(axis.preconditioner[0]))) > 0.1
+
+
+def test_strict_promotion_of_types_is_possible():
+    with jax.numpy_dtype_promotion("strict"):
+        for method in METHODS:
+            run(scale(method, precondition_frequency=2), PARAMS, 1)
+
+
 def test_turns_are_taken_without_a_branch():
     """The program of a step has no condition, and no loop whose length is not known; SOAP's has one such loop."""
     params = {"kernel": jnp.zeros((12, 12)), "bias": jnp.zeros(3)}
@@ -149,14 +165,17 @@ def test_a_gradient_that_overflows_only_when_whitened_does_not_enter_the_statist
 
 
 @every_method
-def test_a_missing_gradient_leaves_statistics_and_moments_as_they_are(method):
+@pytest.mark.parametrize("is_missing", [True, False], ids=["missing", "one square overflows"])
+def test_a_bad_gradient_leaves_statistics_and_moments_as_they_are(method, is_missing):
     params = {"kernel": np.ones((6, 4), np.float32), "bias": np.ones(4, np.float32), "other": np.ones(3, np.float32)}
     # Two steps before the first basis, with which SOAP's moments would turn.
     tx = scale(method, precondition_frequency=1, start_preconditioning_step=9)
     _, state = run(tx, params, 2)
-    given = {"kernel": None, "bias": None, "other": params["other"]}
+    given = {name: None if is_missing else np.array(x) for name, x in params.items()} | {"other": params["other"]}
+    if not is_missing:
+        given["kernel"][1, 2], given["bias"][:] = 1e30, np.inf
     updates, after = jax.jit(tx.update)(given, state, params)
-    assert (updates["kernel"], updates["bias"]) == (None, None)
+    assert not is_missing or (updates["kernel"], updates["bias"]) == (None, None)
     kept = [
         (s.stacks[0].mu, s.stacks[0].nu, statistics_of(s, (6, 4)), s.mu["bias"], s.nu["bias"]) for s in (state, after)
     ]
@@ -304,6 +323,8 @@ def test_bad_parameters_are_named():
         with pytest.raises(ValueError, match=rf"{name}='float64': it must be 'float32' unless"):
             shampoo(0.1, **{name: "float64"}).init({"kernel": jnp.zeros((2, 2))})
     state = tx.init({"kernel": jnp.zeros((2, 2))})
+    with pytest.raises(ValueError, match=r"state.stacks: .* or a gradient is None and `params` is not given"):
+        tx.update({"kernel": None}, state)
     with pytest.raises(ValueError, match=r"^updates: their tree is not the parameters'; "):
         tx.update({"bias": jnp.zeros(2)}, state, {"kernel": jnp.zeros((2, 2))})
     with pytest.raises(ValueError, match=r"kernel: a gradient of shape \(3, 2\): it must be \(2, 2\)"):
