@@ -123,7 +123,7 @@ def from_run(run: FinishedRun, selected_on: str) -> Record:
       UserError: If the code of the run was not committed, or its data set has no recipe.
     """
     results, curves = run.results, read_curves(run.path)
-    commit = committed(results.get("commit"), run.path)
+    *_, commit = (committed(each, run.path) for each in results.get("commits") or [results.get("commit")])
     flat = run.config
     protocol, changes = describe(flat)
     none = np.array([]), np.array([])

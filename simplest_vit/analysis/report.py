@@ -144,9 +144,11 @@ def _short(name: str) -> str:
 
 
 def _each(group: list[FinishedRun], name: str) -> str:
-    """Format each value of a result once: 462, 462, 300 -> "462 / 300"; a commit is shortened."""
-    values = (str(run.results.get(name) or "-") for run in group)
-    return " / ".join(dict.fromkeys(value[:10] if name == "commit" else value for value in values))
+    """Format each value of a result once: 462, 462, 300 -> "462 / 300"; commits are shortened."""
+    if name == "commit":  # a run may have been resumed with other code
+        commits = itertools.chain(*(run.results.get("commits") or [run.results.get(name)] for run in group))
+        return " / ".join(dict.fromkeys((commit or "-")[:10] for commit in commits))
+    return " / ".join(dict.fromkeys(str(run.results.get(name) or "-") for run in group))
 
 
 def _mean(group: list[FinishedRun], name: str) -> float:

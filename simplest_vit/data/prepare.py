@@ -65,6 +65,8 @@ def prepare(
                 _check_originals(name, manual_dir, originals)
             if builder.config:
                 path = root / builder.name / builder.config(originals) / builder.version
+            elif manual_dir and path.exists():
+                print(f"{path} is prepared already; {manual_dir} is not read", file=sys.stderr, flush=True)
         try:
             _prepare_alone(builder, name, originals, path, download=not manual_dir, skip_corrupt=skip_corrupt)
         except OSError as error:

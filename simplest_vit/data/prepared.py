@@ -209,7 +209,8 @@ class Prepared:
             is_measured = self._mean is None and split == train
             hashed, labels, images, moments = self._measure_split(split, keep, every if is_measured else 0)
             digest.update(hashed)
-            hashes[split] = np.frombuffer(hashed, np.uint8).reshape(len(labels), -1)[:, :8].copy().view(np.uint64)
+            rows = np.frombuffer(hashed, np.uint8).reshape(len(labels), 32 + 4 * len(self.labels))  # may be empty
+            hashes[split] = rows[:, :8].copy().view(np.uint64)
             measured |= {f"{split}/{label}": labels[:, k] for k, label in enumerate(self.labels)}
             if images is not None:
                 pixels[f"{split}/pixels"] = images

@@ -85,6 +85,7 @@ class RunProgress:
     # Sums over the steps since the last report, so that an interruption leaves no gap between reports.
     pending_sums: dict[str, float] = dataclasses.field(default_factory=dict)
     wall_time_s: float = 0.0  # total time of the run, including earlier processes that were interrupted
+    commits: list[str] = dataclasses.field(default_factory=list)  # of the code that made the steps, in order
 
     def record_evaluation(self, step: int, result: dict[str, float]) -> bool:
         """Record an evaluation and return whether it is the best so far, or tied with it."""

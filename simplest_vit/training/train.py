@@ -92,8 +92,16 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         if first_step:
             state, progress = checkpoints.restore(run.abstract, first_step)
             log.info("resuming at step %d of %d in %s", first_step, run.total_steps, path)
+            if 0 < config.profile.first_step <= first_step:
+                log.info("config.profile.first_step=%d is not made again: no profile", config.profile.first_step)
         else:
             state, progress = run.create_state(initial_params), RunProgress()
+        if this["commit"] not in [None, *progress.commits[-1:]]:
+            if progress.commits:
+                log.info(
+                    "the code has changed: %s made step %d, now %s", progress.commits[-1], first_step, this["commit"]
+                )
+            progress.commits = [*progress.commits, this["commit"]]
         writer = create_writer(path, first_step, config.wandb)
         stack.callback(writer.close)
         writer.write_hparams(flatten(config.to_dict()))  # for a resumed run, too, which may not have used W&B before

@@ -113,6 +113,9 @@ def test_a_row_names_the_steps_device_and_commit_of_each_of_its_runs(tmp_path):
         change_results(tmp_path / f"run{seed}", steps=steps, device=device, commit=commit)
     _, above, _ = reported(tmp_path)
     assert above[1].endswith("steps 462 / 300, device 1 x H200 / cpu, commit ab / cd.")
+    change_results(tmp_path / "run0", commits=["01", "ab"])  # it was resumed with other code
+    assert reported(tmp_path)[1][1].endswith("commit 01 / ab / cd.")
+    change_results(tmp_path / "run0", commits=[])
     finish(tmp_path / "run3", seed=3, rate=1e-3)
     rows, _, _ = reported(tmp_path)
     assert {row["commit"] for row in rows} == {"ab / cd", "0123456789"}

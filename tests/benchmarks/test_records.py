@@ -170,6 +170,7 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path, values, message):
 def test_the_program_refuses_what_is_no_record_and_keeps_the_rest(tmp_path, monkeypatch, capsys):
     finish(tmp_path / "good", small_config())
     finish(tmp_path / "dirty", small_config(), commit="0123456789abcdef+")
+    finish(tmp_path / "partly", small_config(), commits=["0123456789abcdef+", "0123456789abcdef"])  # until resumed
     finish(tmp_path / "unfinished", small_config())
     (tmp_path / "unfinished" / "results.json").unlink()
     path = tmp_path / "runs.csv"
@@ -184,8 +185,8 @@ def test_the_program_refuses_what_is_no_record_and_keeps_the_rest(tmp_path, monk
     assert not path.exists()
     assert "made by uncommitted code (commit 0123456789abcdef+); commit it" in capsys.readouterr().err
     done = program(".")
-    assert "1 runs recorded, 2 refused" in done.out
-    assert done.err.count("refused: ") == 2
+    assert "1 runs recorded, 3 refused" in done.out
+    assert done.err.count("refused: ") == 3
     assert len(records.read(path)) == 1
 
 

@@ -76,6 +76,10 @@ def test_a_number_that_no_run_has_recorded_is_marked():
     assert [line.split("|")[-2] for line in lines[2:]] == ["1 x H200, converted", "1 x H200"]
 
 
+def test_every_recorded_number_names_its_device_and_commit():
+    assert all(number.device and number.commit for number in speed.read())
+
+
 def test_a_row_is_replaced_where_it_stands_and_a_new_one_follows_in_its_table(tmp_path):
     path = tmp_path / "speed.csv"
     filled().write(path)

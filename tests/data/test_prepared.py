@@ -254,6 +254,21 @@ def test_a_set_of_a_builder_may_be_opened_by_tfds_s_name_for_it(tmp_path, make_c
     np.testing.assert_allclose([measured.mean, measured.std], [known.mean, known.std], atol=1e-4)
 
 
+def test_a_set_with_a_split_of_no_examples_is_read(tmp_path, make_config):
+    features = {"image": tfds.features.Image(shape=(12, 10, 3)), "label": tfds.features.ClassLabel(names=["a", "b"])}
+    examples = [{"image": PNGS[i], "label": i % 2} for i in range(6)]
+    write_set(tmp_path, "odd", features, {"train": examples[:4], "test": examples[4:], "unsupervised": []})
+    dataset = input_pipeline.load(make_config("odd", dir=tmp_path).data)
+    assert (dataset.train_size, dataset.validation_size) == (4, 2)
+
+
+def test_originals_that_are_not_read_are_named(tmp_path, make_config, capfd):
+    """As in --config cifar10 with a folder of photos and without config.data.name=image_folder."""
+    for manual_dir in (None, "photos"):
+        input_pipeline.load(make_config("digits", dir=tmp_path, manual_dir=manual_dir).data)
+    assert capfd.readouterr().err.endswith(f"{tmp_path}/digits/1.0.0 is prepared already; photos is not read\n")
+
+
 def test_a_set_that_was_made_again_with_other_labels_is_measured_again(tmp_path, make_config):
     features, labels = {"image": IMAGE, "label": TWO}, []
     for time, label in ((1000, 0), (2000, 1)):  # files of the same size

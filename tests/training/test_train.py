@@ -4,6 +4,7 @@ import errno
 import functools
 import itertools
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -542,6 +543,22 @@ def test_results_name_the_code_that_ran_not_what_is_on_the_disk_at_the_end(data_
     monkeypatch.setattr(train, "environment", lambda: {"commit": on_disk[-1]})
     monkeypatch.setattr(input_pipeline, "load", lambda data: on_disk.append("new") or load(data))
     assert train.train(tiny_config(data__dir=data_dir, steps=1), str(tmp_path))["commit"] == "old"
+
+
+@share_programs
+def test_a_run_that_is_resumed_with_other_code_names_both(data_dir, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "simplest_vit")
+    config, asked = tiny_config(data__dir=data_dir, profile__first_step=2, profile__num_steps=1), itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "environment", lambda: {"commit": "old"})
+        patch.setattr(train.distributed, "interruption", lambda: contextlib.nullcontext(lambda: next(asked) == 3))
+        with pytest.raises(Interrupted, match="step 3 of 6 is saved"):
+            train.train(config, str(tmp_path))
+    monkeypatch.setattr(train, "environment", lambda: {"commit": "new"})
+    outcome = train.train(config, str(tmp_path))
+    assert (outcome["commit"], outcome["commits"]) == ("new", ["old", "new"])
+    assert "the code has changed: old made step 3, now new" in caplog.messages
+    assert "config.profile.first_step=2 is not made again: no profile" in caplog.messages
 
 
 def test_a_finished_run_stays_finished_whatever_becomes_of_the_data(finished, tmp_path):
