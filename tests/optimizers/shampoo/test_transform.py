@@ -205,10 +205,11 @@ def test_a_rejected_preconditioner_keeps_the_old_one_and_is_counted(method, monk
     module = {"shampoo": shampoo_module, "soap": soap_module}[method]
     monkeypatch.setattr(module, "MOST_ERROR", 1e-12)
     params = {"kernel": np.ones((6, 4), np.float32)}
-    tx = METHODS[method](precondition_frequency=1)  # a program of its own, because the limit is compiled in
+    later = {"start_preconditioning_step": 2} if method == "soap" else {}  # what SOAP computes before is not used
+    tx = METHODS[method](precondition_frequency=1, **later)  # its own program, because the limit is compiled in
     history, state = run(optax.chain(optax.clip(1.0), tx), params, 3)
     metrics = jax.jit(shampoo_metrics)(state)
-    assert metrics["rejected_roots"] == 6
+    assert metrics["rejected_roots"] == {"shampoo": 6, "soap": 4}[method]
     assert 0 < metrics["worst_residual"] < 1e-2
     np.testing.assert_array_equal(state[1].stacks[0].axes[0].preconditioner[0], np.eye(6))
     assert np.linalg.norm(history[-1]["kernel"]) > 1  # the step of the diagonal method's size, not zero
