@@ -28,7 +28,7 @@ from simplest_vit.files import write_csv, writing
 from simplest_vit.models import ViT, model_arguments
 from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import build
-from simplest_vit.training.workdir import check_workdir
+from simplest_vit.training.workdir import check_data, check_workdir
 
 # The networks that explain the method, each one change away from it: fields of `config.model` by name. Absent fields
 # of `_CHOICES` keep the network's own values.
@@ -85,7 +85,7 @@ def signal_propagation(config: Any, workdir: str, *, trained: bool = False, seed
       The curves of all models, that of the config first.
 
     Raises:
-      UserError: If the config does not fit, or `trained` finds no checkpoint.
+      UserError: If the config does not fit, or `trained` finds no checkpoint or one of other data.
     """
     path = check_workdir(workdir, config.to_dict())
     all_seeds = cli.seeds_from(config.seed, seeds)
@@ -102,6 +102,7 @@ def signal_propagation(config: Any, workdir: str, *, trained: bool = False, seed
     results = []
     if trained:
         run, state, _ = restore_best(workdir)
+        check_data(path, dataset.info)
         results.append(analyse(f"{own}, trained", [run.model(state)], batch["image"], batch["label"]))
     for name, variant in variants.items():
         log.info("signal propagation: %s", name)

@@ -1,8 +1,10 @@
 """The program of signal propagation: what it writes is what was computed."""
 
 import csv
+import json
 import math
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from simplest_vit.analysis import figures, propagation, signal_figure
 from simplest_vit.commands import signal_propagation
 from simplest_vit.commands.import_reference import import_reference
 from simplest_vit.errors import UserError
+from simplest_vit.training.workdir import read_run
 from tests.tiny import tiny_config
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "interop" / "fixtures" / "simplest_vit.pth"
@@ -138,6 +141,14 @@ def test_a_folder_without_checkpoint_is_told_and_left_alone(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         signal_propagation.signal_propagation(config, str(tmp_path / "run"), trained=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_model_is_not_measured_on_other_data(analysed, tmp_path):
+    run = shutil.copytree(analysed[0].parent, tmp_path / "run")
+    facts = json.loads((run / "dataset.json").read_text())
+    (run / "dataset.json").write_text(json.dumps(facts | {"fingerprint": "before"}))
+    with pytest.raises(UserError, match="was started with other data: their fingerprint was 'before', now"):
+        signal_propagation.signal_propagation(read_run(str(run))[1], str(run), trained=True)
 
 
 def test_the_ninth_item_has_the_style_of_the_first():
