@@ -21,7 +21,9 @@ flags.adopt_module_key_flags(processes)
 def main() -> None:
     """Run the command."""
     split = flags.DEFINE_string("split", None, "Split to evaluate instead of the run's, such as test or test[:1000].")
-    image_folder = cli.define_path("image_folder", None, "Folder with images of the same classes to evaluate instead.")
+    image_folder = cli.define_path(
+        "image_folder", None, "Folder of the same classes to evaluate instead; if it has train/, its val/."
+    )
     output = cli.define_path("output", None, "Folder for the best checkpoint's accuracy by class and confusion matrix.")
 
     def evaluate() -> None:

@@ -17,7 +17,7 @@ from simplest_vit.data.prepare import open_prepared, prepare
 from simplest_vit.data.prepared import Prepared, Split
 from simplest_vit.data.records import DiskSplit
 from simplest_vit.errors import UserError
-from simplest_vit.primary import broadcast_from_primary
+from simplest_vit.primary import broadcast_from_primary, require_same
 from simplest_vit.ranges import TEXT, Values, integer, number
 
 _LOG = logging.getLogger(__name__)
@@ -151,6 +151,7 @@ def load(data: Any, *, only_validation: bool = False) -> Dataset:
         std=prepared.std,
         fingerprint=prepared.fingerprint,
     )
+    require_same({f"the data's {name}": value for name, value in info.to_json().items()})
     _LOG.info("%s in %s: %s", info.name, prepared.folder, info.description)
     _LOG.info("%s: %s", label, prepared.class_line(label))
     loaded = load_split(validation, info, data.device_budget_bytes)

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from simplest_vit.data import input_pipeline
 from simplest_vit.data.dataset import Dataset
 from simplest_vit.errors import UserError
 from simplest_vit.models import fused_attention
+from simplest_vit.primary import require_same
 from simplest_vit.training.checkpoint import Checkpoints
 from simplest_vit.training.metrics import Classification, classification, mean_metrics
 from simplest_vit.training.run import Run, build
@@ -95,6 +97,7 @@ def evaluate(
     if config is None:
         own.fsdp, own.model.attention_kernel = 1, "auto"
     fused_attention.check_devices(own.model.attention_kernel, jax.devices())
+    require_same({"--workdir": os.fspath(workdir)})
     if other_data:
         with own.ignore_type():
             own.data.update(other_data, image_size=data.image_shape[0])

@@ -73,7 +73,6 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     # 2. Data, model, optimizer and schedule; nothing is computed or written yet.
     dataset = input_pipeline.load(config.data)
-    require_same({f"the data's {name}": value for name, value in dataset.info.to_json().items()})
     run = build(config, dataset.info, mesh)
     for remark in run.remarks(config):
         log.info(remark)

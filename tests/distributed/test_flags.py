@@ -1,5 +1,7 @@
 """Flags of a run of several processes that do not fit, and computations that fail: one line."""
 
+import contextlib
+import itertools
 import logging
 import os
 import sys
@@ -8,9 +10,11 @@ import jax
 import pytest
 
 from simplest_vit import primary
+from simplest_vit.data import dataset
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError
 from simplest_vit.primary import is_primary
 from simplest_vit.training import distributed
+from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,20 @@ def test_processes_with_other_values_than_process_0_say_which(monkeypatch, there
             UserError, match=rf"^config.seed is {there.get('config.seed')} in process 1 and 1 in process 0"
         ):
             primary.require_same(values)
+
+
+def test_processes_do_not_evaluate_or_train_on_other_splits_than_process_0(monkeypatch, data_dir):
+    coordinator, config = Coordinator(), tiny_config(data__dir=data_dir)
+    monkeypatch.setattr(primary.ocp.multihost, "get_jax_distributed_client", lambda: coordinator)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(dataset, "load_split", lambda *_, **__: None)
+    for process, split in enumerate(("validation", "validation[:100]")):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(primary, "_CALLS", itertools.count())
+        config.data.validation_split = split
+        expected = r"the data's validation_split is 'validation\[:100\]' in process 1 and 'validation' in process 0"
+        with pytest.raises(UserError, match=expected) if process else contextlib.nullcontext():
+            dataset.load(config.data)
 
 
 GONE = "another process of the run was lost"
