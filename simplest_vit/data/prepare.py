@@ -27,6 +27,7 @@ from simplest_vit.data.records import PREPARE_AGAIN, Progress, cannot_read, cpu_
 from simplest_vit.errors import UserError, first_line, one_line
 from simplest_vit.files import local_path, sha256
 
+_FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 _LEASE = 60  # seconds without renewal after which the preparing process counts as dead; it renews every 20
 _CHUNK = 256  # images read and checked together
 # Errors of a single file, not of a disk or of the system.
@@ -115,7 +116,10 @@ def _reading(originals: Path) -> Iterator[None]:
 def _open(folder: Path) -> tfds.core.DatasetBuilder:
     """Open a prepared data set; a UserError if TFDS cannot read its metadata."""
     try:
-        return tfds.builder_from_directory(folder)
+        builder = tfds.builder_from_directory(folder)
+        if _FORMAT in builder.info.alternative_file_formats:  # as `tfds convert_format` leaves it
+            builder.info.set_file_format(_FORMAT, override=True, override_if_initialized=True)
+        return builder
     except Exception as error:  # TFDS raises errors of many kinds, some for a system error
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise cannot_read(folder, cause, PREPARE_AGAIN) from error

@@ -67,7 +67,7 @@ class Prepared:
         if file_format != "array_record":
             raise UserError(
                 f"{self.folder}: prepared as {file_format}, expected array_record; convert it: "
-                f"tfds convert_format --dataset_dir={self.folder} --out_file_format=array_record"
+                f"tfds convert_format --dataset_version_dir={self.folder} --out_file_format=array_record"
             )
         features = dict(sorted(builder.info.features.items()))  # TFDS's order differs between processes
         images = [name for name, feature in features.items() if type(feature) is tfds.features.Image]

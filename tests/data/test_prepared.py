@@ -1,6 +1,7 @@
 """Sets that TFDS has prepared, by their name; splits in its syntax; what is measured once and kept."""
 
 import itertools
+import json
 import os
 import shutil
 
@@ -260,6 +261,17 @@ def test_a_set_with_a_split_of_no_examples_is_read(tmp_path, make_config):
     write_set(tmp_path, "odd", features, {"train": examples[:4], "test": examples[4:], "unsupervised": []})
     dataset = input_pipeline.load(make_config("odd", dir=tmp_path).data)
     assert (dataset.train_size, dataset.validation_size) == (4, 2)
+
+
+def test_a_set_that_tfds_has_converted_in_its_place_is_read(tmp_path, make_config):
+    path = shapes(tmp_path) / "dataset_info.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"fileFormat": "tfrecord"}))
+    config = make_config("shapes", dir=tmp_path)
+    with pytest.raises(UserError, match=rf"convert it: tfds convert_format --dataset_version_dir={path.parent} --out"):
+        input_pipeline.load(config.data)
+    path.write_text(json.dumps(facts | {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}))
+    np.testing.assert_array_equal(input_pipeline.load(config.data).validation.labels, np.arange(45, 60) % 3)
 
 
 def test_originals_that_are_not_read_are_named(tmp_path, make_config, capfd):
