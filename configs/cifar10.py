@@ -14,7 +14,7 @@ The reference's E-SPA and its scale of orthogonal kernels deviate from the paper
 
     python main.py --config configs/cifar10.py:model=simplest_vit,optimizer=shampoo --workdir runs/cifar10
 
-The data are downloaded (170 MB), or read from `cifar-10-binary.tar.gz` in the folder `--config.data.manual_dir`.
+The data are downloaded (170 MB), or read from `cifar-10-batches-bin/` in the folder `--config.data.manual_dir`.
 """
 
 from ml_collections import ConfigDict

@@ -275,7 +275,7 @@ COMMANDS = [
     (DIGITS + " --config.data.dir={old}/torn_data", "torn_data"),
     (CIFAR + " --config.data.manual_dir={new}/nowhere", "no such folder; give the folder with the original files"),
     (CIFAR + " --config.data.manual_dir={old}/empty", "an empty folder; give the folder with the original files"),
-    (CIFAR + " --config.data.manual_dir={old}/cifar", "no cifar-10-binary.tar.gz in it"),
+    (CIFAR + " --config.data.manual_dir={old}/cifar", "batches.meta.txt: 9 class names, expected 10"),
     (CIFAR + " --config.model.patch_size=5", "does not divide the image size 32 x 32"),
     (CIFAR + " --config.data.name=image_folder", "folder with your images: --config.data.manual_dir=FOLDER"),
     (
@@ -283,10 +283,7 @@ COMMANDS = [
         "expected CLASS/*.jpg in it",
     ),
     (CIFAR + " --config.data.name=image_folder --config.data.manual_dir={old}/photos", "unreadable images, listed"),
-    (
-        CIFAR + " --config.data.name=tiny_imagenet --config.data.manual_dir={old}/zips",
-        "tiny-imagenet-200.zip: SHA-256 ",
-    ),
+    (CIFAR + " --config.data.name=tiny_imagenet --config.data.manual_dir={old}/zips", "not a complete zip file"),
     (CIFAR + " --config.data.name=imagenet --config.data.manual_dir={old}/zips", "ILSVRC2012_img_train.tar"),
     # The other programs.
     ("simplest_vit", "a command is missing; expected one of train, evaluate, "),
@@ -449,7 +446,7 @@ def old(tmp_path_factory, server):
         "list",
         "deep",
         "foreign",
-        "cifar",
+        "cifar/cifar-10-batches-bin",
         "zips",
     ):
         (old / name).mkdir(parents=True)
@@ -457,7 +454,9 @@ def old(tmp_path_factory, server):
     (old / "list/config.json").write_text("[]")
     (old / "deep/config.json").write_text(100_000 * "[")
     (old / "foreign/results.json").write_text("{}")
-    (old / "cifar/readme.html").touch()
+    for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        (old / f"cifar/cifar-10-batches-bin/{name}.bin").write_bytes(b"")
+    (old / "cifar/cifar-10-batches-bin/batches.meta.txt").write_text("\n".join("abcdefghi"))
     (old / "zips/tiny-imagenet-200.zip").write_bytes(b"PK no zip")
     for folder, content in (("photos", jpeg[:-400]), ("hollow", None)):
         for split in ("train", "val"):

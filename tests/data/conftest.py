@@ -1,9 +1,5 @@
 """Small data sets in the original formats, and configs for them."""
 
-import dataclasses
-import functools
-import gzip
-import hashlib
 import io
 import tarfile
 import zipfile
@@ -14,9 +10,7 @@ from PIL import Image
 
 import input_pipeline
 from simplest_vit.config import default
-from simplest_vit.data.builders import BUILDERS, tiny_imagenet
-
-NUM_CLASSES = {"label": {"cifar10": 10, "cifar100": 100}, "coarse_label": {"cifar100": 20}}
+from simplest_vit.data.builders import BUILDERS, cifar
 
 
 @pytest.fixture
@@ -51,34 +45,25 @@ def smooth_image(seed, height=48, width=64):
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def published(archive, path):
-    """Returns the archive whose file is `path`."""
-    return dataclasses.replace(archive, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-
-
 def write_cifar(folder, monkeypatch, name="cifar10", *, train=40, test=16):
-    """Writes CIFAR's archive with few examples; returns {split: (images, labels...)}."""
-    builder = BUILDERS[name]
-    labels_of, files, archive = builder.read.args
+    """Writes the original files of CIFAR with few examples; returns {split: (images, labels...)}."""
+    monkeypatch.setattr(cifar, "EXAMPLES", {"train": train, "test": test})
+    labels_of, files, archive = BUILDERS[name].read.args
+    folder = folder / archive.folder
+    folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    content, members = {}, {}
-    for label, file in labels_of.items():
-        members[file] = "".join(f"{label}{i}\n" for i in range(NUM_CLASSES[label][name])).encode() + b"\n"
+    for label, (file, count) in labels_of.items():
+        (folder / file).write_text("\n".join(f"{label}{i}" for i in range(count)) + "\n\n")
+    content = {}
     for split, size in (("train", train), ("test", test)):
         images = rng.integers(0, 256, (size, 32, 32, 3)).astype(np.uint8)
-        labels = {label: (rng.permutation(size) % NUM_CLASSES[label][name]).astype(np.uint8) for label in labels_of}
+        labels = {label: (rng.permutation(size) % n).astype(np.uint8) for label, (_, n) in labels_of.items()}
         records = np.concatenate(
             [*(values[:, None] for values in labels.values()), images.transpose(0, 3, 1, 2).reshape(size, -1)], 1
         )
         for file, part in zip(files[split], np.split(records, len(files[split])), strict=True):
-            members[file] = part.tobytes()
+            part.tofile(folder / file)
         content[split] = images, labels
-    folder.mkdir(parents=True)
-    path = folder / archive.file_name
-    path.write_bytes(gzip.compress(tar_of({f"folder/{file}": members[file] for file in members}), 1))
-    archive = published(archive, path)
-    read = functools.partial(builder.read.func, labels_of, files, archive)
-    monkeypatch.setitem(BUILDERS, name, dataclasses.replace(builder, read=read, archive=archive))
     return content
 
 
@@ -94,14 +79,11 @@ def cifar100(tmp_path, monkeypatch):
     return tmp_path / "original", write_cifar(tmp_path / "original", monkeypatch, "cifar100", train=200)
 
 
-def write_tiny_imagenet(folder, monkeypatch, members):
-    """Writes TinyImageNet's zip with the given members {name: bytes or str}; returns its path."""
-    path = folder / tiny_imagenet._ARCHIVE.file_name
+def write_zip(path, members):
+    """Writes a zip of {name: bytes or str}."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    monkeypatch.setattr(tiny_imagenet, "_ARCHIVE", published(tiny_imagenet._ARCHIVE, path))
-    return path
 
 
 def tar_of(members):

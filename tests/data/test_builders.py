@@ -1,22 +1,26 @@
 """Every builder, from files in the original formats to what TFDS reads back, and what is wrong with bad files."""
 
+import dataclasses
 import errno
+import functools
 import hashlib
 import http.client
 import io
 import os
+import pathlib
 import shutil
+import tarfile
 import urllib.error
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from conftest import jpeg, smooth_image, tar_of, write_cifar, write_tiny_imagenet
+from conftest import jpeg, smooth_image, tar_of, write_cifar, write_zip
 from PIL import Image
 
 import input_pipeline
-from simplest_vit.data.builders import BUILDERS, imagenet
+from simplest_vit.data.builders import BUILDERS, cifar, imagenet
 from simplest_vit.data.builders.base import Archive
 from simplest_vit.data.prepare import describe, prepare
 from simplest_vit.errors import UserError
@@ -75,17 +79,32 @@ def test_features_equal_those_of_tfds(tmp_path, monkeypatch, tars):
         assert ours.info.full_name == theirs.info.full_name
 
 
-@pytest.mark.parametrize("name", ["cifar10", "tiny_imagenet"])
-def test_an_archive_that_is_not_the_published_one_is_refused(tmp_path, name):
-    path = tmp_path / BUILDERS[name].archive.file_name
-    path.write_bytes(b"other")
-    digest = hashlib.sha256(b"other").hexdigest()
-    with pytest.raises(UserError, match=rf"^{path}: SHA-256 {digest}, expected .* download http.* again"):
-        prepare(name, tmp_path / "tfds", tmp_path)
-    path.rename(tmp_path / "unpacked")
-    with pytest.raises(UserError, match=rf"^config.data.manual_dir={tmp_path}: no {path.name} in it; download http"):
-        prepare(name, tmp_path / "tfds", tmp_path)
-    assert folders(tmp_path / "tfds") == []
+def test_a_packed_archive_is_read_and_checked(cifar10, tmp_path, monkeypatch):
+    folder, content = cifar10
+    original = BUILDERS["cifar10"].archive
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    path = packed / original.file_name
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(folder / original.folder, original.folder)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def expect(sha256):
+        archive = dataclasses.replace(original, size=path.stat().st_size, sha256=sha256)
+        read = functools.partial(cifar._read, *BUILDERS["cifar10"].read.args[:2], archive)
+        monkeypatch.setitem(BUILDERS, "cifar10", dataclasses.replace(BUILDERS["cifar10"], read=read))
+
+    expect(digest)
+    images = [e["image"] for e in read(prepare("cifar10", tmp_path / "tfds", packed), "test")]
+    np.testing.assert_array_equal(images, content["test"][0])
+
+    expect("0" * 64)
+    with pytest.raises(UserError, match=rf"{path}: SHA-256 {digest}, expected 0000"):
+        prepare("cifar10", tmp_path / "other", packed)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"bytes, expected"):
+        prepare("cifar10", tmp_path / "other", packed)
+    assert folders(tmp_path / "other") == []
 
 
 @pytest.mark.parametrize(
@@ -107,7 +126,7 @@ def test_without_a_network_the_remedy_is_told(tmp_path, monkeypatch, error, told
 
 def test_a_download_that_is_not_the_archive_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlretrieve", lambda url, path, _: path.write_bytes(b"<html>"))
-    with pytest.raises(UserError, match=r"cannot download .* \(SHA-256 .*, expected c4a38c50"):
+    with pytest.raises(UserError, match=r"cannot download .* \(6 bytes, expected 170,052,171\)"):
         prepare("cifar10", tmp_path)
     assert folders(tmp_path) == []
 
@@ -116,7 +135,9 @@ def test_a_download_tells_how_far_it_is_where_results_are_not(tmp_path, monkeypa
     monkeypatch.setattr("simplest_vit.data.records._REPORT_EVERY", -1)
     content = np.random.default_rng(0).bytes(40_000_000)
     (tmp_path / "published.tar").write_bytes(content)
-    archive = Archive((tmp_path / "published.tar").as_uri(), len(content), hashlib.sha256(content).hexdigest())
+    archive = Archive(
+        (tmp_path / "published.tar").as_uri(), len(content), hashlib.sha256(content).hexdigest(), "folder"
+    )
     archive.download(tmp_path / "downloads")
     assert (tmp_path / "downloads/published.tar").read_bytes() == content
     assert folders(tmp_path / "downloads") == ["published.tar"]
@@ -127,6 +148,28 @@ def test_a_download_tells_how_far_it_is_where_results_are_not(tmp_path, monkeypa
     assert lines[len(lines) // 2].startswith("downloading published.tar: 20 MB, 50%, ")
     assert lines[-1].startswith("downloading published.tar: 40 MB, 100%, ")
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "test_batch.bin").unlink(), "neither cifar-10-binary.tar.gz nor"),
+        (lambda f: (f / "data_batch_2.bin").unlink(), "data_batch_2.bin: missing"),
+        (lambda f: (f / "data_batch_2.bin").write_bytes(b"short"), "data_batch_2.bin: 5 bytes, expected 24,584"),
+        (
+            lambda f: (f / "test_batch.bin").write_bytes(b"\xff" * 3073 * 16),
+            "test_batch.bin: label 255 is not below 10",
+        ),
+        (lambda f: (f / "batches.meta.txt").write_text("cat\ndog\n"), "batches.meta.txt: 2 class names, expected 10"),
+    ],
+)
+def test_damaged_cifar_is_told_and_nothing_is_left(cifar10, tmp_path, damage, message):
+    folder, _ = cifar10
+    damage(folder / "cifar-10-batches-bin")
+    with pytest.raises(UserError, match=message) as error:
+        prepare("cifar10", tmp_path / "tfds", folder)
+    assert "\n" not in str(error.value)
+    assert folders(tmp_path / "tfds") == []
 
 
 def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch):
@@ -209,8 +252,8 @@ def tiny_imagenet():
     return members
 
 
-def test_tiny_imagenet(tiny_imagenet, tmp_path, monkeypatch):
-    write_tiny_imagenet(tmp_path, monkeypatch, tiny_imagenet)
+def test_tiny_imagenet(tiny_imagenet, tmp_path):
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet)
     builder = prepare("tiny_imagenet", tmp_path / "tfds", tmp_path)
     skip = tfds.decode.SkipDecoding()
     train = read(builder, "train", image=skip)
@@ -224,28 +267,61 @@ def test_tiny_imagenet(tiny_imagenet, tmp_path, monkeypatch):
     assert [e["label"] for e in validation] == [19 * i for i in range(10)]
 
 
-def test_damaged_tiny_imagenet_is_told(tiny_imagenet, tmp_path, monkeypatch, capfd):
-    member = "tiny-imagenet-200/train/n00000005/images/n00000005_0.JPEG"
-    tiny_imagenet[member] = tiny_imagenet[member][:-40]
-    path = write_tiny_imagenet(tmp_path, monkeypatch, tiny_imagenet)
-    with pytest.raises(UserError, match=r"unreadable images, listed above: 1;"):
+@pytest.mark.parametrize(
+    ("member", "change", "message"),
+    [
+        (
+            "val/val_annotations.txt",
+            lambda t: t.split("\n", 1)[1],
+            r"9 lines for 10 images in val/images; .*val_0.JPEG: ''",
+        ),
+        (
+            "val/val_annotations.txt",
+            lambda t: t.replace("n00000019", "n99999999"),
+            r"class of .*val_1.JPEG: 'n99999999'",
+        ),
+        ("val/val_annotations.txt", None, r"val_annotations.txt: missing"),
+        ("wnids.txt", lambda t: t[:-10], r"199 classes, expected 200"),
+        ("train/n00000005/images/n00000005_0.JPEG", None, r"no images in train/n00000005/images"),
+        ("train/n00000005/images/n00000005_0.JPEG", lambda c: c[:-40], r"unreadable images, listed above: 1;"),
+    ],
+)
+def test_damaged_tiny_imagenet_is_told(tiny_imagenet, tmp_path, member, change, message, capfd):
+    content = tiny_imagenet.pop(f"tiny-imagenet-200/{member}")
+    if change is not None:
+        tiny_imagenet[f"tiny-imagenet-200/{member}"] = change(content)
+    path = tmp_path / "tiny-imagenet-200.zip"
+    write_zip(path, tiny_imagenet)
+    with pytest.raises(UserError, match=message) as error:
         prepare("tiny_imagenet", tmp_path / "tfds", tmp_path)
+    assert "\n" not in str(error.value)
     assert folders(tmp_path / "tfds") == []
-    told = f"unreadable image {path}:{member}: not a complete image (the JPEG is truncated)"
-    assert told in capfd.readouterr().err
-    builder = prepare("tiny_imagenet", tmp_path / "tfds", tmp_path, skip_corrupt=True)
-    assert len(read(builder, "train")) == 199
-    assert "skipped unreadable images, listed above: 1" in capfd.readouterr().err
+    if "unreadable" in message:
+        assert (
+            f"unreadable image {path}:tiny-imagenet-200/{member}: not a complete image (the JPEG is truncated)"
+            in capfd.readouterr().err
+        )
+        builder = prepare("tiny_imagenet", tmp_path / "tfds", tmp_path, skip_corrupt=True)
+        assert len(read(builder, "train")) == 199
+        assert "skipped unreadable images, listed above: 1" in capfd.readouterr().err
+
+
+def test_a_truncated_zip(tiny_imagenet, tmp_path):
+    path = tmp_path / "tiny-imagenet-200.zip"
+    write_zip(path, tiny_imagenet)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"tiny-imagenet-200.zip: not a complete zip"):
+        prepare("tiny_imagenet", tmp_path / "tfds", tmp_path)
 
 
 @pytest.mark.parametrize("skip_corrupt", [False, True])
-def test_a_split_without_a_sound_image(photos, tiny_imagenet, tars, tmp_path, monkeypatch, skip_corrupt):
+def test_a_split_without_a_sound_image(photos, tiny_imagenet, tars, tmp_path, skip_corrupt):
     (photos / "val/cat/0.jpg").write_bytes(b"no image")
     (photos / "val/dog/0.jpg").write_bytes(b"no image")
     for member in tiny_imagenet:
         if "val/images" in member:
             tiny_imagenet[member] = b"no image"
-    write_tiny_imagenet(tmp_path, monkeypatch, tiny_imagenet)
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet)
     names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 2, 3)]
     (tars / "ILSVRC2012_img_val.tar").write_bytes(tar_of(dict.fromkeys(names, b"no image")))
     for name, originals in (("image_folder", photos), ("tiny_imagenet", tmp_path), ("imagenet", tars)):
@@ -258,17 +334,17 @@ def test_a_split_without_a_sound_image(photos, tiny_imagenet, tars, tmp_path, mo
 def test_originals_that_cannot_be_read_are_not_blamed_on_data_dir(cifar10, tmp_path, monkeypatch):
     folder, _ = cifar10
 
-    def digest(file, name):
-        raise PermissionError(errno.EACCES, "Permission denied", file.name)
+    def read_bytes(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(hashlib, "file_digest", digest)
-    with pytest.raises(UserError, match=rf"^{folder}/cifar-10-binary.tar.gz: cannot be read \(Permission denied\)"):
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
+    with pytest.raises(UserError, match=rf"^{folder}/.*/test_batch.bin: cannot be read \(Permission denied\)"):
         prepare("cifar10", tmp_path / "tfds", folder)
 
 
 def test_preparing_tells_how_far_it_is(tiny_imagenet, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("simplest_vit.data.records._REPORT_EVERY", -1)
-    write_tiny_imagenet(tmp_path, monkeypatch, tiny_imagenet)
+    write_zip(tmp_path / "tiny-imagenet-200.zip", tiny_imagenet)
     prepare("tiny_imagenet", tmp_path / "tfds", tmp_path)
     out, err = capfd.readouterr()
     lines = [line for line in err.splitlines() if line.startswith("preparing train: ")]

@@ -1,11 +1,12 @@
-"""Descriptions of data sets, and the archives that their authors published."""
+"""Descriptions of data sets, and readers of the files that their authors published."""
 
 import dataclasses
 import http.client
 import itertools
 import sys
+import tarfile
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,11 +44,12 @@ class Content(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """A published archive."""
+    """A published archive, and the folder it unpacks to."""
 
     url: str
     size: int
     sha256: str
+    folder: str
 
     @property
     def file_name(self) -> str:
@@ -56,6 +58,9 @@ class Archive:
 
     def _difference(self, path: Path) -> str:
         """Describe how a file differs from the published archive; empty if it does not."""
+        size = path.stat().st_size
+        if size != self.size:
+            return f"{size:,} bytes, expected {self.size:,}"
         found = sha256(path)
         return f"SHA-256 {found}, expected {self.sha256}" if found != self.sha256 else ""
 
@@ -86,14 +91,36 @@ class Archive:
         finally:
             partial.unlink(missing_ok=True)
 
-    def find(self, folder: Path) -> Path:
-        """Return the path of the archive in a folder; a UserError if it is missing or not the published one."""
+    def read(self, folder: Path, members: Sequence[str]) -> dict[str, tuple[str, bytes]]:
+        """Read members of the archive, packed or unpacked.
+
+        Args:
+          folder: Contains the archive or its unpacked folder, or is that folder.
+          members: Names in the archive's folder; the first one identifies that folder.
+
+        Returns:
+          For each member its location (for messages) and its content.
+
+        Raises:
+          UserError: If the archive and its files are missing, or damaged.
+        """
+        unpacked = next((f for f in (folder / self.folder, folder) if (f / members[0]).is_file()), None)
+        if unpacked:
+            for path in (unpacked / member for member in members):
+                if not path.is_file():
+                    raise UserError(f"{path}: missing; unpack {self.url} again")
+            return {member: (str(unpacked / member), (unpacked / member).read_bytes()) for member in members}
         path = folder / self.file_name
         if not path.is_file():
-            raise UserError(f"config.data.manual_dir={folder}: no {self.file_name} in it; download {self.url} into it")
+            raise UserError(
+                f"config.data.manual_dir={folder}: neither {self.file_name} nor {self.folder}/{members[0]} in it; "
+                f"download {self.url} into it"
+            )
         if difference := self._difference(path):
-            raise UserError(f"{path}: {difference}; move it away and download {self.url} again")
-        return path
+            raise UserError(f"{path}: {difference}; delete it and download {self.url} again")
+        with tarfile.open(path) as tar:
+            files = {member: tar.extractfile(f"{self.folder}/{member}") for member in members}
+            return {member: (f"{path}:{member}", file.read()) for member, file in files.items() if file}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,33 +10,54 @@ import tensorflow_datasets as tfds
 
 from simplest_vit.data.builders.base import Archive, Builder, Content, Example, group
 from simplest_vit.data.decode import encode_png
+from simplest_vit.errors import UserError
 
-# A record is one byte for each label, then the pixels, channel by channel. The values are the file of a label's names.
-_Labels = dict[str, str]
+EXAMPLES = {"train": 50_000, "test": 10_000}
+# A record is one byte for each label, then the pixels, channel by channel. The values are the file of a
+# label's names and their number.
+_Labels = dict[str, tuple[str, int]]
 
 
 def _read(labels: _Labels, files: dict[str, list[str]], archive: Archive, folder: Path) -> Content:
-    with tarfile.open(archive.find(folder)) as tar:
-        members = {Path(member.name).name: data.read() for member in tar if (data := tar.extractfile(member))}
+    members = archive.read(folder, [*files["test"], *files["train"], *(file for file, _ in labels.values())])
     features = {"id": tfds.features.Text(), "image": tfds.features.Image(shape=(32, 32, 3))}
-    for label, file in labels.items():
-        features[label] = tfds.features.ClassLabel(names=members[file].decode().split())
+    for label, (file, count) in labels.items():
+        path, content = members[file]
+        names = content.decode(errors="replace").split()
+        if len(names) != count:
+            raise UserError(f"{path}: {len(names)} class names, expected {count}; unpack {archive.url} again")
+        features[label] = tfds.features.ClassLabel(names=names)
 
     def examples(split: str) -> Iterator[Example]:
-        content = b"".join(members[file] for file in files[split])
-        for index, record in enumerate(np.frombuffer(content, np.uint8).reshape(-1, len(labels) + 3 * 32 * 32)):
+        parts = [
+            _records(*members[file], EXAMPLES[split] // len(files[split]), labels, archive) for file in files[split]
+        ]
+        for index, record in enumerate(np.concatenate(parts)):
             pixels = record[len(labels) :].reshape(3, 32, 32).transpose(1, 2, 0)
             values = dict(zip(labels, record.tolist(), strict=False))
             name = f"{split}_{index:05d}"
             yield Example(name, record.size, functools.partial(encode_png, pixels), {"id": name, **values})
 
-    return Content(features, group({split: list(examples(split)) for split in files}))
+    return Content(features, group({split: list(examples(split)) for split in EXAMPLES}))
+
+
+def _records(path: str, content: bytes, examples: int, labels: _Labels, archive: Archive) -> np.ndarray:
+    """Return the records of a file, uint8 [examples, record size]."""
+    size = examples * (len(labels) + 3 * 32 * 32)
+    if len(content) != size:
+        raise UserError(f"{path}: {len(content):,} bytes, expected {size:,}; unpack {archive.url} again")
+    records = np.frombuffer(content, np.uint8).reshape(examples, -1)
+    for (label, (_, count)), values in zip(labels.items(), records.T, strict=False):
+        if values.max() >= count:
+            raise UserError(f"{path}: {label} {values.max()} is not below {count}; unpack {archive.url} again")
+    return records
 
 
 _ARCHIVE_10 = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     size=170_052_171,
     sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    folder="cifar-10-batches-bin",
 )
 _FILES_10 = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 CIFAR10 = Builder(
@@ -47,15 +67,16 @@ CIFAR10 = Builder(
     image_shape=(32, 32, 3),
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2023, 0.1994, 0.2010),  # the mean over images of each image's deviation
-    read=functools.partial(_read, {"label": "batches.meta.txt"}, _FILES_10, _ARCHIVE_10),
+    read=functools.partial(_read, {"label": ("batches.meta.txt", 10)}, _FILES_10, _ARCHIVE_10),
     archive=_ARCHIVE_10,
 )
 _ARCHIVE_100 = Archive(
     url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
     size=168_513_733,
     sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+    folder="cifar-100-binary",
 )
-_LABELS_100 = {"coarse_label": "coarse_label_names.txt", "label": "fine_label_names.txt"}
+_LABELS_100 = {"coarse_label": ("coarse_label_names.txt", 20), "label": ("fine_label_names.txt", 100)}
 CIFAR100 = dataclasses.replace(
     CIFAR10,
     name="cifar100",
