@@ -6,6 +6,7 @@ A prepared data set is either complete or absent.
 import contextlib
 import errno
 import itertools
+import json
 import os
 import secrets
 import shlex
@@ -23,13 +24,16 @@ from tensorflow_datasets.proto import tf_example_pb2
 from simplest_vit.data.builders import BUILDERS, find_builder
 from simplest_vit.data.builders.base import Builder, Content, Example, Shard
 from simplest_vit.data.prepared import Prepared
-from simplest_vit.data.records import PREPARE_AGAIN, Progress, cannot_read, cpu_count
+from simplest_vit.data.records import Progress, cannot_read, cpu_count, system_error
 from simplest_vit.errors import UserError, first_line, one_line
 from simplest_vit.files import local_path, sha256
 
 _FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 _LEASE = 60  # seconds without renewal after which the preparing process counts as dead; it renews every 20
 _CHUNK = 256  # images read and checked together
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another")
+_REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable or choose another")
+_REMEDIES |= dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)")
 # Errors of a single file, not of a disk or of the system.
 _OF_ONE_FILE = (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM)
 
@@ -67,10 +71,9 @@ def prepare(
         try:
             _prepare_alone(builder, name, originals, path, download=not manual_dir, skip_corrupt=skip_corrupt)
         except OSError as error:
-            raise UserError(
-                f"config.data.dir={root}: cannot prepare {name} there ({error.strerror or error}); make it writable, "
-                "free some space, or choose another"
-            ) from error
+            remedy = _REMEDIES.get(error.errno or 0, "choose another")
+            reason = error.strerror or error
+            raise UserError(f"config.data.dir={root}: cannot prepare {name} there ({reason}); {remedy}") from error
         prepared = Prepared(_open(path), builder.mean, builder.std)
     _ = prepared.fingerprint  # measures the data set now, unless it is already measured
     return prepared
@@ -110,19 +113,36 @@ def _reading(originals: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise cannot_read(Path(error.filename or originals), error) from error
+        raise UserError(str(cannot_read(Path(error.filename or originals), error))) from error
 
 
 def _open(folder: Path) -> tfds.core.DatasetBuilder:
-    """Open a prepared data set; a UserError if TFDS cannot read its metadata."""
+    """Open a prepared data set.
+
+    Raises:
+      UserError: If TFDS cannot read its metadata; the message names a file that is not valid JSON.
+      TrainingError: If a system error occurs.
+    """
     try:
         builder = tfds.builder_from_directory(folder)
         if _FORMAT in builder.info.alternative_file_formats:  # as `tfds convert_format` leaves it
             builder.info.set_file_format(_FORMAT, override=True, override_if_initialized=True)
         return builder
-    except Exception as error:  # TFDS raises errors of many kinds, some for a system error
-        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        raise cannot_read(folder, cause, PREPARE_AGAIN) from error
+    except Exception as error:
+        place, problem = folder, error
+        for path in sorted(folder.glob("*.json")):
+            try:
+                if not json.loads(path.read_bytes()):
+                    raise ValueError("it is empty")
+            except (OSError, ValueError, RecursionError) as found:
+                place, problem = path, found
+                break
+        if isinstance(problem, OSError):
+            cause = problem.__cause__ if isinstance(problem.__cause__, OSError) else problem
+            raise cannot_read(Path(cause.filename or place), cause) from error
+        raise UserError(
+            f"{place}: damaged ({first_line(problem)}); restore it, or remove {folder} to prepare it again"
+        ) from error
 
 
 def _prepare_alone(
@@ -132,32 +152,37 @@ def _prepare_alone(
 
     The lease is a file with host, process and heartbeat, because shared file systems may not support flock.
     """
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lease = SoftFileLease(path.with_name(".preparing"), lease_duration=_LEASE)
-    try:
-        lease.acquire(blocking=False)
-    except Timeout:
-        print(f"waiting for another process to prepare {path.parent}", file=sys.stderr)
-        lease.acquire(poll_interval=0.5)
-    try:
-        if not path.exists():  # another process may have prepared it meanwhile
-            print(f"preparing {name} in {path}", file=sys.stderr, flush=True)
-            if builder.archive and download:
-                builder.archive.download(originals)
-            _prepare(builder, originals, path, skip_corrupt)
-    finally:
-        lease.release()
+    while not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lease = SoftFileLease(path.with_name(".preparing"), lease_duration=_LEASE)
+        try:
+            lease.acquire(blocking=False)
+        except Timeout:
+            owner = lease.owner  # None while the owner writes its name
+            who = f"process {owner.pid} of {owner.hostname}" if owner else "another process"
+            print(f"waiting for {who} to prepare {path.parent}", file=sys.stderr)
+            lease.acquire(poll_interval=0.5)
+        try:
+            if not path.exists():  # another process may have prepared it meanwhile
+                print(f"preparing {name} in {path}", file=sys.stderr, flush=True)
+                if builder.archive and download:
+                    builder.archive.download(originals)
+                _prepare(builder, originals, path, skip_corrupt)
+        except Exception:
+            if not lease.compromise:  # otherwise this process was suspended and another took over
+                raise
+        finally:
+            lease.release()
 
 
 def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) -> None:
     """Write the shards, then the metadata, then give the folder its final name."""
     with _reading(originals):
         content = builder.read(originals)
-    folder = path.with_name(f"{path.name}.unfinished")
-    if not builder.resumable:
-        shutil.rmtree(folder, ignore_errors=True)
+    token = "" if builder.resumable else secrets.token_hex(4)
+    folder = path.with_name(f"{path.name}.unfinished{token}")
+    for left in set(path.parent.glob(f"{path.name}.unfinished*")) - {folder}:
+        shutil.rmtree(left, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     try:
         _write(builder, content, folder, skip_corrupt)
@@ -269,7 +294,7 @@ def _write_shard(
             progress.add(1, example.size)
         writer.close()
     except RuntimeError as error:  # from array_record, such as a full disk
-        raise OSError(first_line(error)) from error
+        raise (system_error(error) or error) from error
     if not unreadable or skip_corrupt:  # otherwise the next attempt reads this shard again and lists its images again
         os.replace(partial, path)
     return unreadable
@@ -283,7 +308,7 @@ def _read_images(examples: Iterator[Example]) -> Iterator[tuple[Example, bytes |
             return example.image()
         except OSError as error:
             if error.errno not in _OF_ONE_FILE:
-                raise cannot_read(Path(one_line(example.name)), error) from error
+                raise UserError(str(cannot_read(Path(one_line(example.name)), error))) from error
             return str(error.strerror)
         except Exception as error:  # reading a zip file raises errors of many kinds
             return first_line(error)

@@ -1,22 +1,25 @@
-"""Random access to the examples of array_record files, and progress."""
+"""Random access to array_record files, with progress; few are open at a time, and damage is a failed checksum only."""
 
 import contextlib
+import errno
 import functools
+import itertools
 import logging
 import os
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tensorflow_datasets.core.utils.shard_utils import FileInstruction
 from tensorflow_datasets.proto import tf_example_pb2
 
 from simplest_vit import preemption
-from simplest_vit.errors import UserError, first_line
+from simplest_vit.errors import TrainingError, UserError, first_line
 
 try:
     import resource
@@ -27,8 +30,14 @@ Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 _CHUNK = 256  # examples per task of a core
 _REPORT_EVERY = 5  # seconds between two lines of progress
-PREPARE_AGAIN = "mend that, restore the folder, or move it away to prepare it again"  # of a prepared data set
+_MAX_THREADS = 16  # parallel reads of one request, for network file systems
 _NAMES = ("image/filename", "file_name", "id")  # features that may name an example
+_REMEDIES = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the whole machine has too many open files",
+    errno.ENOENT: "restore it, or mount its disk",
+    errno.EACCES: "make it readable",
+}
 
 
 class Record(NamedTuple):
@@ -50,26 +59,39 @@ class DiskSplit:
     """A split on disk with random access: TFDS's instructions for each file, and the names of image and labels."""
 
     def __init__(self, shards: Sequence[FileInstruction], image: str, labels: list[str]) -> None:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource  # not on Windows; the rest works
+        self.shards, self.image, self.labels = shards, image, labels
+        self._ends = list(itertools.accumulate((shard.take for shard in shards), initial=0))[1:]
+        self._reader = functools.lru_cache(_max_open_files() // 4)(self._open)  # dropped readers are closed
 
-        self.image, self.labels, self._folder = image, labels, Path(shards[0].filename).parent
-        self._source = ArrayRecordDataSource(shards)  # opens a file when it is first read from
+    def __reduce__(self) -> tuple:  # the readers stay in their process
+        return type(self), (self.shards, self.image, self.labels)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._ends[-1] if self._ends else 0
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """Read examples.
 
         Raises:
-          UserError: If a file of the data set is damaged, or the system cannot read it.
+          UserError: If a file of the data set is damaged.
+          TrainingError: If the system cannot read it.
         """
-        _raise_limit_of_open_files()
-        try:
-            records = self._source.__getitems__(indices)
-        except RuntimeError as error:
-            raise cannot_read(self._folder, error, PREPARE_AGAIN) from error
-        return [self._parse(index, record) for index, record in zip(indices, records, strict=True)]
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            places.setdefault(bisect_right(self._ends, index), []).append(place)
+
+        def read_shard(number: int) -> list[bytes]:
+            shard = self.shards[number]
+            first = self._ends[number] - shard.take - shard.skip
+            try:
+                return self._reader(number).read([indices[place] - first for place in places[number]])
+            except RuntimeError as error:
+                raise _explain(error, Path(shard.filename)) from error
+
+        with ThreadPoolExecutor(_MAX_THREADS) as pool:  # starts as many threads as there are shards
+            records = list(pool.map(read_shard, places))
+        found = dict(zip(itertools.chain(*places.values()), itertools.chain(*records), strict=True))
+        return [self._parse(index, found[place]) for place, index in enumerate(indices)]
 
     def decode(self, indices: Sequence[int], to_pixels: Callable[[bytes, int], np.ndarray]) -> dict[str, np.ndarray]:
         """Read image uint8 [n, H, W, C] and label int32 [n].
@@ -78,7 +100,8 @@ class DiskSplit:
           to_pixels: Function from the content of an image file and its position in `indices` to pixels.
 
         Raises:
-          UserError: If an image is damaged, or as in `read`.
+          UserError: If an image or a file of the data set is damaged.
+          TrainingError: If the system cannot read it.
         """
         examples, images = self.read(indices), []
         for i, example in enumerate(examples):
@@ -93,6 +116,15 @@ class DiskSplit:
             for part, result in zip(parts, pool.map(work, parts), strict=True):
                 progress.add(len(part), len(part))
                 yield result
+
+    def _open(self, number: int) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader  # not on Windows, where the rest works
+
+        shard = self.shards[number]
+        reader = ArrayRecordReader(shard.filename, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+        if reader.num_records() != shard.examples_in_shard:
+            raise RuntimeError(f"{reader.num_records():,} examples; dataset_info.json says {shard.examples_in_shard:,}")
+        return reader
 
     def _parse(self, index: int, record: bytes) -> Record:
         feature = tf_example_pb2.Example.FromString(record).features.feature
@@ -130,10 +162,24 @@ class Progress:
             )
 
 
-def cannot_read(path: Path, error: Exception, remedy: str = "mend that or restore it") -> UserError:
-    """Return what to raise if a file, or one in a folder, cannot be read because of the system or because of damage."""
-    reason = getattr(error, "strerror", None) or first_line(error)
-    return UserError(f"{path}: cannot be read ({reason}); {remedy}, then run the same command again")
+def system_error(error: Exception) -> OSError | None:
+    """Return the system error that array_record reports only as text, such as "write() failed: No space left"."""
+    text = str(error)
+    number = next((number for number in errno.errorcode if os.strerror(number) in text), None)
+    return OSError(number, os.strerror(number)) if number is not None else None
+
+
+def cannot_read(path: Path, error: OSError) -> TrainingError:
+    """Return what to raise if the system cannot read a file of a data set, which may be sound."""
+    remedy = _REMEDIES.get(error.errno or 0, "mend that")
+    return TrainingError(f"{path}: cannot be read ({error.strerror}); {remedy}, then run the same command again")
+
+
+def _explain(error: RuntimeError, path: Path) -> UserError | TrainingError:
+    """Return what to raise if array_record cannot read a file."""
+    if problem := system_error(error):
+        return cannot_read(path, problem)
+    return UserError(f"{path}: damaged ({first_line(error)}); restore it, or remove {path.parent} to prepare it again")
 
 
 def cpu_count() -> int:
@@ -146,10 +192,12 @@ def cpu_count() -> int:
 
 
 @functools.cache
-def _raise_limit_of_open_files() -> None:
-    """Raise the soft limit, often 1,024, because every file of a data set stays open: ImageNet has about as many."""
-    if resource is not None:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
-        if soft != resource.RLIM_INFINITY and soft < limit:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+def _max_open_files() -> int:
+    """Return the number of files that may be open, at most 8,192, after raising the soft limit so far if necessary."""
+    if resource is None:
+        return 512
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = 8192 if hard == resource.RLIM_INFINITY else min(hard, 8192)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit

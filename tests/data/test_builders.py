@@ -179,15 +179,13 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch):
             raise RuntimeError("write() failed: No space left on device; writing x; at byte 303104")  # as it says
 
     monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter", Writer)
-    with pytest.raises(
-        UserError, match=r"cannot prepare digits there \(.*No space left on device.*\); .*free some space"
-    ):
+    with pytest.raises(UserError, match=r"cannot prepare digits there \(No space left on device\); free some space"):
         prepare("digits", tmp_path)
     assert folders(tmp_path) == []
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
-    left = tmp_path / "digits/1.0.0.unfinished"
+    left = tmp_path / "digits/1.0.0.unfinished0123"
     left.mkdir(parents=True)
     (left / "digits-train.array_record-00000-of-00001").write_bytes(b"half")
     builder = prepare("digits", tmp_path)

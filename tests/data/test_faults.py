@@ -20,7 +20,7 @@ from simplest_vit.data import prepare as prepare_module
 from simplest_vit.data import records
 from simplest_vit.data.builders import base, imagenet
 from simplest_vit.data.prepare import prepare
-from simplest_vit.errors import UserError
+from simplest_vit.errors import TrainingError, UserError
 
 ERRORS = ("EMFILE", "ENOSPC", "EACCES", "ESTALE", "EIO")
 
@@ -63,7 +63,7 @@ def test_reading(digits, make_config, monkeypatch, name, call):
     config = make_config("digits", dir=digits, device_budget_bytes=0, num_workers=0)
     dataset, before = input_pipeline.load(config.data), files(digits)
     monkeypatch.setattr(array_record_module, "ArrayRecordReader", Reader)
-    with pytest.raises(UserError, match=r"digits/1.0.0: cannot be read .* then run the same command") as error:
+    with pytest.raises(TrainingError, match=r"array_record-000.*cannot be read .* then run the same command") as error:
         next(train_batches(dataset, config))
     assert is_one_honest_line(str(error.value), number)
     assert files(digits) == before
@@ -86,7 +86,7 @@ def test_reading_what_describes_a_set(digits, make_config, monkeypatch, name, fi
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", fails(opened))
         patch.setattr(pathlib.Path, "open", fails(read_text))
-        with pytest.raises(UserError, match=r"digits/1.0.0.*: cannot be read") as error:
+        with pytest.raises((UserError, TrainingError), match=rf"{file}: cannot be read") as error:
             input_pipeline.load(make_config("digits", dir=digits).data)
     assert is_one_honest_line(str(error.value), number)
     assert files(digits) == before
@@ -147,19 +147,48 @@ def test_the_space_that_is_needed_is_checked_before(tmp_path, monkeypatch):
     assert files(tmp_path) == {}
 
 
+def test_a_set_of_many_files_under_a_low_limit_of_open_files(digits, server, tmp_path):
+    """46 + 12 files: readers are closed."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64,) * 2)\n"
+        "import itertools, input_pipeline\n"
+        "from simplest_vit.config import default\n"
+        "data = default().data; data.dir = sys.argv[1]; data.device_budget_bytes = data.num_workers = 0\n"
+        "dataset = input_pipeline.load(data)\n"
+        "options = dict(batch_size=479, seed=0, start_step=0, sharding=None)\n"
+        "batches = list(itertools.islice(input_pipeline.train_batches(dataset, data, **options), 3))\n"
+        "print(sum(batch['label'].sum() for batch in batches))"
+    )
+    _, out, err = server.run([program, digits])
+    assert out.strip() == "1437.0", err
+
+
+def test_readers_that_are_dropped_are_closed(digits, make_config, monkeypatch):
+    monkeypatch.setattr(records, "_max_open_files", lambda: 16)
+    dataset = input_pipeline.load(make_config("digits", dir=digits, device_budget_bytes=0).data)
+    before = len(os.listdir("/proc/self/fd"))
+    examples = dataset.train.read(range(1437))
+    assert len(os.listdir("/proc/self/fd")) <= before + 16 // 4
+    labels = [example.labels[0] for example in examples]
+    one_by_one = [dataset.train.read([i])[0].labels[0] for i in range(0, 1437, 100)]
+    assert labels[::100] == one_by_one
+    mixed = np.random.default_rng(0).permutation(1437)[:200].tolist()
+    assert [example.labels[0] for example in dataset.train.read(mixed)] == [labels[i] for i in mixed]
+
+
 def test_the_soft_limit_is_raised_as_far_as_the_hard_one(monkeypatch):
     limits = {}
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.update(now=both))
-    for before, raised in (
-        ((1024, 4096), (4096, 4096)),
-        ((1024, resource.RLIM_INFINITY), (8192, resource.RLIM_INFINITY)),
-        ((1024, 1024), None),
-        ((100_000, 200_000), None),
-        ((resource.RLIM_INFINITY,) * 2, None),
+    for before, raised, found in (
+        ((1024, 4096), (4096, 4096), 4096),
+        ((1024, resource.RLIM_INFINITY), (8192, resource.RLIM_INFINITY), 8192),
+        ((1024, 1024), None, 1024),
+        ((100_000, 200_000), None, 8192),
     ):
         limits.clear()
         monkeypatch.setattr(resource, "getrlimit", lambda _, before=before: before)
-        records._raise_limit_of_open_files.__wrapped__()
+        assert records._max_open_files.__wrapped__() == found
         assert limits.get("now") == raised
 
 

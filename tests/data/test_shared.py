@@ -1,5 +1,6 @@
 """Preparing by several processes at once, on file systems where flock does not exclude; and what the killed leave."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -23,6 +24,8 @@ from slow_prepare import start
 
 import input_pipeline
 from simplest_vit.data import dataset, prepare, records
+from simplest_vit.data.builders import BUILDERS
+from simplest_vit.data.builders.base import Content, Shard
 from simplest_vit.errors import UserError
 
 
@@ -51,7 +54,7 @@ def test_one_of_several_processes_prepares_and_the_others_wait(tmp_path):
     (first,) = begun(tmp_path)
     for process, text in zip(processes, said, strict=True):
         assert ("preparing digits" in text) == (process.pid == first)
-        waited = re.search(r"^waiting for another process to prepare ", text, re.MULTILINE)
+        waited = re.search(rf"^waiting for (process {first} of \S+|another process) to prepare ", text, re.MULTILINE)
         assert bool(waited) == (process.pid != first)
     assert os.listdir(tmp_path / "tfds/digits") == ["1.0.0"]
 
@@ -89,7 +92,39 @@ def test_a_process_of_another_host_is_waited_for_until_it_is_silent(tmp_path, mo
         assert not (tmp_path / "digits/1.0.0").exists()
         other.kill()
     waiting.join(60)
-    assert f"waiting for another process to prepare {tmp_path}/digits" in capfd.readouterr().err
+    assert f"waiting for process {other.pid} of elsewhere to prepare {tmp_path}/digits" in capfd.readouterr().err
+    assert os.listdir(tmp_path / "digits") == ["1.0.0"]
+
+
+def test_a_process_that_stood_still_takes_what_another_has_prepared(tmp_path, monkeypatch):
+    """Its lease is lost and its unfinished folder removed; it ends well all the same."""
+    monkeypatch.setattr(prepare, "_LEASE", 0.6)
+    digits, calls = BUILDERS["digits"], []
+
+    def overtaken(shard):
+        calls.append(shard)
+        if len(calls) == 1:
+            (tmp_path / "digits/.preparing").unlink()  # as one that takes over would
+            (tmp_path / "other/go").touch()
+            other = start(tmp_path / "other")
+            other.join(60)
+            assert other.exitcode == 0
+            (unfinished,) = (tmp_path / "digits").glob("*.unfinished*")
+            unfinished.rename(tmp_path / "removed")
+            (tmp_path / "other/tfds/digits/1.0.0").rename(tmp_path / "digits/1.0.0")
+            time.sleep(1)
+        yield from shard.examples()
+
+    def read(originals):
+        content = digits.read(originals)
+        (shard,) = content.splits["train"]
+        splits = content.splits | {"train": [Shard(shard.size, lambda: overtaken(shard))]}
+        return Content(content.features, splits)
+
+    (tmp_path / "other").mkdir()
+    monkeypatch.setitem(BUILDERS, "digits", dataclasses.replace(digits, read=read))
+    assert prepare.prepare("digits", tmp_path).info.splits["train"].num_examples == 1437
+    assert (tmp_path / "removed").is_dir()
     assert os.listdir(tmp_path / "digits") == ["1.0.0"]
 
 
@@ -190,24 +225,25 @@ def read_all(config):
 
 
 @pytest.mark.parametrize(
-    ("file", "damage"),
+    ("file", "damage", "named"),
     [
-        (TRAIN, truncate),
-        (TRAIN, flip),
-        (TRAIN, lambda path: path.write_bytes(b"")),
-        (TRAIN, pathlib.Path.unlink),
-        (VALIDATION, truncate),
-        ("features.json", truncate),
-        ("features.json", lambda path: path.write_text("{}")),
-        ("features.json", lambda path: path.write_text(path.read_text().replace("ClassLabel", "Nothing"))),
-        ("features.json", lambda path: path.write_bytes(b"\xff\xfe\0")),
-        ("features.json", pathlib.Path.unlink),
-        ("dataset_info.json", truncate),
-        ("dataset_info.json", lambda path: path.write_text(path.read_text().replace('"1437"', '"1438"'))),
+        (TRAIN, truncate, TRAIN),
+        (TRAIN, flip, TRAIN),
+        (TRAIN, lambda path: path.write_bytes(b""), TRAIN),
+        (VALIDATION, truncate, VALIDATION),
+        ("features.json", truncate, "features.json"),
+        ("features.json", lambda path: path.write_text("{}"), "features.json"),
+        ("features.json", lambda path: path.write_text(path.read_text().replace("ClassLabel", "Nothing")), ""),
+        ("features.json", lambda path: path.write_bytes(b"\xff\xfe\0"), "features.json"),
+        ("features.json", pathlib.Path.unlink, ""),
+        ("dataset_info.json", truncate, "dataset_info.json"),
+        ("dataset_info.json", lambda path: path.write_text(path.read_text().replace('"1437"', '"1438"')), TRAIN),
     ],
 )
 @pytest.mark.parametrize("budget", [10**9, 0])
-def test_a_damaged_data_set_is_told_in_one_line_that_names_it(digits, tmp_path, make_config, file, damage, budget):
+def test_a_damaged_data_set_is_told_in_one_line_that_names_the_file(
+    digits, tmp_path, make_config, file, damage, named, budget
+):
     shutil.copytree(digits / "digits", tmp_path / "digits")
     prepared = tmp_path / "digits/1.0.0"
     damage(prepared / file)
@@ -218,8 +254,8 @@ def test_a_damaged_data_set_is_told_in_one_line_that_names_it(digits, tmp_path, 
         read_all(config)
     message = str(error.value)
     assert "\n" not in message
-    assert message.startswith(f"{prepared}: cannot be read (")
-    assert " move it away to prepare it again" in message
+    assert message.startswith(f"{prepared / named}: damaged (")
+    assert message.endswith(f"; restore it, or remove {prepared} to prepare it again")
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +280,17 @@ def test_a_split_of_many_files_has_each_example_once_and_in_order(digits_in_shar
         lengths = prepared.info.splits[split].shard_lengths
         assert len(lengths) == which.sum() * 64 // 2000 + 1
         assert {30, 31, 32} >= set(lengths[:-1])
+
+
+@pytest.mark.parametrize("budget", [10**9, 0])
+@pytest.mark.parametrize("number", [0, 1, 45])
+def test_of_many_files_the_damaged_one_is_named(digits_in_shards, tmp_path, make_config, number, budget):
+    shutil.copytree(digits_in_shards, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / f"digits/1.0.0/digits-train.array_record-{number:05d}-of-00046"
+    truncate(file)
+    config = make_config("digits", dir=tmp_path, device_budget_bytes=budget, num_workers=0)
+    with pytest.raises(UserError, match=rf"^{file}: damaged \("):
+        read_all(config)
 
 
 def test_decoding_for_the_device_reports_progress_and_uses_all_cores(digits, make_config, monkeypatch, caplog):
