@@ -15,7 +15,7 @@ COMMANDS = {
     "prepare": "prepare a data set ahead of time",
     "preview": "draw augmented training images",
     "sweep": "train a grid of configs over seeds",
-    "report": "print a table of finished runs, with accuracy over seeds",
+    "report": "print a table of finished runs for each data set, with accuracy over seeds",
     "import_reference": "import a checkpoint of the PyTorch reference as a run",
     "signal_propagation": "plot how each block transforms images, in theory and as measured",
 }
