@@ -146,7 +146,8 @@ class Prepared:
 
     def classes(self, label: str) -> np.ndarray:
         """Return the labels that occur in any split; TFDS's -1 for an unknown label is omitted."""
-        labels = np.concatenate([self._measured[f"{name}/{label}"] for name in self.info.splits])
+        filled = [name for name, split in self.info.splits.items() if split.num_examples]
+        labels = np.concatenate([self._measured[f"{name}/{label}"] for name in filled])
         return np.unique(labels[labels >= 0])
 
     def _pixels(self, intervals: tuple[tuple[str, int, int], ...]) -> np.ndarray:
@@ -198,26 +199,26 @@ class Prepared:
         """
         sizes = {name: split.num_examples for name, split in sorted(self.info.splits.items())}
         keep = self._shape is not None and sum(sizes.values()) * math.prod(self._shape) <= _MAX_PIXEL_BYTES
-        train = min(sizes, key=lambda name: name != "train")
+        filled = [name for name in sizes if sizes[name]]  # array_record cannot open a split without examples
+        train = min(filled, key=lambda name: name != "train")
         every = max(1, sizes[train] // _MAX_MEASURED)
         names = {label: self.info.features[label].names for label in self.labels}
         digest = hashlib.sha256(json.dumps([names, sizes]).encode())
         measured: dict[str, np.ndarray] = {}
         pixels: dict[str, np.ndarray] = {}
         hashes: dict[str, np.ndarray] = {}
-        for split in sizes:
+        for split in filled:
             is_measured = self._mean is None and split == train
             hashed, labels, images, moments = self._measure_split(split, keep, every if is_measured else 0)
             digest.update(hashed)
-            rows = np.frombuffer(hashed, np.uint8).reshape(len(labels), 32 + 4 * len(self.labels))  # may be empty
-            hashes[split] = rows[:, :8].copy().view(np.uint64)
+            hashes[split] = np.frombuffer(hashed, np.uint8).reshape(len(labels), -1)[:, :8].copy().view(np.uint64)
             measured |= {f"{split}/{label}": labels[:, k] for k, label in enumerate(self.labels)}
             if images is not None:
                 pixels[f"{split}/pixels"] = images
             if is_measured:
                 mean, square = moments / len(range(0, sizes[train], every))
                 measured |= {"mean": mean.round(4), "std": np.sqrt(square - mean**2).round(4)}
-        for split in sizes:
+        for split in filled:
             if split != train and (known := np.isin(hashes[split], hashes[train]).sum()):
                 _LOG.warning("%d of the %s images of %s are also in %s", known, f"{sizes[split]:,}", split, train)
         measured["fingerprint"] = np.array(digest.hexdigest())
