@@ -35,7 +35,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             "train is called by a process that decodes images, because each of them imports the script; call it after "
             'if __name__ == "__main__":'
         )
-    if not isinstance(config, ConfigDict):
+    if type(config) is not ConfigDict:  # a frozen one cannot be adapted to the data
         raise UserError(f"config must be a ConfigDict, as default_config() returns, not {type(config).__name__}")
     check(config)
     with _logging():

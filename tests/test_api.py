@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import FrozenConfigDict
 from PIL import Image
 
 import input_pipeline
@@ -130,8 +131,9 @@ def test_training_logs_to_standard_output_and_leaves_logging_as_it_was(run, caps
 def test_a_wrong_config_is_refused_before_a_folder_is_made(tmp_path):
     with pytest.raises(UserError, match=r"config.batch_size=0 must be"):
         simplest_vit.train(tiny_config(batch_size=0), tmp_path / "run")
-    with pytest.raises(UserError, match=r"config must be a ConfigDict, as default_config.. returns, not dict"):
-        simplest_vit.train(tiny_config().to_dict(), tmp_path / "run")
+    for other in (dict, FrozenConfigDict):
+        with pytest.raises(UserError, match=rf"config must be a ConfigDict, as .* returns, not {other.__name__}"):
+            simplest_vit.train(other(tiny_config().to_dict()), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
