@@ -196,7 +196,7 @@ def view_as(view: Callable[[Any], Any], tx: optax.GradientTransformation) -> opt
       passed on as they are.
 
     Raises:
-      ValueError: From `init` if the two trees do not have the same number of entries.
+      ValueError: From `init` if the two trees do not have the same entries.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -216,6 +216,14 @@ def view_as(view: Callable[[Any], Any], tx: optax.GradientTransformation) -> opt
         sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (params, viewed)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"view: it has {sizes[1]} entries: it must have the {sizes[0]} of the parameters.")
+
+        def takes_each_once() -> jax.Array:
+            (uses,) = jax.linear_transpose(view, params)(optax.tree.ones_like(viewed))
+            return jax.tree.reduce(lambda valid, x: valid & (x == 1).all(), uses, jnp.bool_(True))
+
+        with jax.ensure_compile_time_eval():
+            if not jax.jit(takes_each_once)():
+                raise ValueError("view: it must have each entry of the parameters once, unchanged.")
         return tx.init(view(params))
 
     def update(

@@ -231,6 +231,10 @@ def test_view_is_the_transformation_in_that_layout():
     assert_same([view(updates) for updates in history], direct)
     with pytest.raises(ValueError, match=r"view: it has 12 entries: it must have the 108"):
         view_as(lambda tree: tree["head"], shampoo(0.1)).init(params)
+    twice = lambda tree: tree | {"value": tree["key"]}  # noqa: E731
+    for other in (twice, lambda tree: jax.tree.map(lambda x: 2 * x, tree)):
+        with pytest.raises(ValueError, match=r"view: it must have each entry of the parameters once, unchanged"):
+            jax.eval_shape(view_as(other, shampoo(0.1)).init, params)
 
 
 def test_a_view_passes_further_arguments_on():
