@@ -225,7 +225,7 @@ def main() -> None:
                         print(shlex.join(line))
             return
         failed = execute(points, share_devices(*find_devices(), at_once.value))
-        print(report(str(folder) for point in points for folder in point.workdirs))
+        print(report(str(folder) for point in points for folder in point.workdirs if folder.is_dir()))
         if failed:
             raise UserError(f"{failed} runs failed, see above; correct what their logs report and rerun the command")
 
