@@ -42,7 +42,8 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
     run = build(config, input_pipeline.load(config.data).info)
     params, constants = from_reference(run, checkpoint)
     if has_checkpoint(folder):
-        if not jax.tree.all(jax.tree.map(np.array_equal, restore_best(workdir)[1].params, params)):
+        saved = restore_best(workdir)[1]
+        if not jax.tree.all(jax.tree.map(np.array_equal, (saved.params, saved.constants), (params, constants))):
             raise UserError(f"--workdir={workdir} already holds another run; choose another folder")
         return  # an import that was stopped after its last step
     state = run.create_state(jax.device_put(params))

@@ -280,3 +280,13 @@ def test_an_import_that_was_stopped_is_repeated_and_another_run_is_left_alone(tm
     monkeypatch.setattr(PthFile, "__getitem__", lambda self, name: np.zeros(self.tensors[name].shape, np.float32))
     with pytest.raises(UserError, match="already holds another run"):
         import_reference(config, str(tmp_path), path)
+
+
+def test_an_import_of_the_same_weights_with_other_attention_is_not_taken_for_the_first(tmp_path, data_dir, monkeypatch):
+    config, path = config_of("simplest_vit", data_dir), str(FIXTURES / "simplest_vit.pth")
+    for _ in range(2):
+        import_reference(config, str(tmp_path), path)
+    read = PthFile.__getitem__
+    monkeypatch.setattr(PthFile, "__getitem__", lambda self, name: read(self, name) + name.endswith(".B"))
+    with pytest.raises(UserError, match="already holds another run"):
+        import_reference(config, str(tmp_path), path)
