@@ -7,7 +7,6 @@ together: rows of the softmax are whole, and no weight leaves the chip. The back
 That takes few tokens. A version that went over tiles of queries was slower than XLA for 196 tokens (results/speed.csv).
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,24 +58,6 @@ def _is_recent(device: jax.Device) -> bool:
     return device.platform == "gpu" and capability.isdigit() and int(capability) >= 80
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """Sizes of one head's work. The properties are powers of two, which Triton needs."""
-
-    tokens: int  # T
-    head_width: int  # D / H
-    width: int  # D
-    itemsize: int  # bytes of a number
-
-    @property
-    def rows(self) -> int:  # T, padded
-        return max(16, pl.next_power_of_2(self.tokens))
-
-    @property
-    def columns(self) -> int:  # of the head, padded
-        return max(16, pl.next_power_of_2(self.head_width))
-
-
 def fused(
     qkv: jax.Array,
     qkv_bias: jax.Array | None,
@@ -116,9 +97,8 @@ def _fused(inputs: tuple[Any, ...], num_heads: int, interpret: bool) -> jax.Arra
     """Compute `fused` on one device, for (qkv, qkv_bias, attention_bias, row_scale)."""
     qkv = inputs[0]
     b, t, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    plan = _Plan(t, width // num_heads, width, qkv.dtype.itemsize)
     return pl.pallas_call(
-        functools.partial(attention_forward, plan=plan),
+        functools.partial(attention_forward, num_heads=num_heads),
         grid=(b * num_heads,),  # heads of an image are neighbours, because they share cache lines
         out_shape=jax.ShapeDtypeStruct((b, t, width), qkv.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -133,11 +113,10 @@ def _forward(inputs: tuple[Any, ...], num_heads: int, interpret: bool) -> tuple[
 
 def _backward(num_heads: int, interpret: bool, inputs: tuple[Any, ...], gradient: jax.Array) -> tuple[Any]:
     qkv, qkv_bias, *_ = inputs
-    b, t, width = gradient.shape
-    plan = _Plan(t, width // num_heads, width, qkv.dtype.itemsize)
-    of_bias = None if qkv_bias is None else jax.ShapeDtypeStruct((b, 3 * width), jnp.float32)
+    b = len(qkv)
+    of_bias = None if qkv_bias is None else jax.ShapeDtypeStruct((b, qkv.shape[2]), jnp.float32)
     dqkv, dbias = pl.pallas_call(
-        functools.partial(attention_backward, plan=plan),
+        functools.partial(attention_backward, num_heads=num_heads),
         grid=(b * num_heads,),
         out_shape=(jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), of_bias),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -150,19 +129,19 @@ def _backward(num_heads: int, interpret: bool, inputs: tuple[Any, ...], gradient
 _fused.defvjp(_forward, _backward)
 
 
-def attention_forward(*refs: Any, plan: _Plan) -> None:
+def attention_forward(*refs: Any, num_heads: int) -> None:
     """Compute one head of one image, [T, d_head] of the last reference: the forward kernel."""
     *inputs, out = refs
-    head = _Head(plan, pl.program_id(0), *inputs)
+    head = _Head(num_heads, *inputs)
     weights, total = head.weights(head.projection(0))
     mixed = _dot(weights.astype(out.dtype), head.values()) / total
     head.store(out, mixed if head.row_scale is None else mixed * head.scale())
 
 
-def attention_backward(*refs: Any, plan: _Plan) -> None:
+def attention_backward(*refs: Any, num_heads: int) -> None:
     """Compute the gradients of one head of one image: the backward kernel."""
     *inputs, gradient, dqkv, dbias = refs
-    head = _Head(plan, pl.program_id(0), *inputs)
+    head = _Head(num_heads, *inputs)
     scale = None if head.row_scale is None else head.scale()
     q, g = head.projection(0), head.load(gradient)
     if scale is not None:
@@ -171,7 +150,7 @@ def attention_backward(*refs: Any, plan: _Plan) -> None:
     weights = weights / total
     dweights = _dot(g, head.values(), transpose_b=True)
     mean = jnp.sum(weights * dweights, axis=1, keepdims=True)
-    dlogits = (weights * (dweights - mean) * plan.head_width**-0.5).astype(q.dtype)
+    dlogits = (weights * (dweights - mean) * head.head_width**-0.5).astype(q.dtype)
     dq = _dot(dlogits, head.keys())
     head.store(dqkv, dq)
     dk = _dot(dlogits, q, transpose_a=True)
@@ -186,29 +165,33 @@ def attention_backward(*refs: Any, plan: _Plan) -> None:
 class _Head:
     """One head of one image: what a program loads and stores, as tiles [rows, columns] with zeros outside the head."""
 
-    def __init__(self, plan: _Plan, program: Any, qkv: Any, qkv_bias: Any, attention_bias: Any, row_scale: Any) -> None:
-        heads = plan.width // plan.head_width
-        self.plan, self.image, self.head = plan, program // heads, program % heads
+    def __init__(self, num_heads: int, qkv: Any, qkv_bias: Any, attention_bias: Any, row_scale: Any) -> None:
+        program = pl.program_id(0)
+        self.image, self.head = program // num_heads, program % num_heads
         self.qkv, self.qkv_bias, self.attention_bias, self.row_scale = qkv, qkv_bias, attention_bias, row_scale
-        self.has_row = jnp.arange(plan.rows) < plan.tokens
-        self.has_column = jnp.arange(plan.columns) < plan.head_width
+        self.tokens, self.width = qkv.shape[1], qkv.shape[2] // 3
+        self.head_width = self.width // num_heads
+        # Triton needs powers of two, its products at least 16.
+        self.rows, self.width_padded = (max(16, pl.next_power_of_2(n)) for n in (self.tokens, self.head_width))
+        self.has_row = jnp.arange(self.rows) < self.tokens
+        self.has_column = jnp.arange(self.width_padded) < self.head_width
         self.keys, self.values = self.keep(1), self.keep(2)
 
     def keep(self, index: int) -> Callable[[], jax.Array]:
         """Return keys or values as functions: loaded once, or in float32, where both do not fit, at each use."""
         load = functools.partial(self.projection, index)
-        if self.plan.itemsize == 4:
+        if self.qkv.dtype == jnp.float32:
             return load
         array = load()
         return lambda: array
 
     def columns(self, index: int) -> Any:
         """Return the columns of queries (index 0), keys (1) or values (2); 0 also for an array of one of them."""
-        return pl.ds(index * self.plan.width + self.head * self.plan.head_width, self.plan.columns)
+        return pl.ds(index * self.width + self.head * self.head_width, self.width_padded)
 
     def tile(self, ref: Any, index: int) -> tuple[Any, jax.Array]:
         """Return the tile of the head, and which of its entries exist, bool [rows, columns]."""
-        tile = ref.at[self.image, pl.ds(0, self.plan.rows), self.columns(index)]
+        tile = ref.at[self.image, pl.ds(0, self.rows), self.columns(index)]
         return tile, self.has_row[:, None] & self.has_column[None]
 
     def load(self, ref: Any, index: int = 0) -> jax.Array:
@@ -231,17 +214,16 @@ class _Head:
 
     def scale(self) -> jax.Array:
         """Load the row scale, float32 [rows, 1]."""
-        return plgpu.load(self.row_scale.at[pl.ds(0, self.plan.rows)], mask=self.has_row, other=0.0)[:, None]
+        return plgpu.load(self.row_scale.at[pl.ds(0, self.rows)], mask=self.has_row, other=0.0)[:, None]
 
     def weights(self, q: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Compute weights before normalization, float32 [rows, rows], and their sums [rows, 1]."""
-        plan = self.plan
-        logits = _dot(q, self.keys(), transpose_b=True) * plan.head_width**-0.5
+        logits = _dot(q, self.keys(), transpose_b=True) * self.head_width**-0.5
         if self.attention_bias is not None:
             of_head = () if len(self.attention_bias.shape) == 2 else (self.head,)
-            tile = self.attention_bias.at[*of_head, pl.ds(0, plan.rows), pl.ds(0, plan.rows)]
+            tile = self.attention_bias.at[*of_head, pl.ds(0, self.rows), pl.ds(0, self.rows)]
             logits += plgpu.load(tile, mask=self.has_row[:, None] & self.has_row[None], other=0.0)
-        if plan.rows != plan.tokens:
+        if self.rows != self.tokens:
             logits = jnp.where(self.has_row[None], logits, -jnp.inf)
         weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
         return weights, jnp.sum(weights, axis=1, keepdims=True)
