@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import host_local_array_to_global_array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from simplest_vit.data import augment, streaming
@@ -112,14 +113,9 @@ def _replicate(split: InMemorySplit, sharding: NamedSharding | None) -> InMemory
     if sharding is None:
         return split
     mesh: Any = sharding.mesh
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def replicate(array: jax.Array) -> jax.Array:
-        copies = [jax.device_put(array, device) for device in everywhere.addressable_devices]
-        return jax.make_array_from_single_device_arrays(array.shape, everywhere, copies)
-
     if mesh not in split.copies:
-        split.copies[mesh] = InMemorySplit(replicate(split.images), replicate(split.labels))
+        arrays = split.images, split.labels
+        split.copies[mesh] = InMemorySplit(*host_local_array_to_global_array(arrays, mesh, PartitionSpec()))
     return split.copies[mesh]
 
 
