@@ -179,7 +179,10 @@ TABLES: dict[str, Table] = {
     ),
     "controls": Table(
         "norm and skip put back, attention frozen",
-        ("isometric", *_ADD_BACK, "isometric, attention frozen", "SimpleViT", "SimpleViT, constant shifts"),
+        (
+            *("isometric", *_ADD_BACK, "isometric, attention frozen"),
+            *("SimpleViT", "SimpleViT, constant shifts", "SimpleViT, shifts"),
+        ),
         _SOAP,
         ("cifar10", "cifar100"),
     ),

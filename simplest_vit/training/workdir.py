@@ -109,7 +109,8 @@ def read_run(workdir: str, settings: dict[str, Any] | None = None) -> tuple[path
     except UserError as error:
         if not is_own:
             raise
-        raise UserError(f"{path / CONFIG} is damaged ({error}); choose another --workdir") from error
+        problem = f"{path / CONFIG} is damaged or not of this version ({error})"
+        raise UserError(f"{problem}; choose another --workdir") from error
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
