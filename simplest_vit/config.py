@@ -243,6 +243,10 @@ def suggest(name: str, table: Iterable[str] | None = None) -> str:
     return did_you_mean(name.rsplit(".", 1)[-1], known, otherwise, lambda near: f"config.{known[near]}")
 
 
+def _optimizer_fields(names: Iterable[str]) -> set[str]:
+    return {name for name in names if name.startswith("optimizer.")}
+
+
 def check(config: ConfigDict, image_shape: tuple[int, int, int] | None = None) -> None:
     """Check everything that can be checked without the data; `cli.run` does so once, before anything else.
 
@@ -254,14 +258,15 @@ def check(config: ConfigDict, image_shape: tuple[int, int, int] | None = None) -
     """
     from simplest_vit.data import dataset
     from simplest_vit.models import model_arguments
-    from simplest_vit.optimizers.factory import create_optimizer
+    from simplest_vit.optimizers.factory import create_optimizer, optimizers
 
     flat = flatten(config.to_dict())
     table = fields(str(flat.get("optimizer.name", "adam")))
     unknown = [name for name in flat if name not in table]
     optimizer = flat.get("optimizer.name")
-    if any(name.startswith("optimizer.") for name in unknown) and any(
-        name.startswith("optimizer.") for name in table.keys() - flat.keys()
+    settings = _optimizer_fields(flat)
+    if settings != _optimizer_fields(table) and any(
+        settings == _optimizer_fields(fields(other)) for other in optimizers()
     ):
         raise UserError(
             f"config.optimizer.name={optimizer} does not fit its other settings, which are those of another optimizer; "

@@ -43,6 +43,8 @@ def test_other_errors_keep_their_traceback():
             ["--config.optimizer.name=soap"],
             "choose it after the config file: .*optimizer=soap",
         ),
+        ("default()", ["--config.optimizer.name=lion"], "choose it after the config file: .*optimizer=lion"),  # no eps
+        ("default('lion')", ["--config.optimizer.name=adam"], "choose it after the config file: .*optimizer=adam"),
         ("default()", ["--config.epochs=-3"], "config.epochs=-3.0 must be"),
     ],
 )
