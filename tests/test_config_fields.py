@@ -535,6 +535,7 @@ def test_a_warm_up_that_takes_the_whole_run_is_said(trained, caplog, warmup_step
     caplog.set_level(logging.INFO, "simplest_vit")
     trained(steps=2, warmup_steps=warmup_steps)
     assert (f"config.warmup_steps={warmup_steps} takes all 2 steps of the run" in caplog.text) == is_said
+    assert ("or raise config.steps" in caplog.text) == is_said  # `epochs` has no effect beside `steps`
 
 
 def test_a_batch_made_so_small_that_it_does_not_fit_the_devices_is_explained(trained, caplog, monkeypatch):

@@ -92,7 +92,7 @@ class Run:
         if config.warmup_steps >= self.total_steps:
             yield (
                 f"config.warmup_steps={config.warmup_steps} takes all {self.total_steps} steps of the run, so the "
-                "learning rate never decays; lower it, or raise config.epochs"
+                f"learning rate never decays; lower it, or raise config.{'steps' if config.steps else 'epochs'}"
             )
         for name in ("eval_every", "checkpoint_every"):
             if self.config[name] > self.total_steps:
