@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from simplest_vit.optimizers.shampoo import soap
 from simplest_vit.optimizers.shampoo.roots import gram_schmidt, refresh_basis
 from tests.fork_server import xla_flags
 
@@ -67,7 +68,8 @@ PROGRAM = textwrap.dedent("""
     import os
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     import jax
-    from simplest_vit.optimizers.shampoo.roots import qr
+    from simplest_vit.optimizers.shampoo import soap
+from simplest_vit.optimizers.shampoo.roots import qr
 
     stacks = [jax.random.normal(jax.random.key(n), (8, n, n)) for n in (64, 66, 68, 130, 132, 134)]
     for decompose, parts in ((qr, stacks), (jax.vmap(qr), [x.reshape(2, 4, *x.shape[1:]) for x in stacks])):
@@ -82,3 +84,18 @@ def test_decompositions_of_many_sizes_do_not_wait_for_each_other_for_ever():
     env = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}  # more would widen the pool
     done = subprocess.run([sys.executable, "-c", PROGRAM], timeout=120, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("eps", "is_noise"), [(1e-8, True), (1e-6, False)])
+def test_a_larger_eps_keeps_rounding_errors_out_of_directions_without_a_gradient(eps, is_noise):
+    """The step (64, 32) for gradients of rank 4: exactly, it lies in their span."""
+    rng = np.random.default_rng(0)
+    span, _ = np.linalg.qr(rng.normal(size=(64, 4)))
+    gradients = jnp.asarray(0.2 * span @ rng.normal(size=(10, 4, 32)), jnp.float32)  # entries near 0.05
+    tx = soap(1.0, eps=eps)
+    update = jax.jit(tx.update)
+    state = tx.init(gradients[0])
+    for gradient in gradients:
+        step, state = update(gradient, state)
+    outside = np.linalg.norm(step - span @ (span.T @ step)) / np.linalg.norm(step)
+    assert outside > 0.5 if is_noise else outside < 0.2
