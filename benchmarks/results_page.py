@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks import intervals, records, speed, verdict
 from benchmarks.cells import Cell, Results, compare, difference_text, link
@@ -116,17 +116,27 @@ def equal_time(results: Results, page: str) -> str:
 
 def replaced(results: Results, page: str) -> str:
     """Compare networks with one thing replaced, after 500 steps of SOAP."""
-    tables = (TABLES[name] for name in ("controls", "ablation", "attention", "heads", "baseline"))
+    tables = (TABLES[name] for name in ("controls", "ablation", "heads", "baseline"))
     names = [*(row for table in tables for row in table.rows), *(row for row in NETWORKS if row.endswith(AT_ONCE))]
+    return _short_runs(results, page, names, "isometric")
+
+
+def attention(results: Results, page: str) -> str:
+    """Compare the networks whose attention might gain something with frozen attention, after 500 steps of SOAP."""
+    return _short_runs(results, page, TABLES["attention"].rows, "isometric, attention frozen")
+
+
+def _short_runs(results: Results, page: str, names: Iterable[str], base: str) -> str:
+    """List networks after 500 steps of SOAP, with their difference to one of them, by the same first steps of SOAP."""
     rows = []
     for row in dict.fromkeys(names):
         cells = [results.find(NETWORKS[row], steps=500, hold_out=hold_out) for hold_out in (True, False)]
         if compared := cells[0] or cells[1]:
-            base = "isometric" + AT_ONCE * row.endswith(AT_ONCE)
-            ours = results.find(NETWORKS[base], steps=500, like=compared)
-            difference = "" if row == base else difference_text(compared, ours)
+            own_base = base + AT_ONCE * row.endswith(AT_ONCE)
+            ours = results.find(NETWORKS[own_base], steps=500, like=compared)
+            difference = "" if row == own_base else difference_text(compared, ours)
             rows.append([row, *(cell.text(page) if cell else "" for cell in cells), difference])
-    return table(["500 steps of SOAP, CIFAR-10", "hold-out", "test images", "to isometric"], rows)
+    return table(["500 steps of SOAP, CIFAR-10", "hold-out", "test images", f"to {base.split(', ')[-1]}"], rows)
 
 
 def start(results: Results, page: str) -> str:
@@ -233,6 +243,7 @@ BLOCKS: dict[str, Callable[[Results, str], str]] = {
     "equal_time": equal_time,
     "start": start,
     "replaced": replaced,
+    "attention": attention,
     "depth": depth,
     "width": width,
     "choosing": choosing,
