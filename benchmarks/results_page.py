@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks import intervals, records, speed, verdict
 from benchmarks.cells import Cell, Results, compare, difference_text, link
@@ -117,26 +117,32 @@ def equal_time(results: Results, page: str) -> str:
 def replaced(results: Results, page: str) -> str:
     """Compare networks with one thing replaced, after 500 steps of SOAP."""
     tables = (TABLES[name] for name in ("controls", "ablation", "heads", "baseline"))
-    names = [*(row for table in tables for row in table.rows), *(row for row in NETWORKS if row.endswith(AT_ONCE))]
-    return _short_runs(results, page, names, "isometric")
-
-
-def attention(results: Results, page: str) -> str:
-    """Compare the networks whose attention might gain something with frozen attention, after 500 steps of SOAP."""
-    return _short_runs(results, page, TABLES["attention"].rows, "isometric, attention frozen")
-
-
-def _short_runs(results: Results, page: str, names: Iterable[str], base: str) -> str:
-    """List networks after 500 steps of SOAP, with their difference to one of them, by the same first steps of SOAP."""
+    names = [row for table in tables for row in table.rows]
+    names += [row for row in NETWORKS if "uniform fraction" in row or row.endswith(AT_ONCE)]
     rows = []
     for row in dict.fromkeys(names):
         cells = [results.find(NETWORKS[row], steps=500, hold_out=hold_out) for hold_out in (True, False)]
         if compared := cells[0] or cells[1]:
-            own_base = base + AT_ONCE * row.endswith(AT_ONCE)
-            ours = results.find(NETWORKS[own_base], steps=500, like=compared)
-            difference = "" if row == own_base else difference_text(compared, ours)
+            base = "isometric" + AT_ONCE * row.endswith(AT_ONCE)
+            ours = results.find(NETWORKS[base], steps=500, like=compared)
+            difference = "" if row == base else difference_text(compared, ours)
             rows.append([row, *(cell.text(page) if cell else "" for cell in cells), difference])
-    return table(["500 steps of SOAP, CIFAR-10", "hold-out", "test images", f"to {base.split(', ')[-1]}"], rows)
+    return table(["500 steps of SOAP, CIFAR-10", "hold-out", "test images", "to isometric"], rows)
+
+
+def attention(results: Results, page: str) -> str:
+    """Compare networks whose attention might gain something with frozen attention."""
+    columns = {"500 steps, hold-out": (500, True), "1,500 steps, hold-out": (1500, True), "test images": (1500, False)}
+    rows = []
+    for row in TABLES["attention"].rows:
+        line, ran = [row], False
+        for steps, hold_out in columns.values():
+            cell, base = (results.find(network, steps=steps, hold_out=hold_out) for network in (NETWORKS[row], FROZEN))
+            ran |= cell is not None
+            line += [cell.text(page) if cell else "", "" if cell is base else difference_text(cell, base)]
+        if ran:
+            rows.append(line)
+    return table(["SOAP, CIFAR-10", *(text for name in columns for text in (name, "to frozen"))], rows)
 
 
 def start(results: Results, page: str) -> str:
