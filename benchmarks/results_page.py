@@ -187,13 +187,12 @@ def choosing(results: Results, page: str) -> str:
             lines.setdefault(key, {})[run.learning_rate or 0] = cell
     body = [
         [
-            row,
-            f"{DATA[data]}, {OPTIMIZERS[optimizer]}, {steps:,}",
+            *(row, DATA[data], OPTIMIZERS[optimizer], f"{steps:,}"),
             ", ".join(f"{rate:g}: {cell.text(page)}" for rate, cell in sorted(cells.items())),
         ]
         for (data, row, optimizer, steps), cells in sorted(lines.items())
     ]
-    return table(["", "data, optimizer, steps", "learning rate: accuracy on the hold-out"], body)
+    return table(["", "data", "optimizer", "steps", "learning rate: accuracy on the hold-out"], body)
 
 
 def reference(results: Results, page: str) -> str:

@@ -68,8 +68,7 @@ PROGRAM = textwrap.dedent("""
     import os
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     import jax
-    from simplest_vit.optimizers.shampoo import soap
-from simplest_vit.optimizers.shampoo.roots import qr
+    from simplest_vit.optimizers.shampoo.roots import qr
 
     stacks = [jax.random.normal(jax.random.key(n), (8, n, n)) for n in (64, 66, 68, 130, 132, 134)]
     for decompose, parts in ((qr, stacks), (jax.vmap(qr), [x.reshape(2, 4, *x.shape[1:]) for x in stacks])):
