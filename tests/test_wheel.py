@@ -131,7 +131,7 @@ def test_it_trains_evaluates_predicts_and_reports_quick(wheel, tmp_path):
     assert "image.png  " in output(
         bin / "simplest-vit", "predict", "--workdir", "run", "--images", "image.png", cwd=tmp_path
     )
-    assert "| simple_vit, adam | - |" in output(bin / "simplest-vit", "report", "run", cwd=tmp_path)
+    assert "All: network simple_vit, optimizer adam" in output(bin / "simplest-vit", "report", "run", cwd=tmp_path)
     place = output(bin / "python", "-c", "import simplest_vit; print(simplest_vit.__file__)", cwd=tmp_path)
     assert place.startswith(str(tmp_path))
     recipe = "from simplest_vit.recipes import cifar10; print(cifar10.get_config('model=shift_mlp').model.name)"
