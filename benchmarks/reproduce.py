@@ -94,15 +94,10 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
     result = Point({"data": data, "optimizer": optimizer, "row": row, "learning rate": f"{rate:g}"}, [], [])
     for seed in seeds:
         folder = pathlib.Path(run["root"], run["stage"], data, optimizer, row, f"{rate:g}", f"seed={seed}")
-        arguments = recipe_arguments(network.preset, optimizer)
+        recipe = f"--config=configs/{data}.py:{recipe_arguments(network.preset, optimizer)}"
         overrides = (f"--config.{name}={value}" for name, value in {**fields, "seed": seed}.items())
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.attention_ideas",
-            "train",
-            f"--config=configs/{data}.py:{arguments}",
-        ]
+        # `simplest-vit`, which also knows the kinds of attention of the table `attention`.
+        command = [sys.executable, "-m", "benchmarks.attention_ideas", "train", recipe]
         result.workdirs.append(folder)
         result.commands.append([*command, *overrides, f"--workdir={folder}"])
     return result

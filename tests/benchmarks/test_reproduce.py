@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import subprocess
 
 import pytest
 
@@ -137,3 +138,11 @@ def test_the_readme_says_how_many_runs_its_comparisons_take(tmp_path):
         counts.append(sum(len(point.commands) for point in points))
     readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
     assert f"({counts[0]} and {counts[1]} runs of " in readme
+
+
+def test_the_processes_of_a_table_know_its_kinds_of_attention():
+    row = "isometric, shift_late"
+    key, network = ("cifar10", "soap", row), NETWORKS[row]
+    point = reproduce.point(TABLES["attention"], key, network, 1e-3, (1,), stage="", root="", fields={})
+    done = subprocess.run([*point.commands[0], "--print_config"], capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout)["model"]["attention"] == "shift_late", done.stderr

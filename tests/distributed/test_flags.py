@@ -13,7 +13,7 @@ from simplest_vit import primary
 from simplest_vit.data import dataset
 from simplest_vit.errors import CheckpointError, Interrupted, TrainingError, UserError
 from simplest_vit.primary import is_primary
-from simplest_vit.training import distributed
+from simplest_vit.training import distributed, train
 from tests.tiny import tiny_config
 
 
@@ -140,6 +140,34 @@ def test_processes_do_not_evaluate_or_train_on_other_splits_than_process_0(monke
         expected = r"the data's validation_split is 'validation\[:100\]' in process 1 and 'validation' in process 0"
         with pytest.raises(UserError, match=expected) if process else contextlib.nullcontext():
             dataset.load(config.data)
+
+
+class Agreed(Exception):
+    """The processes have the same settings."""
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("seed", 2, (UserError, r"^config.seed is 2 in process 1 and 1 in process 0")),
+        ("optimizer__learning_rate", 0.5, (UserError, r"^config.optimizer.learning_rate is 0.5 in process 1 and ")),
+        ("data__num_workers", 3, (Agreed, None)),  # a process's own
+    ],
+)
+def test_processes_do_not_train_with_other_settings_than_process_0(monkeypatch, tmp_path, field, value, expected):
+    def agreed(*_):
+        raise Agreed
+
+    coordinator = Coordinator()
+    monkeypatch.setattr(primary.ocp.multihost, "get_jax_distributed_client", lambda: coordinator)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(train, "check_workdir", agreed)
+    for process, fields in enumerate(({}, {field: value})):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(primary, "_CALLS", itertools.count())
+        error, message = expected if process else (Agreed, None)
+        with pytest.raises(error, match=message):
+            train.train(tiny_config(**{"seed": 1} | fields), str(tmp_path / "run"))
 
 
 GONE = "another process of the run was lost"
