@@ -19,7 +19,6 @@ import numpy as np
 from absl import flags
 
 from benchmarks import speed
-from simplest_vit import cli
 from simplest_vit.models import attention, fused_attention
 from tests.models import attention_oracle as oracle
 
@@ -114,4 +113,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage="python -m benchmarks.attention_kernel", required=())
+    speed.run(_main, usage="python -m benchmarks.attention_kernel", required=())

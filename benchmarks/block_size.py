@@ -17,7 +17,6 @@ import numpy as np
 from absl import flags
 
 from benchmarks import speed
-from simplest_vit import cli
 from simplest_vit.optimizers.shampoo import shampoo, shampoo_plan
 
 _MOST = flags.DEFINE_integer("most", 384, "The largest width that is timed.")
@@ -86,4 +85,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage="python -m benchmarks.block_size", required=())
+    speed.run(_main, usage="python -m benchmarks.block_size", required=())

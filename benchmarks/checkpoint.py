@@ -80,4 +80,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage=_USAGE, required=("config",))
+    speed.run(_main, usage=_USAGE, required=("config",))

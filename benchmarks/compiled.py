@@ -147,4 +147,4 @@ def _parse_option(text: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage="python -m benchmarks.compiled --config configs/cifar10.py", required=("config",))
+    speed.run(_main, usage="python -m benchmarks.compiled --config configs/cifar10.py", required=("config",))

@@ -220,4 +220,4 @@ def _p99(values: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage=_USAGE, required=(), optional=("config",))
+    speed.run(_main, usage=_USAGE, required=(), optional=("config",))

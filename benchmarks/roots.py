@@ -14,7 +14,6 @@ import numpy as np
 from absl import flags
 
 from benchmarks import speed
-from simplest_vit import cli
 from simplest_vit.optimizers.shampoo.roots import inverse_pth_root, refresh_basis
 
 flags.adopt_module_key_flags(speed)
@@ -53,4 +52,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage="python -m benchmarks.roots", required=())
+    speed.run(_main, usage="python -m benchmarks.roots", required=())

@@ -22,13 +22,14 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from absl import flags
 
 from benchmarks import records
+from simplest_vit import cli, commands
 from simplest_vit.errors import UserError
 from simplest_vit.files import write_csv, writing
 from simplest_vit.training.workdir import environment
@@ -70,6 +71,12 @@ class Number:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Number))
+
+
+def run(program: Callable[..., None], usage: str, **options: Any) -> None:
+    """Run a benchmark as `cli.run` does, with the environment of the commands, whose speed is measured."""
+    commands.start_anew()
+    cli.run(program, usage, **options)
 
 
 class Recorder:

@@ -19,7 +19,6 @@ from absl import flags
 from sklearn.datasets import load_digits
 
 from benchmarks import speed
-from simplest_vit import cli
 from simplest_vit.optimizers.shampoo import scale_by_shampoo, scale_by_soap
 
 flags.adopt_module_key_flags(speed)
@@ -195,4 +194,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage="python -m benchmarks.steps_to_goal", required=())
+    speed.run(_main, usage="python -m benchmarks.steps_to_goal", required=())

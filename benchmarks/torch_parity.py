@@ -36,4 +36,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage="python -m benchmarks.torch_parity --config FILE", required=("config",))
+    speed.run(_main, usage="python -m benchmarks.torch_parity --config FILE", required=("config",))

@@ -187,4 +187,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(_main, usage="python -m benchmarks.train_step --config configs/cifar10.py", required=("config",))
+    speed.run(_main, usage="python -m benchmarks.train_step --config configs/cifar10.py", required=("config",))

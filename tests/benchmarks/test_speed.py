@@ -1,12 +1,16 @@
 """Records of speed from made-up numbers, and the tables that pages have of them."""
 
 import dataclasses
+import os
+import pathlib
 import subprocess
+import sys
 
 import pytest
 
 from benchmarks import results_page, speed
 from benchmarks.cells import Results
+from simplest_vit.commands import ENVIRONMENT
 from simplest_vit.errors import UserError
 
 COMMIT = "0123456789abcdef"
@@ -192,3 +196,16 @@ def test_the_records_of_the_repository_are_whole_and_each_table_has_its_page(tmp
     pages = "".join((results_page.ROOT / name).read_text() for name in results_page.PAGES)
     for table in {number.table for number in found}:
         assert pages.count(f"<!-- speed: {table} -->") == 1
+
+
+def test_a_benchmark_runs_in_the_environment_of_the_commands():
+    program = (
+        "import os; from benchmarks import speed; "
+        "speed.run(lambda: print(os.environ['MALLOC_ARENA_MAX'], os.environ['OPENBLAS_NUM_THREADS']), '', required=())"
+    )
+    own = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT} | {"OPENBLAS_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(
+        command, cwd=pathlib.Path(__file__).parents[2], env=own, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout.split()) == (0, [ENVIRONMENT["MALLOC_ARENA_MAX"], "2"])
