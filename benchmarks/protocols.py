@@ -123,6 +123,10 @@ NETWORKS |= {
 }
 NETWORKS |= {f"isometric, {kind}": _isometric(attention=kind) for kind in IDEAS}
 NETWORKS |= {
+    f"isometric, shift_beside_softmax, {heads} heads": _isometric(attention="shift_beside_softmax", num_heads=heads)
+    for heads in (2, 4)
+}
+NETWORKS |= {
     f"{row}, {blocks} blocks": NETWORKS[row]._replace(
         fields=NETWORKS[row].fields | {"model.depth": blocks}, learning_rates=rates
     )
@@ -219,7 +223,7 @@ TABLES: dict[str, Table] = {
         (
             *("isometric, attention frozen", "isometric"),
             *(row for row in NETWORKS if "isometric, uniform" in row),
-            *(f"isometric, {kind}" for kind in IDEAS),
+            *(row for row in NETWORKS if any(kind in row for kind in IDEAS)),
         ),
         _SOAP,
         steps=500,
