@@ -95,12 +95,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 log.info("config.profile.first_step=%d is not made again: no profile", config.profile.first_step)
         else:
             state, progress = run.create_state(initial_params), RunProgress()
-        if this["commit"] not in [None, *progress.commits[-1:]]:
-            if progress.commits:
-                log.info(
-                    "the code has changed: %s made step %d, now %s", progress.commits[-1], first_step, this["commit"]
-                )
-            progress.commits = [*progress.commits, this["commit"]]
+        last_commit, commit = progress.commits[-1] if progress.commits else None, this["commit"]
+        if commit and commit != last_commit:
+            if last_commit:
+                log.info("the code has changed: %s made step %d, now %s", last_commit, first_step, commit)
+            progress.commits = [*progress.commits, commit]
         writer = create_writer(path, first_step, config.wandb)
         stack.callback(writer.close)
         writer.write_hparams(flatten(config.to_dict()))  # for a resumed run, too, which may not have used W&B before
