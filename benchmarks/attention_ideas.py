@@ -81,12 +81,34 @@ class ShiftBesideSoftmax(FixedShift):
         return alpha * super().mix(value, softmax_attention, num_heads, arrays) + beta * softmax_attention(value)
 
 
+@dataclasses.dataclass(frozen=True)
+class FourShiftsBesideSoftmax(ShiftBesideSoftmax):
+    """As `ShiftBesideSoftmax`, with four shifts beside each softmax head: few wide heads make a step cheaper."""
+
+    def value_heads(self, num_heads: int) -> int:
+        """Return the number of shifts."""
+        return 4 * num_heads
+
+    def check(self, grid: Grid, num_heads: int) -> None:
+        """Check the number of shifts; see `Shift.check`."""
+        super().check(grid, self.value_heads(num_heads))
+
+    def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
+        """Return the tokens that the shifts attend to."""
+        return super().constants(grid, depth, self.value_heads(num_heads))
+
+    def mix(self, value: jax.Array, softmax_attention: Attend, num_heads: int, arrays: Arrays) -> jax.Array:
+        """Add attention to the shifted values; see `AttentionKind.mix`."""
+        return super().mix(value, softmax_attention, self.value_heads(num_heads), arrays)
+
+
 IDEAS: dict[str, type[AttentionKind]] = {
     "shift_random_queries": RandomQueries,
     "shift_free_head": FreeHead,
     "shift_two_free_heads": TwoFreeHeads,
     "shift_late": LateAttention,
     "shift_beside_softmax": ShiftBesideSoftmax,
+    "four_shifts_beside_softmax": FourShiftsBesideSoftmax,
 }
 
 

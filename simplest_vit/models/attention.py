@@ -84,15 +84,16 @@ class Attention(nnx.Module):
         return mixed if self.out is None else self.out(layers.flatten_tokens(mixed)).reshape(x.shape)
 
     def matrix(self, x: jax.Array) -> jax.Array:
-        """Return the attention matrices for tokens [B, T, D], float32 [B, H, T, T].
+        """Return the attention matrices for tokens [B, T, D], float32 [B, G, T, T], one for each of G value heads.
 
         They are the output of attention for the identity as values.
         """
         b, t, _ = x.shape
-        eye = jnp.broadcast_to(jnp.tile(jnp.eye(t), self.num_heads), (b, t, self.num_heads * t))
+        groups = self.kind.value_heads(self.num_heads)
+        eye = jnp.broadcast_to(jnp.tile(jnp.eye(t), groups), (b, t, groups * t))
         softmax_attention = self._softmax_attention(layers.flatten_tokens(self.norm(x)), x.shape, None)
         rows = self.kind.mix(eye, softmax_attention, self.num_heads, self._arrays())
-        return rows.reshape(b, t, self.num_heads, t).swapaxes(1, 2)
+        return rows.reshape(b, t, groups, t).swapaxes(1, 2)
 
     def concatenate_qkv(self) -> QKV:
         """Concatenate the projections for `fused_attention`: [..., D, 3 D], and [..., 3 D] or None.

@@ -33,6 +33,10 @@ class AttentionKind:
     def check(self, grid: Grid, num_heads: int) -> None:
         """Raise a UserError if this kind of attention does not support a token grid and a number of heads."""
 
+    def value_heads(self, num_heads: int) -> int:
+        """Return the number of groups of value channels, each of which is mixed by one matrix."""
+        return num_heads
+
     def constants(self, grid: Grid, depth: int, num_heads: int) -> dict[str, np.ndarray]:
         """Return the constants of all blocks, arrays [L, ...].
 

@@ -24,7 +24,8 @@ def shifts():
 
 def model(kind, monkeypatch):
     monkeypatch.setitem(attention_kinds.KINDS, kind, IDEAS[kind])
-    fields = {"attention": kind, "patch_size": 2, "depth": DEPTH, "num_heads": HEADS, "uniform_fraction": FRACTION}
+    heads = HEADS // 4 if "four_shifts" in kind else HEADS
+    fields = {"attention": kind, "patch_size": 2, "depth": DEPTH, "num_heads": heads, "uniform_fraction": FRACTION}
     run = build(tiny_config(model__name="isometric_vit", **{f"model__{k}": v for k, v in fields.items()}), DIGITS)
     return run, run.create_state()
 
@@ -52,6 +53,7 @@ def test_the_first_attention_is_that_of_shifts_or_uniform_in_free_heads(kind, mo
     [
         ("shift_late", [False, False, True, True]),
         ("shift_beside_softmax", [False] * 4),
+        ("four_shifts_beside_softmax", [False] * 4),
         ("shift_free_head", [True] * 4),
     ],
 )
@@ -63,5 +65,5 @@ def test_queries_or_their_gate_have_a_gradient_where_there_is_attention(kind, mo
     )
     attention = gradient["blocks"]["attention"]
     assert [bool(np.any(block)) for block in attention["query"]["kernel"]] == moves
-    if kind == "shift_beside_softmax":
+    if "beside" in kind:
         assert np.all(np.abs(attention["beta"]) > 0)
