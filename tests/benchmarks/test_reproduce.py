@@ -2,11 +2,13 @@
 
 import json
 import pathlib
+import re
 import subprocess
 
 import pytest
 
-from benchmarks import attention_ideas, reproduce
+from benchmarks import attention_ideas, records, reproduce
+from benchmarks.cells import Results
 from benchmarks.protocols import HOLD_OUT, NETWORKS, RECIPE_NETWORKS, TABLES
 from simplest_vit import cli
 from simplest_vit.commands.sweep import check_points
@@ -138,6 +140,20 @@ def test_the_readme_says_how_many_runs_its_comparisons_take(tmp_path):
         counts.append(sum(len(point.commands) for point in points))
     readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
     assert f"({counts[0]} and {counts[1]} runs of " in readme
+
+
+def test_the_first_cifar_command_of_the_readme_is_a_run_of_its_headline():
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    command = re.search(r"python main.py (--config configs/cifar10.*?)\n```", readme, re.DOTALL)[1]
+    given, _, overrides = command.replace("\\\n", "").partition("--workdir runs/shift")
+    row = "isometric, attention frozen"
+    (rate,) = {run.learning_rate for run in Results(records.read()).in_equal_time(row, "cifar10").runs.values()}
+    run = {"stage": "", "root": "", "fields": {}}
+    point = reproduce.point(TABLES["equal_time"], ("cifar10", "soap", row), NETWORKS[row], rate, (1,), **run)
+    found, expected = cli.load_config([*given.split(), *overrides.split()]), config(point)
+    for field in ("seed", "eval_every", "checkpoint_every", "log_every"):
+        found[field] = expected[field]
+    assert found.to_dict() == expected.to_dict()
 
 
 def test_the_processes_of_a_table_know_its_kinds_of_attention():
