@@ -6,7 +6,7 @@ import logging
 import pathlib
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from simplest_vit.data.preview import find_font, has_letters
 
 log = logging.getLogger("simplest_vit")
-T = TypeVar("T")
 
 # Okabe and Ito, "Color Universal Design" (2008): black first, without the yellow that is invisible on white.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Networks that have the colour and marker at their place in all figures.
+NETWORKS = ("isometric", "isometric, attention frozen", "SimpleViT", "SimpleViT, constant shifts", "E-SPA + TAT")
 
 # 8.3 inches are 830 px at 100 dpi, the width of a README; saved at twice that, for dense screens.
 WIDTH = 8.3
@@ -41,9 +42,17 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def styled(items: Iterable[T]) -> Iterator[tuple[T, str, str]]:
-    """Pair each item with a colour and a marker, which repeat after eight items."""
-    return zip(items, itertools.cycle(COLORS), itertools.cycle(MARKERS), strict=False)
+def styled(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield each name with a colour and a marker, which are the same in all figures for `NETWORKS`.
+
+    Other names take what no network has, then what no network among the names has, and repeat after that.
+    """
+    names, styles = list(names), list(zip(COLORS, MARKERS, strict=True))
+    own = dict(zip(NETWORKS, styles, strict=False))
+    free = [style for network, style in own.items() if network not in names]
+    others = itertools.cycle(styles[len(own) :] + free)
+    for name in names:
+        yield (name, *(own.get(name) or next(others)))
 
 
 def create(height: float) -> Figure:

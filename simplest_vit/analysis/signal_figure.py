@@ -59,11 +59,16 @@ def draw_overview(results: list[Propagation], title: str) -> Figure:
     return figure
 
 
+def _styled(results: list[Propagation]) -> list[tuple[Propagation, str, str]]:
+    """Pair each result with the colour and the marker of its name."""
+    styles = figures.styled(result.name for result in results)
+    return [(result, color, marker) for result, (_, color, marker) in zip(results, styles, strict=True)]
+
+
 def _add_legend(figure: Figure, results: list[Propagation], title: str) -> None:
     """Add one legend for all panels, above them and under the title."""
     handles = [
-        Line2D([], [], color=color, marker=marker, label=result.name)
-        for result, color, marker in figures.styled(results)
+        Line2D([], [], color=color, marker=marker, label=result.name) for result, color, marker in _styled(results)
     ]
     handles.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="theory, infinite width"))
     handles.append(Line2D([], [], color="black", linestyle=":", linewidth=1.2, label="C-map alone, no attention"))
@@ -74,7 +79,7 @@ def draw_quantity(axis: Axes, quantity: str, results: list[Propagation]) -> None
     """Draw one quantity over the blocks: measurements with markers, theory dashed, the C-map alone dotted."""
     title, label, logarithmic = PANELS[quantity]
     # The first model is drawn last, over the others.
-    for result, color, marker in [*figures.styled(results)][::-1]:
+    for result, color, marker in _styled(results)[::-1]:
         if quantity not in result.measured:
             continue
         y = plotted_values(quantity, result.measured[quantity])
@@ -94,13 +99,13 @@ def draw_quantity(axis: Axes, quantity: str, results: list[Propagation]) -> None
 
 def draw_jacobian(axis: Axes, results: list[Propagation]) -> None:
     """Draw the quantiles of the Jacobian's singular values, without rounding errors."""
-    for result, color, _ in [*figures.styled(results)][::-1]:
+    for result, color, _ in _styled(results)[::-1]:
         values, weights = result.jacobian
         steps = np.array([values[0], *values])
         steps[steps < _JACOBIAN_FLOOR * values[-1]] = np.nan
         axis.step([0, *np.cumsum(weights)], steps, color=color)
     axis.set(
-        title="Jacobian from embedded tokens to features",
+        title="Jacobian from tokens to features",
         xlabel="share of directions",
         ylabel="singular value, at most",
     )

@@ -151,8 +151,18 @@ def test_a_trained_model_is_not_measured_on_other_data(analysed, tmp_path):
         signal_propagation.signal_propagation(read_run(str(run))[1], str(run), trained=True)
 
 
-def test_the_ninth_item_has_the_style_of_the_first():
-    items, colors, markers = zip(*figures.styled(range(9)), strict=True)
-    assert items == tuple(range(9))
+def test_a_network_has_the_same_style_in_every_figure_and_no_other_shares_it():
+    for names in (["a", "isometric", "SimpleViT"], ["E-SPA + TAT", "a", "SimpleViT", "b", "c", "isometric", "d", "e"]):
+        styles = {name: style for name, *style in figures.styled(iter(names))}
+        assert list(styles) == names
+        assert styles["isometric"] == [figures.COLORS[0], figures.MARKERS[0]]
+        assert styles["SimpleViT"] == [figures.COLORS[2], figures.MARKERS[2]]
+        assert styles["a"] == [figures.COLORS[5], figures.MARKERS[5]]  # of no network, not even of an absent one
+        assert len(set(map(tuple, styles.values()))) == len(names)
+
+
+def test_the_ninth_name_has_the_style_of_the_first():
+    names, colors, markers = zip(*figures.styled("123456789"), strict=True)
+    assert names == tuple("123456789")
     assert len(set(zip(colors[:8], markers[:8], strict=True))) == 8
     assert (colors[8], markers[8]) == (colors[0], markers[0])
