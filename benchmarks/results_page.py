@@ -89,16 +89,13 @@ def controls(results: Results, page: str) -> str:
 
 
 def summary(results: Results, page: str) -> str:
-    """Compare networks with SimpleViT, the last row, in equal steps and in equal time."""
-    names = ("isometric", "isometric, attention frozen", "SimpleViT, constant shifts", "SimpleViT")
-    columns = {"CIFAR-10, equal steps": [results.find(NETWORKS[name]) for name in names]}
-    for data in TABLES["equal_time"].data:
-        columns[f"{DATA[data]}, equal time"] = [results.in_equal_time(name, data) for name in names]
-    rows = [[name] for name in names]
-    for cells in columns.values():
-        for row, cell in zip(rows, cells, strict=True):
-            row += [_text(cell, page), "" if row[0] == "SimpleViT" else difference_text(cell, cells[-1])]
-    return table(["SOAP", *(text for name in columns for text in (name, "lead"))], rows)
+    """Give the accuracy of the main networks in equal time."""
+    plan = TABLES["equal_time"]
+    rows = [
+        [row, f"{plan.row_steps(row):,}", *(_text(results.in_equal_time(row, data), page) for data in plan.data)]
+        for row in ("isometric, attention frozen", "SimpleViT, constant shifts", "SimpleViT")
+    ]
+    return table(["SOAP, equal time", "steps", *(DATA[data] for data in plan.data)], rows)
 
 
 def equal_time(results: Results, page: str) -> str:

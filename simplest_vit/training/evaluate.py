@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -27,6 +28,8 @@ from simplest_vit.training.workdir import check_data, read_run
 
 log = logging.getLogger("simplest_vit")
 
+_CLASSES = 10  # in a summary
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -37,14 +40,17 @@ class Evaluation:
     classification: Classification  # accuracy by class, confusion matrix and calibration
     class_names: tuple[str, ...]  # in the order of the labels
 
-    def summary(self) -> dict[str, float]:
-        """Return plain numbers by name."""
+    def summary(self) -> dict[str, Any]:
+        """Return plain numbers by name, and the accuracy of the ten classes where it is lowest."""
+        by_class = self.classification.class_accuracy
+        lowest = [i for i in np.argsort(by_class, kind="stable")[:_CLASSES] if by_class[i] >= 0]  # NaN comes last
         return {
             "step": self.step,
             "validation_accuracy": self.classification.accuracy,
             "validation_loss": self.loss,
             "top5_accuracy": self.classification.top5_accuracy,
             "calibration_error": self.classification.calibration_error,
+            "lowest_class_accuracies": {self.class_names[i]: float(by_class[i]) for i in lowest},
         }
 
 

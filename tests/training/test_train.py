@@ -167,6 +167,10 @@ def test_evaluation_repeats_what_training_found(finished, data_dir, monkeypatch)
     monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
     evaluated = evaluate.evaluate(workdir.name)
     summary = evaluated["latest"].summary()
+    lowest = summary.pop("lowest_class_accuracies")
+    by_class = evaluated["latest"].classification.class_accuracy
+    assert lowest == {str(digit): by_class[digit] for digit in range(10)}
+    assert list(lowest.values()) == sorted(by_class)
     assert summary == {
         "step": 6,
         "validation_loss": pytest.approx(outcome["validation_loss"]),
