@@ -122,10 +122,13 @@ NETWORKS |= {
     for fraction in (0.002, 0.05, 0.1, 0.2, 0.5)
 }
 NETWORKS |= {f"isometric, {kind}": _isometric(attention=kind) for kind in IDEAS if kind != "four_shifts_beside_softmax"}
-# Fewer heads of softmax make a step cheaper.
-_BESIDE = (("shift_beside_softmax", 2), ("shift_beside_softmax", 4), ("four_shifts_beside_softmax", 2))
+# Fewer heads of softmax make a step cheaper; two are the protocol's.
 NETWORKS |= {
-    f"isometric, {kind}, {heads} heads": _isometric(attention=kind, num_heads=heads) for kind, heads in _BESIDE
+    "isometric, shift_beside_softmax, 4 heads": _isometric(attention="shift_beside_softmax", num_heads=4),
+    **{
+        f"isometric, {kind}, 2 heads": Network("isometric_vit", {"model.attention": kind})
+        for kind in ("shift_beside_softmax", "four_shifts_beside_softmax")
+    },
 }
 NETWORKS |= {
     f"{row}, {blocks} blocks": NETWORKS[row]._replace(

@@ -129,17 +129,20 @@ def replaced(results: Results, page: str) -> str:
 
 def attention(results: Results, page: str) -> str:
     """Compare networks whose attention might gain something with frozen attention."""
-    columns = {"500 steps, hold-out": (500, True), "1,500 steps, hold-out": (1500, True), "test images": (1500, False)}
+    hold_out, tests = (500, 1500, 4500), TABLES["headline"].data
     rows = []
     for row in TABLES["attention"].rows:
-        line, ran = [row], False
-        for steps, hold_out in columns.values():
-            cell, base = (results.find(network, steps=steps, hold_out=hold_out) for network in (NETWORKS[row], FROZEN))
-            ran |= cell is not None
+        cells = [results.find(NETWORKS[row], steps=steps, hold_out=True) for steps in hold_out]
+        line = [cell.text(page) if cell else "" for cell in cells]
+        for data in tests:
+            cell, base = (results.find(network, data=data) for network in (NETWORKS[row], FROZEN))
+            cells.append(cell)
             line += [cell.text(page) if cell else "", "" if cell is base else difference_text(cell, base)]
-        if ran:
-            rows.append(line)
-    return table(["SOAP, CIFAR-10", *(text for name in columns for text in (name, "to frozen"))], rows)
+        if any(cells):
+            rows.append([row, *line])
+    columns = [f"{steps:,} steps" for steps in hold_out]
+    columns += [text for data in tests for text in (f"{DATA[data]}, test images", "to frozen")]
+    return table(["SOAP", *columns], rows)
 
 
 def start(results: Results, page: str) -> str:
