@@ -22,6 +22,7 @@ _SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .p
 SUFFIXES = (*_SUFFIXES.split(), *((".heic", ".heif") if pillow_heif else ()))
 _JPEG, _HEIC = b"\xff\xd8", (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheim", b"ftyphevc")
 _ORIENTATION = 0x0112  # the EXIF tag
+_PHOTOMETRIC = 0x0106  # the TIFF tag; 0 if white is 0
 _MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, against files that decompress to more than the memory
 Image.MAX_IMAGE_PIXELS = None  # `open_image` checks; Pillow's own check warns from half of that on
 
@@ -124,8 +125,11 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 def _eight_bits(image: Image.Image, channels: int) -> np.ndarray:
     """Return the pixels of an image, uint8 [H, W, channels], as stored in the file."""
-    if image.mode.startswith("I;16"):
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], channels, axis=2)
+    if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):  # Pillow scales PGM to 16 bits
+        pixels = (np.asarray(image) >> 8).astype(np.uint8)
+        # Pillow inverts a TIFF whose 0 is white only if it has 8 bits.
+        is_inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore[attr-defined]
+        return np.repeat((255 - pixels if is_inverted else pixels)[..., None], channels, axis=2)
     if image.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits, which have no fixed range; expected 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:

@@ -70,6 +70,23 @@ def test_of_16_bits_the_upper_8_count(image_format, channels):
     assert abs(eval_image(content, (48, 48, channels), 48).mean() - 127) < 1
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_0_is_white_is_not_inverted(bits, channels):
+    values = np.linspace(0, 65535, 48 * 64).astype(np.uint16).reshape(48, 64)
+    stored = ~values if bits == 16 else (values // 256).astype(np.uint8)  # which Pillow inverts when it saves them
+    content = encoded(Image.fromarray(stored), "TIFF", tiffinfo={0x0106: 0})
+    expected = np.repeat((values // 256).astype(np.uint8)[..., None], channels, axis=2)
+    np.testing.assert_array_equal(decode_image(content, channels), expected)
+
+
+@pytest.mark.parametrize("most", [1023, 65535])
+def test_a_pgm_of_more_than_8_bits_is_read(most):
+    values = np.linspace(0, most, 48 * 64).astype(">u2").reshape(48, 64)
+    pixels = decode_image(b"P5 64 48 %d\n" % most + values.tobytes(), 1)[..., 0].astype(int)
+    assert np.abs(pixels - 255 * (values / most)).max() <= 1
+
+
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_pixels_without_a_range_are_refused(mode):
     content = encoded(Image.fromarray(np.ones((4, 4), {"F": np.float32, "I": np.int32}[mode])), "TIFF")
