@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 from filelock import SoftFileLease, Timeout
-from tensorflow_datasets.core import read_only_builder
+from tensorflow_datasets.core import read_only_builder, registered
 from tensorflow_datasets.proto import tf_example_pb2
 
 from simplest_vit.data.builders import BUILDERS, find_builder
@@ -87,6 +87,9 @@ def open_prepared(name: str, data_dir: str | None) -> Prepared:
     except Exception as error:
         if isinstance(error, OSError):
             raise cannot_read(root, error) from error
+        is_unknown = isinstance(error, registered.DatasetNotFoundError) or "Parsing builder name" in str(error)
+        if not is_unknown:
+            raise _cannot_open(f"config.data.name={name} in {root}", error) from error
         raise UserError(
             f"config.data.name={name}: no such data set in {root}; expected one of {', '.join(BUILDERS)}, or a set "
             f"that TFDS has prepared there: tfds build {name} --data_dir={root} --file_format=array_record"
@@ -120,7 +123,8 @@ def _open(folder: Path) -> tfds.core.DatasetBuilder:
     """Open a prepared data set.
 
     Raises:
-      UserError: If TFDS cannot read its metadata; the message names a file that is not valid JSON.
+      UserError: If TFDS cannot read its metadata; the message names a file that is not valid JSON, which alone counts
+        as damage.
       TrainingError: If a system error occurs.
     """
     try:
@@ -129,20 +133,28 @@ def _open(folder: Path) -> tfds.core.DatasetBuilder:
             builder.info.set_file_format(_FORMAT, override=True, override_if_initialized=True)
         return builder
     except Exception as error:
-        place, problem = folder, error
         for path in sorted(folder.glob("*.json")):
             try:
                 if not json.loads(path.read_bytes()):
                     raise ValueError("it is empty")
-            except (OSError, ValueError, RecursionError) as found:
-                place, problem = path, found
-                break
-        if isinstance(problem, OSError):
-            cause = problem.__cause__ if isinstance(problem.__cause__, OSError) else problem
-            raise cannot_read(Path(cause.filename or place), cause) from error
-        raise UserError(
-            f"{place}: damaged ({first_line(problem)}); restore it, or remove {folder} to prepare it again"
-        ) from error
+            except OSError as problem:
+                raise cannot_read(path, problem) from error
+            except (ValueError, RecursionError) as problem:
+                raise UserError(
+                    f"{path}: damaged ({first_line(problem)}); restore it, or remove {folder} to prepare it again"
+                ) from error
+        if isinstance(error, OSError):
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            raise cannot_read(Path(cause.filename or folder), cause) from error
+        raise _cannot_open(str(folder), error) from error
+
+
+def _cannot_open(what: str, error: Exception) -> UserError:
+    """Return what to raise if TFDS rejects metadata that may be sound: another version, or a feature of the user's."""
+    return UserError(
+        f"{what}: TFDS {tfds.__version__} cannot open it ({first_line(error)}); use the version that prepared it, or "
+        "restore its metadata"
+    )
 
 
 def _prepare_alone(

@@ -85,6 +85,8 @@ class DiskSplit:
             first = self._ends[number] - shard.take - shard.skip
             try:
                 return self._reader(number).read([indices[place] - first for place in places[number]])
+            except OSError as error:
+                raise cannot_read(Path(shard.filename), error) from error
             except RuntimeError as error:
                 raise _explain(error, Path(shard.filename)) from error
 
@@ -121,6 +123,7 @@ class DiskSplit:
         from array_record.python.array_record_module import ArrayRecordReader  # not on Windows, where the rest works
 
         shard = self.shards[number]
+        Path(shard.filename).open("rb").close()  # array_record reads a missing file as one without examples
         reader = ArrayRecordReader(shard.filename, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
         if reader.num_records() != shard.examples_in_shard:
             raise RuntimeError(f"{reader.num_records():,} examples; dataset_info.json says {shard.examples_in_shard:,}")

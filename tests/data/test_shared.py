@@ -26,7 +26,7 @@ import input_pipeline
 from simplest_vit.data import dataset, prepare, records
 from simplest_vit.data.builders import BUILDERS
 from simplest_vit.data.builders.base import Content, Shard
-from simplest_vit.errors import UserError
+from simplest_vit.errors import TrainingError, UserError
 
 
 def begun(folder):
@@ -233,9 +233,7 @@ def read_all(config):
         (VALIDATION, truncate, VALIDATION),
         ("features.json", truncate, "features.json"),
         ("features.json", lambda path: path.write_text("{}"), "features.json"),
-        ("features.json", lambda path: path.write_text(path.read_text().replace("ClassLabel", "Nothing")), ""),
         ("features.json", lambda path: path.write_bytes(b"\xff\xfe\0"), "features.json"),
-        ("features.json", pathlib.Path.unlink, ""),
         ("dataset_info.json", truncate, "dataset_info.json"),
         ("dataset_info.json", lambda path: path.write_text(path.read_text().replace('"1437"', '"1438"')), TRAIN),
     ],
@@ -256,6 +254,34 @@ def test_a_damaged_data_set_is_told_in_one_line_that_names_the_file(
     assert "\n" not in message
     assert message.startswith(f"{prepared / named}: damaged (")
     assert message.endswith(f"; restore it, or remove {prepared} to prepare it again")
+
+
+def replace(old, new):
+    return lambda path: path.write_text(path.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "message"),
+    [
+        # Of a newer version, or of the user's own builder.
+        ("digits", "features.json", replace("image_feature.Image", "new.Image"), "new.Image.*use the version"),
+        ("other", "features.json", replace("image_feature.Image", "new.Image"), "new.Image.*use the version"),
+        ("other", "dataset_info.json", replace("{", '{"new": 1, '), '"new".*use the version'),
+        ("digits", "features.json", pathlib.Path.unlink, "old TFDS version.*restore its metadata"),
+        # Perhaps on a disk that is not mounted.
+        ("digits", TRAIN, pathlib.Path.unlink, rf"{TRAIN}: cannot be read .No such file"),
+        ("other", VALIDATION, pathlib.Path.unlink, rf"{VALIDATION}: cannot be read .No such file"),
+    ],
+)
+def test_files_that_may_be_sound_are_kept(digits, tmp_path, make_config, name, file, change, message):
+    prepared = tmp_path / name / "1.0.0"
+    shutil.copytree(digits / "digits/1.0.0", prepared)
+    change(prepared / file)
+    with pytest.raises((UserError, TrainingError), match=message) as error:
+        read_all(make_config(name, dir=tmp_path, device_budget_bytes=0, num_workers=0))
+    assert "\n" not in str(error.value)
+    assert "damaged" not in str(error.value)
+    assert "remove" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
