@@ -11,6 +11,7 @@ The first two take images [B, H, W, C] for any B, and normalize them by the mean
 data.
 """
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -53,7 +54,8 @@ def export(workdir: str, output: str, format: str | None = None) -> None:
 
     Args:
       workdir: The run's folder; nothing else is needed.
-      output: The file, which must not exist. For stablehlo, metadata go to a file of this name with `.json` appended.
+      output: The file, which must not exist; its folder is created. For stablehlo, metadata go to a file of this name
+        with `.json` appended.
       format: One of `FORMATS`; None for the suffix of `output`.
 
     Raises:
@@ -75,9 +77,7 @@ def export(workdir: str, output: str, format: str | None = None) -> None:
         if new.is_dir():
             raise UserError(f"--output={new} is a folder; name a file")
         if new.exists():
-            raise UserError(f"--output={new} exists; remove it or name another file")
-    if not path.parent.is_dir():
-        raise UserError(f"--output={output}: the folder {path.parent} does not exist; create it or name another")
+            raise UserError(f"--output={new} exists; name another file")
 
     run, state, _ = restore_best(workdir)
     # Computed on a CPU, because a GPU may round the factors of float32 products.
@@ -89,11 +89,13 @@ def export(workdir: str, output: str, format: str | None = None) -> None:
         difference = _check(format, artifact, jax.jit(_classifier(model, run.data)), run.data.image_shape)
     contents = [json.dumps(metadata, indent=2).encode() + b"\n", content][-len(paths) :]
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         for new, part in zip(paths, contents, strict=True):
             write_file(new, part)
     except OSError as error:
-        for new in paths:
-            new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only disk
+            for new in paths:
+                new.unlink(missing_ok=True)
         raise UserError(f"--output={output} cannot be written ({error.strerror}); choose another place") from error
     log.info("%s: its logits differ from the model's by at most %.1e of the largest", output, difference)
 
