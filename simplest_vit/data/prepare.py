@@ -164,6 +164,7 @@ def _prepare_alone(
 
     The lease is a file with host, process and heartbeat, because shared file systems may not support flock.
     """
+    new_folders = [folder for folder in path.parents if not folder.exists()]
     while not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         lease = SoftFileLease(path.with_name(".preparing"), lease_duration=_LEASE)
@@ -185,6 +186,9 @@ def _prepare_alone(
                 raise
         finally:
             lease.release()
+            with contextlib.suppress(OSError):  # of a folder that is not empty
+                for folder in new_folders:
+                    folder.rmdir()
 
 
 def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) -> None:

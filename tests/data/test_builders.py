@@ -121,7 +121,7 @@ def test_without_a_network_the_remedy_is_told(tmp_path, monkeypatch, error, told
     ) as caught:
         prepare("cifar10", tmp_path)
     assert "\n" not in str(caught.value)
-    assert folders(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_download_that_is_not_the_archive_leaves_nothing(tmp_path, monkeypatch):
@@ -169,7 +169,15 @@ def test_damaged_cifar_is_told_and_nothing_is_left(cifar10, tmp_path, damage, me
     with pytest.raises(UserError, match=message) as error:
         prepare("cifar10", tmp_path / "tfds", folder)
     assert "\n" not in str(error.value)
-    assert folders(tmp_path / "tfds") == []
+    assert not (tmp_path / "tfds").exists()
+
+
+def test_a_missing_imagenet_leaves_nothing(tmp_path):
+    for manual_dir in (tmp_path, None):
+        (tmp_path / "other").touch()
+        with pytest.raises(UserError, match=r"ILSVRC2012_img_train.tar: missing"):
+            prepare("imagenet", tmp_path / "new/tfds", manual_dir)
+    assert os.listdir(tmp_path) == ["other"]
 
 
 def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Folders of one's own images: what is found, what is split, what is another data set, and what is wrong."""
 
+import contextlib
 import errno
 import io
 import os
 import pathlib
 import re
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -117,6 +119,9 @@ def test_folders_within_a_class_are_searched_and_what_is_passed_over_is_counted(
         Image.fromarray(smooth_image(1)).convert("L" if suffix == "pgm" else "RGB").save(deep / f"deep.{suffix}")
     for name in ("a.MOV", "b.mov", "c.txt", "README", ".hidden.jpg", "Thumbs.db"):
         (deep / name).write_bytes(b"x")
+    os.mkfifo(deep / "pipe.jpg")  # reading it would wait forever
+    with socket.socket(socket.AF_UNIX) as listening, contextlib.chdir(deep):  # a path of a socket has 107 bytes
+        listening.bind("socket.png")
     for hidden in (deep / ".thumbnails", photos / "train/.thumbnails"):
         shutil.copytree(photos / "val", hidden)
     shutil.copytree(photos / "val", photos / "test")
@@ -124,7 +129,7 @@ def test_folders_within_a_class_are_searched_and_what_is_passed_over_is_counted(
     found = originals(prepare("image_folder", tmp_path / "tfds", photos), "train")
     assert len([name for name in found if name.startswith("train/cat/more/and more/deep.")]) == 6
     said = capfd.readouterr().err
-    kinds = "1 .db, 2 .mov, 1 .txt, 3 images in no class folder, 1 without a suffix"
+    kinds = "1 .db, 2 .mov, 1 .txt, 3 images in no class folder, 2 pipes, sockets or devices, 1 without a suffix"
     assert f"skipped unused files: {kinds}\n" in said
     assert len(image_files(photos)) == 6 + 9 + 2 + 3  # as predict lists a folder
 

@@ -1,5 +1,6 @@
 """Descriptions of data sets, and readers of the files that their authors published."""
 
+import contextlib
 import dataclasses
 import http.client
 import itertools
@@ -90,6 +91,8 @@ class Archive:
             ) from error
         finally:
             partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a folder that is not empty
+                folder.rmdir()
 
     def read(self, folder: Path, members: Sequence[str]) -> dict[str, tuple[str, bytes]]:
         """Read members of the archive, packed or unpacked.

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -38,10 +39,10 @@ class _File(NamedTuple):
 def image_files(folder: Path) -> list[str]:
     """Find the images in a folder and its subfolders by their suffixes; return their paths, sorted.
 
-    Links are followed; names that begin with a dot, such as files of macOS, are ignored. An OSError if a folder cannot
-    be read.
+    Links are followed; names that begin with a dot, such as files of macOS, are ignored, and so are pipes, sockets and
+    devices. An OSError if a folder cannot be read.
     """
-    return sorted(path for path in _walk(folder) if _suffix(path) in SUFFIXES)
+    return sorted(path for path in _walk(folder) if _suffix(path) in SUFFIXES and not _is_endless(path))
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -57,6 +58,14 @@ def _walk(folder: Path) -> Iterator[str]:
         seen.add((identity.st_dev, identity.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(path, name) for name in names if not name.startswith("."))
+
+
+def _is_endless(path: str) -> bool:
+    """Return whether reading may never end: of a pipe, a socket or a device. A broken link is a file."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _suffix(path: str) -> str:
@@ -91,14 +100,15 @@ def name_others(folder: Path, taken: set[str]) -> None:
     others: set[str] = set()
     with contextlib.suppress(OSError):  # a folder that nobody asked for, such as lost+found
         others = set(_walk(folder)) - taken
-    kinds = [
-        "images in no class folder" if _suffix(path) in SUFFIXES else _suffix(path) or "without a suffix"
-        for path in others
-    ]
+    kinds = ["pipes, sockets or devices" if _is_endless(path) else _kind(path) for path in others]
     if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(collections.Counter(kinds).items()))
         remedy = f"; {HEIC_REMEDY}" if {".heic", ".heif"} & set(kinds) else ""
         print(f"skipped unused files: {counts}{remedy}", file=sys.stderr, flush=True)
+
+
+def _kind(path: str) -> str:
+    return "images in no class folder" if _suffix(path) in SUFFIXES else _suffix(path) or "without a suffix"
 
 
 def _config(folder: Path) -> str:
