@@ -169,12 +169,15 @@ def _prepare_alone(
         path.parent.mkdir(parents=True, exist_ok=True)
         lease = SoftFileLease(path.with_name(".preparing"), lease_duration=_LEASE)
         try:
-            lease.acquire(blocking=False)
-        except Timeout:
-            owner = lease.owner  # None while the owner writes its name
-            who = f"process {owner.pid} of {owner.hostname}" if owner else "another process"
-            print(f"waiting for {who} to prepare {path.parent}", file=sys.stderr)
-            lease.acquire(poll_interval=0.5)
+            try:
+                lease.acquire(blocking=False)
+            except Timeout:
+                owner = lease.owner  # None while the owner writes its name
+                who = f"process {owner.pid} of {owner.hostname}" if owner else "another process"
+                print(f"waiting for {who} to prepare {path.parent}", file=sys.stderr)
+                lease.acquire(poll_interval=0.5)
+        except FileNotFoundError:  # the other process failed and removed the folder
+            continue
         try:
             if not path.exists():  # another process may have prepared it meanwhile
                 print(f"preparing {name} in {path}", file=sys.stderr, flush=True)

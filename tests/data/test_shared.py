@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorflow_datasets as tfds
 from conftest import train_batches
+from filelock import SoftFileLease
 from PIL import Image
 from sklearn.datasets import load_digits
 from slow_prepare import start
@@ -191,6 +192,21 @@ def test_whatever_ends_process_0_is_told_to_the_others(tmp_path, make_config, mo
     with pytest.raises(type(problem)):
         dataset._prepare_once(make_config("digits", dir=tmp_path).data)
     assert list(store.values.values()) == [json.dumps({"error": told, "exit_code": None})]
+
+
+def test_one_that_waits_goes_on_if_the_other_fails_and_removes_the_folder(tmp_path, capfd):
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    lease = SoftFileLease(folder / ".preparing", lease_duration=60)
+    lease.acquire()
+    waiting = threading.Thread(target=prepare.prepare, args=("digits", tmp_path))
+    waiting.start()
+    while "waiting for process" not in capfd.readouterr().err:
+        time.sleep(0.01)
+    lease.release()
+    folder.rmdir()
+    waiting.join(60)
+    assert os.listdir(folder) == ["1.0.0"]
 
 
 # What is prepared there already may be damaged.
