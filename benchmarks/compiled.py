@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from benchmarks import fake_data, roofline, speed
 from benchmarks.flops import step_flops
 from simplest_vit import cli
-from simplest_vit.errors import UserError
+from simplest_vit.errors import UserError, first_line
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
 
@@ -69,11 +69,17 @@ def compile_for(device: jax.Device, function: Any, *arguments: Any, options: dic
 
     Returns:
       The compiled program, and its kernels (`roofline.Program`).
+
+    Raises:
+      UserError: If XLA fails.
     """
     sharding = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     traced = function.trace(*placed)
-    compiled = traced.lower().compile(options or {})
+    try:
+        compiled = traced.lower().compile(options or {})
+    except jax.errors.JaxRuntimeError as error:  # such as an unknown flag of XLA
+        raise UserError(f"XLA cannot compile this: {first_line(error)}") from error
     return compiled, roofline.read(compiled.as_text(), roofline.pallas_flops(traced.jaxpr.jaxpr))
 
 

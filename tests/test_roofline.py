@@ -1,6 +1,11 @@
 """The estimate of a compiled program, from HLO whose kernels can be counted by hand."""
 
-from benchmarks import roofline
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import compiled, roofline
+from simplest_vit.errors import UserError
 
 HLO = """HloModule m
 
@@ -82,3 +87,8 @@ def test_of_what_is_gathered_or_updated_only_the_rows_are_read():
     assert gathers.bytes == 4 * (5 * 8 + 5 * 8 + 10 * 8 + 5 + 5 * 8 + 8)
     assert fused.bytes == 4 * (5 + 5 * 8 + 5 * 8)
     assert alone.bytes == 4 * 2 * 5 * 8
+
+
+def test_a_failure_of_xla_is_one_line():
+    with pytest.raises(UserError, match=r"^XLA cannot compile this: .*No such compile option: 'nothing'$"):
+        compiled.compile_for(jax.devices()[0], jax.jit(jnp.negative), jnp.ones(1), options={"nothing": True})
