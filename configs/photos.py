@@ -3,7 +3,8 @@ r"""An isometric ViT of 12 blocks on your own photos: a folder of CLASS/*.jpg.
     simplest-vit train --config photos --config.data.manual_dir=FOLDER --workdir runs/photos
 
 docs/own_photos.md shows what to expect. Made for a CPU and some 1,000 photos: small images, a small network. With a GPU
-or more photos try --config.data.image_size=224 --config.model.variant=S --config.model.patch_size=16.
+or more photos try --config.data.image_size=224 --config.model.patch_size=16 --config.model.width=384
+--config.model.num_heads=6 --config.model.mlp_dim=1536, which is S/16.
 """
 
 from ml_collections import ConfigDict

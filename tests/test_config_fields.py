@@ -28,7 +28,7 @@ from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import build
 from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.workdir import is_resumable
-from tests.tiny import DIGITS
+from tests.tiny import DIGITS, tiny_config
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 BASE = {
@@ -575,3 +575,11 @@ def test_a_validation_that_is_not_finite_stops_the_run(trained, monkeypatch):
     monkeypatch.setattr(train_module, "validate", lambda *_: {"validation_loss": np.inf, "validation_accuracy": 0.5})
     with pytest.raises(TrainingError, match="validation_loss is not finite at step 3"):
         trained()
+
+
+@pytest.mark.parametrize(("mlp_dim", "is_said"), [(32, True), (None, False)])
+def test_a_variant_whose_sizes_are_all_set_is_said_to_have_no_effect(mlp_dim, is_said):
+    config = tiny_config(model__variant="Ti", model__mlp_dim=mlp_dim)
+    remarks = "\n".join(build(config, DIGITS).remarks(config))
+    said = "config.model.variant=Ti has no effect, because depth, width, num_heads, mlp_dim are set"
+    assert (said in remarks) == is_said

@@ -15,11 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simplest_vit.config import INTERVALS, interval_steps
+from simplest_vit.config import FIELDS, INTERVALS, interval_steps
 from simplest_vit.data.dataset import DatasetInfo
 from simplest_vit.data.input_pipeline import fit_batch_size, steps_per_epoch
 from simplest_vit.errors import UserError
-from simplest_vit.models import ViT, create_model, fused_attention, model_arguments
+from simplest_vit.models import VARIANTS, ViT, create_model, fused_attention, model_arguments
 from simplest_vit.models.layers import token_grid
 from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer
@@ -88,6 +88,12 @@ class Run:
             yield (
                 f"{tokens} tokens per image are slow: lower config.data.image_size, here {self.data.image_shape[0]}, "
                 f"or raise config.model.patch_size={config.model.patch_size}"
+            )
+        variant, default = config.model.variant, FIELDS["model.variant"].default
+        if variant != default and None not in [config.model[size] for size in VARIANTS[variant]]:
+            yield (
+                f"config.model.variant={variant} has no effect, because {', '.join(VARIANTS[variant])} are set; set "
+                "those that it should determine to None"
             )
         if config.warmup_steps >= self.total_steps:
             yield (
