@@ -176,15 +176,18 @@ def _forward(inputs: tuple[Any, ...], num_heads: int) -> tuple[jax.Array, Any]:
 def _backward(num_heads: int, kept: Any, gradient: jax.Array) -> tuple[Any]:
     q, k, v, exponentials, normalizer, scale = kept
     heads = functools.partial(_split_heads, num_heads=num_heads)
-    gradient = (heads(gradient) * scale).astype(v.dtype)
-    dweights = jnp.einsum("bhtd,bhsd->bhts", gradient, heads(v)).astype(jnp.float32)
+    # Scaled as tokens. If heads were scaled, XLA would fold a transpose into the product for `dv`, and its fast library
+    # for CPUs would refuse it: 1.5 instead of 0.5 ms for 8 heads of width 8, 64 tokens and 64 images on one core.
+    tokens = gradient.reshape(*gradient.shape[:2], num_heads, -1) * scale.swapaxes(1, 2)
+    gradient = tokens.astype(v.dtype).reshape(gradient.shape)
+    dweights = jnp.einsum("bhtd,bhsd->bhts", heads(gradient), heads(v)).astype(jnp.float32)
     mean = normalizer * jnp.sum(exponentials * dweights, axis=-1, keepdims=True)
     dlogits = (exponentials * (dweights - mean)).astype(v.dtype)
     dq = jnp.einsum("bhts,bhsd->bhtd", dlogits, heads(k))
     # Sums over t: three times as fast on CPUs if tokens are the last axis of both factors.
     dk, dv = (
         jnp.einsum("bhdt,bhts->bhds", x.swapaxes(2, 3), y).swapaxes(2, 3)
-        for x, y in ((heads(q), dlogits), (gradient, exponentials))
+        for x, y in ((heads(q), dlogits), (heads(gradient), exponentials))
     )
     return ((*(_join_heads(x) for x in (dq, dk, dv)), None, None),)
 

@@ -56,6 +56,15 @@ def flatten_tokens(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
+def tall_dot_general(x: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
+    """Compute `jax.lax.dot_general` of tokens [N, M] and a kernel [M, D], M > D, which is transposed in memory.
+
+    Its gradient is then a product [D, N] [N, M], which a CPU computes in 1.4 instead of 2.6 ms for N = 4096, M = 256
+    and D = 64. The barrier keeps XLA from turning it back into [M, N] [N, D].
+    """
+    return jax.lax.dot_general(x, jax.lax.optimization_barrier(kernel.T).T, *arguments, **options)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """Compute the exact GELU x Phi(x) (arXiv 1606.08415) by the error function, as PyTorch does.
 

@@ -39,7 +39,13 @@ class PlainMLP(nnx.Module):
         first, second = self._kernel_inits(init, width, mlp_dim, rngs)
         self.dense1 = nnx.Linear(width, mlp_dim, kernel_init=first, bias_init=init.bias(width), dtype=dtype, rngs=rngs)
         self.dense2 = nnx.Linear(
-            mlp_dim, width, kernel_init=second, bias_init=init.bias(mlp_dim), dtype=dtype, rngs=rngs
+            mlp_dim,
+            width,
+            kernel_init=second,
+            bias_init=init.bias(mlp_dim),
+            dot_general=layers.tall_dot_general,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.activation = activation
         self.negative_slope = negative_slope

@@ -67,6 +67,38 @@ def test_masked_keys_get_no_weight_and_no_gradient():
         assert (np.asarray(gradient)[0, 1:] == 0).all()
 
 
+def compiled_products(function, *arguments):
+    """Return the instructions of the compiled program that are products."""
+    program = jax.jit(function).lower(*arguments).compile().as_text()
+    return [line for line in program.splitlines() if " dot(" in line]
+
+
+def test_sums_over_queries_are_products_that_cpus_compute_fast():
+    qkv = jnp.ones((3, 2, 16, 32))
+    gradients = jax.value_and_grad(lambda qkv: jnp.square(attention.attend(*qkv, 4)).sum())
+    batched = [line for line in compiled_products(gradients, qkv) if "_batch_dims={0,1}" in line]
+    assert len(batched) == 6
+    assert not any("lhs_contracting_dims={2}" in line for line in batched)
+
+
+def test_the_gradient_of_a_tall_kernel_is_a_wide_product():
+    x, kernel, gradient = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(9, 7), (7, 4), (9, 4)])
+    )
+
+    def dense(kernel, x):
+        return layers.tall_dot_general(x, kernel, (((1,), (0,)), ((), ())))
+
+    result, pullback = jax.vjp(dense, kernel, x)
+    np.testing.assert_allclose(result, np.float64(x) @ np.float64(kernel), atol=1e-5)
+    for found, expected in zip(pullback(gradient), [x.T @ gradient, gradient @ kernel.T], strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    (product,) = compiled_products(
+        lambda *arguments: jax.vjp(dense, *arguments[:2])[1](arguments[2])[0], kernel, x, gradient
+    )
+    assert " f32[4,7]" in product
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gelu_is_exact(dtype):
     x = jnp.linspace(-8, 8, 2001).astype(dtype)
