@@ -7,6 +7,8 @@ Sizes, heads and eta come from the config and must match the checkpoint. PyTorch
 """
 
 import dataclasses
+import functools
+import logging
 from typing import Any
 
 import jax
@@ -22,6 +24,8 @@ from simplest_vit.training.evaluate import restore_best
 from simplest_vit.training.run import build
 from simplest_vit.training.state import RunProgress
 from simplest_vit.training.workdir import check_workdir, lock_workdir
+
+log = logging.getLogger("simplest_vit")
 
 # A run that has a checkpoint has made at least one step; training continues with the second.
 _STEP = 1
@@ -47,6 +51,12 @@ def import_reference(config: Any, workdir: str, path: str) -> None:
             raise UserError(f"--workdir={workdir} already holds another run; choose another folder")
         return  # an import that was stopped after its last step
     state = run.create_state(jax.device_put(params))
+    if not jax.tree.all(jax.tree.map(functools.partial(np.allclose, atol=1e-3), state.constants, constants)):
+        log.warning(
+            "%s: the constants of its attention, which are used, are not those of config.model.attention with its "
+            "gamma_max_depth or rho_max_depth; in a new --workdir, set these to what it was trained with",
+            path,
+        )
     state = dataclasses.replace(state, step=jnp.int32(_STEP), constants=jax.device_put(constants))
     # Not evaluated yet: any later checkpoint of this run counts as better.
     progress = RunProgress(last_evaluation=_STEP)

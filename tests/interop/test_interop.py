@@ -32,11 +32,15 @@ def config_of(name, data_dir, **overrides):
     return tiny_config(f"optimizer=adam,model={name}", data__dir=data_dir, **overrides)
 
 
-@pytest.mark.parametrize("name", ["simplest_vit", "simple_vit"])
-def test_an_imported_checkpoint_gives_the_logits_of_pytorch(tmp_path, data_dir, name):
-    """By the constants of the file, whatever the config's would be."""
-    config = config_of(name, data_dir, ema__decay=0.9, model__gamma_max_depth=0.5)
+@pytest.mark.parametrize(
+    ("name", "gamma", "is_said"),
+    [("simplest_vit", 0.5, True), ("simplest_vit", 0.005, False), ("simple_vit", 0.5, False)],
+)
+def test_an_imported_checkpoint_gives_the_logits_of_pytorch(tmp_path, data_dir, name, gamma, is_said, caplog):
+    """By the constants of the file, whatever the config's would be, which is said."""
+    config = config_of(name, data_dir, ema__decay=0.9, model__gamma_max_depth=gamma)
     import_reference(config, str(tmp_path), str(FIXTURES / f"{name}.pth"))
+    assert ("are not those of config.model.attention" in caplog.text) == is_said
     run, state, _ = restore_best(str(tmp_path))
     model = run.model(state)
     expected = np.load(FIXTURES / "expected.npz")
