@@ -5,6 +5,7 @@ here fails the test.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -583,3 +584,9 @@ def test_a_variant_whose_sizes_are_all_set_is_said_to_have_no_effect(mlp_dim, is
     remarks = "\n".join(build(config, DIGITS).remarks(config))
     said = "config.model.variant=Ti has no effect, because depth, width, num_heads, mlp_dim are set"
     assert (said in remarks) == is_said
+
+
+def test_one_class_is_refused_because_every_answer_would_be_right():
+    """As in the folder above the classes, whose only folder would be the class."""
+    with pytest.raises(UserError, match=r"digits has one class \(all\), expected at least two; .*GROUP"):
+        build(tiny_config(), dataclasses.replace(DIGITS, class_names=("all",)))

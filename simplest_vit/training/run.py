@@ -142,6 +142,11 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
     """
     if jax.config.values["jax_disable_jit"]:
         raise UserError("JAX_DISABLE_JIT is set, and a run needs jit; unset it")
+    if data.num_classes < 2:
+        raise UserError(
+            f"{data.name} has one class ({data.class_names[0]}), expected at least two; if they are photos in "
+            "FOLDER/GROUP/CLASS/*.jpg, name FOLDER/GROUP"
+        )
     mesh = create_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
     config = copy.deepcopy(config)
     config.batch_size = fit_batch_size(config.batch_size, data.train_size, config.accumulation_steps)
