@@ -64,6 +64,7 @@ FIELDS = {
     "warmup_steps": Field(75, integer(0), "steps of linear learning-rate warm-up; a cosine decay to 0 follows"),
     "grad_clip": Field(1.0, number("[0, 1e9]"), "clip gradients to this global norm; 0: no clipping"),
     "weight_decay": Field(0.0, number("[0, 100]"), "weight decay of kernels; biases and LayerNorm do not decay"),
+    # In both cases AdamW, LARS and other optimizers of optax that have a weight decay apply it in their own way.
     "decoupled_weight_decay": Field(False, FLAG, "False: L2, added to the gradient; True: decoupled, as in AdamW"),
     "label_smoothing": Field(0.0, DECAY, "share of each label's weight that is spread evenly over all classes"),
     "max_skipped_steps": Field(10, integer(1), "stop after so many steps in a row with a loss or gradient not finite"),

@@ -38,8 +38,8 @@ class WarmupCosine:
 
 
 # optax optimizers that a run cannot use: in each update they need the loss, its Hessian or a random key, or they
-# evaluate other parameters than they take gradients at; `optimistic_adam` is deprecated.
-_UNUSABLE = {"lbfgs", "momo", "momo_adam", "noisy_sgd", "optimistic_adam", "sophia"}
+# evaluate other parameters than they take gradients at, or they take no schedule; `optimistic_adam` is deprecated.
+_UNUSABLE = {"lbfgs", "momo", "momo_adam", "noisy_sgd", "optimistic_adam", "rprop", "sm3", "sophia"}
 _UNUSABLE |= {"schedule_free_adamw", "schedule_free_sgd"}
 # Arguments that the run sets, not the user. The mask selects the parameters that decay.
 _MASKS = ("mask", "weight_decay_mask")
@@ -107,6 +107,16 @@ def _kind(parameter: inspect.Parameter) -> type | None:
     return str if parameter.name.endswith("dtype") else None
 
 
+def decays_itself(name: str) -> bool:
+    """Return whether an optimizer of optax applies the weight decay in its own way, as AdamW and LARS do."""
+    takes_one = "weight_decay" in inspect.signature(_named(name)).parameters
+    return takes_one and bool(_masks(name)) and name not in _DECAYED_OUTSIDE
+
+
+def _masks(name: str) -> list[str]:
+    return [key for key in _MASKS if key in inspect.signature(_named(name)).parameters]
+
+
 def create_optimizer(
     name: str,
     learning_rate: optax.ScalarOrSchedule | WarmupCosine,
@@ -136,19 +146,16 @@ def create_optimizer(
       UserError: If the optimizer is unknown or rejects an argument.
     """
     function = _named(name)
-    parameters = inspect.signature(function).parameters
-    masks = [key for key in _MASKS if key in parameters]
-    decays_itself = "weight_decay" in parameters and bool(masks) and name not in _DECAYED_OUTSIDE
     given = dict(arguments)
     if name in _SHAMPOOS:
         given["mesh"] = mesh
         # In the reference's layout layers are already separate; without it, they are preconditioned as one.
         given["stack_axes"] = None if name == "reference_shampoo" else paths.stack_axes
     else:
-        given |= dict.fromkeys(masks, paths.decay_mask)
+        given |= dict.fromkeys(_masks(name), paths.decay_mask)
     if name == "muon":
         given |= _of_muon(learning_rate, given)
-    if decays_itself:
+    if decays_itself(name):
         given["weight_decay"], weight_decay = weight_decay, 0.0
     try:
         tx = function(learning_rate, **given)

@@ -22,7 +22,7 @@ from simplest_vit.errors import UserError
 from simplest_vit.models import VARIANTS, ViT, create_model, fused_attention, model_arguments
 from simplest_vit.models.layers import token_grid
 from simplest_vit.models.reference_layout import pytorch_layout
-from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer
+from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer, decays_itself
 from simplest_vit.training.sharding import create_mesh, state_shardings
 from simplest_vit.training.state import ModelState, TrainState
 from simplest_vit.training.step import Batch, Sums, make_eval_step, make_train_step
@@ -99,6 +99,11 @@ class Run:
             yield (
                 f"config.warmup_steps={config.warmup_steps} takes all {self.total_steps} steps of the run, so the "
                 f"learning rate never decays; lower it, or raise config.{'steps' if config.steps else 'epochs'}"
+            )
+        if config.weight_decay and config.decoupled_weight_decay and decays_itself(config.optimizer.name):
+            yield (
+                f"config.decoupled_weight_decay has no effect: {config.optimizer.name} applies the weight decay in its "
+                "own way"
             )
         for name in ("eval_every", "checkpoint_every"):
             if self.config[name] > self.total_steps:

@@ -165,15 +165,25 @@ def test_an_optimizer_of_optax_is_optax_s_own(name, given, mask):
     assert not {"mask", "weight_decay", "weight_decay_mask", "learning_rate"} & set(declared(name))
 
 
+@pytest.mark.parametrize(("name", "is_said"), [("adamw", True), ("lars", True), ("adam", False), ("muon", False)])
+def test_a_decoupled_weight_decay_without_effect_is_logged(name, is_said):
+    """Optimizers that decay the weights in their own way ignore whether the decay is decoupled."""
+    config = tiny_config(f"optimizer={name}", weight_decay=0.3, decoupled_weight_decay=True)
+    said = "config.decoupled_weight_decay has no effect: " in "".join(build(config, DIGITS).remarks(config))
+    flags = [create_optimizer(name, 0.1, weight_decay=0.3, decoupled_weight_decay=flag) for flag in (False, True)]
+    steps = [tx.update(random_like(TWO, 0), tx.init(TWO), TWO)[0]["head"]["kernel"] for tx in flags]
+    assert said == is_said == np.array_equal(*steps)
+
+
 @pytest.mark.parametrize("name", optimizers())
 def test_every_optimizer_takes_a_step_with_its_declared_defaults_and_decays_kernels_alone(name):
-    """Without a gradient, a parameter moves by its decay or not at all."""
+    """With the schedule of a run. Without a gradient, a parameter moves by its decay or not at all."""
     defaults = {key: value for key, (value, _) in declared(name).items()}
-    tx = create_optimizer(name, 0.1, weight_decay=0.3, **defaults)
+    tx = create_optimizer(name, WarmupCosine(0.1, 1, 1000), weight_decay=0.3, **defaults)
     gradient = jax.tree.map(jnp.zeros_like, PARAMS)
     gradient["blocks"]["mlp"]["dense1"]["kernel"] += 0.5  # some optimizers divide by the norm of all gradients
     state = tx.init(PARAMS)
-    for _ in range(2):  # Rprop and ADOPT move from the second step on
+    for _ in range(2):  # ADOPT moves from the second step on
         updates, state = jax.jit(tx.update)(gradient, state, PARAMS)
     assert all(np.isfinite(update).all() for update in leaves(updates).values())
     moved = {path for path, update in leaves(updates).items() if np.any(update)}
