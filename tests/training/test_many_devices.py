@@ -97,7 +97,8 @@ def collectives(hlo):
 def test_eight_devices_train_as_one(recipe, shape):
     _, expected_state, expected = trained(recipe, ONE)
     run, state, losses = trained(recipe, shape)
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    np.testing.assert_allclose(losses[:10], expected[:10], rtol=1e-4)
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)  # training amplifies rounding errors
     # Adam's first steps are as large for a rounding error as for a gradient.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), state.model_state, expected_state.model_state
