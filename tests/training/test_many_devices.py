@@ -37,7 +37,8 @@ class Run:
 
     def __init__(self, recipe, shape):
         argument, overrides = RECIPES[recipe]
-        config = tiny_config(argument, steps=40, optimizer__learning_rate=3e-4, **overrides)
+        # At 3e-4, Shampoo's and SOAP's training amplifies rounding errors to more than these tests allow.
+        config = tiny_config(argument, steps=40, optimizer__learning_rate=1e-4, **overrides)
         self.mesh = create_mesh(shape[1], jax.devices()[: shape[0] * shape[1]])
         self.run = build(config, DIGITS, self.mesh)
         self.graphdef, self.abstract, self.step = self.run.graphdef, self.run.abstract, self.run.train_step
@@ -97,11 +98,10 @@ def collectives(hlo):
 def test_eight_devices_train_as_one(recipe, shape):
     _, expected_state, expected = trained(recipe, ONE)
     run, state, losses = trained(recipe, shape)
-    np.testing.assert_allclose(losses[:10], expected[:10], rtol=1e-4)
-    np.testing.assert_allclose(losses, expected, rtol=1e-3)  # training amplifies rounding errors
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
     # Adam's first steps are as large for a rounding error as for a gradient.
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), state.model_state, expected_state.model_state
+        lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), state.model_state, expected_state.model_state
     )
     # What comes out is laid out as what went in: one trace, and no copy between steps.
     assert run.step._cache_size() == 1
