@@ -26,6 +26,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import input_pipeline
 from benchmarks import speed
+from simplest_vit import commands
 from simplest_vit.config import default
 from simplest_vit.data import streaming
 from simplest_vit.data.decode import decode_image
@@ -257,4 +258,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    commands.start_anew()
     main()
