@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from scipy.stats import norm
 
-from simplest_vit.models import PRESETS, attention, layers
+from simplest_vit.models import PRESETS, attention, initializers, layers, mlp
 from tests.models import attention_oracle as oracle
 from tests.models import tiny
 from tests.models.test_models import primitives
@@ -97,6 +97,14 @@ def test_the_gradient_of_a_tall_kernel_is_a_wide_product():
         lambda *arguments: jax.vjp(dense, *arguments[:2])[1](arguments[2])[0], kernel, x, gradient
     )
     assert " f32[4,7]" in product
+
+
+def test_the_second_kernel_of_an_mlp_is_such_a_tall_one():
+    settings = {"norm": "none", "negative_slope": 0.0, "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    layer = mlp.PlainMLP(4, 6, "gelu", init=initializers.INITS["orthogonal"], **settings)
+    graphdef, state = nnx.split(layer)
+    program = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(state, jnp.ones((2, 5, 4)))
+    assert str(program).count("= optimization_barrier") == 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
