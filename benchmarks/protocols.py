@@ -6,7 +6,7 @@
 import importlib
 from typing import Any, NamedTuple
 
-from benchmarks.attention_ideas import IDEAS
+from benchmarks.ideas import KINDS
 
 # Protocol -> fields that differ from the data set's recipe. `small` takes nine minutes on one core: 12 blocks of width
 # 64, batches of 64, 1,500 steps (1.9 epochs of CIFAR).
@@ -22,7 +22,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {"small": SMALL, "recipe": {}}
 
 # Choices are made on images that are used neither for training nor for reported results.
 HOLD_OUT = {"data.train_split": "train[:45000]", "data.validation_split": "train[45000:]"}
-CHOOSING_SEED, CHOOSING_EPOCHS = 1, 30
+CHOOSING_EPOCHS = 30
 FRESH_SEEDS = (11, 12, 13, 14, 15)
 
 
@@ -52,6 +52,7 @@ class Table(NamedTuple):
       steps: Steps of every run, also to choose a rate: the best rate after 500 steps is too high for 1,500. None for
         the recipe's epochs.
       seeds: Seeds of the runs on the test images. If empty, the table itself is made on the hold-out.
+      choosing_seeds: Seeds of the runs on the hold-out.
       steps_of: Steps of single rows, in place of `steps`.
     """
 
@@ -62,6 +63,7 @@ class Table(NamedTuple):
     protocol: str = "small"
     steps: int | None = 1500
     seeds: tuple[int, ...] = FRESH_SEEDS
+    choosing_seeds: tuple[int, ...] = (1,)
     steps_of: dict[str, int] = {}  # noqa: RUF012 (never changed)
 
     def row_steps(self, row: str) -> int | None:
@@ -121,7 +123,7 @@ NETWORKS |= {
     f"isometric, uniform fraction {fraction:g}": _isometric(uniform_fraction=fraction)
     for fraction in (0.002, 0.05, 0.1, 0.2, 0.5)
 }
-NETWORKS |= {f"isometric, {kind}": _isometric(attention=kind) for kind in IDEAS if kind != "four_shifts_beside_softmax"}
+NETWORKS |= {f"isometric, {kind}": _isometric(attention=kind) for kind in KINDS if kind != "four_shifts_beside_softmax"}
 # Fewer heads of softmax make a step cheaper; two are the protocol's.
 NETWORKS |= {
     "isometric, shift_beside_softmax, 4 heads": _isometric(attention="shift_beside_softmax", num_heads=4),
@@ -172,6 +174,19 @@ RECIPE_NETWORKS = {
     "SimpleViT": Network("simple_vit"),
     "E-SPA + TAT": Network("simplest_vit"),
 }
+
+# Ideas that need no attention of their own: no values, constant shifts in the first blocks, and Adam.
+_WITHOUT = tuple(f"isometric, {kind}" for kind in KINDS if "without" in kind or "late" in kind or "quarter" in kind)
+_PULLED = tuple(f"isometric, pull {pull}" for pull in (1, 10))
+NETWORKS |= {row: Network("isometric_vit", _EIGHT | {"optimizer.pull": float(row.split()[-1])}) for row in _PULLED}
+_SHORTER = {"b2 0.95": {"optimizer.b2": 0.95}}
+_SHORTER["b2 0.95, no clipping, warm-up 200"] = _SHORTER["b2 0.95"] | {"grad_clip": 0.0, "warmup_steps": 200}
+_ADAM = {
+    f"{row}, {change}": NETWORKS[row]._replace(fields=NETWORKS[row].fields | fields)
+    for row in ("isometric", "SimpleViT")
+    for change, fields in _SHORTER.items()
+}
+NETWORKS |= _ADAM
 
 # The steps that take as long as 1,500 of SimpleViT: benchmarks/README.md has the times of alternating steps.
 _EQUAL_TIME = {"isometric, attention frozen": 2700, "isometric, 4 heads": 1700, "SimpleViT, constant shifts": 1900}
@@ -227,11 +242,35 @@ TABLES: dict[str, Table] = {
         (
             *("isometric, attention frozen", "isometric"),
             *(row for row in NETWORKS if "isometric, uniform" in row),
-            *(row for row in NETWORKS if any(kind in row for kind in IDEAS)),
+            *(row for row in NETWORKS if any(kind in row for kind in KINDS) and row not in _WITHOUT),
         ),
         _SOAP,
         steps=500,
         seeds=(),
+    ),
+    "ideas": Table(
+        "no values, and constant shifts in the first blocks",
+        ("isometric", "isometric, attention frozen", *_WITHOUT),
+        {"soap": (4e-3,)},
+        steps=500,
+        seeds=(),
+        choosing_seeds=(1, 2, 3),
+    ),
+    "adam": Table(
+        "Adam with a shorter second moment, without clipping, with a longer warm-up, or scaled by a kernel's shape",
+        ("isometric", "SimpleViT", *_ADAM),
+        {"adam": (1e-3,), "adam_by_shape": (1e-3,)},
+        steps=500,
+        seeds=(),
+        choosing_seeds=(1, 2, 3),
+    ),
+    "near_isometry": Table(
+        "SOAP whose updates are pulled to isometries",
+        _PULLED,
+        {"soap_near_isometry": (4e-3,)},
+        steps=500,
+        seeds=(),
+        choosing_seeds=(1, 2, 3),
     ),
     "start": Table(
         "the first steps of SOAP",

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import protocols
+from benchmarks import ideas, protocols
 from simplest_vit.analysis.report import FinishedRun, find_runs
 from simplest_vit.config import flatten
 from simplest_vit.errors import UserError, print_error
@@ -277,6 +277,7 @@ def main() -> None:
     parser.add_argument("--selected_on", default="", help="images that chose rate and network: hold-out or test")
     parser.add_argument("--output", type=pathlib.Path, default=PATH, help="the file of the records")
     options = parser.parse_args()
+    ideas.register()
     try:
         old = read(options.output) if options.output.exists() else []
         runs, problems = find_runs(options.folders)

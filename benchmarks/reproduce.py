@@ -4,25 +4,25 @@
     python -m benchmarks.reproduce headline --workdir runs/headline --optimizer soap --row isometric --row SimpleViT
     python -m benchmarks.reproduce controls --workdir runs/check --check
 
-The rate of each row is chosen on a hold-out of 5,000 training images, with seed 1, after as many steps as the table has
-(30 epochs of a recipe). Then fresh seeds train on all training images, and the test images are read once, at the end.
-Tables without seeds end with the choice. Rerun the command to resume; `python -m benchmarks.records WORKDIR
---selected_on hold-out` records the runs.
+The rate of each row is chosen on a hold-out of 5,000 training images, with the table's seeds for that, after as many
+steps as the table has (30 epochs of a recipe). Then fresh seeds train on all training images, and the test images are
+read once, at the end. Tables without seeds end with the choice. Rerun the command to resume;
+`python -m benchmarks.records WORKDIR --selected_on hold-out` records the runs.
 --check takes two steps of each row and reads a hundred images, with the first data set, rate and seed.
 """
 
 import json
 import pathlib
+import statistics
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
 
-from benchmarks import attention_ideas
+from benchmarks import ideas
 from benchmarks.protocols import (
     CHOOSING_EPOCHS,
-    CHOOSING_SEED,
     HOLD_OUT,
     PROTOCOLS,
     TABLES,
@@ -63,7 +63,8 @@ def part(table: Table, **named: list[str]) -> Table:
 def smallest(table: Table) -> Table:
     """Return the smallest version of a table, to show that it runs: one data set, rate and seed, two steps."""
     rates = {optimizer: rates[:1] for optimizer, rates in table.learning_rates.items()}
-    return table._replace(data=table.data[:1], learning_rates=rates, seeds=table.seeds[:1], steps=2, steps_of={})
+    seeds = {"seeds": table.seeds[:1], "choosing_seeds": table.choosing_seeds[:1]}
+    return table._replace(data=table.data[:1], learning_rates=rates, steps=2, steps_of={}, **seeds)
 
 
 def cells(table: Table) -> Iterator[tuple[Key, Network]]:
@@ -96,8 +97,8 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
         folder = pathlib.Path(run["root"], run["stage"], data, optimizer, row, f"{rate:g}", f"seed={seed}")
         recipe = f"--config=configs/{data}.py:{recipe_arguments(network.preset, optimizer)}"
         overrides = (f"--config.{name}={value}" for name, value in {**fields, "seed": seed}.items())
-        # `simplest-vit`, which also knows the kinds of attention of the table `attention`.
-        command = [sys.executable, "-m", "benchmarks.attention_ideas", "train", recipe]
+        # `simplest-vit`, which also knows the kinds of attention and the optimizers of `ideas`.
+        command = [sys.executable, "-m", "benchmarks.ideas", "train", recipe]
         result.workdirs.append(folder)
         result.commands.append([*command, *overrides, f"--workdir={folder}"])
     return result
@@ -112,7 +113,7 @@ def choices(table: Table, root: str, fields: dict[str, Any], check: bool) -> dic
     for key, network in cells(table):
         rates = network.learning_rates[: 1 if check else None] or table.learning_rates[key[1]]
         run = {"stage": "choose", "root": root, "fields": fields}
-        found[key] = [point(table, key, network, rate, (CHOOSING_SEED,), **run) for rate in rates]
+        found[key] = [point(table, key, network, rate, table.choosing_seeds, **run) for rate in rates]
     return found
 
 
@@ -142,10 +143,12 @@ def best_rates(found: dict[Key, list[Point]]) -> dict[Key, float]:
     for key, points in found.items():
         accuracies = {}
         for tried in points:
-            path = tried.workdirs[0] / "results.json"
-            if path.exists():
+            finished = [path for workdir in tried.workdirs if (path := workdir / "results.json").exists()]
+            if finished:
                 rate = float(tried.values["learning rate"])
-                accuracies[rate] = json.loads(path.read_text())["validation_accuracy"]
+                accuracies[rate] = statistics.fmean(
+                    json.loads(path.read_text())["validation_accuracy"] for path in finished
+                )
         if not accuracies:
             raise TrainingError(f"no run of {', '.join(key)} finished; see the lines above")
         best[key] = max(accuracies, key=lambda rate: accuracies[rate])
@@ -167,7 +170,7 @@ def main() -> None:
     usage = f"python -m benchmarks.reproduce {'|'.join(TABLES)} --workdir FOLDER"
 
     def program(arguments: list[str]) -> None:
-        attention_ideas.register()
+        ideas.register()
         if len(arguments) != 1 or arguments[0] not in TABLES:
             raise UserError(f"unknown table {' '.join(arguments) or '(none)'}; usage: {usage}")
         table = part(TABLES[arguments[0]], **{kind: flag.value for kind, flag in named.items()})

@@ -62,7 +62,8 @@ class Attention(nnx.Module):
         if kind.has_queries:
             self.query = dense("query")
             self.key = dense("key")
-        self.value = dense("value")
+        if kind.has_values:
+            self.value = dense("value")
         self.out = dense("out") if output_projection else None
         arrays: dict[str, nnx.Variable] = {name: layers.Constant(array) for name, array in constants.items()}
         arrays |= {name: nnx.Param(jnp.asarray(value, jnp.float32)) for name, value in kind.parameters.items()}
@@ -79,7 +80,7 @@ class Attention(nnx.Module):
         """
         tokens = layers.flatten_tokens(self.norm(x))
         softmax_attention = self._softmax_attention(tokens, x.shape, qkv)
-        value = self.value(tokens).reshape(x.shape)
+        value = (self.value(tokens) if self.kind.has_values else tokens).reshape(x.shape)
         mixed = self.kind.mix(value, softmax_attention, self.num_heads, self._arrays())
         return mixed if self.out is None else self.out(layers.flatten_tokens(mixed)).reshape(x.shape)
 

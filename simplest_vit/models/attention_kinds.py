@@ -26,6 +26,7 @@ class AttentionKind:
     """Plain softmax attention, and the methods that other kinds override."""
 
     has_queries: ClassVar[bool] = True  # whether attention depends on queries and keys
+    has_values: ClassVar[bool] = True  # whether values are a projection of the tokens, not the tokens themselves
     # Whether queries start at zero, so that the constants determine the initial attention.
     zero_queries: ClassVar[bool] = False
     parameters: ClassVar[dict[str, float]] = {}  # trainable scalars of each block, with their initial values

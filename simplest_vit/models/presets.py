@@ -122,7 +122,7 @@ def model_arguments(
     arguments |= settings
     # `auto` means `xla` here; callers that know the devices call `fused_attention.choose` first.
     arguments["attention_kernel"] = "xla"
-    if given.get("attention_kernel") == "fused" and kind.has_queries:
+    if given.get("attention_kernel") == "fused" and kind.has_queries and kind.has_values:
         fused_attention.check_sizes(math.prod(grid), width // num_heads)
         arguments["attention_kernel"] = "fused"
     if arguments["activation"] == "tailored_relu":

@@ -7,13 +7,14 @@ import subprocess
 
 import pytest
 
-from benchmarks import attention_ideas, records, reproduce
+from benchmarks import ideas, records, reproduce
 from benchmarks.cells import Results
 from benchmarks.protocols import HOLD_OUT, NETWORKS, RECIPE_NETWORKS, TABLES
 from simplest_vit import cli
 from simplest_vit.commands.sweep import check_points
 from simplest_vit.errors import TrainingError, UserError
 from simplest_vit.models.attention_kinds import KINDS
+from simplest_vit.optimizers.factory import optimizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
 
@@ -23,8 +24,9 @@ TABLE = TABLES["headline"]._replace(rows=ROWS, learning_rates={"soap": (1e-3, 2e
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    for name, kind in attention_ideas.IDEAS.items():
-        monkeypatch.setitem(KINDS, name, kind)
+    for table, found in ((KINDS, ideas.KINDS), (optimizers(), ideas.OPTIMIZERS)):
+        for name, idea in found.items():
+            monkeypatch.setitem(table, name, idea)
 
 
 def config(point, run=0):
@@ -85,12 +87,26 @@ def test_the_best_rate_is_that_of_the_hold_out_and_a_row_without_a_run_is_named(
         for point, accuracy in zip(points, (0.5, 0.7, 0.6), strict=False):
             point.workdirs[0].mkdir(parents=True)
             (point.workdirs[0] / "results.json").write_text(json.dumps({"validation_accuracy": accuracy}))
+    several = found["cifar10", "soap", "isometric"][1]
+    several.workdirs.append(tmp_path / "another seed")
+    several.workdirs[1].mkdir()
+    (several.workdirs[1] / "results.json").write_text(json.dumps({"validation_accuracy": 0.2}))
+    assert [*reproduce.best_rates({"row": [found["cifar10", "soap", "isometric"][0], several]}).values()] == [1e-3]
+    several.workdirs.pop()
     assert set(reproduce.best_rates(found).values()) == {2e-3, 1e-3}
     assert "0.0005: 50.00%, 0.001: 70.00%, 0.002: 60.00%; chosen 0.001" in capsys.readouterr().out
     for point in found["cifar10", "soap", "SimpleViT"]:
         (point.workdirs[0] / "results.json").unlink()
     with pytest.raises(TrainingError, match="no run of cifar10, soap, SimpleViT finished"):
         reproduce.best_rates(found)
+
+
+def test_ideas_are_compared_over_three_seeds_on_the_hold_out(tmp_path):
+    for name, optimizer in (("ideas", "soap"), ("adam", "adam_by_shape"), ("near_isometry", "soap_near_isometry")):
+        for tries in reproduce.choices(TABLES[name], str(tmp_path), {}, check=False).values():
+            assert [config(tries[0], run).seed for run in range(3)] == [1, 2, 3]
+        assert config(tries[0]).optimizer.name == optimizer
+        assert not TABLES[name].seeds
 
 
 @pytest.mark.parametrize("name", TABLES)
