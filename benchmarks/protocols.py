@@ -54,6 +54,7 @@ class Table(NamedTuple):
       seeds: Seeds of the runs on the test images. If empty, the table itself is made on the hold-out.
       choosing_seeds: Seeds of the runs on the hold-out.
       steps_of: Steps of single rows, in place of `steps`.
+      augmentation: `basic` or `strong`, as in the recipes.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Table(NamedTuple):
     seeds: tuple[int, ...] = FRESH_SEEDS
     choosing_seeds: tuple[int, ...] = (1,)
     steps_of: dict[str, int] = {}  # noqa: RUF012 (never changed)
+    augmentation: str = "basic"
 
     def row_steps(self, row: str) -> int | None:
         """Return the steps of a row's runs; None for the recipe's epochs."""
@@ -190,6 +192,7 @@ NETWORKS |= _ADAM
 
 # The steps that take as long as 1,500 of SimpleViT: benchmarks/README.md has the times of alternating steps.
 _EQUAL_TIME = {"isometric, attention frozen": 2700, "isometric, 4 heads": 1700, "SimpleViT, constant shifts": 1900}
+_DEEP_EQUAL_TIME = {"isometric, attention frozen, 64 blocks": 900}
 
 _SOAP: dict[str, tuple[float, ...]] = {"soap": (1e-3, 2e-3, 4e-3, 8e-3)}
 _REPLACED = tuple(row for row in NETWORKS if "looks-linear" in row or " in place" in row or "TAT (eta" in row)
@@ -287,6 +290,21 @@ TABLES: dict[str, Table] = {
         seeds=(),
     ),
     "depth": Table("24 and 64 blocks", tuple(row for row in NETWORKS if "blocks" in row), _SOAP, steps=500),
+    "depth_equal_time": Table(
+        "64 blocks, as many steps as take the time of 500 of SimpleViT",
+        ("SimpleViT, 64 blocks", *_DEEP_EQUAL_TIME),
+        _SOAP,
+        steps=500,
+        steps_of=_DEEP_EQUAL_TIME,
+    ),
+    "long": Table(
+        "ten epochs with RandAugment and mixup",
+        ("isometric", "isometric, attention frozen", "SimpleViT"),
+        {"soap": (2e-3, 4e-3)},
+        steps=7812,
+        seeds=FRESH_SEEDS[:3],
+        augmentation="strong",
+    ),
     "s4": Table(
         "S/4 by the reference's recipe, for a GPU",
         ("isometric", "isometric, attention frozen", "SimpleViT"),

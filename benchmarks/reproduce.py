@@ -95,7 +95,7 @@ def point(table: Table, key: Key, network: Network, rate: float, seeds: tuple[in
     result = Point({"data": data, "optimizer": optimizer, "row": row, "learning rate": f"{rate:g}"}, [], [])
     for seed in seeds:
         folder = pathlib.Path(run["root"], run["stage"], data, optimizer, row, f"{rate:g}", f"seed={seed}")
-        recipe = f"--config=configs/{data}.py:{recipe_arguments(network.preset, optimizer)}"
+        recipe = f"--config=configs/{data}.py:{recipe_arguments(network.preset, optimizer, table.augmentation)}"
         overrides = (f"--config.{name}={value}" for name, value in {**fields, "seed": seed}.items())
         # `simplest-vit`, which also knows the kinds of attention and the optimizers of `ideas`.
         command = [sys.executable, "-m", "benchmarks.ideas", "train", recipe]

@@ -73,6 +73,13 @@ def test_in_equal_time_a_cheaper_network_is_chosen_and_reported_in_more_steps(tm
     assert config(reported[1]).eval_every == 2700
 
 
+def test_a_long_run_has_strong_augmentation(tmp_path):
+    for name, num_ops, steps in (("headline", 0, 1500), ("long", 2, 7812)):
+        key = ("cifar10", "soap", "isometric")
+        run = config(reproduce.choices(TABLES[name], str(tmp_path), {}, check=False)[key][0])
+        assert (run.data.rand_augment.num_ops, run.data.mixup_alpha > 0, run.steps) == (num_ops, num_ops > 0, steps)
+
+
 def test_a_recipe_is_chosen_by_a_third_of_its_epochs(tmp_path):
     key = ("cifar10", "soap", "isometric")
     run = config(reproduce.choices(TABLES["s4"], str(tmp_path), {}, check=False)[key][0])
