@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.experimental.multihost_utils import host_local_array_to_global_array
+from jax.sharding import Mesh, PartitionSpec
 
 from simplest_vit.data.builders import find_builder
 from simplest_vit.data.decode import eval_image
@@ -25,12 +26,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class InMemorySplit:
-    """A split on the device."""
+    """A split on the device, or whole on every device of a mesh."""
 
     images: jax.Array  # uint8 [N, H, W, C]
     labels: jax.Array  # int32 [N]
-    # The split replicated over a mesh, for each mesh that requested it.
-    copies: "dict[Mesh, InMemorySplit]" = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +112,7 @@ def image_shape(data: Any) -> tuple[int, int, int]:
     return (data.image_size or height, data.image_size or width, channels)
 
 
-def load(data: Any, *, only_validation: bool = False) -> Dataset:
+def load(data: Any, *, mesh: Mesh | None = None, only_validation: bool = False) -> Dataset:
     """Load a data set; prepare it first if necessary.
 
     A split is put on the device if its images, as uint8 of the size used in training, fit in the budget, unless they
@@ -121,6 +120,7 @@ def load(data: Any, *, only_validation: bool = False) -> Dataset:
 
     Args:
       data: `config.data`.
+      mesh: The devices of the run, of all processes; None for one device.
       only_validation: Load the validation split in place of the training split as well, for evaluation only.
 
     Raises:
@@ -154,11 +154,11 @@ def load(data: Any, *, only_validation: bool = False) -> Dataset:
     require_same({f"the data's {name}": value for name, value in info.to_json().items()})
     _LOG.info("%s in %s: %s", info.name, prepared.folder, info.description)
     _LOG.info("%s: %s", label, prepared.class_line(label))
-    loaded = load_split(validation, info, data.device_budget_bytes)
+    loaded = load_split(validation, info, data.device_budget_bytes, mesh)
     stream = data.random_resized_crop
     return Dataset(
         **vars(info),
-        train=loaded if only_validation else load_split(train, info, data.device_budget_bytes, stream=stream),
+        train=loaded if only_validation else load_split(train, info, data.device_budget_bytes, mesh, stream=stream),
         validation=loaded,
         num_workers=data.num_workers,
     )
@@ -192,8 +192,13 @@ def _check_splits(train: Split, validation: Split, classes: np.ndarray, class_na
         )
 
 
-def load_split(split: Split, info: DatasetInfo, budget: int, *, stream: bool = False) -> InMemorySplit | DiskSplit:
-    """Load a split onto the device if its images fit in the budget in bytes, unless `stream` keeps it on disk."""
+def load_split(
+    split: Split, info: DatasetInfo, budget: int, mesh: Mesh | None = None, *, stream: bool = False
+) -> InMemorySplit | DiskSplit:
+    """Load a split if its images fit in the budget in bytes, unless `stream` keeps it on disk.
+
+    Every device of the mesh gets the whole split, so that each samples its part of a batch without communication.
+    """
     shape, num_bytes = (len(split.labels), *info.image_shape), len(split.labels) * math.prod(info.image_shape)
     what = f"{info.name}, {split.spec}: {len(split.labels):,} images of {'x'.join(map(str, info.image_shape))}"
     if stream:
@@ -204,14 +209,17 @@ def load_split(split: Split, info: DatasetInfo, budget: int, *, stream: bool = F
         return split.disk
     _LOG.info("%s, %s MB on the device", what, f"{num_bytes / 1e6:,.2f}")
     if split.pixels and split.pixel_shape == info.image_shape and info.eval_resize == info.image_shape[0]:
-        return InMemorySplit(jax.device_put(split.pixels()), jax.device_put(split.labels))
-    # The copy in host memory is freed as soon as the device has its own.
-    images = np.empty(shape, np.uint8)
+        images = split.pixels()
+    else:
+        images = np.empty(shape, np.uint8)
 
-    def decode(part: range) -> None:
-        for index, example in zip(part, split.disk.read(part), strict=True):
-            images[index] = example.decode(lambda content: eval_image(content, info.image_shape, info.eval_resize))
+        def decode(part: range) -> None:
+            chunk = split.disk.decode(part, lambda file, _: eval_image(file, info.image_shape, info.eval_resize))
+            images[part.start : part.stop] = chunk["image"]
 
-    for _ in split.disk.map(decode, f"decoding {info.name}, {split.spec}"):
-        pass
-    return InMemorySplit(jax.device_put(images), jax.device_put(split.labels))
+        for _ in split.disk.map(decode, f"decoding {info.name}, {split.spec}"):
+            pass
+    arrays = images, split.labels  # the copy in host memory is freed as soon as the devices have theirs
+    if mesh is None:
+        return InMemorySplit(*jax.device_put(arrays))
+    return InMemorySplit(*host_local_array_to_global_array(arrays, mesh, PartitionSpec()))

@@ -21,8 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import host_local_array_to_global_array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from simplest_vit.data import augment, streaming
 from simplest_vit.data.augment import Batch as Batch
@@ -73,7 +72,7 @@ def train_batches(
       batch_size: Examples in a batch, over all devices.
       seed: Determines the order of the examples and their augmentation.
       start_step: Number of the first batch.
-      sharding: Sharding of the batch axis over a mesh; None for one device.
+      sharding: Sharding of the batch axis over the mesh for which the data set was loaded; None for one device.
 
     Returns:
       The batches of steps `start_step`, `start_step` + 1, ...
@@ -86,9 +85,8 @@ def train_batches(
         return streaming.train_batches(
             dataset, data, batch_size=batch_size, seed=seed, start_step=start_step, sharding=sharding
         )
-    split = _replicate(dataset.train, sharding)
     static = {"preprocessing": Preprocessing.of(dataset, data), "batch_size": batch_size, "sharding": sharding}
-    sample = functools.partial(train_batch, split.images, split.labels, np.uint32(seed), **static)
+    sample = functools.partial(train_batch, dataset.train.images, dataset.train.labels, np.uint32(seed), **static)
     return (sample(np.uint32(step)) for step in itertools.count(start_step))
 
 
@@ -99,24 +97,9 @@ def eval_batches(dataset: Dataset, *, batch_size: int, sharding: NamedSharding |
     """
     if isinstance(dataset.validation, DiskSplit):
         return streaming.eval_batches(dataset, batch_size=batch_size, sharding=sharding)
-    split = _replicate(dataset.validation, sharding)
     static = {"preprocessing": Preprocessing.of(dataset), "batch_size": batch_size, "sharding": sharding}
-    sample = functools.partial(eval_batch, split.images, split.labels, **static)
+    sample = functools.partial(eval_batch, dataset.validation.images, dataset.validation.labels, **static)
     return (sample(np.int32(start)) for start in range(0, dataset.validation_size, batch_size))
-
-
-def _replicate(split: InMemorySplit, sharding: NamedSharding | None) -> InMemorySplit:
-    """Put the whole split on every device of a mesh, so that each samples its part of a batch without communication.
-
-    Each process has loaded the split and copies it to its own devices. The result is cached for later evaluations.
-    """
-    if sharding is None:
-        return split
-    mesh: Any = sharding.mesh
-    if mesh not in split.copies:
-        arrays = split.images, split.labels
-        split.copies[mesh] = InMemorySplit(*host_local_array_to_global_array(arrays, mesh, PartitionSpec()))
-    return split.copies[mesh]
 
 
 @functools.partial(jax.jit, static_argnames=("preprocessing", "batch_size", "sharding"))

@@ -107,7 +107,8 @@ def evaluate(
     if other_data:
         with own.ignore_type():
             own.data.update(other_data, image_size=data.image_shape[0])
-    dataset = input_pipeline.load(own.data, only_validation=bool(other_data))
+    mesh = create_mesh(own.fsdp)
+    dataset = input_pipeline.load(own.data, mesh=mesh, only_validation=bool(other_data))
     if other_data:
         if dataset.image_shape != data.image_shape:
             raise UserError(
@@ -128,7 +129,7 @@ def evaluate(
         dataset = dataclasses.replace(dataset, mean=data.mean, std=data.std)
     else:
         check_data(path, dataset.info)
-    run = build(own, data, create_mesh(own.fsdp))
+    run = build(own, data, mesh)
     eval_step = make_eval_step(run.graphdef, run.mesh, detailed=True)
     outcome: dict[str, Evaluation] = {}
     with Checkpoints(path, create=False) as checkpoints:

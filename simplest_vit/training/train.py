@@ -72,7 +72,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         return broadcast_from_primary(lambda: read_json(path / RESULTS))
 
     # 2. Data, model, optimizer and schedule; nothing is computed or written yet.
-    dataset = input_pipeline.load(config.data)
+    dataset = input_pipeline.load(config.data, mesh=mesh)
     run = build(config, dataset.info, mesh)
     for remark in run.remarks(config):
         log.info(remark)

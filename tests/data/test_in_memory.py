@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 from conftest import train_batches
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
@@ -86,27 +85,26 @@ def test_the_mesh_does_not_change_a_batch(digits, make_config, data_dir):
     sharding = NamedSharding(
         jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,)), PartitionSpec("batch")
     )
-    (alone,), (sharded,) = take(dataset, config, 1), take(dataset, config, 1, sharding=sharding)
+    (alone,) = take(dataset, config, 1)
+    dataset = input_pipeline.load(config.data, mesh=sharding.mesh)
+    (sharded,) = take(dataset, config, 1, sharding=sharding)
     assert sharded["image"].sharding.is_equivalent_to(sharding, 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), alone, sharded)
     evaluated = list(input_pipeline.eval_batches(dataset, batch_size=64, sharding=sharding))
     assert sum(float(batch["weight"].sum()) for batch in evaluated) == 360
 
 
-def test_a_split_is_copied_to_the_devices_once_not_at_every_evaluation(digits, monkeypatch):
-    dataset, _ = digits
+def test_a_split_is_copied_to_the_devices_once_not_at_every_evaluation(digits):
+    _, config = digits
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
-    copied = []
-    name = "simplest_vit.data.input_pipeline.host_local_array_to_global_array"
-    original = multihost_utils.host_local_array_to_global_array
-    monkeypatch.setattr(name, lambda *arguments: [copied.append(original(*arguments)), copied[-1]][1])
+    dataset = input_pipeline.load(config.data, mesh=mesh)
     for _ in range(3):
-        batches = input_pipeline.eval_batches(
-            dataset, batch_size=360, sharding=NamedSharding(mesh, PartitionSpec("batch"))
-        )
-        assert next(batches)["image"].sharding.device_set == set(mesh.devices.flat)
-    ((images, labels),) = copied
-    for array, shape in ((images, (360, 8, 8, 1)), (labels, (360,))):
+        with jax.transfer_guard_device_to_device("disallow_explicit"):
+            (batch,) = input_pipeline.eval_batches(
+                dataset, batch_size=360, sharding=NamedSharding(mesh, PartitionSpec("batch"))
+            )
+        assert batch["image"].sharding.device_set == set(mesh.devices.flat)
+    for array, shape in ((dataset.validation.images, (360, 8, 8, 1)), (dataset.validation.labels, (360,))):
         assert [shard.data.shape for shard in array.addressable_shards] == [shape] * 4
         assert {shard.device for shard in array.addressable_shards} == set(mesh.devices.flat)
 

@@ -545,7 +545,7 @@ def test_nothing_is_written_for_a_config_that_cannot_run(data_dir, tmp_path):
 def test_results_name_the_code_that_ran_not_what_is_on_the_disk_at_the_end(data_dir, tmp_path, monkeypatch):
     on_disk, load = ["old"], input_pipeline.load
     monkeypatch.setattr(train, "environment", lambda: {"commit": on_disk[-1]})
-    monkeypatch.setattr(input_pipeline, "load", lambda data: on_disk.append("new") or load(data))
+    monkeypatch.setattr(input_pipeline, "load", lambda data, **named: on_disk.append("new") or load(data, **named))
     assert train.train(tiny_config(data__dir=data_dir, steps=1), str(tmp_path))["commit"] == "old"
 
 
@@ -610,7 +610,7 @@ def test_what_is_compiled_for_an_accelerator_is_kept(
     class Reached(Exception):
         pass
 
-    def stop(_):
+    def stop(*_, **__):
         raise Reached
 
     monkeypatch.setenv("HOME", str(tmp_path))
