@@ -24,7 +24,6 @@ from simplest_vit.models.layers import sincos_position_embedding, token_grid
 from simplest_vit.models.mlp import MLPS
 from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.training.run import Run
-from simplest_vit.training.state import ModelState
 
 _DTYPES: dict[str, Any] = {
     "FloatStorage": np.float32,
@@ -183,8 +182,12 @@ class PthFile:
 _ATTENTIONS = {"simplest_vit": ("espa", "espa_2d", "espa_reference", "uspa"), "simple_vit": ("softmax",)}
 
 
-def _layout(model: Any, params: Any, constants: Any) -> dict[str, np.ndarray]:
-    """Arrange arrays as the tensors of the reference, which has two networks and few of the options here."""
+def to_reference(model: Any, params: Any, constants: Any) -> dict[str, np.ndarray]:
+    """Arrange the arrays of a model of `config.model` by the names, and in the layouts, of the reference.
+
+    Raises:
+      UserError: If the reference, which has two networks and few of the options here, has no such model.
+    """
     if model.name not in _ATTENTIONS:
         networks = ", ".join(_ATTENTIONS)
         raise UserError(f"config.model.name={model.name!r} is not in the PyTorch reference; expected {networks}")
@@ -197,17 +200,9 @@ def _layout(model: Any, params: Any, constants: Any) -> dict[str, np.ndarray]:
             raise UserError(
                 f"config.model.{field}={model[field]!r} is not in the PyTorch reference; expected {expected}"
             )
+    params, constants = jax.tree.map(np.asarray, (params, constants))
     flat = traverse_util.flatten_dict(params, sep="/") | traverse_util.flatten_dict(constants, sep="/")
     return {name: np.asarray(tensor) for name, tensor in pytorch_layout(flat, model.patch_size).items()}
-
-
-def to_reference(model: Any, state: ModelState) -> dict[str, np.ndarray]:
-    """Convert a model of `config.model` to float32 arrays by the names, and in the layouts, of the reference.
-
-    Raises:
-      UserError: If the reference has no such model.
-    """
-    return _layout(model, *jax.tree.map(np.asarray, (state.params, state.constants)))
 
 
 def from_reference(run: Run, checkpoint: PthFile) -> tuple[Any, Any]:
@@ -225,7 +220,7 @@ def from_reference(run: Run, checkpoint: PthFile) -> tuple[Any, Any]:
     parts = np.split(np.arange(ends[-1], dtype=np.int32), ends[:-1])
     # The layout of the positions in one array of all numbers shows where the entries of each tensor belong.
     positions = jax.tree.unflatten(tree, [x.reshape(leaf.shape) for x, leaf in zip(parts, leaves, strict=True)])
-    numbers, expected = np.empty(ends[-1], np.float32), _layout(model, *positions)
+    numbers, expected = np.empty(ends[-1], np.float32), to_reference(model, *positions)
     superfluous = [name for name in checkpoint.tensors if name not in expected]
     if superfluous:
         raise _mismatch(checkpoint, f"holds {superfluous[0]}, which a {model.name} of this config does not have")

@@ -111,7 +111,7 @@ def peer(run: Run, state: TrainState) -> ViT:
         divide_columns=model.attention == "espa_reference",
         **{name: arguments[name] for name in names},
     )
-    weights = to_reference(model, state.model_state)
+    weights = to_reference(model, state.params, state.constants)
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
             parameter.copy_(torch.tensor(weights[reference_name(model.name, name)]))

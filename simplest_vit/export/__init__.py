@@ -203,7 +203,7 @@ def _pth(run: Run, state: ModelState, metadata: Metadata) -> tuple[bytes, Classi
     """Serialize as the reference does, and read that as `import_reference` does."""
     import torch
 
-    arrays = to_reference(run.config.model, state)
+    arrays = to_reference(run.config.model, state.params, state.constants)
     tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     file = io.BytesIO()
     torch.save({"step": int(state.step), "model_state_dict": tensors}, file)
