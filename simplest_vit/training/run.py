@@ -126,20 +126,6 @@ class Run:
         return self.should_evaluate(step) or step % self.config.log_every == 0
 
 
-def reference_layout(config: ConfigDict) -> Callable[[Any], Any]:
-    """Return the function that arranges parameters as in PyTorch, the layout in which `reference_shampoo` sees them.
-
-    Raises:
-      UserError: If `reference_shampoo` is chosen for a kind of attention without such a layout.
-    """
-    if config.optimizer.name == "reference_shampoo" and config.model.attention == "value_skipinit":
-        raise UserError(
-            "config.optimizer.name='reference_shampoo' has no layout for model.attention='value_skipinit'; change "
-            "one of them"
-        )
-    return functools.partial(pytorch_layout, patch_size=config.model.patch_size)
-
-
 def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Run:
     """Build a run; this is the only way to make one.
 
@@ -151,6 +137,11 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
         raise UserError(
             f"{data.name} has one class ({data.class_names[0]}), expected at least two; if they are photos in "
             "FOLDER/GROUP/CLASS/*.jpg, name FOLDER/GROUP"
+        )
+    if (config.optimizer.name, config.model.attention) == ("reference_shampoo", "value_skipinit"):
+        raise UserError(
+            "config.optimizer.name='reference_shampoo' has no layout for model.attention='value_skipinit'; change "
+            "one of them"
         )
     mesh = create_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
     config = copy.deepcopy(config)
@@ -171,7 +162,7 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
         weight_decay=config.weight_decay,
         decoupled_weight_decay=config.decoupled_weight_decay,
         mesh=mesh,
-        layout=reference_layout(config),
+        layout=functools.partial(pytorch_layout, patch_size=config.model.patch_size),
     )
     sizes = model_arguments(**config.model, image_shape=data.image_shape)
     kernel = fused_attention.choose(

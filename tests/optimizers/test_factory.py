@@ -12,7 +12,7 @@ from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers import paths
 from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer, declared, optimizers
 from simplest_vit.optimizers.shampoo import reference_shampoo
-from simplest_vit.training.run import build, reference_layout
+from simplest_vit.training.run import build
 from tests.tiny import DIGITS, tiny_config
 
 PARAMS = {
@@ -258,7 +258,7 @@ def test_reference_shampoo_has_no_layout_for_value_skipinit():
     with pytest.raises(
         UserError, match=r"^config.optimizer.name='reference_shampoo' has no layout for .*'value_skipinit'; "
     ):
-        reference_layout(config)
+        build(config, DIGITS)
 
 
 def test_schedule_warms_up_linearly_and_ends_at_zero():
