@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from simplest_vit.errors import UserError
 from simplest_vit.models import fused_attention
 from simplest_vit.primary import require_same
 from simplest_vit.training.checkpoint import Checkpoints
-from simplest_vit.training.metrics import Classification, classification, mean_metrics
+from simplest_vit.training.metrics import mean_metrics
 from simplest_vit.training.run import Run, build
 from simplest_vit.training.sharding import batch_sharding, create_mesh
 from simplest_vit.training.state import ModelState, RunProgress
@@ -33,23 +33,57 @@ _CLASSES = 10  # in a summary
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The evaluation of a checkpoint on a split."""
+    """The evaluation of a checkpoint on a split: sums over its images, float64."""
 
     step: int
-    loss: float
-    classification: Classification  # accuracy by class, confusion matrix and calibration
     class_names: tuple[str, ...]  # in the order of the labels
+    loss: float  # the mean
+    confusion: np.ndarray  # images by their class and the predicted class, [K, K]
+    in_top5: float  # images whose class is among the five most probable
+    bin_confidence: np.ndarray  # sum of the predicted classes' probabilities, by bin of confidence, [`step.BINS`]
+    bin_correct: np.ndarray  # correct predictions by bin
+    bin_count: np.ndarray  # images by bin
+
+    @classmethod
+    def of(cls, step: int, class_names: tuple[str, ...], sums: Sequence[Mapping[str, Any]]) -> "Evaluation":
+        """Add up the sums of all batches of a split, as a detailed `make_eval_step` returns them."""
+        names = ("confusion", "in_top5", "bin_confidence", "bin_correct", "bin_count")
+        totals: dict[str, Any] = {
+            name: np.sum([np.asarray(part[name], np.float64) for part in sums], axis=0) for name in names
+        }
+        return cls(step, class_names, mean_metrics(sums)["loss"], **totals)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images whose class is predicted."""
+        return float(np.trace(self.confusion) / self.confusion.sum())
+
+    @property
+    def top5_accuracy(self) -> float:
+        """The share of images whose class is among the five most probable."""
+        return float(self.in_top5 / self.confusion.sum())
+
+    @property
+    def class_accuracy(self) -> np.ndarray:
+        """Accuracy by class, [K]; NaN for a class without images."""
+        images = self.confusion.sum(axis=1)
+        return np.divide(np.diag(self.confusion), images, out=np.full(len(images), np.nan), where=images > 0)
+
+    @property
+    def calibration_error(self) -> float:
+        """The expected calibration error (Guo et al., arXiv 1706.04599, equation 3)."""
+        return float(np.abs(self.bin_correct - self.bin_confidence).sum() / self.bin_count.sum())
 
     def summary(self) -> dict[str, Any]:
         """Return plain numbers by name, and the accuracy of the ten classes where it is lowest."""
-        by_class = self.classification.class_accuracy
+        by_class = self.class_accuracy
         lowest = [i for i in np.argsort(by_class, kind="stable")[:_CLASSES] if by_class[i] >= 0]  # NaN comes last
         return {
             "step": self.step,
-            "validation_accuracy": self.classification.accuracy,
+            "validation_accuracy": self.accuracy,
             "validation_loss": self.loss,
-            "top5_accuracy": self.classification.top5_accuracy,
-            "calibration_error": self.classification.calibration_error,
+            "top5_accuracy": self.top5_accuracy,
+            "calibration_error": self.calibration_error,
             "lowest_class_accuracies": {self.class_names[i]: float(by_class[i]) for i in lowest},
         }
 
@@ -140,7 +174,7 @@ def evaluate(
                 outcome[name] = outcome["latest"]
                 continue
             sums = _sum_batches(run, dataset, state, eval_step) or []
-            outcome[name] = Evaluation(step, mean_metrics(sums)["loss"], classification(sums), data.class_names)
+            outcome[name] = Evaluation.of(step, data.class_names, sums)
     return outcome
 
 

@@ -4,7 +4,6 @@ All are kept as sums and counts, so that batches of any size add up to the whole
 """
 
 import contextlib
-import dataclasses
 import datetime
 import logging
 import math
@@ -17,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -53,47 +51,6 @@ def mean_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Compute the mean `loss` and `accuracy` over all examples of some sums."""
     total = add_sums(parts)
     return {"loss": total["loss"] / total["count"], "accuracy": total["correct"] / total["count"]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Classification:
-    """Sums over the images of a split, float64."""
-
-    confusion: np.ndarray  # images by their class and the predicted class, [K, K]
-    in_top5: float  # images whose class is among the five most probable
-    bin_confidence: np.ndarray  # sum of the predicted classes' probabilities, by bin of confidence, [`step.BINS`]
-    bin_correct: np.ndarray  # correct predictions by bin
-    bin_count: np.ndarray  # images by bin
-
-    @property
-    def accuracy(self) -> float:
-        """The share of images whose class is predicted."""
-        return float(np.trace(self.confusion) / self.confusion.sum())
-
-    @property
-    def top5_accuracy(self) -> float:
-        """The share of images whose class is among the five most probable."""
-        return float(self.in_top5 / self.confusion.sum())
-
-    @property
-    def class_accuracy(self) -> np.ndarray:
-        """Accuracy by class, [K]; NaN for a class without images."""
-        images = self.confusion.sum(axis=1)
-        return np.divide(np.diag(self.confusion), images, out=np.full(len(images), np.nan), where=images > 0)
-
-    @property
-    def calibration_error(self) -> float:
-        """The expected calibration error (Guo et al., arXiv 1706.04599, equation 3)."""
-        return float(np.abs(self.bin_correct - self.bin_confidence).sum() / self.bin_count.sum())
-
-
-def classification(sums: Sequence[Mapping[str, Any]]) -> Classification:
-    """Add up the `confusion_sums` of all batches of a split, which may hold other sums as well."""
-    total: dict[str, Any] = {
-        field.name: np.sum([np.asarray(part[field.name], np.float64) for part in sums], axis=0)
-        for field in dataclasses.fields(Classification)
-    }
-    return Classification(**total)
 
 
 def tagged(scalars: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def classification_sums(logits: jax.Array, label: jax.Array, weight: jax.Array, 
 
 
 def confusion_sums(logits: jax.Array, label: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
-    """Compute the fields of `Classification` for one batch, in float32.
+    """Compute the sums of an `Evaluation` for one batch, in float32.
 
     Args:
       logits: float32 [B, K].

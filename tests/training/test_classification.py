@@ -15,8 +15,7 @@ from simplest_vit.analysis import figures
 from simplest_vit.analysis.classification_files import write_classification
 from simplest_vit.errors import UserError
 from simplest_vit.training.evaluate import Evaluation
-from simplest_vit.training.metrics import classification
-from simplest_vit.training.step import BINS, confusion_sums
+from simplest_vit.training.step import BINS, classification_sums, confusion_sums
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +27,12 @@ def split():
     return logits, target
 
 
+def evaluation(batches, names):
+    """Evaluate batches of logits, targets and weights."""
+    batches = [(jnp.asarray(x), jax.nn.one_hot(target, len(names)), jnp.asarray(w)) for x, target, w in batches]
+    return Evaluation.of(3, tuple(names), [classification_sums(*b) | confusion_sums(*b) for b in batches])
+
+
 @pytest.fixture(scope="module")
 def result(split):
     """The same in batches of 64, the last one padded by copies that have no weight."""
@@ -35,11 +40,8 @@ def result(split):
     index = np.resize(np.arange(200), 256)
     weight = (np.arange(256) < 200).astype(np.float32)
     parts = zip(index.reshape(4, 64), weight.reshape(4, 64), strict=True)
-    return classification(
-        [
-            confusion_sums(jnp.asarray(logits[part]), jax.nn.one_hot(target[part], 8), jnp.asarray(w))
-            for part, w in parts
-        ]
+    return evaluation(
+        [(logits[part], target[part], w) for part, w in parts], [f"class {k}" for k in range(7)] + ["$none$"]
     )
 
 
@@ -69,15 +71,14 @@ def test_calibration_error_is_its_definition(split, result):
 
 def test_a_tie_with_the_true_class_is_among_the_five():
     tied = jnp.asarray([[1.0, 1, 1, 1, 1, 1], [1, 2, 3, 4, 5, 6]])
-    sums = confusion_sums(tied, jax.nn.one_hot(jnp.asarray([0, 0]), 6), jnp.ones(2))
-    assert classification([sums]).top5_accuracy == 0.5
+    assert evaluation([(tied, jnp.asarray([0, 0]), np.ones(2))], "abcdef").top5_accuracy == 0.5
 
 
 def test_files_hold_what_was_computed(split, result, tmp_path, monkeypatch):
     drawn, save = [], figures.save
     monkeypatch.setattr(figures, "save", lambda figure, path: [drawn.append(figure), save(figure, path)])
-    names = [f"class {k}" for k in range(7)] + ["$none$"]
-    write_classification(Evaluation(3, 0.5, result, tuple(names)), str(tmp_path / "new"))
+    names = list(result.class_names)
+    write_classification(result, str(tmp_path / "new"))
     with (tmp_path / "new" / "classes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == names
@@ -112,4 +113,4 @@ def test_a_picture_takes_the_font_that_has_the_letters_of_a_name(monkeypatch, ca
 def test_a_folder_that_cannot_be_written_is_named(result, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output=.*file cannot be written \(File exists\)"):
-        write_classification(Evaluation(3, 0.5, result, tuple("abcdefgh")), str(tmp_path / "file"))
+        write_classification(result, str(tmp_path / "file"))

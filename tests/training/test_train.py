@@ -168,20 +168,20 @@ def test_evaluation_repeats_what_training_found(finished, data_dir, monkeypatch)
     evaluated = evaluate.evaluate(workdir.name)
     summary = evaluated["latest"].summary()
     lowest = summary.pop("lowest_class_accuracies")
-    by_class = evaluated["latest"].classification.class_accuracy
+    by_class = evaluated["latest"].class_accuracy
     assert lowest == {str(digit): by_class[digit] for digit in range(10)}
     assert list(lowest.values()) == sorted(by_class)
     assert summary == {
         "step": 6,
         "validation_loss": pytest.approx(outcome["validation_loss"]),
         "validation_accuracy": outcome["validation_accuracy"],
-        "top5_accuracy": evaluated["latest"].classification.top5_accuracy,
-        "calibration_error": evaluated["latest"].classification.calibration_error,
+        "top5_accuracy": evaluated["latest"].top5_accuracy,
+        "calibration_error": evaluated["latest"].calibration_error,
     }
     assert outcome["validation_accuracy"] <= summary["top5_accuracy"] <= 1
-    assert evaluated["latest"].classification.confusion.sum() == 360
-    assert evaluated["latest"].classification.accuracy == outcome["validation_accuracy"]
-    assert evaluated["best"].classification.accuracy == outcome["best_validation_accuracy"]
+    assert evaluated["latest"].confusion.sum() == 360
+    assert evaluated["latest"].accuracy == outcome["validation_accuracy"]
+    assert evaluated["best"].accuracy == outcome["best_validation_accuracy"]
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}, "evaluation wrote to the workdir"
 
 
@@ -196,7 +196,7 @@ def test_evaluation_takes_another_split_or_folder_of_the_same_classes(finished, 
 
     monkeypatch.setattr(input_pipeline, "load", odd)
     same, other = (
-        evaluate.evaluate(str(workdir), other_data={"validation_split": split})["latest"].classification.accuracy
+        evaluate.evaluate(str(workdir), other_data={"validation_split": split})["latest"].accuracy
         for split in ("validation", "validation[:100]")
     )
     assert same == outcome["validation_accuracy"]
@@ -276,14 +276,14 @@ def test_evaluation_by_the_folder_alone_takes_the_devices_at_hand(finished, tmp_
     record["config"]["model"] |= {"attention_kernel": "fused"}
     (workdir / "config.json").write_text(json.dumps(record))
     evaluated = evaluate.evaluate(str(workdir))
-    assert evaluated["latest"].classification.accuracy == finished[1]["validation_accuracy"]
+    assert evaluated["latest"].accuracy == finished[1]["validation_accuracy"]
 
 
 def test_evaluation_takes_devices_that_do_not_divide_the_batch(finished, data_dir, tmp_path, monkeypatch):
     for module in (evaluate, train):
         monkeypatch.setattr(module, "create_mesh", lambda fsdp: create_mesh(fsdp, jax.devices()[:3]))
     evaluated = evaluate.evaluate(str(finished[0]), tiny_config(data__dir=data_dir, ema__decay=0.9))
-    assert evaluated["latest"].classification.accuracy == finished[1]["validation_accuracy"]
+    assert evaluated["latest"].accuracy == finished[1]["validation_accuracy"]
     assert evaluated["latest"].loss == pytest.approx(finished[1]["validation_loss"])
     with pytest.raises(UserError, match=r"config.batch_size=64 cannot be split over 3 devices; .* that divides it"):
         train.train(tiny_config(data__dir=str(tmp_path / "data")), str(tmp_path / "run"))
@@ -589,7 +589,7 @@ def test_a_folder_with_the_signs_of_a_pattern_is_a_folder(data_dir, tmp_path):
     workdir = tmp_path / "lr=[1] *?" / "{seed}"
     config = tiny_config(data__dir=data_dir, steps=3)
     outcome = train.train(config, str(workdir))
-    assert evaluate.evaluate(str(workdir), config)["best"].classification.accuracy == outcome["validation_accuracy"]
+    assert evaluate.evaluate(str(workdir), config)["best"].accuracy == outcome["validation_accuracy"]
 
 
 @pytest.mark.parametrize(
