@@ -128,10 +128,11 @@ def test_memory_falls_as_computed(recipe, shape):
     if recipe == "adam":  # parameters, two moments and the average; three counters of the run, two of the optimizer
         expected = 4 * (4 * (split // fsdp + whole) + constants + 5)
     else:  # slots over all devices, or else another axis of each array that they divide; two counters of the optimizer
-        stacks = [x for name, x in by_name(run.abstract.opt_state).items() if "stacks" in name]
-        shared = sum(x.nbytes // (8 if any(n % 8 == 0 for n in x.shape) else 1) for x in stacks)
-        assert shared < sum(x.nbytes for x in stacks) / 6
-        version = sum(x.nbytes for name, x in by_name(run.abstract.opt_state).items() if "version" in name)
+        arrays = by_name(run.abstract.opt_state).items()
+        stacks = [(x.size * x.dtype.itemsize, x.shape) for name, x in arrays if "stacks" in name]
+        shared = sum(size // (8 if any(n % 8 == 0 for n in shape) else 1) for size, shape in stacks)
+        assert shared < sum(size for size, _ in stacks) / 6
+        version = sum(x.size * x.dtype.itemsize for name, x in arrays if "version" in name)
         expected = 4 * (split // fsdp + whole + constants + 2 * whole + 5) + shared + version
     on_first = sum(
         shard.data.nbytes for x in jax.tree.leaves(state) for shard in x.addressable_shards if shard.device.id == 0
