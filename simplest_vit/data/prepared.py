@@ -251,7 +251,7 @@ class Prepared:
                 is_measured = every and index % every == 0
                 if images is None and not is_measured:
                     continue
-                pixels = example.decode(lambda content: decode_image(content, channels, smallest))
+                pixels = example.decode(decode_image, channels, smallest)
                 if images is not None:
                     images[index] = pixels
                 if is_measured:

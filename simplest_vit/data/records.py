@@ -47,10 +47,10 @@ class Record(NamedTuple):
     labels: list[int]
     name: str
 
-    def decode(self, to_pixels: Callable[[bytes], np.ndarray]) -> np.ndarray:
-        """Apply a decoder to the image; its UserError names the example."""
+    def decode(self, to_pixels: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
+        """Apply a decoder to the image and further arguments; its UserError names the example."""
         try:
-            return to_pixels(self.image)
+            return to_pixels(self.image, *arguments)
         except UserError as error:
             raise UserError(f"{self.name}: {error}; repair it and prepare the data set again") from error
 
@@ -105,9 +105,8 @@ class DiskSplit:
           UserError: If an image or a file of the data set is damaged.
           TrainingError: If the system cannot read it.
         """
-        examples, images = self.read(indices), []
-        for i, example in enumerate(examples):
-            images.append(example.decode(lambda content, i=i: to_pixels(content, i)))  # type: ignore[misc]
+        examples = self.read(indices)
+        images = [example.decode(to_pixels, i) for i, example in enumerate(examples)]
         return {"image": np.stack(images), "label": np.array([example.labels[0] for example in examples], np.int32)}
 
     def map(self, work: Callable[[range], Result], what: str) -> Iterator[Result]:
