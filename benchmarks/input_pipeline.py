@@ -258,5 +258,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    commands.start_anew()
+    commands.restart()
     main()

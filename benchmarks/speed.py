@@ -75,7 +75,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Number))
 
 def run(program: Callable[..., None], usage: str, **options: Any) -> None:
     """Run a benchmark as `cli.run` does, with the environment of the commands, whose speed is measured."""
-    commands.start_anew()
+    commands.restart()
     cli.run(program, usage, **options)
 
 

@@ -31,19 +31,19 @@ ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
 }
-_STARTED_ANEW = "SIMPLEST_VIT_STARTED_ANEW"  # once, even if a loader removes these from the environment
+_RESTARTED = "SIMPLEST_VIT_RESTARTED"  # once, even if a loader removes these from the environment
 
 
-def start_anew() -> None:
-    """Start this program again with `ENVIRONMENT`, unless it has been."""
-    if sys.platform == "linux" and _STARTED_ANEW not in os.environ and not ENVIRONMENT.keys() <= os.environ.keys():
-        environment = ENVIRONMENT | os.environ | {_STARTED_ANEW: "1"}
+def restart() -> None:
+    """Restart this program with `ENVIRONMENT`, unless that has been done."""
+    if sys.platform == "linux" and _RESTARTED not in os.environ and not ENVIRONMENT.keys() <= os.environ.keys():
+        environment = ENVIRONMENT | os.environ | {_RESTARTED: "1"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def main() -> None:
     """Run the command named by the first word of the command line; without one, train."""
-    start_anew()
+    restart()
     arguments = sys.argv[1:]
     if arguments[:1] in (["help"], ["--help"], ["-h"]):
         commands = "\n".join(f"  {name:<18} {meaning}" for name, meaning in COMMANDS.items())

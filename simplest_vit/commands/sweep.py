@@ -178,7 +178,7 @@ def execute(points: list[Point], environments: list[dict[str, str]]) -> int:
                 if preemption.received():
                     raise Interrupted("rerun the command to resume unfinished runs")
                 time.sleep(0.1)
-        finally:  # after a signal, or an error such as a full disk, no run goes on
+        finally:  # after a signal, or an error such as a full disk, no run continues
             for _, process in running.values():
                 process.terminate()
             for _, process in running.values():

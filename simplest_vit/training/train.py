@@ -92,7 +92,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             state, progress = checkpoints.restore(run.abstract, first_step)
             log.info("resuming at step %d of %d in %s", first_step, run.total_steps, path)
             if 0 < config.profile.first_step <= first_step:
-                log.info("config.profile.first_step=%d is not made again: no profile", config.profile.first_step)
+                log.info("config.profile.first_step=%d has passed: no profile", config.profile.first_step)
         else:
             state, progress = run.create_state(initial_params), RunProgress()
         last_commit, commit = progress.commits[-1] if progress.commits else None, this["commit"]

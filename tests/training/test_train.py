@@ -562,7 +562,7 @@ def test_a_run_that_is_resumed_with_other_code_names_both(data_dir, tmp_path, mo
     outcome = train.train(config, str(tmp_path))
     assert (outcome["commit"], outcome["commits"]) == ("new", ["old", "new"])
     assert "the code has changed: old made step 3, now new" in caplog.messages
-    assert "config.profile.first_step=2 is not made again: no profile" in caplog.messages
+    assert "config.profile.first_step=2 has passed: no profile" in caplog.messages
 
 
 def test_a_finished_run_stays_finished_whatever_becomes_of_the_data(finished, tmp_path):
