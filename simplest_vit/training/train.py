@@ -71,7 +71,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         log.info("%s has finished; this is its %s (other data or settings need another folder)", path, RESULTS)
         return broadcast_from_primary(lambda: read_json(path / RESULTS))
 
-    # 2. Data, model, optimizer and schedule; nothing is computed or written yet.
+    # 2. Data, model, optimizer and schedule; no step is computed, and nothing is written to the folder yet.
     dataset = input_pipeline.load(config.data, mesh=mesh)
     run = build(config, dataset.info, mesh)
     for remark in run.remarks(config):
