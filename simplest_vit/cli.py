@@ -133,12 +133,15 @@ def load_config(arguments: list[str]) -> ConfigDict:
     return config.value
 
 
+def given_fields() -> dict[str, Any]:
+    """Return the fields of the config that this command's flags set, by dotted name."""
+    return config_flags.get_override_values(flags.FLAGS[CONFIG.name])
+
+
 def config_arguments() -> list[str]:
     """Return the flags that give the config of this command again."""
-    config = flags.FLAGS[CONFIG.name]
-    fields = config_flags.get_override_values(config).items()
-    set_fields = (f"--{CONFIG.name}.{field}={value}" for field, value in fields)
-    return [f"--{CONFIG.name}={config_flags.get_config_filename(config)}", *set_fields]
+    set_fields = (f"--{CONFIG.name}.{field}={value}" for field, value in given_fields().items())
+    return [f"--{CONFIG.name}={config_flags.get_config_filename(flags.FLAGS[CONFIG.name])}", *set_fields]
 
 
 def seeds_from(first: int, count: int) -> range:
@@ -323,7 +326,7 @@ def _explain(error: BaseException, flag: str, arguments: list[str]) -> str:
         return f"--{named[1]}={innermost}" if named and is_path else str(innermost)
     field = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
     if field and field[1] in FIELDS and isinstance(innermost, ValueError):
-        _, values, meaning = FIELDS[field[1]]
+        _, values, meaning, _ = FIELDS[field[1]]
         return f"config.{field[1]}={field[2]} must be {values.expected} ({meaning})"
     message = (str(innermost).splitlines() or [""])[-1].strip()
     if not isinstance(error, flags.Error) or isinstance(innermost, SyntaxError | ImportError | OSError):

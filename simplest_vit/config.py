@@ -29,6 +29,7 @@ class Field(NamedTuple):
     default: Any
     values: Values
     meaning: str
+    needs: tuple[str, ...] = ()  # fields of which one must be on, else this one has no effect
 
 
 def _is_interval(value: Any) -> bool:
@@ -49,6 +50,7 @@ def _folder(path: Any) -> bool:
 
 
 _NAME = optional(TEXT)
+_MIX = ("data.mixup_alpha", "data.cutmix_alpha")
 INTERVAL = int | str
 _INTERVAL = Values(_is_interval, "a number of steps, an integer from 1, or of epochs, such as '0.5 epochs'", INTERVAL)
 _FOLDER = optional(Values(_folder, "the path of a folder"))
@@ -65,7 +67,7 @@ FIELDS = {
     "grad_clip": Field(1.0, number("[0, 1e9]"), "clip gradients to this global norm; 0: no clipping"),
     "weight_decay": Field(0.0, number("[0, 100]"), "weight decay of kernels; biases and LayerNorm do not decay"),
     # In both cases AdamW, LARS and other optimizers of optax that have a weight decay apply it in their own way.
-    "decoupled_weight_decay": Field(False, FLAG, "False: L2, added to the gradient; True: decoupled, as in AdamW"),
+    "decoupled_weight_decay": Field(False, FLAG, "False: L2, on the gradient; True: as in AdamW", ("weight_decay",)),
     "label_smoothing": Field(0.0, DECAY, "share of each label's weight that is spread evenly over all classes"),
     "max_skipped_steps": Field(10, integer(1), "stop after so many steps in a row with a loss or gradient not finite"),
     "fsdp": Field(1, integer(1), "devices that share one copy of parameters and optimizer state; 1: no sharing"),
@@ -84,14 +86,14 @@ FIELDS = {
     "log_every": Field(24, _INTERVAL, "interval between reports of training loss, accuracy and speed"),
     "patience": Field(0, integer(0), "stop after this many evaluations in a row without a new best; 0: never"),
     "sam.rho": Field(0.0, number("[0, 100]"), "radius of sharpness-aware minimization (SAM); 0: off; reference: 0.05"),
-    "sam.every": Field(1, integer(1), "use SAM in every n-th step"),
+    "sam.every": Field(1, integer(1), "use SAM in every n-th step", ("sam.rho",)),
     "ema.decay": Field(0.0, DECAY, "decay of the average parameters, which are evaluated; 0: off; reference: 0.99"),
-    "ema.every": Field(5, integer(1), "steps between updates of the moving average"),
+    "ema.every": Field(5, integer(1), "steps between updates of the moving average", ("ema.decay",)),
     # In JAX_COMPILATION_CACHE_DIR, or ~/.cache/simplest_vit.
     "compilation_cache": Field(True, FLAG, "keep compiled accelerator programs on disk"),
     "wandb": Field(None, _NAME, "project of Weights & Biases that the run is logged to as well"),
     "profile.first_step": Field(0, integer(0), "profile the steps after this one; 0: no profile"),
-    "profile.num_steps": Field(5, integer(1), "number of steps to profile"),
+    "profile.num_steps": Field(5, integer(1), "number of steps to profile", ("profile.first_step",)),
     "init_from": Field(None, _FOLDER, "fine-tune: start from the best weights of the run in this folder"),
     "model.name": Field("simplest_vit", TEXT, "network: simplest_vit, isometric_vit, shift_mlp or simple_vit"),
     "model.variant": Field("S", TEXT, "Ti, S, B or L; sets depth, width, num_heads and mlp_dim if they are None"),
@@ -140,11 +142,11 @@ FIELDS = {
     "data.crop_padding": Field(4, integer(0, 2**14), "pad the image by this many pixels and crop at random; 0: off"),
     "data.flip": Field(True, FLAG, "mirror a random half of the images"),
     "data.rand_augment.num_ops": Field(0, integer(0, 100), "RandAugment: operations per image; 0: off"),
-    "data.rand_augment.magnitude": Field(10, integer(0, 30), "RandAugment: strength of the operations"),
+    "data.rand_augment.magnitude": Field(10, integer(0, 30), "RandAugment: strength", ("data.rand_augment.num_ops",)),
     # z ~ Beta(alpha, alpha). With both, each batch draws one.
     "data.mixup_alpha": Field(0.0, number("[0, 1000]"), "mixup: the partner's weight is min(z, 1 - z); 0: off"),
     "data.cutmix_alpha": Field(0.0, number("[0, 1000]"), "CutMix: the share 1 - z of the area is pasted; 0: off"),
-    "data.mixup_mode": Field("batch", one_of("batch", "example"), "one weight or box per batch, or per example"),
+    "data.mixup_mode": Field("batch", one_of("batch", "example"), "one weight or box per batch, or per example", _MIX),
     "data.device_budget_bytes": Field(2 * 10**9, integer(0, 2**60), "bytes up to which a split is kept on the device"),
     # 0: threads instead; None: chosen by the number of cores.
     "data.num_workers": Field(None, optional(integer(0, 1024)), "processes that decode streamed images"),
@@ -186,7 +188,7 @@ def default(optimizer: str = "adam") -> ConfigDict:
     The optimizer determines the fields of `config.optimizer`; a UserError if there is none of that name.
     """
     nested: dict[str, Any] = {}
-    for name, (value, values, _) in (fields(optimizer) | {"optimizer.name": Field(optimizer, TEXT, "")}).items():
+    for name, (value, values, *_) in (fields(optimizer) | {"optimizer.name": Field(optimizer, TEXT, "")}).items():
         *sections, last = name.split(".")
         section = nested
         for part in sections:
@@ -263,7 +265,6 @@ def check(config: ConfigDict, image_shape: tuple[int, int, int] | None = None) -
 
     flat = flatten(config.to_dict())
     table = fields(str(flat.get("optimizer.name", "adam")))
-    unknown = [name for name in flat if name not in table]
     optimizer = flat.get("optimizer.name")
     settings = _optimizer_fields(flat)
     if settings != _optimizer_fields(table) and any(
@@ -274,9 +275,9 @@ def check(config: ConfigDict, image_shape: tuple[int, int, int] | None = None) -
             f"choose it after the config file: --config FILE:optimizer={optimizer}, or in one of your own by "
             f'default("{optimizer}")'
         )
-    for name in unknown:
+    for name in (name for name in flat if name not in table):
         raise UserError(f"config.{name} is unknown; {suggest(name, table)}")
-    for name, (value, values, meaning) in table.items():
+    for name, (value, values, meaning, _) in table.items():
         if name not in flat:
             raise UserError(f"config.{name} is missing; its default is {value!r} ({meaning})")
         try:

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import re
 import sys
 import types
 
@@ -20,6 +21,7 @@ from flax import nnx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from simplest_vit.config import FIELDS, check, default
+from simplest_vit.data.dataset import InMemorySplit
 from simplest_vit.errors import TrainingError, UserError
 from simplest_vit.training import metrics
 from simplest_vit.training import run as run_module
@@ -487,6 +489,98 @@ def test_a_field_changes_what_it_is_documented_to_change(field, request, monkeyp
     row = globals()[name]
     needed = row.__code__.co_varnames[: row.__code__.co_argcount]
     row(**{each: request.getfixturevalue(each) for each in needed})
+
+
+# Field -> settings with which it has no effect, settings with which it has one, and the logged reason.
+SWITCHED_OFF = {
+    "epochs": ({"steps": 6}, {"steps": None}, "with config.steps=6"),
+    "min_steps": ({"steps": 6}, {"steps": None}, "with config.steps=6"),
+    "decoupled_weight_decay": ({}, {"weight_decay": 0.1}, "with config.weight_decay=0.0"),
+    "eval_every": ({"eval_every": 6}, {"eval_every": 4}, "with config.checkpoint_every=3, which divides it"),
+    "log_every": ({"log_every": "0.1 epochs", "eval_every": 1}, {}, "with config.eval_every=1, which divides it"),
+    "sam.every": ({}, {"sam.rho": 0.1}, "with config.sam.rho=0.0"),
+    "ema.every": ({}, {"ema.decay": 0.9}, "with config.ema.decay=0.0"),
+    "profile.num_steps": ({}, {"profile.first_step": 1}, "with config.profile.first_step=0"),
+    "model.attention_kernel": ({"model.name": "shift_mlp"}, {}, "on this shift_mlp (fused: attention of up to 64 "),
+    "model.gamma_max_depth": ({"model.attention": "uspa"}, {}, "on this simplest_vit (E-SPA: decay at the last block)"),
+    "model.rho_max_depth": ({}, {"model.attention": "uspa"}, "on this simplest_vit (U-SPA: correlation at the last "),
+    "model.uniform_fraction": ({}, {"model.name": "shift_mlp"}, "on this simplest_vit (shift attention: weight of"),
+    "model.identity_head_fraction": (
+        {"model.name": "simple_vit"},
+        {"model.name": "isometric_vit"},
+        "on this simple_vit (shift attention: share of heads that start unshifted)",
+    ),
+    "model.c_val_0_target": ({"model.activation": "relu"}, {}, "on this simplest_vit (TAT: eta, the target of the C-"),
+    "data.manual_dir": ({"data.name": "mnist"}, {}, "because TFDS has prepared mnist"),
+    "data.rand_augment.magnitude": ({}, {"data.rand_augment.num_ops": 2}, "with config.data.rand_augment.num_ops=0"),
+    "data.mixup_mode": (
+        {},
+        {"data.cutmix_alpha": 0.5},
+        "with config.data.mixup_alpha=0.0 and config.data.cutmix_alpha=0.0",
+    ),
+    "data.num_workers": ({}, {"streamed": "validation"}, "because no images are streamed"),
+}
+ALWAYS_READ = {
+    *(
+        "seed",
+        "steps",
+        "batch_size",
+        "warmup_steps",
+        "grad_clip",
+        "weight_decay",
+        "label_smoothing",
+        "patience",
+        "fsdp",
+    ),
+    *("max_skipped_steps", "distributed", "accumulation_steps", "compute_dtype", "checkpoint_every", "wandb"),
+    *("checkpoint_minutes", "sam.rho", "ema.decay", "compilation_cache", "profile.first_step", "init_from"),
+    *(f"model.{name}" for name in ("name", "depth", "width", "num_heads", "mlp_dim", "patch_size", "dropout", "remat")),
+    *(f"model.{name}" for name in ("attention", "mlp", "activation", "init", "norm", "skip")),
+    "model.variant",  # has a remark of its own: test_a_variant_whose_sizes_are_all_set_is_said_to_have_no_effect
+    *(f"data.{name}" for name in ("name", "dir", "label", "train_split", "validation_split", "image_size", "flip")),
+    *("data.random_resized_crop", "data.crop_padding", "data.rand_augment.num_ops", "data.mixup_alpha"),
+    *("data.cutmix_alpha", "data.device_budget_bytes", "optimizer.name", "optimizer.learning_rate"),
+}
+
+
+def without_effect(given, streamed="", **settings):
+    config = default("sgd")
+    config.update_from_flattened_dict(BASE | settings)
+    splits = {name: object() if name == streamed else InMemorySplit(None, None) for name in ("train", "validation")}
+    dataset = types.SimpleNamespace(**splits)
+    return [*build(config, DIGITS).without_effect(config, given, dataset)]
+
+
+def test_each_field_is_always_read_or_has_a_case_without_effect():
+    assert sorted([*SWITCHED_OFF, *ALWAYS_READ]) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize("field", SWITCHED_OFF)
+def test_a_field_that_nothing_reads_is_said_to_have_no_effect(field):
+    """Only if the user has set it: recipes set fields for all their networks."""
+    off, on, reason = SWITCHED_OFF[field]
+    (line,) = without_effect([field], **off)
+    assert re.match(rf"config\.{field}=.* has no effect {re.escape(reason)}", line)
+    assert without_effect([field], **on) == without_effect([], **off) == []
+    assert not {name for name in ALWAYS_READ if f"config.{name}=" in "".join(without_effect(ALWAYS_READ, **off))}
+
+
+def test_one_of_two_needs_is_enough():
+    assert without_effect(["data.mixup_mode"], **{"data.mixup_alpha": 0.5}) == []
+    assert without_effect(["data.num_workers"], streamed="train") == []
+
+
+def test_equal_intervals_are_not_said_to_have_no_effect():
+    assert without_effect(["eval_every", "log_every"], eval_every=3, log_every=3) == []
+
+
+def test_a_field_without_effect_is_logged(trained, caplog):
+    caplog.set_level(logging.INFO, "simplest_vit")
+    config = config_of(steps=1, data__dir=str(trained.folder))
+    train_module.train(config, str(trained.folder / "run"), given={"ema.every": 5, "data.num_workers": 2})
+    assert caplog.text.count("has no effect") == 2
+    assert "config.ema.every=5 has no effect with config.ema.decay=0.0\n" in caplog.text
+    assert "config.data.num_workers=None has no effect because no images are streamed\n" in caplog.text
 
 
 def test_only_what_does_not_change_the_results_may_differ_in_a_resume():

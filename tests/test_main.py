@@ -53,6 +53,8 @@ def test_train_then_evaluate(main, tmp_path):
     assert "standard output cannot be written (No space left on device)" in trained.stderr
     assert "Traceback" not in trained.stderr
     assert "compiling the training step" in trained.stderr
+    assert "config.model.c_val_0_target=0.3 has no effect on this isometric_vit (TAT: eta" in trained.stderr
+    assert trained.stderr.count("has no effect") == 1
     assert "step 4/4 (100.0%)" in trained.stderr
     assert "steps/s" in trained.stderr
     assert "ETA" in trained.stderr
@@ -66,6 +68,7 @@ def test_train_then_evaluate(main, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at step 4 of 4" in resumed.stderr
     assert "compiling" not in resumed.stderr, "no step is left"
+    assert "has no effect" not in resumed.stderr, "only fields that this command sets"
     again = json.loads(resumed.stdout)
     assert again["validation_accuracy"] == results["validation_accuracy"]
     evaluated = main("evaluate", "--workdir", tmp_path / "run", "--output", str(tmp_path / "report"))

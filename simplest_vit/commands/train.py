@@ -37,7 +37,7 @@ def main() -> None:
             print(json.dumps(config.to_dict(), indent=2, sort_keys=True))
             return
         with processes.connected(config):
-            outcome = train.train(config, workdir)
+            outcome = train.train(config, workdir, given=cli.given_fields())
         if is_primary():
             results = {name: value for name, value in outcome.items() if not isinstance(value, dict)}
             streams.print_saved(json.dumps(results, indent=2))

@@ -120,11 +120,11 @@ def model_arguments(
             "config.model.name='simple_vit' and attention='softmax'"
         )
     arguments |= settings
-    # `auto` means `xla` here; callers that know the devices call `fused_attention.choose` first.
-    arguments["attention_kernel"] = "xla"
-    if given.get("attention_kernel") == "fused" and kind.has_queries and kind.has_values:
-        fused_attention.check_sizes(math.prod(grid), width // num_heads)
-        arguments["attention_kernel"] = "fused"
+    if kind.has_queries and kind.has_values:
+        # `auto` means `xla` here; callers that know the devices call `fused_attention.choose` first.
+        arguments["attention_kernel"] = "fused" if given.get("attention_kernel") == "fused" else "xla"
+        if arguments["attention_kernel"] == "fused":
+            fused_attention.check_sizes(math.prod(grid), width // num_heads)
     if arguments["activation"] == "tailored_relu":
         arguments["c_val_0_target"] = given.get("c_val_0_target", 0.9)
         tat.solve_negative_slope(2 * arguments["depth"], arguments["c_val_0_target"])  # raises if there is none

@@ -1,14 +1,16 @@
 """The optimizer of a run, chosen by name and built as one optax chain, and its learning rate."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 import optax.contrib
 from jax.sharding import Mesh
@@ -172,6 +174,24 @@ def create_optimizer(
     if grad_clip:
         chain.insert(0, optax.clip_by_global_norm(grad_clip))
     return optax.chain(*chain)
+
+
+def settings_without_effect(
+    settings: Any, given: Collection[str], params: optax.Params, layout: Callable[[optax.Params], Any]
+) -> Iterator[str]:
+    """Yield each of the given config fields whose default would update these parameters by the same program."""
+
+    @functools.cache
+    def program(**own: Any) -> Any:
+        with contextlib.suppress(UserError):  # because a default may not fit the other settings
+            tx = create_optimizer(**{**settings, "learning_rate": 1.0, **own}, layout=layout)
+            traced = jax.make_jaxpr(lambda params: tx.update(params, tx.init(params), params))(params)
+            return str(traced.jaxpr), [np.asarray(x).tobytes() for x in traced.consts]
+
+    for name, (default, _) in declared(settings.name).items():
+        field, is_changed = f"optimizer.{name}", settings[name] != default
+        if field in given and is_changed and program(**{name: default}) == program():
+            yield field
 
 
 def _of_muon(learning_rate: Any, given: dict[str, Any]) -> dict[str, Any]:

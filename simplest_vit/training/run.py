@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -15,14 +15,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simplest_vit.config import FIELDS, INTERVALS, interval_steps
-from simplest_vit.data.dataset import DatasetInfo
+from simplest_vit.config import FIELDS, INTERVALS, flatten, interval_steps
+from simplest_vit.data.builders import find_builder
+from simplest_vit.data.dataset import Dataset, DatasetInfo, InMemorySplit
 from simplest_vit.data.input_pipeline import fit_batch_size, steps_per_epoch
 from simplest_vit.errors import UserError
 from simplest_vit.models import VARIANTS, ViT, create_model, fused_attention, model_arguments
 from simplest_vit.models.layers import token_grid
 from simplest_vit.models.reference_layout import pytorch_layout
-from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer, decays_itself
+from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer, decays_itself, settings_without_effect
 from simplest_vit.training.sharding import create_mesh, state_shardings
 from simplest_vit.training.state import ModelState, TrainState
 from simplest_vit.training.step import Batch, Sums, make_eval_step, make_train_step
@@ -108,6 +109,29 @@ class Run:
         for name in ("eval_every", "checkpoint_every"):
             if self.config[name] > self.total_steps:
                 yield f"config.{name}={config[name]} exceeds the run; due only at the end, step {self.total_steps}"
+
+    def without_effect(self, config: ConfigDict, given: Collection[str], dataset: Dataset) -> Iterator[str]:
+        """Yield a line for each of the given fields, by dotted name, that nothing in this run reads."""
+        flat, reasons = flatten(config.to_dict()), {}
+        for name, field in FIELDS.items():
+            if field.needs and not any(flat[other] for other in field.needs):
+                reasons[name] = "with " + " and ".join(f"config.{other}={flat[other]}" for other in field.needs)
+        if config.steps:
+            reasons |= dict.fromkeys(("epochs", "min_steps"), f"with config.steps={config.steps}")
+        for name, other in (("eval_every", "checkpoint_every"), ("log_every", "eval_every")):
+            if self.config[name] > self.config[other] and self.config[name] % self.config[other] == 0:
+                reasons[name] = f"with config.{other}={config[other]}, which divides it"
+        if isinstance(dataset.train, InMemorySplit) and isinstance(dataset.validation, InMemorySplit):
+            reasons["data.num_workers"] = "because no images are streamed"
+        if find_builder(config.data.name) is None:
+            reasons["data.manual_dir"] = f"because TFDS has prepared {config.data.name}"
+        read = {"name", "variant", *model_arguments(**config.model, image_shape=self.data.image_shape)}
+        for name in set(config.model) - read:
+            reasons[f"model.{name}"] = f"on this {config.model.name} ({FIELDS[f'model.{name}'].meaning})"
+        layout = functools.partial(pytorch_layout, patch_size=config.model.patch_size)
+        for name in settings_without_effect(config.optimizer, given, self.abstract.params, layout):
+            reasons[name] = f"with the other settings of {config.optimizer.name}"
+        return (f"config.{name}={flat[name]} has no effect {reasons[name]}" for name in given if name in reasons)
 
     def model(self, state: ModelState) -> ViT:
         """Build the model with the given arrays."""

@@ -6,6 +6,7 @@ A run that is interrupted anywhere and resumed ends bit-identically to an uninte
 import contextlib
 import os
 import time
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import jax
@@ -43,8 +44,8 @@ from simplest_vit.training.writers import create_writer, import_wandb, log
 _OF_A_PROCESS = ("compilation_cache", "data.dir", "data.manual_dir", "data.num_workers")
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Train as a checked config describes; see `api.train`.
+def train(config: ConfigDict, workdir: str, *, given: Collection[str] = ()) -> dict[str, Any]:
+    """Train as a checked config describes; log which of the `given` fields have no effect. See `api.train`.
 
     Raises:
       UserError: If the config, the data and the folder do not match.
@@ -74,7 +75,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     # 2. Data, model, optimizer and schedule; no step is computed, and nothing is written to the folder yet.
     dataset = input_pipeline.load(config.data, mesh=mesh)
     run = build(config, dataset.info, mesh)
-    for remark in run.remarks(config):
+    for remark in (*run.remarks(config), *run.without_effect(config, given, dataset)):
         log.info(remark)
     check_batch_size(run.config.batch_size, config.accumulation_steps, mesh)  # now fitted to the training split
     initial_params = None

@@ -1,4 +1,5 @@
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +8,17 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
+from simplest_vit.config import default
 from simplest_vit.errors import UserError
 from simplest_vit.models.reference_layout import pytorch_layout
 from simplest_vit.optimizers import paths
-from simplest_vit.optimizers.factory import WarmupCosine, create_optimizer, declared, optimizers
+from simplest_vit.optimizers.factory import (
+    WarmupCosine,
+    create_optimizer,
+    declared,
+    optimizers,
+    settings_without_effect,
+)
 from simplest_vit.optimizers.shampoo import reference_shampoo
 from simplest_vit.training.run import build
 from tests.tiny import DIGITS, tiny_config
@@ -133,6 +141,36 @@ def test_every_setting_reaches_optax(name, key):
     """Falsy ones too."""
     assert key in declared(name)
     assert np.abs(first_update(name, **{key: OTHER[name][key]}) - first_update(name)).max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "ineffective"),
+    [
+        ("sgd", {"nesterov": True, "accumulator_dtype": "bfloat16"}, {"nesterov", "accumulator_dtype"}),
+        ("sgd", {"nesterov": True, "momentum": 0.5}, set()),
+        ("soap", {"max_preconditioner_dim": 500, "b1": 0.5, "precondition_frequency": 3}, {"max_preconditioner_dim"}),
+        ("soap", {"max_preconditioner_dim": 2, "b1": 0.95}, set()),
+        ("shampoo", {"even_blocks": False, "grafting": "sgd", "grafting_b2": 0.5}, {"even_blocks", "grafting_b2"}),
+        # The default of one does not fit the other: a relative eps is at least 1e-6.
+        ("shampoo", {"relative_eps": False, "eps": 1e-12}, set()),
+    ],
+)
+def test_a_setting_has_no_effect_if_its_default_makes_the_same_program(name, settings, ineffective):
+    config = default(name).optimizer
+    config.update(settings)
+    given = {f"optimizer.{setting}" for setting in config}
+    found = set(settings_without_effect(config, given, TWO, None))
+    assert found == {f"optimizer.{setting}" for setting in ineffective}
+    assert not [*settings_without_effect(config, (), TWO, None)], "only those that are given"
+    for setting in set(settings) & ineffective:
+        other = {**settings, setting: declared(name)[setting][0]}
+        np.testing.assert_array_equal(first_update(name, **settings), first_update(name, **other))
+
+
+def test_a_setting_without_effect_is_said():
+    config = tiny_config("optimizer=sgd", optimizer__nesterov=True)
+    (line,) = build(config, DIGITS).without_effect(config, ["optimizer.nesterov"], types.SimpleNamespace(train=0))
+    assert line == "config.optimizer.nesterov=True has no effect with the other settings of sgd"
 
 
 @pytest.mark.parametrize("name", ["shampoo", "reference_shampoo", "soap"])
