@@ -28,6 +28,7 @@ PAGES = tuple(
     str(path.relative_to(ROOT)) for folder in ("", "docs/", "benchmarks/") for path in ROOT.glob(f"{folder}*.md")
 )
 OPTIMIZERS = {"soap": "SOAP", "muon": "Muon", "adam": "Adam", "shampoo": "Shampoo@25"}
+OPTIMIZERS |= {"soap_near_isometry": "SOAP, pulled", "adam_by_shape": "Adam, scaled"}  # of benchmarks/ideas.py
 _BLOCK = re.compile(r"(<!-- (results|speed): (?!end)([\w-]+) -->\n).*?(<!-- \2: end -->)", re.DOTALL)
 _CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 _NUMBER = re.compile(r"\d[\d,.]*\s?(?:%|(?:points|times|launches|images/s|ms|s|MB|GB|MiB|GiB)\b)")
@@ -175,6 +176,47 @@ def width(results: Results, page: str) -> str:
     return table(["width 128, SOAP", "500 steps", "7,812 steps"], rows)
 
 
+def ideas(results: Results, page: str) -> str:
+    """Compare single ideas with the network that they change."""
+    rows = []
+    for plan in (TABLES[name] for name in ("ideas", "near_isometry", "adam")):
+        for optimizer in plan.learning_rates:
+            for row in plan.rows:
+                base = "SimpleViT" if row.startswith("SimpleViT") else "isometric"
+                same = "soap" if "soap" in optimizer else "adam"
+                cell, ours = (
+                    results.find(NETWORKS[name], optimizer=by, steps=plan.steps or 0, hold_out=True)
+                    for name, by in ((row, optimizer), (base, same))
+                )
+                if cell:
+                    difference = "" if cell is ours else difference_text(cell, ours)
+                    rows.append([OPTIMIZERS[optimizer], row, cell.text(page), difference])
+    return table(["optimizer", "500 steps", "CIFAR-10, hold-out", "to plain"], rows)
+
+
+def long(results: Results, page: str) -> str:
+    """Compare networks after ten epochs with RandAugment and mixup."""
+    plan, rows = TABLES["long"], []
+    for row in plan.rows:
+        cell, base = (
+            results.find(NETWORKS[name], steps=plan.steps or 0, protocol="small, strong augmentation")
+            for name in (row, "SimpleViT")
+        )
+        rows.append([row, _text(cell, page), "" if row == "SimpleViT" else difference_text(cell, base)])
+    return table(["7,812 steps of SOAP, RandAugment and mixup", "CIFAR-10", "over SimpleViT"], rows)
+
+
+def depth_equal_time(results: Results, page: str) -> str:
+    """Compare 64 blocks in equal time."""
+    plan = TABLES["depth_equal_time"]
+    rows = []
+    for row in plan.rows:
+        steps = plan.row_steps(row) or 0
+        cells = (results.find(NETWORKS[row], steps=steps, hold_out=hold_out) for hold_out in (True, False))
+        rows.append([row, f"{steps:,}", *(_text(cell, page) for cell in cells)])
+    return table(["SOAP", "steps", "CIFAR-10, hold-out", "CIFAR-10, test images"], rows)
+
+
 def choosing(results: Results, page: str) -> str:
     """List every rate that was tried on the hold-out."""
     lines: dict[tuple, dict[float, Cell]] = {}
@@ -249,7 +291,10 @@ BLOCKS: dict[str, Callable[[Results, str], str]] = {
     "start": start,
     "replaced": replaced,
     "attention": attention,
+    "ideas": ideas,
     "depth": depth,
+    "depth_equal_time": depth_equal_time,
+    "long": long,
     "width": width,
     "choosing": choosing,
     "reference": reference,

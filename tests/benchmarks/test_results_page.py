@@ -187,6 +187,54 @@ def test_equal_time_takes_each_network_at_its_own_steps():
     assert short[4].startswith("|SimpleViT|1,500|[69.0±0.0 (2)]")
 
 
+def test_an_idea_is_compared_on_the_hold_out_with_the_network_that_it_changes():
+    short = {"steps": 500, "validation_split": "train[45000:]"}
+    found = Results(
+        [
+            *rows("isometric", 0.60, 0.60, **short),
+            *rows("isometric", 0.9),
+            *rows("isometric, shift_without_values", 0.58, 0.59, **short),
+            *rows("isometric, pull 1", 0.61, optimizer="soap_near_isometry", **short),
+            *rows("SimpleViT", 0.50, optimizer="adam", **short),
+            *rows("isometric", 0.55, optimizer="adam", **short),
+            *rows("SimpleViT", 0.53, optimizer="adam_by_shape", **short),
+        ]
+    )
+    lines = [line.split("|")[1:-1] for line in results_page.ideas(found, "RESULTS.md").splitlines()[2:]]
+    assert [(optimizer, row, difference) for optimizer, row, _, difference in lines] == [
+        ("SOAP", "isometric", ""),
+        ("SOAP", "isometric, shift_without_values", "-1.5±6.4"),
+        ("SOAP, pulled", "isometric, pull 1", "+1.0"),
+        ("Adam", "isometric", ""),
+        ("Adam", "SimpleViT", ""),
+        ("Adam, scaled", "SimpleViT", "+3.0"),
+    ]
+    assert [cell[1:5] for _, _, cell, _ in lines] == ["60.0", "58.5", "61.0", "55.0", "50.0", "53.0"]
+
+
+def test_long_and_deep_runs_are_found_by_their_protocol_and_steps():
+    strong = {"protocol": "small, strong augmentation", "steps": 7812}
+    deep = "isometric, attention frozen, 64 blocks"
+    found = Results(
+        [
+            *rows("SimpleViT", 0.70, **strong),
+            *rows("SimpleViT", 0.9, steps=7812),
+            *rows("isometric, attention frozen", 0.72, **strong),
+            *rows(deep, 0.40, steps=500, validation_split="train[45000:]"),
+            *rows(deep, 0.62, steps=900, validation_split="train[45000:]"),
+            *rows("SimpleViT, 64 blocks", 0.49, steps=500),
+        ]
+    )
+    lines = results_page.long(found, "RESULTS.md").splitlines()[2:]
+    assert [line.split("|")[2][1:5] for line in lines[1:]] == ["72.0", "70.0"]
+    assert lines[1].endswith("|+2.0|")
+    assert lines[2].endswith("||")
+    lines = results_page.depth_equal_time(found, "RESULTS.md").splitlines()[2:]
+    assert lines[0].startswith("|SimpleViT, 64 blocks|500|not run|[49.0](")
+    assert lines[1].startswith(f"|{deep}|900|[62.0](")
+    assert lines[1].endswith("|not run|")
+
+
 def test_an_old_run_is_compared_with_old_runs_as_long_as_there_are_any():
     old = both(
         rows("isometric", 0.7, source="RESULTS.md@884f800: x"), rows("SimpleViT", 0.6, source="RESULTS.md@884f800: x")
