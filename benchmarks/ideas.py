@@ -86,13 +86,6 @@ class ShiftWithoutValues(Shift):
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedShiftWithoutValues(FixedShift):
-    """Constant shifts of the tokens themselves."""
-
-    has_values: ClassVar[bool] = False
-
-
-@dataclasses.dataclass(frozen=True)
 class ShiftBesideSoftmax(FixedShift):
     """Heads alpha A_h + beta softmax(q k^T / sqrt(d_head)): constant shifts A_h, trainable alpha = 1 and beta = 0.
 
@@ -136,7 +129,6 @@ KINDS: dict[str, type[AttentionKind]] = {
     "shift_late": LateAttention,
     "shift_last_quarter": LastQuarterAttention,
     "shift_without_values": ShiftWithoutValues,
-    "fixed_shift_without_values": FixedShiftWithoutValues,
     "shift_beside_softmax": ShiftBesideSoftmax,
     "four_shifts_beside_softmax": FourShiftsBesideSoftmax,
 }

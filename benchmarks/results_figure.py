@@ -16,8 +16,8 @@ from benchmarks.results_page import OPTIMIZERS, ROOT
 from benchmarks.verdict import DATA
 from simplest_vit.analysis import figures
 
-ROWS = ("isometric", "isometric, attention frozen", "SimpleViT", "SimpleViT, constant shifts")
-DEEP_ROWS = ("isometric", "isometric, attention frozen", "SimpleViT", "E-SPA + TAT")
+ROWS = ("isometric", "shift MLP", "SimpleViT", "SimpleViT, constant shifts")
+DEEP_ROWS = ("isometric", "shift MLP", "SimpleViT", "E-SPA + TAT")
 BLOCKS = (12, 24, 64)
 
 

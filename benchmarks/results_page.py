@@ -45,7 +45,8 @@ def _text(cell: Cell | None, page: str) -> str:
     return cell.text(page) if cell else NOT_RUN
 
 
-ISOMETRIC, FROZEN, SIMPLE_VIT = (NETWORKS[row] for row in ("isometric", "isometric, attention frozen", "SimpleViT"))
+_HEADLINE = TABLES["headline"].rows
+ISOMETRIC, FROZEN, SHIFT_MLP, SIMPLE_VIT = (NETWORKS[row] for row in _HEADLINE)
 
 
 def headline(results: Results, page: str) -> str:
@@ -54,21 +55,31 @@ def headline(results: Results, page: str) -> str:
     for data in DATA:
         for optimizer in ("soap", "muon", "adam"):
             ours = results.find(ISOMETRIC, data=data, optimizer=optimizer)
-            frozen, theirs = (
-                results.find(network, data=data, optimizer=optimizer, like=ours) for network in (FROZEN, SIMPLE_VIT)
+            frozen, without, theirs = (
+                results.find(network, data=data, optimizer=optimizer, like=ours)
+                for network in (FROZEN, SHIFT_MLP, SIMPLE_VIT)
             )
             if not ours and not theirs:
                 continue
             found = compare(ours, theirs)
             tests.append(max((test.p for test in found[1]), default=math.nan) if found else math.nan)
-            cells = [_text(cell, page) for cell in (ours, frozen, theirs)]
+            cells = [_text(cell, page) for cell in (ours, frozen, without, theirs)]
             differences = [difference_text(ours, theirs), difference_text(ours, frozen)]
             rows.append([f"{DATA[data]}, {OPTIMIZERS[optimizer]}", *cells, *differences])
     known = [p for p in tests if not math.isnan(p)]
     adjusted = iter(intervals.holm(known))
     for row, p in zip(rows, tests, strict=True):
         row.append("" if math.isnan(p) else _p_text(next(adjusted)))
-    header = ["", "isometric", "attention frozen", "SimpleViT", "over SimpleViT", "over frozen", "p (Holm)"]
+    header = [
+        "",
+        "isometric",
+        "attention frozen",
+        "shift MLP",
+        "SimpleViT",
+        "over SimpleViT",
+        "over frozen",
+        "p (Holm)",
+    ]
     return table(header, rows)
 
 
@@ -94,7 +105,7 @@ def summary(results: Results, page: str) -> str:
     plan = TABLES["equal_time"]
     rows = [
         [row, f"{plan.row_steps(row):,}", *(_text(results.in_equal_time(row, data), page) for data in plan.data)]
-        for row in ("isometric, attention frozen", "SimpleViT, constant shifts", "SimpleViT")
+        for row in ("shift MLP", "SimpleViT, constant shifts", "SimpleViT")
     ]
     return table(["SOAP, equal time", "steps", *(DATA[data] for data in plan.data)], rows)
 
@@ -158,7 +169,7 @@ def start(results: Results, page: str) -> str:
 def depth(results: Results, page: str) -> str:
     """List 12, 24 and 64 blocks on CIFAR-10."""
     rows = []
-    for row in ("isometric", "isometric, attention frozen", "SimpleViT", "E-SPA + TAT"):
+    for row in ("isometric", "isometric, attention frozen", "shift MLP", "SimpleViT", "E-SPA + TAT"):
         networks = [NETWORKS[row], *(NETWORKS[f"{row}, {blocks} blocks"] for blocks in (24, 64))]
         rows.append([row, *(_text(results.find(network, steps=500), page) for network in networks)])
     small = [NETWORKS[f"isometric{blocks}, uniform fraction 0.002"] for blocks in ("", ", 64 blocks")]
@@ -170,7 +181,7 @@ def depth(results: Results, page: str) -> str:
 def width(results: Results, page: str) -> str:
     """List width 128 after 500 steps and after ten epochs."""
     rows = []
-    for row in ("isometric", "isometric, attention frozen", "SimpleViT"):
+    for row in _HEADLINE:
         network = NETWORKS[f"{row}, width 128"]
         rows.append([row, *(_text(results.find(network, steps=steps), page) for steps in (500, 7812))])
     return table(["width 128, SOAP", "500 steps", "7,812 steps"], rows)

@@ -111,7 +111,9 @@ FIELDS = {
     ),
     # None leaves the choice to the network.
     "model.attention": Field(
-        None, _NAME, "espa, espa_2d, espa_reference, uspa, shift, fixed_shift, value_skipinit or softmax"
+        None,
+        _NAME,
+        "espa, espa_2d, espa_reference, uspa, shift, fixed_shift, spatial_shift, value_skipinit or softmax",
     ),
     "model.gamma_max_depth": Field(0.005, MODEL["gamma_max_depth"], "E-SPA: decay at the last block"),
     "model.rho_max_depth": Field(0.8, MODEL["rho_max_depth"], "U-SPA: correlation at the last block"),

@@ -112,7 +112,7 @@ def torch_model(about, tensors):
     options = {name: settings[name] for name in ("c_val_0_target", "gamma_max_depth") if name in settings}
     if network == "isometric_vit":
         options = {"attention_bias": tensors["blocks/attention/attention_bias"]}
-    elif network == "shift_mlp":  # frozen: its queries and keys, which it lacks, are zero
+    elif network == "shift_mlp":  # it lacks queries and keys, which are zero, and values, which are the tokens
         share, tokens = settings["uniform_fraction"], 6
         source = nn.functional.one_hot(tensors["blocks/attention/source"].long(), tokens)
         options = {"attention_bias": ((1 - share) * source + share / tokens).log()}
@@ -127,10 +127,10 @@ def torch_model(about, tensors):
         assert settings["negative_slope"] == pytest.approx(peer.blocks[0].mlp.slope)
 
     def find(module, kind, layer):
-        """A tensor of a layer; queries and keys that the network lacks are zero, which leaves the constants."""
-        if module[-1] in ("query", "key") and "/".join([*module, kind]) not in tensors:
-            module = [*module[:-1], "value"]
-            return torch.zeros_like(find(module, kind, layer))
+        """A tensor of a layer; queries and keys that the network lacks are zero, values that it lacks the identity."""
+        if module[-1] in ("query", "key", "value") and "/".join([*module, kind]) not in tensors:
+            identity = torch.eye(settings["width"]) if kind == "kernel" else torch.ones(settings["width"])
+            return identity if (module[-1], kind) == ("value", "kernel") else torch.zeros_like(identity)
         tensor = tensors["/".join([*module, kind])]
         return tensor if layer is None else tensor[layer]
 

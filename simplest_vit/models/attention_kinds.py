@@ -146,6 +146,13 @@ class FixedShift(Shift):
 
 
 @dataclasses.dataclass(frozen=True)
+class SpatialShift(FixedShift):
+    """Constant shifts of groups of channels of the tokens themselves (S2-MLP, arXiv 2106.07477): no parameters."""
+
+    has_values: ClassVar[bool] = False
+
+
+@dataclasses.dataclass(frozen=True)
 class ValueSkipInit(AttentionKind):
     """Attention alpha I + beta softmax(q k^T / sqrt(d_head)), trainable alpha = 1 and beta = 0 at initialization.
 
@@ -170,6 +177,7 @@ KINDS: dict[str, Callable[..., AttentionKind]] = {
     "uspa": lambda rho_max_depth=0.8: Shaped("uspa", rho_max_depth),
     "shift": Shift,
     "fixed_shift": FixedShift,
+    "spatial_shift": SpatialShift,
     "value_skipinit": ValueSkipInit,
     "softmax": AttentionKind,
 }

@@ -22,7 +22,7 @@ _ISOMETRIC = {"attention": "shift", "mlp": "looks_linear", "init": "orthogonal",
 PRESETS: dict[str, dict[str, Any]] = {
     "simplest_vit": {"attention": "espa", "mlp": "tat", "init": "espa_tat", "norm": "none", "skip": "none"},
     "isometric_vit": _ISOMETRIC,
-    "shift_mlp": _ISOMETRIC | {"attention": "fixed_shift"},
+    "shift_mlp": _ISOMETRIC | {"attention": "spatial_shift"},
     # As in the PyTorch reference, which uses PyTorch's default initialization.
     "simple_vit": {
         "attention": "softmax",

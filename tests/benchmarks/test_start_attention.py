@@ -23,7 +23,7 @@ def learned(run):
 
 def test_only_attention_goes_back_to_the_start():
     run = build(tiny_config(model__name="isometric_vit", model__num_heads=4), DIGITS)
-    other = build(tiny_config(model__name="shift_mlp", model__num_heads=4), DIGITS)
+    other = build(tiny_config(model__name="isometric_vit", model__attention="fixed_shift", model__num_heads=4), DIGITS)
     state = learned(run)
     start = start_state(run, state)
     attention = {"value": start.params["blocks"]["attention"]["value"]}

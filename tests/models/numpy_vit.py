@@ -54,7 +54,11 @@ def logits(params, image, attention_bias, row_scale, *, patch_size, num_heads, s
             q, k = (heads(dense(y, attention[name])) for name in ("query", "key"))
             scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
         matrix = softmax(scores + attention_bias[layer], axis=-1) * row_scale[layer][:, None]
-        y = (matrix @ heads(dense(y, attention["value"]))).swapaxes(1, 2).reshape(x.shape)
+        y = (
+            (matrix @ heads(dense(y, attention["value"]) if "value" in attention else y))
+            .swapaxes(1, 2)
+            .reshape(x.shape)
+        )
         x = add(x, dense(y, attention["out"]) if "out" in attention else y)
         y = dense(phi(dense(normalize(x, units), units["dense1"])), units["dense2"])
         x = add(x, phi(y) if mlp == "tat" else y)

@@ -176,6 +176,19 @@ def test_fixed_shifts_are_their_matrices(dtype):
             np.testing.assert_allclose(np.float64(ours), expected, atol=8 * float(jnp.finfo(dtype).eps))
 
 
+def test_a_spatial_shift_is_a_fixed_shift_whose_values_are_the_tokens():
+    image = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
+    values, spatial = (tiny.vit("isometric_vit", attention=kind) for kind in ("fixed_shift", "spatial_shift"))
+    params = nnx.to_pure_dict(nnx.state(values, nnx.Param))
+    kernel, bias = (params["blocks"]["attention"].pop("value")[kind] for kind in ("kernel", "bias"))
+    own = nnx.to_pure_dict(nnx.state(spatial, nnx.Param))
+    assert jax.tree.structure(own) == jax.tree.structure({**params, "blocks": {"mlp": params["blocks"]["mlp"]}})
+    identity = {"kernel": jnp.broadcast_to(jnp.eye(kernel.shape[-1]), kernel.shape), "bias": jnp.zeros_like(bias)}
+    graphdef, _, constants = tiny.split(values)
+    whole = own | {"blocks": own["blocks"] | {"attention": {"value": identity}}}
+    np.testing.assert_allclose(nnx.merge(graphdef, whole, constants)(image), spatial(image), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["isometric_vit", "simple_vit"])
 def test_a_fixed_shift_is_a_shift_whose_queries_stay_at_zero(name):
     image = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
