@@ -105,7 +105,7 @@ def summary(results: Results, page: str) -> str:
     plan = TABLES["equal_time"]
     rows = [
         [row, f"{plan.row_steps(row):,}", *(_text(results.in_equal_time(row, data), page) for data in plan.data)]
-        for row in ("shift MLP", "SimpleViT, constant shifts", "SimpleViT")
+        for row in ("isometric, attention frozen", "SimpleViT, constant shifts", "SimpleViT")
     ]
     return table(["SOAP, equal time", "steps", *(DATA[data] for data in plan.data)], rows)
 

@@ -175,14 +175,14 @@ def test_a_page_keeps_its_text_and_gets_its_blocks():
 
 
 def test_equal_time_takes_each_network_at_its_own_steps():
-    frozen = "isometric, attention frozen"
-    found = Results([*rows("SimpleViT", 0.69, 0.69), *rows(frozen, 0.9), *rows(frozen, 0.76, 0.76, steps=2700)])
+    shifts = "shift MLP"
+    found = Results([*rows("SimpleViT", 0.69, 0.69), *rows(shifts, 0.9), *rows(shifts, 0.76, 0.76, steps=2700)])
     lines = results_page.equal_time(found, "RESULTS.md").splitlines()
     assert lines[2].startswith("|SimpleViT|1,500|[69.0±0.0 (2)]")
-    assert lines[3].startswith(f"|{frozen}|2,700|[76.0±0.0 (2)]")
+    assert lines[3].startswith(f"|{shifts}|2,700|[76.0±0.0 (2)]")
     assert lines[3].endswith("|+7.0±0.0|not run||")
     short = results_page.summary(found, "README.md").splitlines()
-    assert short[2] == f"|{frozen}|2,700|[76.0±0.0 (2)](results/runs.csv?plain=1#L5-L6)|not run|"
+    assert short[2] == "|isometric, attention frozen|2,700|not run|not run|"
     assert short[3] == "|SimpleViT, constant shifts|1,900|not run|not run|"
     assert short[4].startswith("|SimpleViT|1,500|[69.0±0.0 (2)]")
 
@@ -214,12 +214,12 @@ def test_an_idea_is_compared_on_the_hold_out_with_the_network_that_it_changes():
 
 def test_long_and_deep_runs_are_found_by_their_protocol_and_steps():
     strong = {"protocol": "small, strong augmentation", "steps": 7812}
-    deep = "isometric, attention frozen, 64 blocks"
+    deep = "shift MLP, 64 blocks"
     found = Results(
         [
             *rows("SimpleViT", 0.70, **strong),
             *rows("SimpleViT", 0.9, steps=7812),
-            *rows("isometric, attention frozen", 0.72, **strong),
+            *rows("shift MLP", 0.72, **strong),
             *rows(deep, 0.40, steps=500, validation_split="train[45000:]"),
             *rows(deep, 0.62, steps=900, validation_split="train[45000:]"),
             *rows("SimpleViT, 64 blocks", 0.49, steps=500),
@@ -251,7 +251,7 @@ def test_an_old_run_is_compared_with_old_runs_as_long_as_there_are_any():
 
 def test_the_figure_has_the_seeds_of_equal_time_and_of_each_optimizer():
     adam = [dataclasses.replace(record, optimizer="adam") for record in rows("isometric", 0.6, 0.61)]
-    longer = rows("isometric, attention frozen", 0.76, 0.77, steps=2700)
+    longer = rows("shift MLP", 0.76, 0.77, steps=2700)
     figure = results_figure.draw(Results([*rows("isometric", 0.7), *adam, *longer, *rows("SimpleViT", 0.69)]))
     seeds = [(*line.get_xdata().round(), *line.get_ydata()) for line in figure.axes[0].lines]
     assert seeds == [(1, 70), (2, 2, 60, 61), (0, 0, 76, 77), (0, 69), (1, 69)]

@@ -180,10 +180,11 @@ def test_a_spatial_shift_is_a_fixed_shift_whose_values_are_the_tokens():
     image = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
     values, spatial = (tiny.vit("isometric_vit", attention=kind) for kind in ("fixed_shift", "spatial_shift"))
     params = nnx.to_pure_dict(nnx.state(values, nnx.Param))
-    kernel, bias = (params["blocks"]["attention"].pop("value")[kind] for kind in ("kernel", "bias"))
+    value = params["blocks"]["attention"].pop("value")
     own = nnx.to_pure_dict(nnx.state(spatial, nnx.Param))
     assert jax.tree.structure(own) == jax.tree.structure({**params, "blocks": {"mlp": params["blocks"]["mlp"]}})
-    identity = {"kernel": jnp.broadcast_to(jnp.eye(kernel.shape[-1]), kernel.shape), "bias": jnp.zeros_like(bias)}
+    eye = jnp.broadcast_to(jnp.eye(value["kernel"].shape[-1]), value["kernel"].shape)
+    identity = {"kernel": eye, "bias": jnp.zeros_like(value["bias"])}
     graphdef, _, constants = tiny.split(values)
     whole = own | {"blocks": own["blocks"] | {"attention": {"value": identity}}}
     np.testing.assert_allclose(nnx.merge(graphdef, whole, constants)(image), spatial(image), rtol=1e-5, atol=1e-5)
