@@ -11,7 +11,6 @@ them have records, and in code, as the output of a command.
 import argparse
 import json
 import math
-import os
 import pathlib
 import re
 import sys
@@ -22,6 +21,7 @@ from benchmarks.cells import Cell, Results, compare, difference_text, link
 from benchmarks.protocols import AT_ONCE, NETWORKS, RECIPE_NETWORKS, TABLES
 from benchmarks.verdict import DATA
 from simplest_vit.errors import UserError, print_error
+from simplest_vit.files import write_file
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = tuple(
@@ -364,9 +364,7 @@ def main() -> None:
             if new != old and options.check:
                 raise UserError(f"{page} does not match results/*.csv; run python -m benchmarks.results_page")
             if new != old:
-                temporary = path.with_name(path.name + ".tmp")
-                temporary.write_text(new)
-                os.replace(temporary, path)
+                write_file(path, new.encode())
     except UserError as error:
         sys.exit(print_error(error))
 

@@ -69,7 +69,14 @@ def write_csv(path: pathlib.Path, rows: Iterable[Iterable[Any]]) -> None:
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
-    """Write a file atomically, even if the power fails."""
+    """Write a file atomically, even if the power fails.
+
+    A link stays and its target is written. A pipe or a device, such as /dev/stdout, is written directly.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    path = pathlib.Path(os.path.realpath(path))
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:

@@ -174,6 +174,21 @@ def test_a_json_file_is_whole_or_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_a_pipe_and_a_device_are_written_to_and_not_replaced(tmp_path):
+    """As root, `--csv /dev/null` made it a plain file."""
+    target, link, pipe = (tmp_path / name for name in ("target.json", "link.json", "pipe"))
+    link.symlink_to(target)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (link, link, pipe):  # the link's target does not exist the first time
+        write_json(path, {"value": 1})
+    assert link.is_symlink()
+    assert pipe.is_fifo()
+    assert target.read_bytes() == os.read(reader, 100) == b'{\n  "value": 1\n}\n'
+    os.close(reader)
+    assert {path.name for path in tmp_path.iterdir()} == {"target.json", "link.json", "pipe"}
+
+
 def test_results_that_cannot_be_written_leave_nothing_behind(tmp_path):
     (tmp_path / "results.json").mkdir()
     with pytest.raises(TrainingError, match=r"results.json cannot be written \(.*its last checkpoint is intact"):
