@@ -47,7 +47,7 @@ def logits(params, image, attention_bias, row_scale, *, patch_size, num_heads, s
     x = x + np.concatenate([np.sin(place[0]), np.cos(place[0]), np.sin(place[1]), np.cos(place[1])], axis=-1)
     for layer in range(len(params["blocks"]["mlp"]["dense1"]["kernel"])):
         block = _slice(params["blocks"], layer)
-        attention, units = block["attention"], block["mlp"]
+        attention, units = block.get("attention", {}), block["mlp"]
         y = normalize(x, attention)
         scores = np.zeros(1)
         if "query" in attention:
