@@ -28,9 +28,8 @@ class _Watch:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.obeyed = False  # a safe point was reached and the program is stopping
-        self.listeners: list[
-            Callable[[signal.Signals], object]
-        ] = []  # callers of `deferred`, which stop the program themselves
+        # Callers of `deferred`, which stop the program themselves.
+        self.listeners: list[Callable[[signal.Signals], object]] = []
         self._reader, self._writer = socket.socketpair()  # on Windows `select` takes no pipes
         self._writer.setblocking(False)
         # `nohup` makes a program ignore SIGHUP; keep that.

@@ -226,9 +226,8 @@ def _merged_shape(shape: tuple[int, ...], options: AnyOptions) -> tuple[int, ...
 def _preconditioned_axes(shape: tuple[int, ...], options: AnyOptions) -> tuple[int, ...]:
     """Choose the axes with a preconditioner by the shape of the parameter; all its blocks have the same axes."""
     axes = [axis for axis, dim in enumerate(shape) if dim <= options.ignored_dim]
-    axes = [
-        axis for axis in axes if shape[axis] > 1
-    ] or axes  # an axis of size 1 has no direction to scale, and would change the root
+    # An axis of size 1 has no direction to scale, and would change the root.
+    axes = [axis for axis in axes if shape[axis] > 1] or axes
     return tuple([min(axes, key=lambda axis: shape[axis])] if options.one_sided and axes else axes)
 
 
