@@ -41,7 +41,7 @@ _OF_ONE_FILE = (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EA
 def prepare(
     name: str, data_dir: str | None = None, manual_dir: str | None = None, *, skip_corrupt: bool = False
 ) -> Prepared:
-    """Prepare a data set unless it is already prepared.
+    """Open a data set, and prepare it first unless it is already prepared.
 
     If several processes call this, on one host or on many that share a file system, one prepares and the others wait.
 
@@ -69,7 +69,7 @@ def prepare(
             elif manual_dir and path.exists():
                 print(f"{path} is prepared already; {manual_dir} is not read", file=sys.stderr, flush=True)
         try:
-            _prepare_alone(builder, name, originals, path, download=not manual_dir, skip_corrupt=skip_corrupt)
+            _prepare_under_lease(builder, name, originals, path, download=not manual_dir, skip_corrupt=skip_corrupt)
         except OSError as error:
             remedy = _REMEDIES.get(error.errno or 0, "choose another")
             reason = error.strerror or error
@@ -157,7 +157,7 @@ def _cannot_open(what: str, error: Exception) -> UserError:
     )
 
 
-def _prepare_alone(
+def _prepare_under_lease(
     builder: Builder, name: str, originals: Path, path: Path, *, download: bool, skip_corrupt: bool
 ) -> None:
     """Prepare a data set unless it is already prepared, while no other process does.
@@ -183,7 +183,7 @@ def _prepare_alone(
                 print(f"preparing {name} in {path}", file=sys.stderr, flush=True)
                 if builder.archive and download:
                     builder.archive.download(originals)
-                _prepare(builder, originals, path, skip_corrupt)
+                _write_folder(builder, originals, path, skip_corrupt)
         except Exception:
             if not lease.compromise:  # otherwise this process was suspended and another took over
                 raise
@@ -194,7 +194,7 @@ def _prepare_alone(
                     folder.rmdir()
 
 
-def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) -> None:
+def _write_folder(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) -> None:
     """Write the shards, then the metadata, then give the folder its final name."""
     with _reading(originals):
         content = builder.read(originals)
@@ -204,7 +204,7 @@ def _prepare(builder: Builder, originals: Path, path: Path, skip_corrupt: bool) 
         shutil.rmtree(left, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     try:
-        _write(builder, content, folder, skip_corrupt)
+        _write_files(builder, content, folder, skip_corrupt)
         folder.rename(path)
     except BaseException:
         if not builder.resumable:
@@ -228,7 +228,7 @@ def _name_old_copies(folder: Path) -> None:
         )
 
 
-def _write(builder: Builder, content: Content, folder: Path, skip_corrupt: bool) -> None:
+def _write_files(builder: Builder, content: Content, folder: Path, skip_corrupt: bool) -> None:
     """Write all files of a data set to a folder.
 
     Raises:
