@@ -131,52 +131,44 @@ def load(workdir: str | os.PathLike[str]) -> Predictor:
     return Predictor(workdir)
 
 
-def predict(workdir: str, images: list[str]) -> Iterator[Prediction]:
+def predict(workdir: str, images: list[str], table: str | None = None) -> Iterator[Prediction]:
     """Classify image files, one batch at a time.
 
     Args:
       workdir: The run's folder; nothing else is needed.
       images: Image files and folders of images.
+      table: A CSV file for the most probable class of each image: file, class, probability. It is written at the end,
+        as a whole; a caller that stops earlier leaves it as it was.
 
     Returns:
       An iterator over the predictions, in order. A file that is not an image is logged and skipped.
 
     Raises:
-      UserError: If there is no checkpoint or, after all predictions, if some files were skipped.
+      UserError: If there is no checkpoint, if `table` cannot be written or, after all that, if some files were skipped.
     """
+    if table and (os.path.isdir(table) or not os.access(os.path.dirname(os.path.realpath(table)), os.W_OK | os.X_OK)):
+        raise UserError(
+            f"--csv={table} cannot be written; expected a file in a folder you may write to, such as predictions.csv"
+        )
     files = find_images(images)
     predictor = Predictor(workdir)
     unreadable: list[str] = []
+    rows = [("file", "class", "probability")]
     readable = _read(files, predictor, unreadable)
     while batch := list(itertools.islice(readable, _BATCH)):
         probability = predictor.probabilities(np.stack([pixels for _, pixels in batch]))
         for (file, _), p in zip(batch, probability, strict=True):
-            yield predictor.describe(str(file), p)
+            prediction = predictor.describe(str(file), p)
+            if table:
+                best = prediction["top"][0]
+                rows.append((str(file), best["class"], f"{best['probability']:.6f}"))
+            yield prediction
+    if table:
+        with writing(f"--csv={table}"):
+            write_csv(pathlib.Path(table), rows)
     if unreadable:
         count = f"{len(unreadable)} of {len(files)} cannot be read"
         raise UserError(f"--images: {count}, the first of them {unreadable[0]}; repair them or leave them out")
-
-
-def saved_as_csv(predictions: Iterator[Prediction], path: str) -> Iterator[Prediction]:
-    """Pass predictions on, then write the most probable class of each to a CSV file: file, class, probability.
-
-    The file is written as a whole at the end, even if `predictions` ends with an error; a UserError if it cannot be.
-    """
-    file = pathlib.Path(path)
-    if file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--csv={path} cannot be written; expected a file in a folder you may write to, such as predictions.csv"
-        )
-    rows: list[tuple[str, ...]] = []
-    try:
-        for prediction in predictions:
-            best = prediction["top"][0]
-            rows.append((prediction["image"], best["class"], f"{best['probability']:.6f}"))
-            yield prediction
-    finally:
-        if rows:
-            with writing(f"--csv={path}"):
-                write_csv(file, [("file", "class", "probability"), *rows])
 
 
 def find_images(paths: list[str]) -> list[pathlib.Path]:

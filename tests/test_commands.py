@@ -61,8 +61,8 @@ def record(monkeypatch):
 
 def test_predict(run, record, capsys):
     calls = record(predict, "predict", iter([found := {"image": "a.jpg", "top": []}]))
-    run("predict", "file:///b.jpg", images=["a.jpg"], json=True)
-    assert calls == [("runs/mine", ["a.jpg", "/b.jpg"])]
+    run("predict", "file:///b.jpg", images=["a.jpg"], json=True, csv="c.csv")
+    assert calls == [("runs/mine", ["a.jpg", "/b.jpg"], "c.csv")]
     assert json.loads(capsys.readouterr().out) == found
 
 

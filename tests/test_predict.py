@@ -18,7 +18,7 @@ import input_pipeline
 from simplest_vit import predict as predict_module
 from simplest_vit.commands.import_reference import import_reference
 from simplest_vit.errors import UserError
-from simplest_vit.predict import as_text, find_images, predict, saved_as_csv
+from simplest_vit.predict import as_text, find_images, predict
 from simplest_vit.training.evaluate import restore_best
 from tests.tiny import tiny_config
 
@@ -73,7 +73,7 @@ def test_predictions_are_saved_as_csv_whatever_the_files_are_named(run, tmp_path
     (folder / "bad.jpg").write_bytes(b"no image")
     passed_on = []
     with pytest.raises(UserError, match="1 of 6 cannot be read"):
-        passed_on.extend(saved_as_csv(predict(run.workdir, [str(folder)]), str(table)))
+        passed_on.extend(predict(run.workdir, [str(folder)], str(table)))
     with table.open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     assert header == ["file", "class", "probability"]
@@ -88,13 +88,18 @@ def test_predictions_are_saved_as_csv_whatever_the_files_are_named(run, tmp_path
     before = table.read_bytes()
     for images, path in (
         (tmp_path / "nothing", table),
-        (folder / "bad.jpg", table),
         (run.images, folder),
         (run.images, tmp_path / "x/y.csv"),
     ):
         with pytest.raises(UserError):
-            list(saved_as_csv(predict(run.workdir, [str(images)]), str(path)))
-    assert table.read_bytes() == before, "nothing new, nothing written"
+            list(predict(run.workdir, [str(images)], str(path)))
+    stopped = predict(run.workdir, [str(folder)], str(table))
+    next(stopped)
+    stopped.close()  # as after `| head` or a signal
+    assert table.read_bytes() == before, "not all images, nothing written"
+    with pytest.raises(UserError, match="1 of 1 cannot be read"):
+        list(predict(run.workdir, [str(folder / "bad.jpg")], str(table)))
+    assert table.read_text() == "file,class,probability\n", "rows of other images are not kept"
 
 
 def test_an_image_of_another_size_and_mode_is_converted(run, tmp_path):

@@ -23,8 +23,7 @@ def main() -> None:
         from simplest_vit import predict
 
         paths = [*images.value, *map(local_path, arguments)]
-        predictions = predict.predict(str(cli.WORKDIR.value), paths)
-        for prediction in predict.saved_as_csv(predictions, table.value) if table.value else predictions:
+        for prediction in predict.predict(str(cli.WORKDIR.value), paths, table.value):
             print(json.dumps(prediction) if as_json.value else predict.as_text(prediction), flush=True)
 
     usage = "simplest-vit predict --workdir FOLDER --images FILE..."
