@@ -180,8 +180,8 @@ def run(
       optional: Those of --config and --workdir that may also be given.
       positional: Whether arguments without a flag are allowed.
     """
-    preemption.install()
     streams.install()
+    preemption.install()
     try:
         # ml_collections finds the fields of a config in sys.argv.
         sys.argv[1:] = flags.FLAGS.read_flags_from_files(sys.argv[1:])

@@ -17,7 +17,10 @@ class StdoutError(Exception):
 
 
 def install() -> None:
-    """Replace the standard streams, and log to standard error."""
+    """Replace the standard streams, and log to standard error. Call it before any file is opened."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `>&-`; the next file would get its number, and XLA's messages
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     # A log line must not end a run, so it is dropped if it cannot be written.
     sys.stdout, sys.stderr = _Stream(sys.stdout, raises=True), _Stream(sys.stderr, raises=False)
     # Libraries log only errors; this project also logs its progress.

@@ -106,6 +106,20 @@ def test_a_log_that_cannot_be_written_ends_nothing():
     os.close(writer)
 
 
+@pytest.mark.parametrize(("closed", "numbers"), [(">&-", [1]), ("<&- >&- 2>&-", [0, 1, 2])])
+def test_a_closed_standard_stream_is_the_null_device_and_its_number_is_never_a_file_s(tmp_path, closed, numbers):
+    program = f"""import os, pathlib, sys; from simplest_vit import cli
+def program():
+    print("result"), print("progress" * {len(numbers) - 1}, end="", file=sys.stderr)
+    found = " ".join(os.readlink(f"/proc/self/fd/{{number}}") for number in {numbers})
+    pathlib.Path({str(tmp_path / "found")!r}).write_text(found)
+cli.run(program, "", required=())"""
+    command = ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
+    assert (tmp_path / "found").read_text().split() == ["/dev/null"] * len(numbers)
+
+
 def test_a_callback_to_an_event_loop_that_orbax_has_closed_prints_nothing_unlike_other_errors():
     body = """import asyncio, tensorstore
     promise, future = tensorstore.Promise.new()
