@@ -75,7 +75,7 @@ def test_evaluate(run, record, monkeypatch, tmp_path):
     run("evaluate", config="config", split="test[:9]", output="report")
     assert calls == [("runs/mine", "config", {"validation_split": "test[:9]"})]
     assert written == [(best, "report")]
-    for folder, split in (("cat", "train+validation"), ("train", None)):  # all images, or those of val/
+    for folder, split in (("cat", "all"), ("train", None)):  # all images, or those of val/
         (tmp_path / folder).mkdir()
         run("evaluate", image_folder=str(tmp_path))
         folder = {"name": "image_folder", "manual_dir": str(tmp_path), "label": None}  # not the label of the run's data

@@ -41,7 +41,7 @@ def main() -> None:
             other_data = {"name": "image_folder", "manual_dir": image_folder.value, "label": None}
             own_flags["data.manual_dir"] = "--image_folder"
             # Not the run's own split: all images of a folder with CLASS/*.jpg, or those in val/.
-            other_data["validation_split"] = "train+validation" if all_images else None
+            other_data["validation_split"] = "all" if all_images else None
         if split.value:
             other_data["validation_split"] = split.value
             own_flags["data.validation_split"] = "--split"

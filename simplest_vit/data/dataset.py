@@ -128,6 +128,11 @@ def load(data: Any, *, mesh: Mesh | None = None, only_validation: bool = False) 
     """
     prepared = _prepare_once(data)
     label = prepared.label_feature(data.label)
+    if data.name == "image_folder" and not data.validation_split and "validation" not in prepared.info.splits:
+        raise UserError(
+            f"config.data.manual_dir={data.manual_dir}: no class has a second image, which validation needs; add "
+            "images, or sort them into train/CLASS/ and val/CLASS/"
+        )
     held_out = "validation" if "validation" in prepared.info.splits else "test"
     validation = prepared.split("config.data.validation_split", data.validation_split or held_out, label)
     train = validation if only_validation else prepared.split("config.data.train_split", data.train_split, label)

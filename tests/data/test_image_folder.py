@@ -84,7 +84,9 @@ def test_a_flat_folder_is_split_80_to_20_in_each_class_and_says_so(tmp_path, mak
     for name in ("bee", "cat", "dog"):
         shutil.rmtree(tmp_path / "photos" / name)
     with pytest.raises(UserError, match=r"no class has a second image, which validation needs; add images, or"):
-        prepare("image_folder", tmp_path / "tfds", tmp_path / "photos")
+        input_pipeline.load(config.data)
+    config.data.validation_split = "all"  # as `evaluate --image_folder` sets it
+    assert input_pipeline.load(config.data, only_validation=True).validation_size == 1
 
 
 @pytest.mark.parametrize(

@@ -144,12 +144,7 @@ def _list_files(folder: Path) -> dict[str, list[_File]]:
     for file in files:
         splits["validation" if held_out[file.label] > 0 else "train"].append(file)
         held_out[file.label] -= 1
-    if not splits["validation"]:
-        raise UserError(
-            f"config.data.manual_dir={folder}: no class has a second image, which validation needs; add images, or "
-            "sort them into train/CLASS/ and val/CLASS/"
-        )
-    return splits
+    return {split: found for split, found in splits.items() if found}  # one image per class leaves no validation
 
 
 def _images(root: Path, folder: Path) -> list[_File]:
