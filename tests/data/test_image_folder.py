@@ -113,6 +113,18 @@ def test_one_class_may_be_named_as_a_split(photos, tmp_path):
     assert prepared.info.features["label"].names == ["Train", "bus"]
 
 
+def test_a_class_named_train_is_not_taken_for_a_split_in_silence(photos, tmp_path, capfd):
+    remedy = "train/ is the training split; if it is a class, rename it"
+    for name in ("plane", "car"):
+        shutil.copytree(photos / "train/cat", photos / name)
+    prepared = prepare("image_folder", tmp_path / "tfds", photos)
+    assert prepared.info.features["label"].names == ["cat", "dog"]
+    assert capfd.readouterr().err.splitlines().count(f"folders beside train/ are not used, such as car/; {remedy}") == 1
+    shutil.rmtree(photos / "train"), shutil.copytree(photos / "car", photos / "train")
+    with pytest.raises(UserError, match=rf"no class folders in {photos}/train; expected CLASS/\*.jpg in it; {remedy}$"):
+        prepare("image_folder", tmp_path / "tfds", photos)
+
+
 def test_folders_within_a_class_are_searched_and_what_is_passed_over_is_counted(photos, tmp_path, capfd):
     deep = photos / "train/cat/more/and more"
     deep.mkdir(parents=True)

@@ -17,11 +17,12 @@ import tensorflow_datasets as tfds
 from simplest_vit.data.builders.base import Builder, Content, Example, checked, group
 from simplest_vit.data.builders.imagenet import IMAGENET
 from simplest_vit.data.decode import HEIC_REMEDY, SUFFIXES
-from simplest_vit.errors import UserError
+from simplest_vit.errors import UserError, one_line
 
 _VALIDATION_FOLDERS = ("val", "validation", "valid", "test")  # the first that exists is used
 _SPLIT_NAMES = {"train", "training", "test", "testing", *_VALIDATION_FOLDERS}
 _HELD_OUT = 0.2  # of each class, if one folder holds both splits
+_TRAIN = "train/ is the training split; if it is a class, rename it"
 _RULE = (
     "Images in CLASS/; 80 % of each class for training, 20 % for validation, by a hash of the file name: the same for "
     "every seed."
@@ -81,6 +82,9 @@ def _read(folder: Path) -> Content:
     """Read a folder, whose files are kept as they are."""
     files = _list_files(folder)
     name_others(folder, {file.path for found in files.values() for file in found})
+    beside = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir() and path.name not in _SPLIT_NAMES)
+    if has_splits(folder) and beside:
+        print(f"folders beside train/ are not used, such as {one_line(beside[0])}/; {_TRAIN}", file=sys.stderr)
     features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "image/filename": tfds.features.Text(),
@@ -151,7 +155,8 @@ def _images(root: Path, folder: Path) -> list[_File]:
     """List the images of the classes in `folder`, named relative to `root`, in the order of a hash of their names."""
     classes = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
     if not classes:
-        raise UserError(f"config.data.manual_dir={root}: no class folders in {folder}; expected CLASS/*.jpg in it")
+        expected = "expected CLASS/*.jpg in it" + (f"; {_TRAIN}" if folder != root else "")
+        raise UserError(f"config.data.manual_dir={root}: no class folders in {folder}; {expected}")
     files = []
     for path in classes:
         odd = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in path.name)  # control, no UTF-8, breaks
