@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 from ml_collections import FrozenConfigDict
 from PIL import Image
+from sklearn.datasets import load_digits
 
 import input_pipeline
 import simplest_vit
@@ -155,6 +157,18 @@ def test_importing_the_package_imports_nothing_else():
     code = "import sys, simplest_vit; print(sorted({'jax', 'flax', 'numpy', 'orbax'} & set(sys.modules)))"
     root = pathlib.Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root).stdout == "[]\n"
+
+
+def test_the_pages_make_the_pixels_that_the_run_was_trained_on():
+    """As the builder does, which rounds; the pages truncated."""
+    digits, root = load_digits(), pathlib.Path(__file__).parents[1]
+    expected = np.round(digits.images * 255 / 16)[..., None]
+    for page, names in (("README.md", {"digits": digits.images[..., None]}), ("examples/quickstart.ipynb", {})):
+        made = re.findall(r"= (\(digits.* / 16\).*astype\(.*?\))", (root / page).read_text())
+        assert made
+        for code in made:
+            pixels = eval(code, {"np": np, "digits": digits} | names)
+            np.testing.assert_array_equal(pixels, expected[: len(pixels)])
 
 
 def test_the_example_is_the_package_s_isometric_network():
