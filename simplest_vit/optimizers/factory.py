@@ -40,9 +40,12 @@ class WarmupCosine:
 
 
 # optax optimizers that a run cannot use: in each update they need the loss, its Hessian or a random key, or they
-# evaluate other parameters than they take gradients at, or they take no schedule; `optimistic_adam` is deprecated.
-_UNUSABLE = {"lbfgs", "momo", "momo_adam", "noisy_sgd", "optimistic_adam", "rprop", "sm3", "sophia"}
+# evaluate other parameters than they take gradients at, or they take no schedule; `galore` projects matrices alone, not
+# stacks of them, and under `jax.vmap` would decompose them in every step; `optimistic_adam` is deprecated.
+_UNUSABLE = {"galore", "lbfgs", "momo", "momo_adam", "noisy_sgd", "optimistic_adam", "rprop", "sm3", "sophia"}
 _UNUSABLE |= {"schedule_free_adamw", "schedule_free_sgd"}
+# optax optimizers that take a norm or a mean of each array, which must not mix blocks; so does Muon if it is adaptive.
+_BY_ARRAY = {"adafactor", "fromage", "lamb", "lars", "novograd"}
 # Arguments that the run sets, not the user. The mask selects the parameters that decay.
 _MASKS = ("mask", "weight_decay_mask")
 _FROM_THE_RUN = {"learning_rate", "weight_decay", "stack_axes", "mesh", "muon_weight_dimension_numbers", *_MASKS}
@@ -163,6 +166,9 @@ def create_optimizer(
         tx = function(learning_rate, **given)
     except (TypeError, ValueError) as error:  # its message begins with the field
         raise UserError(f"config.optimizer.{error}") from error
+    if name in _BY_ARRAY or given.get("adaptive"):
+        by_block = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
+        tx = optax.partition({0: tx, 1: by_block}, paths.stack_axes)
     # Which dimensions the reference merges depends on its layout: q, k and v fused, layers separate, [out, in].
     chain = [view_as(layout, tx) if name == "reference_shampoo" and layout is not None else tx]
     if weight_decay and decoupled_weight_decay:

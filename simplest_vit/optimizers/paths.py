@@ -37,6 +37,6 @@ def stack_axes(params: optax.Params) -> Any:
 def muon_dimension_numbers(params: optax.Params) -> Any:
     """Choose Muon for the kernels of the blocks, and None (Adam) for embedding, head, biases and LayerNorm."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: optax.contrib.MuonDimensionNumbers(1, 2) if is_stacked(path) and is_kernel(path) else None,
+        lambda path, _: optax.contrib.MuonDimensionNumbers(-2, -1) if is_stacked(path) and is_kernel(path) else None,
         params,
     )
