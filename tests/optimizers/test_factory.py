@@ -272,6 +272,13 @@ def test_declared_types_are_those_of_flags():
     assert declared("shampoo")["precondition_frequency"][1] is int
 
 
+def test_every_setting_without_a_default_takes_values_of_its_type():
+    for name in optimizers():
+        for key in [key for key, (value, _) in declared(name).items() if value is None]:
+            tx = create_optimizer(name, 0.1, **{key: 0.5 if declared(name)[key][1] is float else "bfloat16"})
+            jax.eval_shape(lambda tx=tx: tx.update(TWO, tx.init(TWO), TWO))
+
+
 @pytest.mark.parametrize(("name", "hint"), [("adamW", "adamw?"), ("soup", "soap?"), ("zzz", "expected shampoo, soap")])
 def test_an_unknown_optimizer_is_one_line_with_near_names(name, hint):
     with pytest.raises(UserError, match=rf"^config.optimizer.name='{name}' is unknown; [^\n]*$") as error:
