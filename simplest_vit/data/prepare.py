@@ -62,10 +62,10 @@ def prepare(
         originals = Path(local_path(manual_dir)).absolute() if manual_dir else root / "downloads"
         path = root / builder.name / builder.version
         with _reading(originals):
-            if builder.config or not path.exists():  # a prepared set needs its originals only to determine its variant
+            if builder.variant or not path.exists():  # a prepared set needs its originals only to determine its variant
                 _check_originals(name, manual_dir, originals)
-            if builder.config:
-                path = root / builder.name / builder.config(originals) / builder.version
+            if builder.variant:
+                path = root / builder.name / builder.variant(originals) / builder.version
             elif manual_dir and path.exists():
                 print(f"{path} is prepared already; {manual_dir} is not read", file=sys.stderr, flush=True)
         try:
@@ -210,7 +210,7 @@ def _write_folder(builder: Builder, originals: Path, path: Path, skip_corrupt: b
         if not builder.resumable:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    if builder.config:
+    if builder.variant:
         _name_old_copies(path.parent)
 
 
@@ -244,7 +244,7 @@ def _write_files(builder: Builder, content: Content, folder: Path, skip_corrupt:
         files[split] = dict(zip(map(Path, paths), shards, strict=True))
     for partial in set(folder.iterdir()).difference(*files.values()):
         partial.unlink()
-    data_dir = folder.parents[2 if builder.config else 1]
+    data_dir = folder.parents[2 if builder.variant else 1]
     missing = {file: shard for written in files.values() for file, shard in written.items() if not file.exists()}
     needed, free = sum(shard.size for shard in missing.values()), shutil.disk_usage(folder).free
     if needed > free:
@@ -281,7 +281,7 @@ def _write_files(builder: Builder, content: Content, folder: Path, skip_corrupt:
             version=tfds.core.Version(builder.version),
             data_dir=str(folder),
             module_name="",
-            config_name=folder.parent.name if builder.config else None,
+            config_name=folder.parent.name if builder.variant else None,
         ),
         description=content.description or builder.description,
         features=features,

@@ -137,8 +137,8 @@ class Builder:
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1], as commonly used; `std` likewise
     std: tuple[float, ...]
     read: Callable[[Path], Content]  # reads the content of the folder with the original files
-    # Returns the name of the variant in that folder, if there are several variants.
-    config: Callable[[Path], str] | None = None
+    # Returns the name of the variant in that folder, if there are several; TFDS calls it the config.
+    variant: Callable[[Path], str] | None = None
     archive: Archive | None = None  # to download if no folder is given
     resumable: bool = False  # whether the files that an interrupted process has written are kept
     # Published number of images in each split, if the originals may hold fewer.

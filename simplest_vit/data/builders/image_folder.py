@@ -115,7 +115,7 @@ def _kind(path: str) -> str:
     return "images in no class folder" if _suffix(path) in SUFFIXES else _suffix(path) or "without a suffix"
 
 
-def _config(folder: Path) -> str:
+def _variant(folder: Path) -> str:
     """Name the state of a folder: NAME-ORIGINALS-STATE; another state is another data set."""
     state = hashlib.sha256()
     for split, found in _list_files(folder).items():
@@ -187,5 +187,5 @@ IMAGE_FOLDER = Builder(
     mean=IMAGENET.mean,
     std=IMAGENET.std,
     read=_read,
-    config=_config,
+    variant=_variant,
 )
