@@ -39,7 +39,8 @@ class FinishedRun:
     def settings(self) -> dict[str, Any]:
         """The part of the config that decides the result, without the seed; fields newer than the run are defaults."""
         config = {name: field.default for name, field in FIELDS.items()} | self.config
-        return {name: value for name, value in config.items() if name != "seed" and not is_resumable(name)}
+        ignored = {name for name in config if is_resumable(name)} - {"eval_every", "checkpoint_every"} | {"seed"}
+        return {name: value for name, value in config.items() if name not in ignored}
 
     @property
     def data(self) -> str:

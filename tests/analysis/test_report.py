@@ -83,6 +83,16 @@ def test_only_what_differs_is_a_column_and_seeds_are_averaged(tmp_path):
     assert problems == []
 
 
+def test_the_intervals_between_evaluations_are_settings(tmp_path):
+    """They decide which step is the best, and with patience where a run ends."""
+    for folder, intervals in (("a", (10, 20)), ("b", (5, 20)), ("c", (10, 10))):
+        finish(tmp_path / folder, eval_every=intervals[0], checkpoint_every=intervals[1])
+    rows, _, problems = reported(tmp_path)
+    found = {(row["eval_every"], row["checkpoint_every"]) for row in rows}
+    assert found == {("10", "20"), ("5", "20"), ("10", "10")}
+    assert problems == []
+
+
 def test_the_text_is_aligned(tmp_path):
     finish(tmp_path / "a", 0.5)
     finish(tmp_path / "bcd", 0.7, seed=1, rate=1e-3)
