@@ -180,6 +180,11 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
         raise UserError(
             f"config.profile.first_step={config.profile.first_step} must be less than the run's {total_steps} steps"
         )
+    for section, is_on in (("ema", config.ema.decay), ("sam", config.sam.rho)):
+        if is_on and config[section].every > total_steps:
+            raise UserError(
+                f"config.{section}.every={config[section].every} exceeds the run's {total_steps} steps; lower it"
+            )
     learning_rate = WarmupCosine(config.optimizer.learning_rate, config.warmup_steps, total_steps)
     tx = create_optimizer(
         **{**config.optimizer, "learning_rate": learning_rate},

@@ -67,6 +67,16 @@ def test_a_run_needs_jit_and_float32(name, needed):
         jax.config.update(name, False)
 
 
+@pytest.mark.parametrize(("section", "switch"), [("ema", "ema__decay"), ("sam", "sam__rho")])
+def test_a_run_is_long_enough_for_its_average_and_sam(section, switch):
+    """The average would be that of the first weights alone."""
+    config = tiny_config(**{switch: 0.5, f"{section}__every": 7})
+    with pytest.raises(UserError, match=rf"^config.{section}.every=7 exceeds the run's 6 steps; lower it$"):
+        build(config, DIGITS)
+    config[section].every = 6
+    build(config, DIGITS)
+
+
 @pytest.mark.parametrize("kernel", ["xla", "fused"])
 def test_a_run_takes_the_attention_kernel_that_suits_its_devices(monkeypatch, kernel):
     asked = []
