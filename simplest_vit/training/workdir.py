@@ -75,7 +75,11 @@ def check_workdir(workdir: str, settings: dict[str, Any]) -> pathlib.Path:
     if (path / CONFIG).exists():
         _check_same(path, settings)
         return path
-    for name in ("checkpoints", RESULTS):
+    names = ["checkpoints", METRICS, RESULTS, DATASET]
+    with contextlib.suppress(UserError):  # a run that stopped before it wrote its config leaves its data facts
+        DatasetInfo.from_json(read_json(path / DATASET), path / DATASET)
+        names.remove(DATASET)
+    for name in names:
         if (path / name).exists():
             raise UserError(f"--workdir={workdir} has {name} but no {CONFIG}; choose another folder")
     return path

@@ -168,6 +168,18 @@ def test_bad_folders(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "dataset.json"])
+def test_files_of_these_names_that_are_not_of_a_run_are_kept(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=f"has {name} but no config.json; choose another folder"):
+        check_workdir(str(tmp_path), CONFIG)
+
+
+def test_a_run_that_stopped_before_it_wrote_its_config_is_restarted(tmp_path):
+    write_json(tmp_path / "dataset.json", DIGITS.to_json())
+    assert check_workdir(str(tmp_path), CONFIG) == tmp_path
+
+
 def test_a_json_file_is_whole_or_not_there(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"value": object()})
