@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import glob
 import logging
+import math
 import os
 import pathlib
 import re
@@ -151,8 +152,12 @@ class Checkpoints:
                 if is_primary():
                     rewrite_progress(self.directory / str(step), dataclasses.asdict(progress))
                 return
-            best = max([*self.steps(), step], key=self._rank)
-            self._policy.policies = [LatestN(2), CustomSteps([best])]
+            ranks = sorted(map(self._rank, [*self.steps(), step]))
+            unreadable = [other for accuracy, other in ranks if accuracy == math.inf]
+            for other in unreadable:
+                log.warning("record of checkpoint %d in %s cannot be read: keeping it", other, self.directory)
+            _, best = ranks[-1 - len(unreadable)]
+            self._policy.policies = [LatestN(2), CustomSteps([best, *unreadable])]
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state)), force=True)
 
     def wait(self) -> None:
@@ -230,12 +235,15 @@ class Checkpoints:
             write_record(folder, dataclasses.asdict(progress))
 
     def _rank(self, step: int) -> tuple[float, int]:
-        """Return the sort key of the best checkpoint: validation accuracy (-1 if not evaluated), then the step."""
+        """Return the sort key of the best checkpoint: validation accuracy (-1 if not evaluated), then the step.
+
+        A step whose record cannot be read, perhaps only temporarily, has infinite accuracy, because it may be the best.
+        """
         try:
             progress = self._saving[1] if step == self._saving[0] else self.progress(step)
             accuracy = progress.accuracy_at(step)
-        except UNREADABLE:  # damaged
-            accuracy = None
+        except UNREADABLE:
+            accuracy = math.inf
         return -1.0 if accuracy is None else accuracy, step
 
     def _first_intact(self, steps: Iterable[int]) -> int | None:

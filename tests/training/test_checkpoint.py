@@ -263,6 +263,30 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
         assert checkpoints.steps() == [6, 8, 9]
 
 
+def test_the_best_is_not_deleted_while_its_record_cannot_be_read(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("simplest_vit"), "propagate", True)
+    save(tmp_path, {1: 0.9, 2: 0.3, 3: 0.1})
+    record, aside = tmp_path / "checkpoints/1/record.json", tmp_path / "record.json"
+    record.rename(aside)
+    save(tmp_path, {4: 0.1})
+    aside.rename(record)
+    with Checkpoints(tmp_path, create=True) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best()) == ([1, 2, 3, 4], 1)
+        checkpoints.save(state_of(5), evaluated(5, 0.1), 5)
+        assert checkpoints.steps() == [1, 4, 5]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "simplest_vit"]
+    assert "record of checkpoint 1 in" in line
+
+
+def test_a_best_whose_record_is_damaged_is_reported(workdir, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("simplest_vit"), "propagate", True)
+    DAMAGES["truncated record"](workdir / "checkpoints" / "3")
+    with Checkpoints(workdir, create=False) as checkpoints:
+        assert checkpoints.best() == 6
+    assert "checkpoint 3 in" in caplog.text
+    assert "going back to step 6" in caplog.text
+
+
 def test_a_step_saved_again_has_the_new_progress(workdir):
     save(workdir, {6: 0.6})
     with Checkpoints(workdir, create=False) as checkpoints:
