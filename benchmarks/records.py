@@ -75,7 +75,7 @@ class Record:
     def setting(self) -> tuple[Any, ...]:
         """The settings that runs differing only in their seed share; rows of an old page stay apart from runs."""
         own = (self.network, self.changes, self.optimizer, self.learning_rate, self.steps)
-        return (self.protocol, self.data, self.on_hold_out, *own, self.from_page)
+        return (self.protocol, self.data, self.train_split, self.validation_split, *own, self.from_page)
 
     @property
     def from_page(self) -> bool:

@@ -139,6 +139,15 @@ def test_numbers_of_an_old_page_are_not_runs_of_the_same_setting(tmp_path):
     assert len(records.merge([page], [run])) == 2
 
 
+def test_runs_on_other_images_are_not_runs_of_the_same_setting(tmp_path):
+    finish(tmp_path / "run", small_config())
+    (run,) = recorded(tmp_path)
+    others = ({"train_split": "train[:45000]"}, {"validation_split": "test[:100]"}, {"validation_split": "train[:100]"})
+    runs = [run, *(dataclasses.replace(run, **splits) for splits in others)]
+    runs.append(dataclasses.replace(runs[-1], validation_split="train[45000:]"))
+    assert len(records.merge([], runs)) == len({each.setting for each in runs}) == 5
+
+
 def spoil(path, **values):
     """Change the columns of the first row."""
     rows = list(csv.DictReader(path.read_text().splitlines()))
