@@ -5,8 +5,9 @@
     python -m benchmarks.reproduce controls --workdir runs/check --check
 
 The rate of each row is chosen on a hold-out of 5,000 training images, with the table's seeds for that, after as many
-steps as the table has (30 epochs of a recipe). Then fresh seeds train on all training images, and the test images are
-read once, at the end. Tables without seeds end with the choice. Rerun the command to resume;
+steps as the table has (30 epochs of a recipe); nothing is chosen before all runs have ended, with a result or a loss
+that is not finite. Then fresh seeds train on all training images, and the test images are read once, at the end.
+Tables without seeds end with the choice. Rerun the command to resume;
 `python -m benchmarks.records WORKDIR --selected_on hold-out` records the runs.
 --check takes two steps of each row and reads a hundred images, with the first data set, rate and seed.
 """
@@ -137,10 +138,16 @@ def best_rates(found: dict[Key, list[Point]]) -> dict[Key, float]:
     """Return the rate of each row with the highest accuracy on the hold-out, of those that finished.
 
     Raises:
-      TrainingError: If no run of a row finished.
+      TrainingError: If no run of a row finished, or one failed for another reason than a loss that is not finite: its
+        rerun may change the choice, after which the test images would be read again.
     """
     best = {}
     for key, points in found.items():
+        for folder in (folder for tried in points for folder in tried.workdirs):
+            if not (folder / "results.json").exists():
+                log = folder / "log.txt"
+                if "is not finite" not in "".join(log.read_text(errors="replace").splitlines()[-1:]):
+                    raise TrainingError(f"no rate is chosen yet: correct what {log} reports and rerun the command")
         accuracies = {}
         for tried in points:
             finished = [path for workdir in tried.workdirs if (path := workdir / "results.json").exists()]

@@ -1,6 +1,7 @@
 """The runs that a table is made of, and the choice of their rates."""
 
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -15,6 +16,7 @@ from simplest_vit.commands.sweep import check_points
 from simplest_vit.errors import TrainingError, UserError
 from simplest_vit.models.attention_kinds import KINDS
 from simplest_vit.optimizers.factory import optimizers
+from simplest_vit.training.metrics import Meter, check_finite
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
 
@@ -104,8 +106,29 @@ def test_the_best_rate_is_that_of_the_hold_out_and_a_row_without_a_run_is_named(
     assert "0.0005: 50.00%, 0.001: 70.00%, 0.002: 60.00%; chosen 0.001" in capsys.readouterr().out
     for point in found["cifar10", "soap", "SimpleViT"]:
         (point.workdirs[0] / "results.json").unlink()
+        (point.workdirs[0] / "log.txt").write_text("error: validation_loss is not finite at step 5: the run stops")
     with pytest.raises(TrainingError, match="no run of cifar10, soap, SimpleViT finished"):
         reproduce.best_rates(found)
+
+
+def test_nothing_is_chosen_without_a_run_that_failed_unless_its_loss_was_not_finite(tmp_path):
+    points = next(iter(reproduce.choices(TABLE, str(tmp_path), {}, check=False).values()))
+    failed, finished = (point.workdirs[0] for point in points)
+    for folder in (failed, finished):
+        folder.mkdir(parents=True)
+    (finished / "results.json").write_text('{"validation_accuracy": 0.1}')
+    meter = Meter(batch_size=1, max_skipped_steps=1)
+    meter.add(dict.fromkeys(("loss", "correct", "count"), 0.0) | {"skipped_steps": 1, "skipped_in_a_row": 1})
+    for stop in (lambda: check_finite({"validation_loss": math.nan}, 5), lambda: meter.report(5)):
+        with pytest.raises(TrainingError) as stopped:
+            stop()
+        meant = f"step 5\nerror: {stopped.value}\n"
+        (failed / "log.txt").write_text(meant)
+        assert reproduce.best_rates({"row": points}) == {"row": 2e-3}
+        for text in ("", meant + "error: the disk is full\n"):
+            (failed / "log.txt").write_text(text)
+            with pytest.raises(TrainingError, match=f"^no rate is chosen yet: .*{failed}/log.txt reports and rerun"):
+                reproduce.best_rates({"row": points})
 
 
 def test_ideas_are_compared_over_three_seeds_on_the_hold_out(tmp_path):
