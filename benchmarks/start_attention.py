@@ -8,6 +8,7 @@ what the network learns without it.
 """
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from simplest_vit.training.evaluate import restore_best, validate
 from simplest_vit.training.run import Run
 from simplest_vit.training.sharding import create_mesh
 from simplest_vit.training.state import ModelState
+from simplest_vit.training.workdir import check_data
 
 
 def start_state(run: Run, state: ModelState) -> ModelState:
@@ -41,6 +43,7 @@ def _main(folders: list[str]) -> None:
     for folder in folders:
         run, state, _ = restore_best(folder, mesh=create_mesh())
         dataset = input_pipeline.load(run.config.data)
+        check_data(pathlib.Path(folder), dataset.info)
         trained, put_back = (validate(run, dataset, each) or {} for each in (state, start_state(run, state)))
         print(
             f"{folder}: trained {trained['validation_accuracy']:.2%} (loss {trained['validation_loss']:.4f}), with the "

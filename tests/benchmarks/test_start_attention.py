@@ -1,12 +1,15 @@
 """The attention of the start in a network that has learned another."""
 
 import dataclasses
+import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import start_attention
 from benchmarks.start_attention import start_state
 from simplest_vit.errors import UserError
 from simplest_vit.training.run import build
@@ -38,3 +41,13 @@ def test_a_network_whose_queries_do_not_start_at_zero_is_refused():
     run = build(tiny_config(model__name="simple_vit"), DIGITS)
     with pytest.raises(UserError, match="the queries of simple_vit do not start at zero"):
         start_state(run, learned(run))
+
+
+def test_a_run_is_not_evaluated_on_other_data(tmp_path, monkeypatch):
+    (tmp_path / "dataset.json").write_text(json.dumps(DIGITS.to_json()))
+    run = build(tiny_config(model__name="isometric_vit", model__num_heads=4), DIGITS)
+    changed = types.SimpleNamespace(info=dataclasses.replace(DIGITS, fingerprint="changed"))
+    monkeypatch.setattr(start_attention, "restore_best", lambda folder, mesh: (run, None, None))
+    monkeypatch.setattr(start_attention.input_pipeline, "load", lambda data: changed)
+    with pytest.raises(UserError, match="was started with other data: their fingerprint was '', now 'changed'"):
+        start_attention._main([str(tmp_path)])
