@@ -89,6 +89,9 @@ def initialize(
                 f"config.distributed=auto: the processes cannot find each other ({reason}); see docs/running.md"
             ) from error
         raise UserError(f"--coordinator_address={coordinator_address} cannot be used ({reason})") from error
+    if jax.process_count() == 1:
+        # JAX has replaced Python's handler of SIGTERM, but `interruption` asks it only with several processes.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     if jax.process_index() > 0:
         log.setLevel(logging.WARNING)
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+import subprocess
 import sys
 
 import jax
@@ -51,6 +52,26 @@ def test_jax_gets_the_flags_and_only_process_0_logs_its_progress(monkeypatch, ca
     monkeypatch.setattr(jax, "process_index", lambda: process)
     distributed.initialize(False, "localhost:1", 2, process)
     assert (given, distributed.log.level) == ([("localhost:1", 2, process)], level)
+
+
+def test_a_single_process_with_flags_sees_sigterm():
+    program = """
+import signal, socket, time
+from simplest_vit import preemption
+from simplest_vit.training import distributed
+preemption.install()
+with socket.create_server(("localhost", 0)) as free:
+    port = free.getsockname()[1]
+distributed.initialize(False, f"localhost:{port}", 1, 0)
+with distributed.interruption() as reached:
+    signal.raise_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 5
+    while not reached() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print(reached())"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "True\n", ended.stderr
 
 
 def test_without_flags_there_is_one_process(monkeypatch):
