@@ -81,6 +81,8 @@ class Prepared:
         height, width, channels = features[self.image].shape
         if channels not in (None, 1, 3):
             raise UserError(f"{self.folder}: images of {channels} channels; expected 1 or 3")
+        if (dtype := features[self.image].np_dtype) not in (np.uint8, np.uint16):
+            raise UserError(f"{self.folder}: images of {np.dtype(dtype)}; expected uint8 or uint16")
         self._shape = (height, width, channels or 3) if height and width else None
         size = min(height or _DEFAULT_SIZE, width or _DEFAULT_SIZE)
         self.image_shape = (size, size, channels or 3)

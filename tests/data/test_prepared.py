@@ -123,6 +123,7 @@ def test_images_of_many_sizes_are_measured_and_cropped_to_224(tmp_path, make_con
     ("features", "message"),
     [
         ({"image": tfds.features.Image(shape=(8, 8, 4)), "label": TWO}, "4 channels"),
+        ({"image": tfds.features.Image(shape=(8, 8, 1), dtype=np.float32), "label": TWO}, "images of float32"),
         ({"label": TWO}, "0 images and 1 class labels in an example .label.; expected"),
         ({"a": IMAGE, "b": IMAGE, "label": TWO}, "2 images"),
         ({"image": IMAGE, "text": tfds.features.Text()}, "1 images and 0 class labels"),
