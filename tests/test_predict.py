@@ -102,6 +102,15 @@ def test_predictions_are_saved_as_csv_whatever_the_files_are_named(run, tmp_path
     assert table.read_text() == "file,class,probability\n", "rows of other images are not kept"
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "A.HEIC", "photo"])
+def test_a_table_never_replaces_a_photo(tmp_path, monkeypatch, name):
+    """As in `--csv *.jpg`, which takes the first photo as the table."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("a photo")
+    with pytest.raises(UserError, match=f"^--csv={tmp_path}/{name} is an image; expected a table"):
+        next(predict("nowhere", ["photo"], str(tmp_path / name)))
+
+
 def test_an_image_of_another_size_and_mode_is_converted(run, tmp_path):
     Image.new("RGBA", (31, 20), (200, 10, 10, 255)).save(tmp_path / "colour.png")
     (prediction,) = predict(run.workdir, [str(tmp_path / "colour.png")])
