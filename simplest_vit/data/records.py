@@ -181,7 +181,11 @@ def _explain(error: RuntimeError, path: Path) -> UserError | TrainingError:
     """Return what to raise if array_record cannot read a file."""
     if problem := system_error(error):
         return cannot_read(path, problem)
-    return UserError(f"{path}: damaged ({first_line(error)}); restore it, or remove {path.parent} to prepare it again")
+    from simplest_vit.data.builders import find_builder  # which imports this module
+
+    is_ours = find_builder(path.name.partition("-")[0])  # other sets cannot be prepared again by this program
+    remedy = f", or remove {path.parent} to prepare it again" if is_ours else " from a copy or with TFDS"
+    return UserError(f"{path}: damaged ({first_line(error)}); restore it{remedy}")
 
 
 def cpu_count() -> int:

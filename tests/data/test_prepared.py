@@ -145,6 +145,13 @@ def test_an_unknown_set_says_how_tfds_prepares_it(tmp_path, make_config, name):
         input_pipeline.load(make_config(name, dir=tmp_path).data)
 
 
+def test_a_damaged_set_that_only_tfds_can_prepare_is_not_to_be_removed(tmp_path, make_config):
+    path = shapes(tmp_path) / "shapes-train.array_record-00000-of-00001"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=rf"^{path}: damaged \(.*\); restore it from a copy or with TFDS$"):
+        input_pipeline.load(make_config("shapes", dir=tmp_path).data)
+
+
 def test_a_run_is_read_without_its_set_and_a_set_that_is_gone_is_named(tmp_path, make_config):
     folder = shapes(tmp_path)
     config = make_config("shapes", dir=tmp_path)
