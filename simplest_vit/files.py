@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -77,9 +78,9 @@ def write_file(path: pathlib.Path, content: bytes) -> None:
         path.write_bytes(content)
         return
     path = pathlib.Path(os.path.realpath(path))
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")  # no file of the user's
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

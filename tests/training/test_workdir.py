@@ -270,4 +270,13 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(os, "replace", lambda a, b: [events.append("replace"), replace(a, b)])
     write_json(tmp_path / "x.json", {"value": 1})
-    assert events == [str(tmp_path / "x.json.tmp"), "replace", str(tmp_path)]
+    temporary, *then = events
+    assert re.fullmatch(rf"{tmp_path}/x\.json\.\w+\.tmp", temporary)
+    assert then == ["replace", str(tmp_path)]
+
+
+def test_no_other_file_is_overwritten_and_the_umask_holds(tmp_path):
+    (tmp_path / "x.json.tmp").write_text("the user's")
+    write_json(tmp_path / "x.json", {})
+    assert (tmp_path / "x.json.tmp").read_text() == "the user's"
+    assert (tmp_path / "x.json").stat().st_mode == (tmp_path / "x.json.tmp").stat().st_mode
