@@ -28,10 +28,10 @@ def local_path(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     if not text:
         raise UserError("'': the path is empty; give a path")
-    if text.startswith("file://"):
-        text = "/" + text.removeprefix("file://").removeprefix("localhost").lstrip("/")
-    if scheme := re.match(r"([a-z][a-z0-9+.-]+):/", text, re.IGNORECASE):
-        raise UserError(f"{text}: {scheme[1]}: is not supported; give a local path, such as a mounted bucket")
+    if local := re.match("file://(localhost)?/+", text):
+        text = "/" + text[local.end() :]
+    if scheme := re.match(r"(file://[^/]+|[a-z][a-z0-9+.-]+:)/", text, re.IGNORECASE):
+        raise UserError(f"{text}: {scheme[1]} is not supported; give a local path, such as a mounted bucket")
     path = os.path.expanduser(text)
     if path.startswith("~"):
         raise UserError(f"{text}: there is no such user; give another path")

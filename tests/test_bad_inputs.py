@@ -95,6 +95,7 @@ FIELDS = [
     ("adam", "data.dir", "3", "the path of a folder, or None"),
     ("adam", "data.dir", "'~nobody-of-this-name/data'", "there is no such user; give another path"),
     ("adam", "data.dir", "'gs://bucket/data'", "config.data.dir=gs://bucket/data: gs: is not supported; give"),
+    ("adam", "data.dir", "'file://host/data'", "config.data.dir=file://host/data: file://host is not supported; give"),
     ("adam", "data.manual_dir", "''", "the path of a folder"),
     ("adam", "data.image_size", "-8", "an integer from 1"),
     ("adam", "data.image_size", "9", "does not divide the image size 9 x 9"),
