@@ -46,10 +46,14 @@ def load_initial_params(run: Run, folder: str) -> dict[str, Any]:
     head = "too"
     if source.data.class_names != run.data.class_names:
         del params["head"]
-        head = f"reinitialized: {run.data.num_classes} classes instead of the run's {source.data.num_classes}"
+        numbers = f"{run.data.num_classes} here, {source.data.num_classes} there"
+        head = f"reinitialized: other classes or another order of them ({numbers})"
     loaded = ", ".join(name for name in params if name != "head")
     log.info("starting from step %d of %s: %s loaded, the head %s", state.step, folder, loaded, head)
     log.info("attention and positions are for %s tokens; the loaded run has %s", _grid(run), _grid(source))
+    then, now = ((each.data.mean, each.data.std) for each in (source, run))
+    if then != now:
+        log.info("images are normalized by mean %s and deviation %s; the loaded run's were %s and %s", *now, *then)
     return params
 
 

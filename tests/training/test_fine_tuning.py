@@ -67,8 +67,16 @@ def test_other_classes_and_another_grid_begin_with_their_own_head_and_constants(
     for name in ("patch_embedding", "blocks"):
         assert_equal(state.params[name], best.ema_params[name])
     assert f"starting from step 3 of {pretrained}: blocks, patch_embedding loaded" in caplog.text
-    assert "the head reinitialized: 3 classes instead of the run's 10" in caplog.text
+    assert "the head reinitialized: other classes or another order of them (3 here, 10 there)" in caplog.text
     assert "positions are for 6x6 tokens; the loaded run has 4x4" in caplog.text
+    assert "normalized" not in caplog.text
+
+
+def test_data_of_another_mean_are_reported(pretrained, caplog):
+    caplog.set_level(logging.INFO, "simplest_vit")
+    first_state(dataclasses.replace(DIGITS, mean=(0.5,), std=(0.25,)), init_from=str(pretrained))
+    were = f"{DIGITS.mean} and {DIGITS.std}"
+    assert f"normalized by mean (0.5,) and deviation (0.25,); the loaded run's were {were}" in caplog.text
 
 
 def test_classes_of_other_names_begin_anew_though_they_are_as_many(pretrained):
