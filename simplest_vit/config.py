@@ -72,7 +72,7 @@ FIELDS = {
     "max_skipped_steps": Field(10, integer(1), "stop after so many steps in a row with a loss or gradient not finite"),
     "fsdp": Field(1, integer(1), "devices that share one copy of parameters and optimizer state; 1: no sharing"),
     "distributed": Field(None, optional(one_of("auto")), "auto: connect processes of SLURM, MPI, Kubernetes or TPU"),
-    "accumulation_steps": Field(1, integer(1), "micro-batches per step, to save memory; the result is the same"),
+    "accumulation_steps": Field(1, integer(1), "micro-batches per step, to save memory; same result without dropout"),
     "compute_dtype": Field(
         "bfloat16",
         one_of("float32", "bfloat16"),
