@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import glob
+import itertools
 import logging
 import math
 import os
@@ -281,11 +282,9 @@ class Checkpoints:
     def _set_aside(self, step: int) -> pathlib.Path:
         """Rename a checkpoint so that Orbax ignores it; keep it, because it may be unreadable only temporarily."""
         folder = self.directory / str(step)
-        aside = folder.with_name(f"{step}.damaged")
+        names = (folder.with_name(f"{step}.damaged{number or ''}") for number in itertools.count())
         with self._translate_errors("cannot be renamed"):
-            if aside.exists():
-                shutil.rmtree(aside)
-            return folder.rename(aside)
+            return folder.rename(next(aside for aside in names if not aside.exists()))
 
     def _damage(self, step: int) -> str | None:
         """Describe what is wrong with the files of a checkpoint; None if it is intact, which is checked only once."""

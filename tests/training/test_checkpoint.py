@@ -110,12 +110,12 @@ def test_a_damaged_newest_checkpoint_falls_back_and_can_be_saved_again(workdir, 
 
 def test_what_only_could_not_be_read_is_not_lost(workdir, monkeypatch):
     folder = workdir / "checkpoints"
-    for _ in range(2):  # the second time something is set aside already
+    for aside in ("6.damaged", "6.damaged1"):  # the second time something is set aside already
         with monkeypatch.context() as patch, Checkpoints(workdir, create=True) as checkpoints:
             patch.setattr(state_module, "read_record", lambda _: json.loads((folder / "3/record.json").read_text()))
             assert checkpoints.newest() == 3
-        (folder / "6.damaged").rename(folder / "6")
-        shutil.copytree(folder / "3", folder / "6.damaged")
+        shutil.copytree(folder / aside, folder / "6")
+    assert (folder / "6.damaged").is_dir()
     with Checkpoints(workdir, create=False) as checkpoints:
         assert checkpoints.newest() == 6
 
