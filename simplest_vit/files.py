@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from simplest_vit.errors import UserError
+from simplest_vit.errors import TrainingError, UserError
 
 # Linux allows 4,096 bytes; files below a folder need the rest.
 _LONGEST_PATH = 3500
@@ -50,10 +51,14 @@ def sha256(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def writing(what: str, remedy: str = "choose another folder") -> Iterator[None]:
-    """Turn a system error while writing a user's file or folder into a `UserError`."""
+    """Turn a system error while writing into a `UserError`, or a `TrainingError` if the disk is full."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TrainingError(
+                f"{what} cannot be written ({error.strerror}): make room on the disk and rerun the command"
+            ) from error
         raise UserError(f"{what} cannot be written ({error.strerror}); {remedy}") from error
 
 

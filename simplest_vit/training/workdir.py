@@ -135,6 +135,7 @@ def lock_workdir(path: pathlib.Path, settings: dict[str, Any], data: DatasetInfo
 
     Raises:
       UserError: If it cannot be written, another process trains there, or it holds the run of another config or data.
+      TrainingError: If the disk is full.
     """
     with contextlib.ExitStack() as stack:
         with writing(f"--workdir={path}"):

@@ -239,6 +239,22 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, change, message):
     assert read_run(str(tmp_path))[2] == DIGITS
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_resume_on_a_full_disk_asks_for_room_and_not_for_another_folder(tmp_path, monkeypatch, number):
+    def full(_):
+        raise OSError(number, os.strerror(number))
+
+    with lock_workdir(tmp_path, CONFIG, DIGITS):
+        pass
+    monkeypatch.setattr(os, "fsync", full)
+    message = (
+        rf"^--workdir=.* cannot be written \({os.strerror(number)}\): make room on the disk and rerun the command$"
+    )
+    with pytest.raises(TrainingError, match=message), lock_workdir(tmp_path, CONFIG, DIGITS):
+        pass
+    assert read_run(str(tmp_path))[2] == DIGITS
+
+
 def test_a_folder_of_an_older_version_is_refused_and_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))  # as 0.1 wrote it
     for read in (lambda: check_workdir(str(tmp_path), CONFIG), lambda: read_run(str(tmp_path))):
