@@ -105,7 +105,7 @@ def summary(results: Results, page: str) -> str:
     plan = TABLES["equal_time"]
     rows = [
         [row, f"{plan.row_steps(row):,}", *(_text(results.in_equal_time(row, data), page) for data in plan.data)]
-        for row in ("isometric, attention frozen", "SimpleViT, constant shifts", "SimpleViT")
+        for row in ("shift MLP", "SimpleViT, constant shifts", "SimpleViT")
     ]
     return table(["SOAP, equal time", "steps", *(DATA[data] for data in plan.data)], rows)
 
@@ -229,7 +229,7 @@ def depth_equal_time(results: Results, page: str) -> str:
 
 
 def choosing(results: Results, page: str) -> str:
-    """List every rate that was tried on the hold-out."""
+    """List the rates that were tried on the hold-out, where there is more than one."""
     lines: dict[tuple, dict[float, Cell]] = {}
     names = {(network.preset, records.changes_text(network.fields)): row for row, network in reversed(NETWORKS.items())}
     for cell in results.cells.values():
@@ -244,6 +244,7 @@ def choosing(results: Results, page: str) -> str:
             ", ".join(f"{rate:g}: {cell.text(page)}" for rate, cell in sorted(cells.items())),
         ]
         for (data, row, optimizer, steps), cells in sorted(lines.items())
+        if len(cells) > 1
     ]
     return table(["", "data", "optimizer", "steps", "learning rate: accuracy on the hold-out"], body)
 

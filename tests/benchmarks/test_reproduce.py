@@ -192,7 +192,7 @@ def test_the_first_cifar_command_of_the_readme_is_a_run_of_its_headline():
     readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
     command = re.search(r"python main.py (--config configs/cifar10.*?)\n```", readme, re.DOTALL)[1]
     given, _, overrides = command.replace("\\\n", "").partition("--workdir runs/shift")
-    row = "isometric, attention frozen"
+    row = "shift MLP"
     (rate,) = {run.learning_rate for run in Results(records.read()).in_equal_time(row, "cifar10").runs.values()}
     run = {"stage": "", "root": "", "fields": {}}
     point = reproduce.point(TABLES["equal_time"], ("cifar10", "soap", row), NETWORKS[row], rate, (1,), **run)

@@ -182,7 +182,7 @@ def test_equal_time_takes_each_network_at_its_own_steps():
     assert lines[3].startswith(f"|{shifts}|2,700|[76.0±0.0 (2)]")
     assert lines[3].endswith("|+7.0±0.0|not run||")
     short = results_page.summary(found, "README.md").splitlines()
-    assert short[2] == "|isometric, attention frozen|2,700|not run|not run|"
+    assert short[2] == f"|{shifts}|2,700|[76.0±0.0 (2)](results/runs.csv?plain=1#L5-L6)|not run|"
     assert short[3] == "|SimpleViT, constant shifts|1,900|not run|not run|"
     assert short[4].startswith("|SimpleViT|1,500|[69.0±0.0 (2)]")
 
