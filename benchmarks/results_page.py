@@ -28,7 +28,7 @@ PAGES = tuple(
     str(path.relative_to(ROOT)) for folder in ("", "docs/", "benchmarks/") for path in ROOT.glob(f"{folder}*.md")
 )
 OPTIMIZERS = {"soap": "SOAP", "muon": "Muon", "adam": "Adam", "shampoo": "Shampoo@25"}
-OPTIMIZERS |= {"soap_near_isometry": "SOAP, pulled", "adam_by_shape": "Adam, scaled"}  # of benchmarks/ideas.py
+OPTIMIZERS |= {"soap_near_isometry": "SOAP, pulled", "adam_by_shape": "Adam, scaled"}  # benchmarks/ideas.py
 _BLOCK = re.compile(r"(<!-- (results|speed): (?!end)([\w-]+) -->\n).*?(<!-- \2: end -->)", re.DOTALL)
 _CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 _NUMBER = re.compile(r"\d[\d,.]*\s?(?:%|(?:points|times|launches|images/s|ms|s|MB|GB|MiB|GiB)\b)")
@@ -125,12 +125,14 @@ def equal_time(results: Results, page: str) -> str:
 
 def replaced(results: Results, page: str) -> str:
     """Compare networks with one thing replaced, after 500 steps of SOAP."""
-    tables = (TABLES[name] for name in ("controls", "ablation", "heads", "baseline"))
-    names = [row for table in tables for row in table.rows]
-    names += [row for row in NETWORKS if "uniform fraction" in row or row.endswith(AT_ONCE)]
+    names = ("controls", "ablation", "heads", "baseline", "ideas", "near_isometry")
+    optimizers = {row: next(iter(TABLES[name].learning_rates)) for name in names for row in TABLES[name].rows}
+    optimizers |= {row: "soap" for row in NETWORKS if "uniform fraction" in row or row.endswith(AT_ONCE)}
     rows = []
-    for row in dict.fromkeys(names):
-        cells = [results.find(NETWORKS[row], steps=500, hold_out=hold_out) for hold_out in (True, False)]
+    for row, optimizer in optimizers.items():
+        cells = [
+            results.find(NETWORKS[row], optimizer=optimizer, steps=500, hold_out=hold_out) for hold_out in (True, False)
+        ]
         if compared := cells[0] or cells[1]:
             base = "isometric" + AT_ONCE * row.endswith(AT_ONCE)
             ours = results.find(NETWORKS[base], steps=500, like=compared)
@@ -187,24 +189,6 @@ def width(results: Results, page: str) -> str:
     return table(["width 128, SOAP", "500 steps", "7,812 steps"], rows)
 
 
-def ideas(results: Results, page: str) -> str:
-    """Compare single ideas with the network that they change."""
-    rows = []
-    for plan in (TABLES[name] for name in ("ideas", "near_isometry", "adam")):
-        for optimizer in plan.learning_rates:
-            for row in plan.rows:
-                base = "SimpleViT" if row.startswith("SimpleViT") else "isometric"
-                same = "soap" if "soap" in optimizer else "adam"
-                cell, ours = (
-                    results.find(NETWORKS[name], optimizer=by, steps=plan.steps or 0, hold_out=True)
-                    for name, by in ((row, optimizer), (base, same))
-                )
-                if cell:
-                    difference = "" if cell is ours else difference_text(cell, ours)
-                    rows.append([OPTIMIZERS[optimizer], row, cell.text(page), difference])
-    return table(["optimizer", "500 steps", "CIFAR-10, hold-out", "to plain"], rows)
-
-
 def long(results: Results, page: str) -> str:
     """Compare networks after ten epochs with RandAugment and mixup."""
     plan, rows = TABLES["long"], []
@@ -229,7 +213,7 @@ def depth_equal_time(results: Results, page: str) -> str:
 
 
 def choosing(results: Results, page: str) -> str:
-    """List the rates that were tried on the hold-out, where there is more than one."""
+    """List the rates that were tried on the hold-out, except single runs of 500 steps, which are in other tables."""
     lines: dict[tuple, dict[float, Cell]] = {}
     names = {(network.preset, records.changes_text(network.fields)): row for row, network in reversed(NETWORKS.items())}
     for cell in results.cells.values():
@@ -244,7 +228,7 @@ def choosing(results: Results, page: str) -> str:
             ", ".join(f"{rate:g}: {cell.text(page)}" for rate, cell in sorted(cells.items())),
         ]
         for (data, row, optimizer, steps), cells in sorted(lines.items())
-        if len(cells) > 1
+        if len(cells) > 1 or steps > 500
     ]
     return table(["", "data", "optimizer", "steps", "learning rate: accuracy on the hold-out"], body)
 
@@ -303,7 +287,6 @@ BLOCKS: dict[str, Callable[[Results, str], str]] = {
     "start": start,
     "replaced": replaced,
     "attention": attention,
-    "ideas": ideas,
     "depth": depth,
     "depth_equal_time": depth_equal_time,
     "long": long,
