@@ -205,14 +205,14 @@ _REPLACED = tuple(row for row in NETWORKS if "looks-linear" in row or " in place
 TABLES: dict[str, Table] = {
     "headline": Table(
         "isometric network and SimpleViT under three optimizers",
-        ("isometric", "isometric, attention frozen", "shift MLP", "SimpleViT"),
+        ("isometric", "isometric, attention frozen", "SimpleViT"),
         _SOAP | {"muon": (2e-3, 4e-3, 8e-3, 1.6e-2), "adam": (2.5e-4, 5e-4, 1e-3, 2e-3)},
         ("cifar10", "cifar100"),
     ),
     "controls": Table(
         "norm and skip put back, attention frozen",
         (
-            *("isometric", *_ADD_BACK, "isometric, attention frozen", "shift MLP"),
+            *("isometric", *_ADD_BACK, "isometric, attention frozen"),
             *("SimpleViT", "SimpleViT, constant shifts", "SimpleViT, shifts"),
         ),
         _SOAP,
