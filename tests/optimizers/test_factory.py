@@ -206,7 +206,8 @@ def test_an_optimizer_of_optax_is_optax_s_own(name, given, mask):
     gradient = random_like(PARAMS, 0)
     updates, _ = ours.update(gradient, ours.init(PARAMS), PARAMS)
     expected, _ = theirs.update(apart(gradient), theirs.init(apart(PARAMS)), apart(PARAMS))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), apart(updates), expected)
+    bound = 1e-6 if name == "adafactor" else 0  # which works by layer, here under vmap
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=bound), apart(updates), expected)
     assert not {"mask", "weight_decay", "weight_decay_mask", "learning_rate"} & set(declared(name))
 
 
