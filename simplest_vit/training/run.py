@@ -155,9 +155,8 @@ def build(config: ConfigDict, data: DatasetInfo, mesh: Mesh | None = None) -> Ru
 
     The config is a checked one; without a `mesh` there is one device. A UserError if the config does not fit the data.
     """
-    for name, needed in (("jax_disable_jit", "jit"), ("jax_enable_x64", "float32")):
-        if getattr(jax.config, name):
-            raise UserError(f"{name.upper()} is set, and a run needs {needed}; unset it")
+    if jax.config.values["jax_disable_jit"]:
+        raise UserError("JAX_DISABLE_JIT is set, and a run needs jit; unset it")
     if data.num_classes < 2:
         raise UserError(
             f"{data.name} has one class ({data.class_names[0]}), expected at least two; if they are photos in "

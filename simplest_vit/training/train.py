@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from simplest_vit.config import flatten
 from simplest_vit.data import input_pipeline
 from simplest_vit.data.preview import image_grid
-from simplest_vit.errors import Interrupted
+from simplest_vit.errors import Interrupted, UserError
 from simplest_vit.files import read_json
 from simplest_vit.models import fused_attention
 from simplest_vit.primary import broadcast_from_primary, is_primary, require_same
@@ -58,6 +58,8 @@ def train(config: ConfigDict, workdir: str, *, given: Collection[str] = ()) -> d
     _enable_compilation_cache(config.compilation_cache)
 
     # 1. Devices and folder are checked first, so that mistakes in them are found before the data are prepared.
+    if jax.config.values["jax_enable_x64"]:  # augmentation would draw other numbers
+        raise UserError("JAX_ENABLE_X64 is set, and training needs float32; unset it")
     mesh = create_mesh(config.fsdp)
     check_batch_size(config.batch_size, config.accumulation_steps, mesh)
     fused_attention.check_devices(config.model.attention_kernel, jax.devices())

@@ -279,6 +279,16 @@ def test_evaluation_by_the_folder_alone_takes_the_devices_at_hand(finished, tmp_
     assert evaluated["latest"].accuracy == finished[1]["validation_accuracy"]
 
 
+def test_training_needs_float32(tmp_path):
+    jax.config.update("jax_enable_x64", True)  # as JAX_ENABLE_X64=1 does
+    try:
+        with pytest.raises(UserError, match=r"^JAX_ENABLE_X64 is set, and training needs float32; unset it$"):
+            train.train(tiny_config(data__dir=str(tmp_path / "data")), str(tmp_path / "run"))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_evaluation_takes_devices_that_do_not_divide_the_batch(finished, data_dir, tmp_path, monkeypatch):
     for module in (evaluate, train):
         monkeypatch.setattr(module, "create_mesh", lambda fsdp: create_mesh(fsdp, jax.devices()[:3]))
