@@ -26,9 +26,10 @@ def forward_flops(params: Any, tokens: int) -> float:
         for path, x in leaves
         if paths.is_kernel(path)
     )
-    if "query" not in params["blocks"]["attention"]:  # fixed shifts only move tokens
+    attention = params["blocks"].get("attention", {})
+    if "query" not in attention:  # constant shifts only move tokens
         return products
-    depth, width, _ = params["blocks"]["attention"]["query"]["kernel"].shape
+    depth, width, _ = attention["query"]["kernel"].shape
     return products + depth * 4 * tokens**2 * width
 
 
