@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Collection, Iterable
 
 from benchmarks import intervals, records
-from benchmarks.protocols import NETWORKS, TABLES, Network
+from benchmarks.protocols import HOLD_OUT, NETWORKS, TABLES, Network
 from benchmarks.records import Record
 
 
@@ -51,9 +51,11 @@ class Results:
     """The records, as cells of tables."""
 
     def __init__(self, found: Iterable[Record]) -> None:
-        """Group records that differ only in the seed."""
+        """Group records that differ only in the seed; leave out those on other images than the tables'."""
         self.cells: dict[tuple, Cell] = {}
         for line, record in enumerate(found, start=2):
+            if (record.train_split, record.validation_split) not in (("train", ""), tuple(HOLD_OUT.values())):
+                continue
             self.cells.setdefault(record.setting, Cell({})).runs[line] = record
 
     def find(

@@ -169,7 +169,7 @@ def _excess(w: jax.Array) -> jax.Array:
 
 
 def soap_near_isometry(
-    learning_rate: optax.ScalarOrSchedule, pull: float = 1.0, start_preconditioning_step: int = 10
+    learning_rate: optax.ScalarOrSchedule, pull: float = 0.0, start_preconditioning_step: int = 10
 ) -> optax.GradientTransformation:
     """SOAP, and after it `pull_to_isometry`."""
     tx = soap(learning_rate, start_preconditioning_step=start_preconditioning_step, stack_axes=paths.stack_axes)

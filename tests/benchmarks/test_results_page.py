@@ -15,6 +15,7 @@ FRESH = (11, 12, 13, 14, 15)
 
 def row(name="isometric", accuracy=0.7, seed=11, **fields):
     network = NETWORKS[name]
+    on_hold_out = {"train_split": "train[:45000]"} if fields.get("validation_split") else {}
     record = records.Record(
         protocol="small",
         data="cifar10",
@@ -36,7 +37,7 @@ def row(name="isometric", accuracy=0.7, seed=11, **fields):
         commit="0123456",
         source="runs/x",
     )
-    return dataclasses.replace(record, **fields)
+    return dataclasses.replace(record, **on_hold_out | fields)
 
 
 def rows(name, *accuracies, **fields):
@@ -51,6 +52,14 @@ def test_a_cell_is_mean_deviation_and_seeds_with_the_lines_of_its_records():
     found = Results([row("SimpleViT"), *rows("isometric", 0.70, 0.72, 0.74)]).find(NETWORKS["isometric"])
     assert found.text("RESULTS.md") == "[72.0±2.0 (3)](results/runs.csv?plain=1#L3-L5)"
     assert cell("isometric", 0.8755).text("docs/isometric.md") == "[87.6](../results/runs.csv?plain=1#L2)"
+
+
+def test_runs_on_other_images_are_not_in_tables():
+    others = rows("isometric", 0.9, 0.9, validation_split="test[:100]") + rows(
+        "isometric", 0.9, train_split="train[:9]"
+    )
+    assert Results([*others, row(accuracy=0.7)]).find(NETWORKS["isometric"]).mean == pytest.approx(70)
+    assert Results(others).find(NETWORKS["isometric"]) is None
 
 
 def test_recorded_runs_come_before_old_pages_then_most_seeds_then_the_best_rate():
@@ -109,10 +118,7 @@ def test_the_verdict_follows_the_criteria(found, expected):
 
 def test_short_runs_on_the_hold_out_are_shown_but_decide_nothing():
     def short(name, *accuracies):
-        return [
-            dataclasses.replace(record, steps=500, validation_split="train[45000:]")
-            for record in rows(name, *accuracies)
-        ]
+        return rows(name, *accuracies, steps=500, validation_split="train[45000:]")
 
     found = [*short("isometric", 0.6, 0.6, 0.6), *short("isometric + skip", 0.62, 0.62, 0.62)]
     criterion = verdict.criteria(Results(found))[0]
