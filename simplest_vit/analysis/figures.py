@@ -19,7 +19,7 @@ log = logging.getLogger("simplest_vit")
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Networks that have the colour and marker at their place in all figures.
-NETWORKS = ("isometric", "isometric, attention frozen", "SimpleViT", "SimpleViT, constant shifts", "E-SPA + TAT")
+NETWORKS = ("isometric", "shift MLP", "SimpleViT", "SimpleViT, constant shifts", "E-SPA + TAT")
 
 # 8.3 inches are 830 px at 100 dpi, the width of a README; saved at twice that, for dense screens.
 WIDTH = 8.3
