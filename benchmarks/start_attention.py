@@ -42,7 +42,7 @@ def _main(folders: list[str]) -> None:
         raise UserError("no folder given; usage: python -m benchmarks.start_attention FOLDER...")
     for folder in folders:
         run, state, _ = restore_best(folder, mesh=create_mesh())
-        dataset = input_pipeline.load(run.config.data)
+        dataset = input_pipeline.load(run.config.data, mesh=run.mesh)
         check_data(pathlib.Path(folder), dataset.info)
         trained, put_back = (validate(run, dataset, each) or {} for each in (state, start_state(run, state)))
         print(

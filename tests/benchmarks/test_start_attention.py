@@ -48,6 +48,6 @@ def test_a_run_is_not_evaluated_on_other_data(tmp_path, monkeypatch):
     run = build(tiny_config(model__name="isometric_vit", model__num_heads=4), DIGITS)
     changed = types.SimpleNamespace(info=dataclasses.replace(DIGITS, fingerprint="changed"))
     monkeypatch.setattr(start_attention, "restore_best", lambda folder, mesh: (run, None, None))
-    monkeypatch.setattr(start_attention.input_pipeline, "load", lambda data: changed)
+    monkeypatch.setattr(start_attention.input_pipeline, "load", lambda data, mesh: changed)
     with pytest.raises(UserError, match="was started with other data: their fingerprint was '', now 'changed'"):
         start_attention._main([str(tmp_path)])
