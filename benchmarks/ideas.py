@@ -140,6 +140,7 @@ def pull_to_isometry(learning_rate: optax.ScalarOrSchedule, pull: float) -> opta
     W is a kernel of the values [D, D], or the half of an MLP's kernel [D, M / 2] or [M / 2, D]; for the latter the term
     is W (W^T W - I). Goes after an optimizer.
     """
+    parts = {"value": (1, -1), "dense1": (2, -1), "dense2": (2, -2)}  # number of isometries in a kernel, and their axis
 
     def init(params: optax.Params) -> jax.Array:
         del params
@@ -150,12 +151,11 @@ def pull_to_isometry(learning_rate: optax.ScalarOrSchedule, pull: float) -> opta
 
         def one(path: Any, update: jax.Array, kernel: jax.Array) -> jax.Array:
             layer = paths.path_names(path)[-2]
-            if not paths.is_kernel(path) or layer not in ("value", "dense1", "dense2"):
+            if not paths.is_kernel(path) or layer not in parts:
                 return update
-            axis = {"value": None, "dense1": -1, "dense2": -2}[layer]
-            halves = [kernel] if axis is None else jnp.split(kernel, 2, axis)
-            excess = [_excess(w) for w in halves]
-            return update - pull * rate * (excess[0] if axis is None else jnp.concatenate(excess, axis))
+            number, axis = parts[layer]
+            excess = [_excess(w) for w in jnp.split(kernel, number, axis)]
+            return update - pull * rate * jnp.concatenate(excess, axis)
 
         return jax.tree_util.tree_map_with_path(one, updates, params), count + 1
 

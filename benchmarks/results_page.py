@@ -68,15 +68,7 @@ def headline(results: Results, page: str) -> str:
     adjusted = iter(intervals.holm(known))
     for row, p in zip(rows, tests, strict=True):
         row.append("" if math.isnan(p) else _p_text(next(adjusted)))
-    header = [
-        "",
-        "isometric",
-        "attention frozen",
-        "SimpleViT",
-        "over SimpleViT",
-        "over frozen",
-        "p (Holm)",
-    ]
+    header = ["", "isometric", "attention frozen", "SimpleViT", "over SimpleViT", "over frozen", "p (Holm)"]
     return table(header, rows)
 
 

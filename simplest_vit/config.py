@@ -277,8 +277,9 @@ def check(config: ConfigDict, image_shape: tuple[int, int, int] | None = None) -
             f"choose it after the config file: --config FILE:optimizer={optimizer}, or in one of your own by "
             f'default("{optimizer}")'
         )
-    for name in (name for name in flat if name not in table):
-        raise UserError(f"config.{name} is unknown; {suggest(name, table)}")
+    for name in flat:
+        if name not in table:
+            raise UserError(f"config.{name} is unknown; {suggest(name, table)}")
     for name, (value, values, meaning, _) in table.items():
         if name not in flat:
             raise UserError(f"config.{name} is missing; its default is {value!r} ({meaning})")

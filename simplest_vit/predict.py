@@ -15,7 +15,7 @@ from flax import nnx
 from simplest_vit import preemption
 from simplest_vit.data.augment import normalize
 from simplest_vit.data.builders.image_folder import image_files, name_others
-from simplest_vit.data.decode import SUFFIXES, eval_image
+from simplest_vit.data.decode import HEIC_SUFFIXES, SUFFIXES, eval_image
 from simplest_vit.errors import UserError, one_line
 from simplest_vit.files import write_csv, writing
 from simplest_vit.training.evaluate import restore_best
@@ -23,7 +23,6 @@ from simplest_vit.training.evaluate import restore_best
 log = logging.getLogger("simplest_vit")
 _BATCH = 64  # images computed at a time
 _TOP = 5
-_PHOTOS = (*SUFFIXES, ".heic", ".heif")  # even if they cannot be read
 _PATH = str | os.PathLike
 
 # `image`: a path; `top`: the most probable classes, each with `class` and `probability`.
@@ -152,7 +151,7 @@ def predict(workdir: str, images: list[str], table: str | None = None) -> Iterat
             f"--csv={table} cannot be written; expected a file in a folder you may write to, such as predictions.csv"
         )
     target = os.path.realpath(table) if table else ""
-    if target.lower().endswith(_PHOTOS) or target in map(os.path.realpath, images):
+    if target.lower().endswith((*SUFFIXES, *HEIC_SUFFIXES)) or target in map(os.path.realpath, images):
         raise UserError(f"--csv={table} is an image; expected a table, such as --csv predictions.csv")
     files = find_images(images)
     predictor = Predictor(workdir)

@@ -19,7 +19,8 @@ except ModuleNotFoundError:  # the extra [heic]
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "PPM", "TIFF", *(("HEIF",) if pillow_heif else ()))
 HEIC_REMEDY = 'HEIC photos need pip install "simplest-vit[heic]"'
 _SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm"
-SUFFIXES = (*_SUFFIXES.split(), *((".heic", ".heif") if pillow_heif else ()))
+HEIC_SUFFIXES = (".heic", ".heif")
+SUFFIXES = (*_SUFFIXES.split(), *(HEIC_SUFFIXES if pillow_heif else ()))
 _JPEG, _HEIC = b"\xff\xd8", (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypheim", b"ftyphevc")
 _ORIENTATION = 0x0112  # the EXIF tag
 _PHOTOMETRIC = 0x0106  # the TIFF tag; 0 if white is 0

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from simplest_vit.data.builders.base import Builder, Content, Example, checked, group
 from simplest_vit.data.builders.imagenet import IMAGENET
-from simplest_vit.data.decode import HEIC_REMEDY, SUFFIXES
+from simplest_vit.data.decode import HEIC_REMEDY, HEIC_SUFFIXES, SUFFIXES
 from simplest_vit.errors import UserError, one_line
 
 _VALIDATION_FOLDERS = ("val", "validation", "valid", "test")  # the first that exists is used
@@ -107,7 +107,7 @@ def name_others(folder: Path, taken: set[str]) -> None:
     kinds = ["pipes, sockets or devices" if _is_endless(path) else _kind(path) for path in others]
     if kinds:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(collections.Counter(kinds).items()))
-        remedy = f"; {HEIC_REMEDY}" if {".heic", ".heif"} & set(kinds) else ""
+        remedy = f"; {HEIC_REMEDY}" if set(HEIC_SUFFIXES) & set(kinds) else ""
         print(f"skipped unused files: {counts}{remedy}", file=sys.stderr, flush=True)
 
 
